@@ -82,7 +82,7 @@ class Batch:
     _stems: dict[str, object] = field(default_factory=dict, init=False, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
-        """Edit the graph; one that has the branches already is left alone."""
+        """Edit the graph; a graph that already has the branches is not changed."""
         if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
         dtypes = {parameter.name: parameter.dtype for parameter in graph.parameters()}
@@ -161,7 +161,7 @@ class Batch:
     def _stacks(
         self, graph: OnnxGraph, site: Site, dtype: str, form: str, keys: Sequence[Sequence[str]]
     ) -> tuple[ir.Value, ir.Value]:
-        """A and B of all adapters for a use, as initialisers; `keys` are what reaches it."""
+        """A and B of all adapters for a use, as initialisers; `keys` are the use's updates."""
         key, source = self.sources[site.parameter]
         region, layout = read_layout(site, source)
         pairs: list[Pair | None] = []
@@ -310,7 +310,7 @@ def _joined(
 def _in_direction_of_use(
     key: str, low: LowRank, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair:
-    """One update as factors of what a use reads, in the direction of the use, scale in b.
+    """One update as factors in the direction in which a use reads its tensor, with the scale in b.
 
     Args:
         key: The key of the update.

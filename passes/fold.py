@@ -69,7 +69,7 @@ class Folded:
 
     @property
     def said(self) -> str:
-        """The ops that still read the old value, for people; empty where there are none."""
+        """A note on the ops that still read the old value; empty if there are none."""
         if not self.other_readers:
             return ""
         ops = ", ".join(self.other_readers)
@@ -113,7 +113,7 @@ class Fold:
     unrounded: dict[str, Callable[[], Array]] = field(default_factory=dict, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
-        """Edit the graph's constants; what this pass has folded once it does not fold again."""
+        """Edit the graph's constants; this pass folds each update only once."""
         found = find(graph)
         hint = "fold with these arguments as the example"
         uses = {key: update.use for key, update in self.updates.items()}
@@ -142,7 +142,7 @@ class Fold:
         return PassResult(graph, modified)
 
     def _find_zero_points(self, graph: Graph[V], targets: Mapping[str, Target]) -> None:
-        """Note what goes into zero points; raise for an update that a stored weight cannot take."""
+        """Note updates that go into zero points; raise for one that a stored weight cannot hold."""
         for key, target in targets.items():
             if target.no_fold and key not in self.moved:
                 zero_points = exact(graph, target, self.updates[key])
@@ -236,7 +236,7 @@ def _ident(name: str, keys: Sequence[str]) -> str:
 
 
 def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array] | str:
-    """The zero points of a weight of codes, and what they can hold of an update [rows, blocks].
+    """The zero points of a quantised weight, and the change of them for an update [rows, blocks].
 
     Instead the reason why they cannot hold it.
     """
@@ -363,7 +363,7 @@ def _is_by_rows(base: Array, updates: list[Pair]) -> bool:
 
 
 def _blocks(base: Array, updates: list[Pair]) -> Iterator[tuple[slice, list[Pair]]]:
-    """Some rows of a matrix and what its updates do there; a tensor of other shape in one go."""
+    """Some rows of a matrix with the change by its updates; a tensor of another shape at once."""
     if not _is_by_rows(base, updates):
         yield slice(None), updates
         return

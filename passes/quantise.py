@@ -41,7 +41,7 @@ class Quantise:
     kinds: Mapping[str, str]
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
-        """Edit the graph and its tree; what is stored as codes already is left alone."""
+        """Edit the graph and its tree; weights that are already stored as codes are not changed."""
         stored = forms(graph.root)
         found = find(graph)
         unstored = {name: kind for name, kind in self.kinds.items() if name not in stored}

@@ -50,7 +50,7 @@ class RecomputeWeights:
 
 
 def _is_copied(weight: FxWeight) -> bool:
-    """True for what is made from codes, and for the matrices that data picks from a stack."""
+    """True for a weight made from codes, and for matrices that indices pick from a stack."""
     if weight.format:
         return True
     return weight.view.picked is not None and not weight.edited

@@ -65,7 +65,7 @@ class Switch:
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
-        """Edit the graph; a graph that has a manifest is left alone.
+        """Edit the graph; a graph that has a manifest is not changed.
 
         Raises:
             LoraFxError: A key that is no target.

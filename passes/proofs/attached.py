@@ -55,7 +55,7 @@ from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 HALVINGS = 10
-"""Times that drawn updates are made smaller, where a model with them tells nothing."""
+"""How often random updates are halved if the comparison with them shows nothing."""
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The first gates of the explicit reference."""
 READ_PAST = (
@@ -104,7 +104,7 @@ class InGraph:
         return prove(run, self.module, arrays=example, tol=tol, rerun=rerun)[0]
 
     def _tolerance(self, base: Named) -> float:
-        """The gate in fp32; wider for quantised layers, by what the unadapted model differs."""
+        """The gate in fp32, plus the difference of the unadapted model for quantised layers."""
         if self.cap.quantised is None:
             return ORT_TOL
         # kernels of quantised layers round as they like, some in bfloat16, some x too

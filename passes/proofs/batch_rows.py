@@ -211,7 +211,7 @@ def _first_rows(runs: Sequence[Named]) -> dict[str, Array]:
 def _own_errors(
     reference: Reference, adapters: Sequence[Adapter | None]
 ) -> Iterator[Mapping[str, float]]:
-    """Per output, how far rounding moves any of these: the more, the longer it is asked."""
+    """How far rounding moves each output, over all of these; the estimate grows with each call."""
     largest_errors: dict[str, float] = {}
     for adapter in adapters:
         for errors in reference.own_errors(adapter):

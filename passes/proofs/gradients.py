@@ -37,9 +37,9 @@ DEAD = 1e-6
 DRAWS = 4
 """Times that a mode runs: a random depth leaves layers out, and a ReLU cuts numbers off."""
 SIZE = 0.05
-"""The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
+"""The size of the probe's ΔW for a weight of unit fan-in: visible, and far from saturation."""
 Telling = Mapping[str, nn.Parameter]
-"""Target → the tensor that its ΔW is in proportion to, whose gradient tells: b of LoRA."""
+"""Target → the tensor that its ΔW is proportional to, and whose gradient is checked: b of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Trained:
 
     @classmethod
     def of(cls, module: AdaptedModule) -> Trained:
-        """The module of insert, which knows what its capture was given."""
+        """Take these from the module of insert, which has the arguments of its capture."""
         return cls(
             model=module,
             updates=module.updates,
@@ -155,7 +155,7 @@ def _written_buffers(model: nn.Module, versions: Mapping[str, int]) -> list[str]
 
 
 def _dead_keys(updates: Updates, sizes: Mapping[str, float]) -> list[str]:
-    """The keys whose gradient is nothing beside the median's."""
+    """The keys whose gradient is negligible compared with the median."""
     finite = [size for size in sizes.values() if np.isfinite(size)]
     median = float(np.median(finite or [0.0]))
     # an update of the weight 0 has no gradient, and that is no fault
@@ -236,7 +236,7 @@ def _gradients(
 
 
 def _inputs_of(trained: Trained, named: Named, seed: int) -> Named:
-    """The arguments of one draw: at first those of the proof, and the example at last."""
+    """The arguments of one draw: first those of the proof, and last the example."""
     example = trained.example
     if seed == DRAWS - 1 and is_real(example):  # where no draw is what the model is for
         return example

@@ -40,7 +40,7 @@ def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
 
 
 class Choosing(Wide):
-    """A model's eval graph that keeps its choices, or makes those of another run.
+    """A model's eval graph that records its choices, or repeats the choices of another run.
 
     Args:
         model: The model.
@@ -179,7 +179,7 @@ class ModuleRerun:
     block: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def stepped(self) -> Iterator[Run]:
-        """None: torch's sigmoid is exact beside its result."""
+        """None: torch's sigmoid is exact relative to its result."""
         return iter(())
 
     def plain(self) -> Run | None:

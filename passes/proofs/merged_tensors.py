@@ -41,7 +41,7 @@ def prove_merge(
     matched: Matched,
     fold: Fold,
 ) -> OnnxGraph:
-    """Open what was written, and compare it with what it has to be.
+    """Open the written file, and compare its tensors with the expected ones.
 
     Args:
         temporary: The file that was written.
@@ -105,7 +105,7 @@ def _wrong_rows(
 
 
 def _some_rows(weight: Array, rng: np.random.Generator) -> slice:
-    """Some rows of a matrix, by lot; all of a tensor of another shape."""
+    """Some random rows of a matrix; all of a tensor of another shape."""
     if weight.ndim != 2:
         return slice(None)
     n_rows = weight.shape[0]

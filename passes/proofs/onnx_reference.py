@@ -1,4 +1,4 @@
-"""An .onnx file in ONNX Runtime as the reference of what is made of it.
+"""An .onnx file in ONNX Runtime as the reference for files that are made from it.
 
 An adapter's branches stand beside the file's own products. Their factors are inputs, so that
 adapters of the same keys and ranks share one session.
@@ -344,7 +344,7 @@ class OnnxReference:
 
 
 def _move(graph: OnnxGraph, name: str) -> None:
-    """Move a weight by up to a unit of its last place, by lot."""
+    """Move a weight at random by up to a unit of its last place."""
     value = graph.read(name)
     if "float" not in value.dtype.name:
         return

@@ -56,7 +56,7 @@ from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 LARGE = 1.0
-"""The size of drawn a and b that are as large as the weights: thresholds of norms lie so far."""
+"""The size of random a and b that are as large as the weights, to reach thresholds of norms."""
 MOST = 16
 """Updates that are tried alone, to name those that matter."""
 
@@ -75,7 +75,7 @@ class NotRun(Exception):
 
 
 def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
-    """Prove a module whose adapter is to be trained or chosen; returns what has to be said.
+    """Prove a module whose adapter is trained or chosen later; returns notes.
 
     Updates of what is no parameter of the live model stay as they are, and are named.
 
@@ -106,7 +106,7 @@ def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
 
 
 def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tuple[str, ...]:
-    """Prove a module with the adapter that it holds; returns what has to be said.
+    """Prove a module with the adapter that it holds; returns notes.
 
     Args:
         module: What insert or fold made.
@@ -209,7 +209,7 @@ def _differs_drawn(
 
 @stage("running the live model with W + s·b·a")
 def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -> Parity | None:
-    """Compare on the example; a large probe that makes no finite numbers tells nothing.
+    """Compare on the example; a large probe without finite results is ignored.
 
     Raises:
         NotRun: The live model cannot be run with the adapter.
@@ -261,7 +261,7 @@ def _differs_in_training(
 
 
 def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Parity:
-    """A module beside the live model with other numbers in its parameters, both in train mode."""
+    """Compare a module with the live model in train mode, with other numbers in the parameters."""
     named = execution_of(module).captured.named
 
     def run(some_module: CapturedModule) -> dict[str, Array]:
@@ -307,7 +307,7 @@ def _live_in_training(
 
 
 def _check_alike(module: CapturedModule) -> None:
-    """Raise where the module lies elsewhere, or in another dtype, than the live model."""
+    """Raise if the module is on another device, or in another dtype, than the live model."""
     captured = execution_of(module).captured
     device = device_of(module)
     device_of_model = device_of(captured.model)

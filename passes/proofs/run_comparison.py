@@ -149,7 +149,7 @@ def compared(
 def _needs_most(
     outputs: Outputs, expected: Outputs, gates: Mapping[str, Gate], rounding: Mapping[str, float]
 ) -> bool:
-    """Whether an output passes by nothing but the widest gate that rounding can ask for."""
+    """Whether an output passes only with the widest gate that rounding can justify."""
     wider = wider_gates(gates, rounding)
     for name, gate in gates.items():
         is_widest = gate.first < gate.most <= wider[name]
@@ -168,7 +168,7 @@ def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[
 def _with_choices(
     run: Run, choices: Choices, feeds: Named, gates: Mapping[str, Gate], of: str
 ) -> Parity:
-    """The comparison of a run that makes the reference's choices, and of what they are among."""
+    """The comparison of a run with the reference's choices, and of the numbers behind them."""
     outputs = run(feeds)
     expected = {name: value for name, value in choices.outputs.items() if name in outputs}
     scores: set[str] = set()
@@ -204,7 +204,7 @@ def _with_choices(
 
 
 def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
-    """Inputs with their floats moved by up to a unit of their last place, by lot."""
+    """Inputs with their floats moved at random by up to a unit of their last place."""
     rng = np.random.default_rng(seed)
 
     def moved(value: Array) -> Array:

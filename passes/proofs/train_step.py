@@ -285,7 +285,7 @@ class _WideLoss(TorchFunctionMode):
 
 
 class _TrainRun(Wide):
-    """A train program over tensors of its own by name, in fp32 or fp64."""
+    """A train program with its own tensors by name, in fp32 or fp64."""
 
     def __init__(
         self, module: fx.GraphModule, tensors: Mapping[str, Tensor], wide: bool, seed: int | None

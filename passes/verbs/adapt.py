@@ -55,7 +55,7 @@ def find(
     dynamic: Dynamic | None = None,
     training: bool = False,
 ) -> Found:
-    """Every weight matmul of a model, what an adapter cannot reach, and why.
+    """Find every matmul with a weight in a model, and the weights that no adapter can reach.
 
     Args:
         model: A module, a function of tensors, a Captured, a module that insert returned, or a

@@ -123,7 +123,7 @@ def attach(
 def _untied(
     model: Captured | nn.Module, adapter: Adapter, ties: contextlib.ExitStack
 ) -> Captured | nn.Module:
-    """The model with a tensor of its own for every name of a tied one that is saved alone.
+    """The model with a separate tensor for every name of a tied tensor that is saved alone.
 
     Args:
         model: A module, which is changed, or a capture, in whose place comes another.
@@ -210,7 +210,7 @@ def _planned(
     example: CaptureOptions,
     options: InsertOptions,
 ) -> tuple[Captured | None, GraphPlanner]:
-    """The capture and its targets; no capture where they are those of dynamo's partial graphs."""
+    """The capture and its targets; no capture if the targets come from dynamo's partial graphs."""
     try:
         # a capture of the caller stays as it is
         cap = copy.deepcopy(captured_of(source, example))

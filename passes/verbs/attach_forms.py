@@ -369,7 +369,7 @@ def weight_form(group: Sequence[Pair]) -> Program:
 
 
 def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
-    """The use as a grouped product with all of a stack [experts, …]; None where it is none."""
+    """The use as a grouped product with a whole stack [experts, …]; None if it is not one."""
     region_and_layout = site_layout(site, shape)
     if region_and_layout is None or len(shape) != 3:
         return None
@@ -388,7 +388,7 @@ def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
 
 
 class _Recorded:
-    """A Graph whose emitters record: what Insert would add to each output, site by site."""
+    """A Graph whose emitters record what Insert would add to each output, site by site."""
 
     def __init__(self, graph: FxGraph, found: Found) -> None:
         self.graph = graph

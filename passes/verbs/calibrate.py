@@ -1,4 +1,4 @@
-"""calibrate: run data through the captured graph and see what each target reads and is told.
+"""calibrate: run data through the captured graph, and record each target's inputs and gradients.
 
     Cx = E[x xᵀ]      Cy = E[dy dyᵀ]      G = ∂L/∂W      in the axes of each target's Layout
 
@@ -47,7 +47,7 @@ def calibrate(
     loss: str | Loss = "ce",
     wanted: Sequence[str] = ("power", "outputs", "gradient"),
 ) -> Calibration:
-    """Run data through the model once, and sum up what its targets read and are told.
+    """Run data through the model once, and sum up the inputs and gradients of its targets.
 
     Args:
         cap: The model.
@@ -139,7 +139,7 @@ def _tensor(value: object) -> Tensor:
 
 
 class _Statistics:
-    """The sums of all targets, and what had to be said."""
+    """The sums of all targets, and notes."""
 
     def __init__(self, uses: Mapping[str, str], wanted: frozenset[str]) -> None:
         self.uses = uses
@@ -236,7 +236,7 @@ class _Statistics:
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """The targets of which a gradient was asked for and never came."""
+        """The targets that never got the gradient that was needed."""
         unreached = self.differentiated - self.reached
         return tuple(key for key in self.uses if key in unreached)
 

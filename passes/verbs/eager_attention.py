@@ -29,7 +29,7 @@ def may_help(model: object, error: LoraFxError) -> bool:
 
 @contextlib.contextmanager
 def eager(model: Any) -> Iterator[Any]:
-    """The model with eager attention while the block runs; a capture is one of it, anew."""
+    """The model with eager attention while the block runs; a capture is made again from it."""
     source: Any = model.model if isinstance(model, Captured) else model
     attention = source.config._attn_implementation
     source.set_attn_implementation("eager")

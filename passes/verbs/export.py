@@ -249,7 +249,7 @@ def _with_codes(
 
 
 def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -> Report:
-    """Export a model of torch; once more with eager attention where that may help."""
+    """Export a torch model; try again with eager attention if that may help."""
     from lora_fx.passes.verbs.eager_attention import eager, may_help
 
     run = _exporter(options.mode)
@@ -283,7 +283,7 @@ def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
 
 
 def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
-    """Raise for a folder of onnxruntime-genai beside a file that it does not run."""
+    """Raise for a --genai folder with a file that onnxruntime-genai cannot run."""
     if genai is None or (cache and mode in ("merged", "switch")):
         return
     with_cache = "with" if cache else "without"

@@ -105,7 +105,7 @@ def _count_nodes(model: ir.Model) -> int:
 
 
 def _inputs_by_row(model: ir.Model) -> list[str]:
-    """Names of the inputs whose dimension 0 is that of the batch."""
+    """Names of the inputs whose dimension 0 is the batch."""
     symbol = batch_symbol(model)
     names = []
     for value in model.graph.inputs:

@@ -87,7 +87,7 @@ def report_of(
 
 
 def refuse_unexchangeable(adapters: Mapping[str, Adapter], what: str) -> None:
-    """Raise for what cannot be chosen run by run, or row by row."""
+    """Raise for updates that cannot be chosen run by run or row by row."""
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: {what}")
         check_real(adapter.lowrank)

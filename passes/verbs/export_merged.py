@@ -114,7 +114,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
 def _folded(
     branched: CapturedModule, options: ExportOptions, warnings: list[str]
 ) -> tuple[CapturedModule, list[Parity]]:
-    """The module without branches, and how near it is; a module that has none is returned."""
+    """The module without branches, and its parity; one without branches is returned as it is."""
     if not isinstance(branched, AdaptedModule):
         return branched, []
     folded = fold(branched)
@@ -226,7 +226,7 @@ def _rewrite(
 
 @dataclass(frozen=True)
 class _Written:
-    """The model that the file holds, proven or not, and what ran it."""
+    """The model that the file holds, its parity, and the provider that ran it."""
 
     model: Any
     stages: Sequence[RewriteStage]
@@ -265,7 +265,7 @@ def _write_and_compare(
     tol: float,
     options: ExportOptions,
 ) -> _Written:
-    """Write one model, and run it beside the unfolded module."""
+    """Write one model, and compare it with the unfolded module."""
     conditions = onnx_conditions(branched.conditions())
     notes = files.save_within(output, model, conditions, guards(branched), options)
     session = open_session(output.path, options.provider)
@@ -281,7 +281,7 @@ def _write_and_compare(
 
 
 def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:
-    """Warnings of folded weights, and of what their rounding lost."""
+    """Warnings about folded weights, and about the loss of their rounding."""
     warnings = [*said_of_zeros(changes)]
     warnings += [change.said for change in changes if change.said]
     for change in changes:

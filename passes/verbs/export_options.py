@@ -44,7 +44,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "load": ("rank",),
     "train": ("loss", "optimizer", "weight_decay", "clip"),
 }
-"""Mode of export → the options that it alone has; load has those of switch too, train of both."""
+"""Export mode → its own options; load also has those of switch, and train has those of both."""
 
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
@@ -52,7 +52,7 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class Companions:
-    """Files that were proven and written beside a file, over its data; their parity and notes."""
+    """Files that were proven and written with a file and share its data; their parity and notes."""
 
     parity: Sequence[Parity] = ()
     files: Sequence[Path] = ()
@@ -65,7 +65,7 @@ EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
         "in mode train: its two files share the weights of a third file",
     ),
 )  # fmt: skip
-"""The rules of every export, beside those of its mode, which ExportOptions knows."""
+"""The rules for every export; ExportOptions has the rules of each mode."""
 
 
 REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
@@ -81,7 +81,7 @@ REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The options of `lora_fx.export`, which has the defaults, and says what the fields mean."""
+    """The options of `lora_fx.export`, whose docstring has the defaults and explains the fields."""
 
     target: Path
     adapters: ExportAdapters | None
@@ -183,7 +183,7 @@ class ExportOptions:
             )
 
     def _check_tol(self, tol: float) -> None:
-        """Raise for a gate that is not above that of the precision or of the level."""
+        """Raise for a `tol` that is not above the gate of the precision or accuracy level."""
         from lora_fx.onnx.precision import GATES  # as in output
 
         expect(

@@ -43,7 +43,7 @@ from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
 RANK = 4
-"""The rank of the random adapter that stands in where none is given."""
+"""The rank of the random adapter that is used if none is given."""
 SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
 """Scales of the random adapter: the first at which no output changes by more than its size."""
 LOAD_RANK = 16
@@ -61,7 +61,7 @@ def write_switch(
     loose: bool = False,
     captured_targets: Found | None = None,
 ) -> Report:
-    """Write the file, and `NAME.onnx_adapter` beside it for every adapter.
+    """Write the file, and one `NAME.onnx_adapter` for each adapter next to it.
 
     Args:
         graph: The base; rewritten.

@@ -39,7 +39,7 @@ def translated(
     level: int = 0,
     apart: Mapping[str, Target] | None = None,
 ) -> tuple[Any, list[str]]:
-    """A module in ONNX, in a dtype that the runtime has, and what has to be said of that.
+    """A module in ONNX, in a dtype that the runtime supports, and notes on this.
 
     Args:
         module: The module.
@@ -69,7 +69,7 @@ def level_gate(options: ExportOptions) -> float:
 def quantised_base(
     model: object, options: ExportOptions, wanted: Wanted
 ) -> tuple[Captured, ExportAdapters | None, list[str]]:
-    """The quantised capture of what export is given, the adapters that ride on it, and notes.
+    """The quantised capture of the model, the adapters on top of it, and notes.
 
     A module that insert returned brings its own adapter where none are given.
     """

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 TAKEN = ("lr", "step", "seed", "loss")
 """Names that a step has for itself."""
 MOST_INSIDE = 1 << 20
-"""Bytes of tensors inside a step's own file, above which it is said."""
+"""Bytes of tensors inside a step's own file above which a warning is given."""
 
 
 def export_step(model: object, options: ExportOptions) -> Report:
@@ -102,7 +102,7 @@ def _written(files: _Files) -> Report:
 
 
 def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
-    """The module whose step it is; raises for what no step is made for."""
+    """The module whose step is exported; raises for a module that cannot have a step."""
     adapter = _one_adapter(options)
     model = opened(model)
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
@@ -253,7 +253,7 @@ class _Files:
     def _write_step(
         self, reference: TorchReference, output: Output, manifest: Manifest
     ) -> Companions:
-        """Write the step and the start beside the forward."""
+        """Write the step and the initial adapter next to the forward."""
         options = self.options
         target = options.target
         names = {key: (slot.a, slot.b) for key, slot in manifest.slots.items()}
@@ -304,7 +304,7 @@ class _Files:
         return model
 
     def _settle(self, graph: TrainGraph) -> None:
-        """Drop what labels asked of sizes where a graph of those sizes has the same loss.
+        """Drop conditions on sizes from labels, if a graph of those sizes has the same loss.
 
         One row is contiguous, so `labels[..., 1:].contiguous()` would refuse a batch of 1.
         """

@@ -1,4 +1,4 @@
-"""held_out: what every rank of one trained adapter is worth on data that it was not trained on.
+"""held_out: measure every rank of one trained adapter on data that it was not trained on.
 
 For r = 1, 2, 4 … up to the adapter's own rank, the loss of two adapters of the same size is
 measured: every update cut to rank r, and the same number of elements spread over the updates by
@@ -59,7 +59,7 @@ class HeldOut:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """The report for people."""
+        """The report as text."""
         head = ("rank", "elements", "error", "loss", "error, spread", "loss, spread")
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:

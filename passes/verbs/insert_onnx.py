@@ -1,4 +1,4 @@
-"""insert for .onnx files: branches of trainable shapes beside the weights, and a list of them.
+"""insert for .onnx files: add trainable branches to the weights, and a list of them.
 
 A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
 is proven, and that a B other than zero moves the outputs, target by target. A and B are

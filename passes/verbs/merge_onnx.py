@@ -159,7 +159,7 @@ def _run_beside_base(
 
 
 def _load(source: Path, written: Path, size: int) -> list[str]:
-    """Load what was written in ONNX Runtime, where that takes little memory; returns notes."""
+    """Load the written file in ONNX Runtime, if that takes little memory; returns notes."""
     if size > EXTERNAL_OVER:
         return [
             (
@@ -220,7 +220,7 @@ def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
 
 
 def lines(report: Report) -> str:
-    """The report as a table for people."""
+    """The report as a table of text."""
     rows: list[tuple[str, ...]] = [("tensor", "gain")]
     for row in report.details["tensors"]:
         gain = "replaced whole" if row["gain"] is None else f"{row['gain']:.3f}"

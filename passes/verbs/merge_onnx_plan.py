@@ -1,4 +1,4 @@
-"""The plan of a merge into an .onnx file: what goes where, read without its weights."""
+"""The plan of a merge into an .onnx file: which update goes where, made without reading weights."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class OnnxMergeOptions:
 
     @classmethod
     def refuse_others(cls, options: Named) -> None:
-        """Raise for an option that was given and is none of an .onnx file."""
+        """Raise for a given option that an .onnx file does not have."""
         names = {field.name for field in fields(cls)}
         for name, value in options.items():
             if name not in names and value not in (None, False, "sum"):
@@ -155,7 +155,7 @@ class OnnxMergePlan:
         return {"tensors": self.rows(), "bytes": size, "warnings": list(self.graph.notes)}
 
     def __str__(self) -> str:
-        """A table, and what is written in all."""
+        """A table, and the number of bytes that are written."""
         rows = self.rows()
         lines: list[tuple[str, ...]] = [("tensor", "shape", "rank", "scale", "bytes")]
         for row in rows:

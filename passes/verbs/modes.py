@@ -1,4 +1,4 @@
-"""Modes of export beside `merged`, each with the options that it alone has."""
+"""The export modes other than `merged`, each with its own options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Every row of a batch picks an adapter of its own.
+    """Every row of a batch chooses its own adapter.
 
     Attributes:
         scales: Add an input of weights by row.
@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """A training step that ONNX Runtime runs, beside its forward; see docs/train-onnx.md.
+    """A training step for ONNX Runtime, written with the forward; see docs/train-onnx.md.
 
     Attributes:
         include: Targets instead of the adapter's, or of the default plan's without one.

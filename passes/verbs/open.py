@@ -72,7 +72,7 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
 
 
 def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured:
-    """The capture that a module of ours was made from.
+    """The capture that a module of lora-fx was made from.
 
     Raises:
         LoraFxError: Another capture is asked for, with a cache, and the original has no more the
@@ -195,7 +195,7 @@ def user_module(cap: Captured) -> nn.Module:
 
 
 def note_of_untied(names: Sequence[str]) -> str:
-    """The note of a report on names that have tensors of their own."""
+    """The note of a report on names that have separate tensors."""
     return f"these names were saved apart, and are no longer tied: {', '.join(names)}"
 
 

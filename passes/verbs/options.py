@@ -79,7 +79,7 @@ class CaptureOptions:
     tell: Callable[..., object] | None = None
 
     def __post_init__(self) -> None:
-        """Raise for inputs beside a cache, whose inputs are all known."""
+        """Raise for inputs that are given together with a cache, which sets all inputs itself."""
         if self.cache and (self.args or self.kwargs or self.dynamic or self.static):
             raise LoraFxError(*KNOWN_WITH_CACHE)
 
@@ -104,11 +104,11 @@ KNOWN_WITH_CACHE = (
     "with a cache, lora-fx sets the inputs and their dimensions itself",
     "leave inputs and their dimensions out",
 )
-"""Message and hint where inputs are given beside a cache."""
+"""The message and hint if inputs are given together with a cache."""
 
 
 def _plan_says(options: BranchOptions, what: str) -> bool:
-    """Whether a plan has another rank or alpha than was asked for, for every target that it names.
+    """Whether a plan sets another rank or alpha than the option, for every target that it names.
 
     One that it has already is no contradiction.
     """
@@ -162,7 +162,7 @@ class BranchOptions:
 
     @classmethod
     def of(cls, wanted: Named) -> Self:
-        """The options that were asked for; those that are None have their defaults.
+        """The given options; an option that is None gets its default.
 
         Raises:
             LoraFxError: One was given that has no say.
@@ -205,7 +205,7 @@ class BranchOptions:
 
 
 def _of_other_rank(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another rank than was asked for.
+    """Whether an adapter has an update of another rank than the option.
 
     One that it has already is no contradiction: the module is what was asked for.
     """
@@ -215,14 +215,14 @@ def _of_other_rank(options: InsertOptions) -> bool:
 
 
 def _of_other_alpha(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another alpha than was asked for."""
+    """Whether an adapter has an update of another alpha than the option."""
     if options.adapter is None:
         return False
     return any(asked(update)[1] != options.alpha for update in options.adapter.lowrank.values())
 
 
 def _of_other_variant(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another variant than was asked for."""
+    """Whether an adapter has an update of another variant than the option."""
     if options.adapter is None:
         return False
     variant = named_variant(options.variant)
@@ -257,7 +257,7 @@ INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
         "leave it out, or use --init lora-ga",
     ),
 )  # fmt: skip
-"""The rules of an insert into a model of torch, beside those of any insert."""
+"""The rules of an insert into a torch model, in addition to those of every insert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +274,7 @@ class InsertOptions(BranchOptions):
     fast: bool = True
 
     def __post_init__(self) -> None:
-        """Raise for what is not known, out of range, or excludes something else."""
+        """Raise for an option that is unknown, out of range, or excluded by another option."""
         super().__post_init__()
         if self.init in OF_DATA and self.data is None:
             raise LoraFxError(
@@ -300,7 +300,7 @@ class InsertOptions(BranchOptions):
             )
 
     def whole(self, names: Mapping[str, str]) -> set[str]:
-        """The first names of what is trained whole, or comes whole with the adapter."""
+        """The first names of tensors that are trained whole, or that the adapter holds whole."""
         chosen = [*select_names(list(names), self.also_train or ())]
         if self.adapter:
             chosen += self.adapter.full
@@ -308,7 +308,7 @@ class InsertOptions(BranchOptions):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Options that have no say beside others."""
+        """Notes on options that have no effect with others."""
         if not self.dropout or not named_variant(self.variant).reads_weight:
             return ()
         return (
@@ -318,12 +318,12 @@ class InsertOptions(BranchOptions):
 
 
 def expect_selectors(given: object, name: str) -> None:
-    """Refuse what is no comma list and no list of them; nothing at all is taken."""
+    """Refuse anything but a comma list, a list of comma lists, or None."""
     expect(given or "", (str, Collection), name, "selectors", f"{name}=['q_proj', 'fc1']")
 
 
 def is_given(option: object) -> bool:
-    """Whether an option of a mode has a value; an empty sequence is none."""
+    """Whether an option of a mode has a value; an empty sequence is no value."""
     if option is None or option is False:
         return False
     return not (isinstance(option, Sequence) and not option)

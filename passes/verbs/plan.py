@@ -160,5 +160,5 @@ def _gains(
 
 
 def _weight(graph: FxGraph, target: Target) -> Array:
-    """The weight of a target as a matrix, read when it is asked for."""
+    """The weight of a target as a matrix, read only when it is needed."""
     return matrix(target, graph.read(target.parameter.name))

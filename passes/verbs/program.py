@@ -39,7 +39,7 @@ from lora_fx.passes.verbs.open import load_program
 def save_program(
     module: CapturedModule, path: str | PathLike[str], *, force: bool = False
 ) -> tuple[str, ...]:
-    """Write a module, branches and manifest included; returns what has to be said.
+    """Write a module with its branches and manifest; returns notes.
 
     The file is opened again, and every tensor and every program that it holds is compared bit by
     bit, before it gets its name. `torch.export.load(path).module()` takes the tensors of the call
@@ -93,7 +93,7 @@ def _modes(module: CapturedModule) -> tuple[list[bool], list[str]]:
 
 
 def _paths(module: CapturedModule, training: bool) -> Paths:
-    """The paths of a mode that the module runs: what is written is proven."""
+    """The paths of a mode that the module can run, since every written path is proven."""
     module.train(training)
     execution = execution_of(module)
     first, *further = execution.captured.paths(training, execution.base_dtype)

@@ -88,7 +88,7 @@ def _chosen(
     wanted: Sequence[tuple[str, Selectors]],
     leave: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Parameter → kind, and what had to be left in float.
+    """Parameter → kind, and notes on the parameters that stay in float.
 
     Kinds with selectors come first, and what they name has to be quantised; the default plan
     leaves in float what cannot be, and lookup tables.

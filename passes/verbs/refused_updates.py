@@ -18,7 +18,7 @@ from lora_fx.errors import (
 
 
 def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
-    """Raise for an update that no graph can hold, which the adapter alone tells.
+    """Raise for an update that a graph cannot hold; this needs the adapter only.
 
     Args:
         adapter: Bound or not.
@@ -40,7 +40,7 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
 
 
 def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
-    """Raise for what an adapter holds and a file of a mode has no place for.
+    """Raise for tensors of an adapter that a file of this mode cannot hold.
 
     The adapters alone tell, so this comes before a model is captured. Mode switch folds the whole
     tensors of a single adapter into the base.
@@ -69,7 +69,7 @@ RECURRENT = ("lstm", "gru", "rnn")
 
 
 def check_rows(adapter: Adapter, name: str) -> None:
-    """Raise for updates that a row of mode batch cannot have, as the op in the file tells."""
+    """Raise for updates that mode batch cannot choose row by row, by the op in the adapter."""
     refused: dict[str, str] = {}
     for key, entry in adapter.lowrank.items():
         kind = _without_rows(entry)

@@ -170,7 +170,7 @@ def _spelling_of_rows(rows: int | None) -> int | str | None:
 
 
 def refuse_adapter_as_model(a: object, b: object) -> None:
-    """Raise where A, which has to be a model, is an adapter.
+    """Raise if A, which must be a model, is an adapter.
 
     Raises:
         LoraFxError: Says what can be asked of two adapters, or of an adapter and a model.

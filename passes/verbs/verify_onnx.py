@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOptions) -> Report:
-    """Compare the outputs of a with those of b, with an adapter's branches where one is given.
+    """Compare the outputs of a and b, with the branches of an adapter if one is given.
 
     Raises:
         LoraFxError: Inputs of other names, an adapter that does not fit b.
@@ -61,7 +61,7 @@ def _compared(run: Run, expected: Run, feeds_of_sizes: Iterable[Named], tol: flo
 
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
-    """The graph; None for an opset that we do not read, where nothing has to be inserted."""
+    """The graph; None for an opset that lora-fx does not read, if nothing is inserted."""
     from lora_fx.onnx.graph.graph import OnnxGraph
     from lora_fx.onnx.load import load
     from lora_fx.onnx.names import restore_weight_names

@@ -31,7 +31,7 @@ class RunOptions:
     provider: str
 
     def adapter_alone(self) -> Adapter | None:
-        """The adapter, or that of a file; several cannot be run."""
+        """The adapter, given or read from a file; several adapters are refused."""
         if is_path(self.adapter):
             return load_adapter(self.adapter)
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
@@ -80,7 +80,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
 
 
 def _opened(model: object) -> tuple[object, Sequence[str]]:
-    """A path of .onnx, a module or a capture; and what opening a model by its name has to say."""
+    """An .onnx path, a module or a capture, and the notes from opening a model by its name."""
     from lora_fx.fx.load.loaded_model import LoadedModel
     from lora_fx.passes.verbs.open import captured_of, opened
 
