@@ -215,7 +215,7 @@ def _unreached(
     readers: Readers,
     gathered_flops: Mapping[str, int],
 ) -> list[Unreached]:
-    """The parameters of two dimensions or more that no site reads, nor what stands behind one."""
+    """The parameters of two or more dimensions that no site reads, even through other values."""
     reached: set[str] = set()
     for site in sites:
         reached |= {site.parameter, *site.behind}

@@ -44,7 +44,7 @@ from lora_fx.ir.quantised import FP4, NF4, Quantised
 
 PARTS = ("scale", "zero", "order")
 HELD = "_quantised"
-"""The attribute of a module that says what its parameters' codes stand for, by leaf."""
+"""The attribute of a module with the meaning of its parameters' codes, by leaf."""
 FP8 = "float8_e4m3fn"
 LEVELS = {
     "nf4": NF4,

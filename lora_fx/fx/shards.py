@@ -73,7 +73,7 @@ def write_tensor(name: str, parameter: nn.Parameter, value: torch.Tensor) -> Non
 
 
 def _refuse_part(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None) -> None:
-    """Raise for a part that another tool left: of another shape, or empty where none is known."""
+    """Raise for a part of a sharded tensor: one of another shape, or an empty one."""
     if tuple(tensor.shape) == shape or (shape is None and tensor.numel()):
         return
     expected = f", not {list(shape)}" if shape is not None else ""

@@ -135,7 +135,7 @@ def _are_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> 
 def _gradients_of(
     captured: Captured, model: nn.Module, names: Sequence[str], named: Named
 ) -> list[torch.Tensor]:
-    """∂(a sum of the outputs)/∂W in eval mode, by a model's own call; zeros where there is none."""
+    """∂(a sum of the outputs)/∂W in eval mode, from a call of the model; zeros if unused."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {
         name: parameters[name].detach().clone().requires_grad_()

@@ -79,7 +79,7 @@ class Choosing(Wide):
                 self.read_by_choices.update(among)
 
     def _names(self, graph: fx.Graph) -> dict[fx.Node, str]:
-        """The names of values, which an exported file has as well: an output has that of it."""
+        """The names of values as in an exported file; an output value has the output's name."""
         (leaves,) = graph.output_node().args
         results = tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
         names = {node: node.name for node in graph.nodes}

@@ -290,7 +290,7 @@ class InsertOptions(BranchOptions):
             self._check_adapter(self.adapter)
 
     def _check_adapter(self, adapter: Adapter) -> None:
-        """Raise for what no graph can hold, and for targets beside those that it brings."""
+        """Raise for updates that a graph cannot hold, and for targets other than the adapter's."""
         check_kinds(adapter, "the adapter", "a graph")
         selectors = (self.include, self.exclude, self.also_train)
         if any(selectors) or self.plan is not None:

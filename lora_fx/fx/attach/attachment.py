@@ -126,7 +126,7 @@ class Attachment:
         return next(tensor.device for tensor in tensors if tensor is not None)
 
     def _lives(self) -> Iterator[tuple[nn.Module, Live]]:
-        """Every module that gets a class of its own, with what it knows."""
+        """Every module that gets its own class, with the state of that class."""
         root = self.model
         lives: dict[int, tuple[nn.Module, Live]] = {}
         for path, form in self.forms.items():
@@ -184,7 +184,7 @@ class Attachment:
                     del module._modules[name]
 
     def uninstall(self) -> None:
-        """Make the model what it was before attach, bit for bit.
+        """Restore the model to the state before attach, bit for bit.
 
         The flags and the tensors that were trained whole go back too.
         """
@@ -311,7 +311,7 @@ class Attachment:
         return lines
 
     def _computed_reads(self) -> list[tuple[str, str]]:
-        """(path, leaf) of every weight that is computed; a stack counts once something asked."""
+        """(path, leaf) of every weight that is computed; a stack counts after its first read."""
         reads: list[tuple[str, str]] = []
         for path, form in self.forms.items():
             if form.output:

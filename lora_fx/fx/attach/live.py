@@ -29,7 +29,7 @@ from lora_fx.fx.attach.live_state import Live
 STATE = "_lora_fx"
 REGISTRY = "_lora_fx_attached"
 METHODS = ("adapter", "load_adapter", "report", "compile")
-"""Methods that the root gains, unless the model has something of its own by that name."""
+"""Methods that the root gets, unless the model already has an attribute of that name."""
 ALWAYS, INSIDE, OUTSIDE = "always", "inside", "outside"
 
 

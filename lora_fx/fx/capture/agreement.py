@@ -30,12 +30,12 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import Named
 
 SEEDS = 3
-"""Times that the weights are moved to tell a graph's rounding."""
+"""How often the weights are moved to measure a graph's rounding."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A graph beside its model.
+    """The comparison of a graph with its model.
 
     Attributes:
         model: The user's own.

@@ -146,7 +146,7 @@ class Captured:
 
     @property
     def pinned(self) -> list[Pinned]:
-        """The dimensions that the eval graph was asked to keep free and could not."""
+        """The dimensions that should be dynamic in the eval graph, but that the model fixed."""
         return self.traced(False, self.named).pinned
 
     @property
@@ -279,7 +279,7 @@ class Captured:
         return traced
 
     def _may_have_a_path(self, door: Door, leaves: Sequence[Any]) -> bool:
-        """Whether what a door refuses may have a path of its own.
+        """Whether sizes that a condition refuses may take another path of the model.
 
         Not where the model does not run, and not at sizes that nobody asked to be free.
         """
@@ -320,7 +320,7 @@ class Captured:
         return paths
 
     def _fixes_others(self, traced: Traced, fixed_sizes: Mapping[Size, int]) -> bool:
-        """Whether a graph fixes a size at a number that is neither 1 nor that of these sizes."""
+        """Whether a graph fixes a size at a number that is neither 1 nor the size in this call."""
         numbers = traced.door.fixed(self.requested)
         return any(n != 1 and fixed_sizes.get(size) != n for size, n in numbers.items())
 
@@ -408,7 +408,7 @@ class Captured:
     def _raises_too(
         self, error: CaptureError, source: ModelSource, training: bool, named: Named
     ) -> bool:
-        """Whether the model's own code raises what its export raised, so that no rung takes it."""
+        """Whether the model itself raises the error of its export, so that no capture can work."""
         if source is self.source and self._has_values():
             model = self.model
             forward = hooked_forward(model)
@@ -567,7 +567,7 @@ class Captured:
         return True
 
     def _beside(self, traced: Traced, training: bool | None) -> Agreement:
-        """A graph beside the model, in a mode; None is the mode that the model is in."""
+        """The comparison of a graph with the model in a mode; None is the model's current mode."""
         mode = self.model.training if training is None else training
         graph = traced.fx_graph(self.model, mode).graph  # which reads codes as numbers
 

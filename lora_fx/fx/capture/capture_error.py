@@ -31,7 +31,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "register it as a buffer, or make it in forward",
     ),
 )
-"""(pattern of the error's text, cause, cure); the first that matches is told."""
+"""(pattern of the error's text, cause, hint); the first that matches is used."""
 _OF_SIZES = ("mat1 and mat2", "must match", "size mismatch", "shape", "Expected size", "inconsist")
 
 

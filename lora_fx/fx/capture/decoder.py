@@ -71,7 +71,7 @@ class Cached:
 def decoder(
     model: Any, *, repeat: bool = True, check: Callable[[Any], object] | None = None
 ) -> Captured:
-    """The capture of a model with its cache; that of a model without is taken as its source.
+    """Capture a model with its cache; `model` may be a capture without a cache.
 
     Args:
         model: A decoder of transformers, or its capture.
@@ -111,7 +111,7 @@ def decoder(
 
 
 def _example_call(model: Any, layers: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    """Arguments of Cached's forward, drawn by a seed of its own.
+    """Random arguments of Cached's forward, with a fixed seed.
 
     Args:
         model: The decoder.
@@ -172,7 +172,7 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
 
 
 def _check_decoder(model: Any) -> None:
-    """Refuse what is no decoder of transformers with the forward of its class."""
+    """Refuse anything but a decoder of transformers with the forward of its class."""
     name = type(model).__name__
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):

@@ -21,7 +21,7 @@ WRAPPERS = {
 
 
 def wrappers(model: object) -> Iterator[Any]:
-    """A model and what it wraps, the innermost last: of a plain one itself alone.
+    """A model and the models that it wraps, innermost last; for a plain model only itself.
 
     A wrapper puts `_orig_mod.` or `module.` before every name, which is none of the model's.
     """

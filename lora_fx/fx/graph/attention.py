@@ -1,4 +1,4 @@
-"""Attention ops of a graph: masks and repeated heads that an argument can stand for."""
+"""Attention ops of a graph: masks and repeated heads that an argument can replace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nodes of inserted branches: their products x·aᵀ, and what makes more of them."""
+"""The nodes of inserted branches: their products x·aᵀ, and a function that makes more nodes."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _SUFFIX = re.compile(r"_(g|v|orig)$")
 
 
 def effective_name(behind: tuple[str, ...]) -> str:
-    """The name of what parameters make together, with the ~ of a computed weight.
+    """The name of a weight that is computed from parameters, with the ~ of a computed weight.
 
     >>> effective_name(("lin.parametrizations.weight.original0",))
     'lin.weight~'

@@ -47,7 +47,7 @@ PRODUCTS = aten_ops("mul.Tensor div.Tensor")
 
 
 CHEAP = VIEWS | CASTS | NOTHING | SUMS | INPUT | OUTPUT | PRODUCTS
-"""Sets are by what the op keeps for its backward: nothing, its input, its output, the factors."""
+"""The sets are grouped by what an op keeps for backward: nothing, input, output, or factors."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node
 
 
 def stored(node: fx.Node) -> fx.Node:
-    """The node whose memory a value lies in, through views and casts to its own dtype."""
+    """The node whose memory holds a value, through views and casts to its own dtype."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return node
     source = node.args[0]

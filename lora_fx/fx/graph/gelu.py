@@ -1,4 +1,4 @@
-"""GELU written out in elementwise steps, recognised by what it computes.
+"""GELU written out in elementwise steps, recognised by its values.
 
 Such a chain is x/2·(1 + F(r(x))), r = x/√2 for F = erf, and r = √(2/π)·(x + .044715·x³) for tanh
 (Hendrycks and Gimpel, arXiv 1606.08415), its factors in any order. It runs on numbers, and what

@@ -1,4 +1,4 @@
-"""Attention masks, recognised by what they let through.
+"""Attention masks, recognised by the positions that they let through.
 
 A mask that is made of sizes and constants alone runs at small sizes, and at such as are larger
 than all numbers in it together. The ops that may make one give whole numbers, truths and what

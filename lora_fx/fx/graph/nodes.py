@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def value(node: object) -> Any:
-    """The fake tensor that a node stands for, or a tuple of them."""
+    """The fake tensor of a node, or a tuple of them."""
     if isinstance(node, Node):
         return node.meta.get("val")
     return node
@@ -137,7 +137,7 @@ def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator
 
 
 def replace_parts(node: Node, parts: Sequence[Node]) -> None:
-    """Let what picks the parts of a node's result read these; the node goes."""
+    """Replace the parts of a node's result by these nodes, and erase the node."""
     for user in list(node.users):
         user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
         node.graph.erase_node(user)

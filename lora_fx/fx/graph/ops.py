@@ -69,7 +69,7 @@ class FxOp:
 
 
 def pick(node: Node, path: Path) -> Any:
-    """The argument at a path into node.args; None where there is none."""
+    """The argument at a path into node.args; None if there is none."""
     arg: object = node.args
     for position in path:
         if not isinstance(arg, (tuple, list)) or position >= len(arg):

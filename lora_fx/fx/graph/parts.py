@@ -40,7 +40,7 @@ LARGEST = 1 << 22
 
 
 def out_axis(kind: Kind) -> int | None:
-    """The axis of a result along which the weight's out lies; None where no single one does."""
+    """The axis of a result that is the weight's out; None if no single axis is."""
     form = getattr(kind, "form", "")
     if form:
         return -1 if form == "right" else -2

@@ -51,7 +51,7 @@ def roles_of(pieces: Sequence[Sequence[Step]]) -> list[str]:
 
 
 def role_of(steps: Sequence[Step]) -> str:
-    """The role that attention proves of a result: that of every product which it goes into."""
+    """The role of a result in attention: the same in every product that it goes into."""
     roles = {_in_attention(product, operand) for product, operand in _products(steps)}
     if len(roles) != 1:
         return ""

@@ -32,11 +32,11 @@ ORIGINS = {
 """Fields that say where a model comes from or what its outputs mean. lora-fx reads those that it
 uses itself, and takes from the config what a constructor would follow."""
 TIMM = {"architecture", "backbone"}
-"""Fields that may hold a name of timm, whose tag stands behind a dot."""
+"""Fields that may hold a name of timm with its tag after a dot."""
 PLACES = re.compile(
     r"(?:^|_)(?:paths?|files?|filename|dir|folder|urls?|uri|checkpoints?|repo|repo_id|hub_id)$"
 )
-"""Fields that name a place, whatever stands in them."""
+"""Fields that always name a place, whatever their value."""
 DEEPEST = 32
 """Objects and lists in each other. Real configs have up to 6."""
 LARGEST = 2**53
@@ -49,7 +49,7 @@ LAYERS = re.compile(
 MOST_LAYERS = 1024
 """The limit for a folder without weights. The deepest models of transformers have about 200."""
 SHARED_LAYERS = 64
-"""Layers that may share their tensors, as those of ALBERT do, where there are fewer tensors."""
+"""The limit of layers that may share tensors, as in ALBERT, if there are fewer tensors."""
 LABELS = re.compile(r"(?:^|_)num_(?:labels|classes)$")
 MOST_LABELS = 1 << 17
 SIDES = re.compile(r"(?:^|_)(?:image|img|input)_size$")
@@ -117,7 +117,7 @@ def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors 
 
 
 def _limits(tensors: Tensors | None) -> dict[re.Pattern[str], int]:
-    """Fields of sizes → the most that each may be, beside the tensors of the weights."""
+    """Fields of sizes → the largest value of each, given the tensors of the weights."""
     if not tensors:
         return {LAYERS: MOST_LAYERS, LABELS: MOST_LABELS, SIDES: LONGEST_SIDE}
     longest_dimension = max(max(tensor.shape, default=0) for tensor in tensors.values())
@@ -205,7 +205,7 @@ def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[s
 
 
 def _mentions(cls: type[object], key: str) -> bool:
-    """Whether what builds a model of these configs reads a field, as its source tells.
+    """Whether the source code that builds models from these configs reads a field.
 
     A field of a config is a name in its class, or a text there; a model has it from something
     called a config. Comments and variables have common words such as `source` or `language`, too.
@@ -223,14 +223,14 @@ def _mentions(cls: type[object], key: str) -> bool:
 
 @functools.cache
 def _sources(folder: Path) -> tuple[str, str]:
-    """The sources of a family and of what all share: of their configs, and of their models."""
+    """The sources of a family and of the shared code: of the configs, and of the models."""
     configs = _source(folder, "configuration", "configuration_utils")
     models = _source(folder, "modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
     return configs, models
 
 
 def _source(folder: Path, kind: str, *shared: str) -> str:
-    """The files of one kind in a family's folder, and those of all families, as one text."""
+    """The files of one kind in a family's folder and in the shared folder, as one text."""
     import transformers
 
     root = Path(transformers.__file__).parent

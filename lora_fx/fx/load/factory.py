@@ -71,7 +71,7 @@ def call_function(spec: str) -> object:
 
 @contextlib.contextmanager
 def _named_by(spec: str) -> Iterator[Any]:
-    """A block with what a spec names, in which the modules of its folder can be imported."""
+    """A block with the object that a spec names; in it, modules of its folder can be imported."""
     where, _, name = spec.rpartition(":")
     is_file = where.endswith(".py")
     if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
@@ -127,7 +127,7 @@ def _from_name(name: str, folder: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Run a file as a module of its own name under a prefix, so that it shadows no other."""
+    """Run a file as a module whose name has a prefix, so that it hides no other module."""
     name = f"lora_fx_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -142,7 +142,7 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _run(what: str, call: Callable[[], object]) -> object:
-    """Call the user's code; what it raises becomes one line with file and line."""
+    """Call the user's code; its error becomes one line with file name and line number."""
     try:
         return call()
     except LoraFxError:
@@ -182,7 +182,7 @@ def _line_of(error: BaseException) -> str:
 
 
 def _unpack(spec: str, result: object) -> Result:
-    """The model and the example inputs that a factory returned; what it left out is empty.
+    """The model and the example inputs that a factory returned; missing ones are empty.
 
     Raises:
         LoraFxError: It returned something else, or no inputs.

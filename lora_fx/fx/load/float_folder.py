@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def float_model(
     cls: type[PreTrainedModel], config: PreTrainedConfig, path: Path, meta: bool, *, strict: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model of a class with the weights of a folder or file, and what has to be said.
+    """The model of a class with the weights of a folder or file, and notes.
 
     Args:
         cls: The class.
@@ -72,7 +72,7 @@ def _first_floating_dtype(stored: Tensors) -> torch.dtype | None:
 
 @unsealed()
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors; memory-mapped, so that only what the model keeps is read."""
+    """All tensors, memory-mapped, so that only tensors that the model keeps are read."""
     from safetensors.torch import load_file
 
     infos = tensors(path)

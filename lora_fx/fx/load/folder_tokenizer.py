@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: offline, and no foreign code."""
+"""The tokenizer of a Hugging Face folder, loaded offline and without running its code."""
 
 from __future__ import annotations
 

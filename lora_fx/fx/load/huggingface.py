@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a module with example inputs: offline, and no foreign code.
+"""Load a Hugging Face folder as a module with example inputs, offline and without its code.
 
 transformers builds the class that config.json names; this file reads the weights itself, so that
 nothing in the folder decides which files are opened (adapters, pickles, kernels, Python code).
@@ -42,7 +42,7 @@ _IMPLEMENTATIONS = {
     "_attn_implementation": ("sdpa",),
     "_experts_implementation": ("batched_mm", "grouped_mm"),
 }
-"""Fields of a config → what they may name beside eager."""
+"""Fields of a config → the values other than eager that they may have."""
 
 
 def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> LoadedModel:
@@ -216,7 +216,7 @@ def _by_weights(
 def _settle(
     config: PreTrainedConfig, folder: Path, raw: JsonView, cls: type[PreTrainedModel]
 ) -> tuple[str, ...]:
-    """Take from the config what would run foreign code or trace badly; say so."""
+    """Remove settings from the config that would run foreign code or trace badly, with notes."""
     notes = []
     if "auto_map" in raw:
         notes.append(
@@ -261,7 +261,7 @@ def _settle_padding(module: PreTrainedModel) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A block without logs, bars or warnings of transformers; what matters becomes a note."""
+    """A block without logs, bars or warnings of transformers; important ones become notes."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

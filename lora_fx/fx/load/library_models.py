@@ -1,4 +1,4 @@
-"""Models of timm and torchvision by their names, with random weights or those of a file."""
+"""Load models of timm and torchvision by name, with random weights or weights from a file."""
 
 from __future__ import annotations
 

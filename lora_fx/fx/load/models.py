@@ -1,4 +1,4 @@
-"""From what a user names on the command line to a module with example inputs.
+"""Load the MODEL that a user names on the command line: a module with example inputs.
 
 Nothing is downloaded but what the prefix hf: names, pickles are read where they are trusted, as
 tensors alone, and no code is run but the user's own factory.

@@ -156,7 +156,7 @@ def _is_conv1d(module: nn.Module, name: str) -> bool:
 def _check_codes(
     name: str, weight: QuantisedWeight, parameter: nn.Parameter, is_transposed: bool, path: Path
 ) -> None:
-    """Refuse codes of another shape than the parameter's, where their file tells the shape."""
+    """Refuse codes whose shape differs from the parameter's, if the file has the shape."""
     shape = parameter.shape
     expected = tuple(shape[::-1]) if is_transposed else tuple(shape)
     if weight.bits and weight.shape != expected:
@@ -226,7 +226,7 @@ def _as_loaded(
 
 
 def _read_stacked(name: str, members: Sequence[QuantisedWeight]) -> Quantised:
-    """The codes of a stack: those of its members, one below the other."""
+    """The codes of a stack: the codes of its members, concatenated."""
     return below(name, [member.read() for member in members])
 
 

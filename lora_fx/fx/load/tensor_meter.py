@@ -104,7 +104,7 @@ class Metered(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Count what a constructor of tensors is about to make; look at what else is large."""
+        """Count the tensors that a constructor is about to make, and other large results."""
         keywords = dict(kwargs or {})
         if func in _CONSTRUCTORS:
             self._count(func, args, keywords)

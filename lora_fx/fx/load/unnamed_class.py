@@ -234,7 +234,7 @@ def _not_ruled_out(
 
 
 def _shapes(stored: Tensors, raw: JsonView) -> Shapes:
-    """Name in the loaded model → shape; empty where codes stand for it in another one."""
+    """Name in the loaded model → shape; empty if the tensor is stored as codes of another shape."""
     with unsealed():
         quantised = quantised_weights(stored, raw)
     quantised_layers = tuple(name.removesuffix("weight") for name in quantised)
@@ -293,7 +293,7 @@ def _fit(module: PreTrainedModel, shapes: Shapes) -> Fit:
 
 
 def _without_strangers(fits: Sequence[Fit]) -> list[Fit]:
-    """The fits without what transformers lets pass.
+    """The fits without weights that transformers ignores.
 
     A weight that another class of the family uses does not pass: T5's encoder leaves out a decoder.
     """

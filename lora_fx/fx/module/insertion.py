@@ -21,7 +21,7 @@ from lora_fx.targets.found import Found
 
 
 class Insertion:
-    """The branches of an adapted module, and what is known of them."""
+    """The branches of an adapted module, and the facts about them."""
 
     def __init__(self, module: AdaptedModule) -> None:
         self._module = module

@@ -42,7 +42,7 @@ from lora_fx.patching import patched
 
 Rewriter = Callable[[FxGraph], object]
 Program = tuple[str, Traced]
-"""The name of its code, and what it was made from: the sizes that it takes, its outputs' tree."""
+"""The name of its code, and its origin: the sizes that it takes, the tree of its outputs."""
 Speedups = Callable[[Sequence[str]], list[Rewriter]]
 """The passes that make train programs cheaper, for the paths of a module's blocks."""
 
@@ -327,7 +327,7 @@ class CapturedModule(Recomputing, Scope):
         return result
 
     def _buffers_of_codes(self) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
-        """(module, name, buffer) of the scales, zeros and orders beside quantised parameters."""
+        """(module, name, buffer) of the scales, zeros and orders of quantised parameters."""
         for module in self.modules():
             for leaf in module.__dict__.get(codes.HELD, ()):
                 for part in codes.PARTS:

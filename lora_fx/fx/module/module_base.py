@@ -93,7 +93,7 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
 
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
-    """The name, the shape, and both ends of a parameter; of codes, what they stand for."""
+    """The name, the shape, and both ends of a parameter; for codes, of their numbers."""
     tensor: torch.Tensor = parameter_of(root, name)
     if is_sharded(tensor):
         raise LoraFxError(

@@ -134,7 +134,7 @@ def _lifted(graph: FxGraph, target: Target) -> Tensor:
 
 
 def _store_lifted(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
-    """Make initialisers of the last inputs, which stand for lifted weights."""
+    """Make initialisers of the last inputs, which are lifted weights."""
     import onnx_ir as ir
 
     graph = model.graph

@@ -258,7 +258,7 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 def _check_members(archive: Archive) -> None:
-    """Refuse a zip whose members are not those of a .pt2 archive: one folder, nothing packed."""
+    """Refuse a zip that is not a .pt2 archive: one folder, no compressed members."""
     infos = archive.zip.infolist()
     members = [info.filename for info in infos]
     if "serialized_exported_program.json" in members:

@@ -1,4 +1,4 @@
-"""A model that is only a file: a Captured whose programs are what a .pt2 holds.
+"""A model that is only a file: a Captured whose programs come from a .pt2 file.
 
 It has no source, so no other mode, dtype or set of arguments can be traced. Where a file of ours
 has branches, the graphs here are those of the model without them, and `adapter` is what they held.
@@ -167,7 +167,7 @@ class FileCaptured(Captured):
         self.base_dtype = base_dtype(self.model)
 
     def _describe(self, manifest: JsonView, dynamic: Dynamic | None, static: Sequence[str]) -> None:
-        """Take from the manifest and the programs which sizes are free, and what they satisfy.
+        """Read from the manifest and the programs which sizes are free, and their conditions.
 
         Raises:
             LoraFxError: `dynamic` names a dimension that the programs fix.
@@ -316,7 +316,7 @@ class FileCaptured(Captured):
 
     @property
     def recorded(self) -> bool:
-        """False: there is no live model to run beside it, as the notes say."""
+        """False: there is no live model to compare it with, as the notes say."""
         return False
 
     def plain(self) -> FileCaptured:
@@ -338,7 +338,7 @@ def _programs_by_manifest(
 
 
 def _programs_by_operators(programs: Mapping[str, LoadedProgram]) -> dict[bool, list[str]]:
-    """{training: names of its programs}, as the operators of their graphs tell."""
+    """{training: names of its programs}, found from the operators of their graphs."""
     modes = {name: mode_of(loaded.program.graph_module.graph) for name, loaded in programs.items()}
     return {training: [name] for training, name in pick_programs(modes).items()}
 
@@ -368,7 +368,7 @@ def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileC
 
 
 def strip_branches(graph: fx.Graph) -> None:
-    """Take out what insert put in: a marked sum of a value and a branch is that value again."""
+    """Remove the branches of insert: a marked sum of a value and a branch becomes that value."""
     sums = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
     for node in filter(is_marked, sums):
         output, branch = node.args[:2]

@@ -28,7 +28,7 @@ from lora_fx.text import Json, JsonView
 FORMAT = 2
 """That of a file with several programs of one mode, of which sizes choose; others have 1."""
 MODES = {False: "eval", True: "train"}
-"""Training or not → what a manifest calls the mode."""
+"""Training or not → the name of the mode in a manifest."""
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:

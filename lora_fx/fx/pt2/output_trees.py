@@ -64,7 +64,7 @@ def _child_names(kind: str, context: Any, fields: Mapping[str, list[str]]) -> An
 
 
 def named_children(names: Any, children: Sequence[Json]) -> Json | None:
-    """A container as a dict of its children; None where what its type keeps is no names of them."""
+    """A container as a dict of its children; None if its type stores no names of children."""
     if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
         names = names[0]  # a dataclass: its fields, and those that are None
     if not isinstance(names, (list, tuple)) or len(names) != len(children):

@@ -45,7 +45,7 @@ KEPT = ("nn_module_stack", "custom", "stack_trace")
 
 
 def clean_program(data: Json, where: str) -> Json:
-    """The program's JSON with what torch would evaluate checked or taken out; edits `data`.
+    """Check or remove the texts in a program's JSON that torch would evaluate; edits `data`.
 
     Args:
         data: models/NAME.json.
@@ -101,7 +101,7 @@ def _check_values(value: object, where: str) -> None:
 
 
 def _texts_of_metadata(metadata: Json) -> Json:
-    """The texts of a node's metadata that are read; torch would import what others name."""
+    """The texts of a node's metadata that are read; torch would import modules named by others."""
     texts = {}
     for key, value in metadata.items():
         if key in KEPT and isinstance(value, str):

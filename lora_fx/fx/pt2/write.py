@@ -37,7 +37,7 @@ ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
 
 
 def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Paths]) -> None:
-    """Write the programs of a module: for each mode (training or not) those of its paths."""
+    """Write the programs of a module: for each mode (training or not) one for each path."""
     traced_programs: dict[str, tuple[bool, Traced]] = {}
     exported_programs: dict[str, tuple[ExportedProgram, str]] = {}
     for training, paths in modes.items():

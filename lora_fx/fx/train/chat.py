@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of its own with limits on time, memory and text.
+"""Chat templates, rendered in a separate process with limits on time, memory and text.
 
 A template is a program in a language with loops: how long it runs and how much it writes no
 arithmetic on its text tells. transformers' sandbox lets it reach nothing of the machine, and gives
@@ -30,11 +30,11 @@ MAX_TEMPLATE = 1 << 17
 SECONDS = 0.8
 """Processor time for all lines; a template takes less than 50 ms to compile."""
 OF_A_LINE = 0.02
-"""Processor time for each line beside it; a line takes a millisecond."""
+"""Additional CPU seconds for each line; a line takes a millisecond."""
 MEGABYTES = 128
-"""Memory that rendering may take beside that of the libraries."""
+"""Memory that rendering may take in addition to the libraries."""
 CHARACTERS = 1 << 20
-"""Characters that a line may be rendered to, beside a multiple of its own."""
+"""Characters that a line may be rendered to, in addition to a multiple of its own length."""
 TIMES = 20
 """The factor by which a rendered line may be longer than its characters."""
 _HINT = "write the turns as the model's chat template wants them"

@@ -39,7 +39,7 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
 
 
 def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
-    """(its name in words, gradient): A and B of every target, then tensors trained whole."""
+    """(its name as text, gradient): A and B of every target, then tensors trained whole."""
     factors: set[int] = set()
     for key, pair in insertion_of(model).slots().items():
         for side, parameter in zip("AB", pair, strict=True):

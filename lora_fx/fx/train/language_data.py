@@ -44,7 +44,7 @@ LONGEST = 1024
 def language_table(
     path: str, module: nn.Module, folder: Path, max_length: int | None
 ) -> tuple[Table, list[str]] | None:
-    """The table of a .jsonl file, padded on the right, and what has to be said of it.
+    """The table of a .jsonl file, padded on the right, and notes.
 
     Args:
         path: The file.
@@ -102,7 +102,7 @@ def language_table(
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of the file: where it stands, its ids, and which of them are trained on."""
+    """A line of the file: its place, its ids, and which of them are trained on."""
 
     where: str
     ids: list[int]

@@ -13,7 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def form_of(where: str, row: JsonView) -> tuple[str, ...]:
-    """The form of a line; empty where it has none. One that is whole stands before parts.
+    """The form of a line; empty if it has none. A complete form is preferred to a part of one.
 
     Tables of several forms have null for what a row lacks, and some keep a conversation's first
     turn as its prompt.
@@ -57,7 +57,7 @@ def text_of(row: Mapping[str, object], name: str, where: str) -> str:
 
 
 def conversation_of(where: str, row: JsonView) -> Json:
-    """The turns of a line and its tools, checked; of a turn what is null is left out."""
+    """The checked turns of a line and its tools; null values of a turn are left out."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
         shown = one_line(json.dumps(turns, ensure_ascii=False), 60)

@@ -26,7 +26,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 Encode = Callable[[str, JsonView, list[str]], Encoded]
-"""Encodes a line: (where it stands, the line, the places of lines with merged tokens)."""
+"""Encodes a line: (its place, the line, the places of lines with merged tokens)."""
 
 
 def encoder(
@@ -36,7 +36,7 @@ def encoder(
     path: str,
     rows: Sequence[tuple[str, JsonView]],
 ) -> tuple[Encode, str]:
-    """The function that encodes a line, and what it trains on, in words."""
+    """The function that encodes a line, and a text on which tokens it trains."""
     if form != ("messages",):
         what = "every token" if form == ("text",) else "the completions' tokens"
         end = tokenizer.eos_token or ""

@@ -147,7 +147,7 @@ def _least_rows(model: AdaptedModule) -> int:
 
 @dataclass(frozen=True)
 class _Run:
-    """The loop; what moves is in a Trail and in the model."""
+    """The training loop; the state that changes is in a Trail and in the model."""
 
     objective: Objective
     optimizer: Optimizer
@@ -188,7 +188,7 @@ class _Run:
             trail.at = 0
 
     def _validate_and_save(self, trail: Trail) -> bool:
-        """Do what is due after a step; returns whether the run ends with it."""
+        """Validate and save if this step requires it; returns whether the run ends with it."""
         steps = self.optimizer.steps
         checks = self.optimizer.settings.checks
         is_last = trail.step == steps

@@ -136,7 +136,7 @@ def check_whole(labels: torch.Tensor) -> None:
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
-    """Refuse labels that are no class of the model; -100 stands for "ignore"."""
+    """Refuse labels that are not classes of the model; -100 means "ignore"."""
     if not has_values(labels):
         return
     check_whole(labels)

@@ -1,4 +1,4 @@
-"""The loss of a batch, in parts: what each part weighs, so that their sum is that of the whole."""
+"""The loss of a batch in parts: the weight of each part, so that their sum is the batch's loss."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lora_fx.errors import LoraFxError, one_line
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""Variables of torchrun, then those of MPI, which accelerate uses on CPUs."""
+"""Environment variables of torchrun, then of MPI, which accelerate uses on CPUs."""
 
 
 class Elsewhere(LoraFxError):
@@ -29,7 +29,7 @@ class Elsewhere(LoraFxError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run, and what they tell each other."""
+    """This process among the processes of the run, and their communication."""
 
     rank: int = 0
     size: int = 1
@@ -160,7 +160,7 @@ def found_processes(environ: Mapping[str, str]) -> Processes:
 
 
 def one_by_accelerate() -> bool:
-    """Whether accelerate was asked for several processes and, without MPI, started this one."""
+    """Whether accelerate started one process, without MPI, although several were requested."""
     return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ
 
 

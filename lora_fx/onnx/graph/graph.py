@@ -279,7 +279,7 @@ class OnnxGraph(Analysed):
             self.rebase(site, self.flow.stores[stored])
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """Let sites read a value; a constant of their own is called `NAME_folded[_1]`."""
+        """Let sites read a value; a separate constant for them is called `NAME_folded[_1]`."""
         if self.covers(name, sites):
             tensor = as_tensor(value, str(self.flow.tensor(name).name))
             self.flow.put(name, tensor)  # the flow stays what it is: nothing to drop
