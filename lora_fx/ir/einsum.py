@@ -39,7 +39,7 @@ class Einsum:
         return "linear" if self.form else "einsum"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The letters decide; the axes of in stand in the order of x, those of out in that of y.
+        """Find the axes from the letters: in axes in the order of x, out axes in the order of y.
 
         A letter of w alone, which the equation sums over, is out too, before the others.
         """
@@ -209,7 +209,7 @@ def _refusal(w: str, activations: list[str], y: str) -> str:
 
 
 def _link_of_a_chain(w: str, first: str) -> WeightForm | None:
-    """The weight form of a link of a chain of products: what it meets first is in."""
+    """The weight form of a link of a chain of products: the axis that is contracted first is in."""
     met = tuple(axis for axis, letter in enumerate(w) if letter in first)
     unmet = tuple(axis for axis, letter in enumerate(w) if letter not in first)
     if met and unmet:

@@ -128,7 +128,7 @@ class Deferred:
 
 
 class Analysed:
-    """Keeps what was computed of a graph until the graph is edited."""
+    """Caches the analyses of a graph until the graph is edited."""
 
     def __init__(self) -> None:
         self._kept: dict[str, object] = {}
@@ -154,7 +154,7 @@ class Analysed:
         self._named = {}
 
     def share(self, named: dict[str, object]) -> None:
-        """Keep what holds by name in this dictionary, which graphs of the same nodes share."""
+        """Keep analyses by name in this dictionary, which graphs of the same nodes share."""
         self._named = named
 
 
@@ -181,7 +181,7 @@ class Graph(Protocol[V]):
         """Every stored parameter, in definition order."""
 
     def gathered_flops(self) -> Mapping[str, int]:
-        """FLOPs of the products of what is gathered from a parameter, by its name."""
+        """FLOPs of products with rows gathered from a parameter, by its name."""
 
     def data_flops(self) -> int:
         """FLOPs of the matmuls between activations, at the example's sizes."""
@@ -220,7 +220,7 @@ class Graph(Protocol[V]):
         """The result of the site's op without its bias; None where that cannot be had apart."""
 
     def emit(self, site: Site, *, before: bool = False) -> Emitter[V]:
-        """An emitter that inserts after the site, or before it, and marks what it makes."""
+        """An emitter that inserts after the site, or before it, and marks its nodes."""
 
     def replace_output(self, site: Site, y: V) -> None:
         """Let every user of the site's result read y instead."""
@@ -283,7 +283,7 @@ class Kind(Protocol):
 
     @property
     def has_branch(self) -> bool:
-        """Whether b·(a·x) can be computed beside the op; else only the weight form exists."""
+        """Whether b·(a·x) can be added to the op's output; else only the weight form exists."""
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """b·(a·x) in the shape of the op's output, where `has_branch` says that there is one."""

@@ -151,7 +151,7 @@ def _permuted(e: Ops[V], value: V, perm: tuple[int, ...]) -> V:
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
-    """Axis 0 is out and the rest is in: what nn.Linear and an ungrouped convolution store."""
+    """Axis 0 is out and the rest is in, as nn.Linear and an ungrouped convolution store it."""
     return Layout(shape, (), (0,), tuple(range(1, len(shape))), shape)
 
 

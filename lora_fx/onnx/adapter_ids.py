@@ -91,7 +91,7 @@ class RowChoice:
             )
 
     def _row_count(self, feeds: Mapping[str, Array]) -> int | None:
-        """The size of the batch, by another input that has it; None where there is none."""
+        """The size of the batch, from another input that has it; None if no input has."""
         for name in self.rowed:
             if name in feeds and feeds[name].ndim:
                 return int(feeds[name].shape[0])

@@ -190,7 +190,7 @@ def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, Ru
 def _feeds(
     name: str, session: RuntimeSession, size: tuple[int, int], inputs: Mapping[str, Array] | None
 ) -> dict[str, Array]:
-    """The arrays that a session is run on: those of a user, and sampled ones for the others."""
+    """The input arrays of a session: arrays of the user, and sampled ones for other inputs."""
     inputs = inputs or {}
     if inputs and set(inputs).isdisjoint(session.input_names):
         raise LoraFxError(

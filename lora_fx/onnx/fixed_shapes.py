@@ -1,4 +1,4 @@
-"""A graph at given sizes: the shapes of its inputs in numbers, and what follows from them.
+"""A graph at given sizes: the shapes of its inputs in numbers, and the shapes that follow.
 
 Names of sizes in a file are free, and FLOPs need numbers: where nobody gives any, a batch is of one
 row, and every other free size, an image's height and width with it, is 64.

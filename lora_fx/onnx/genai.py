@@ -1,4 +1,4 @@
-"""Folders for onnxruntime-genai: a decoder with its cache, what the runtime reads, its tokenizer.
+"""Folders for onnxruntime-genai: a decoder with its cache, its configs and its tokenizer.
 
     DIR/model.onnx          and its data under its own name, so that the reference stays true
     DIR/genai_config.json   names and sizes as the file has them; ids and search of the model's own
@@ -99,7 +99,7 @@ class GenaiFolder:
         return {"model": fields, "search": self.search}
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
-        """Make the folder beside a main output; returns its files.
+        """Make the folder next to a main output; returns its files.
 
         Raises:
             LoraFxError: It exists and `force` is not given, or the copy does not load.
@@ -241,7 +241,7 @@ def _is_like(value: object, default: object) -> bool:
 
 
 def _token_ids(generation: Json, text_config: Any, source: Path) -> Json:
-    """The special tokens that there are; what ends a text pads it, too.
+    """The special tokens that exist; the end token is also the default padding token.
 
     generation_config.json goes before the model's config.
     """
@@ -276,7 +276,7 @@ def _are_ids(name: str, value: object) -> bool:
 
 
 def _notes(generation: Json, search: Json, file: Path) -> list[str]:
-    """A line where fields that would change what is generated are left out."""
+    """A note if fields that would change the generated text are left out."""
     harmless = ("_", "transformers_version", "use_cache", "output_", "return_dict", *IDS)
     left_out: list[str] = []
     for name, value in generation.items():

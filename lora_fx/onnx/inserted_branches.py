@@ -37,7 +37,7 @@ def branches_as_json(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
 
 @blaming
 def adapter_in(path: str | PathLike[str]) -> Adapter:
-    """Read the adapter whose branches stand in a file that insert wrote, trained since.
+    """Read the trained adapter from the branches of a file that insert wrote.
 
     Raises:
         LoraFxError: The file has no such branches, or one was renamed.

@@ -24,7 +24,7 @@ from lora_fx.files.safetensors import MAX_DIMS
 
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-"""The fields of a tensor that hold numbers one by one, beside raw_data."""
+"""The fields of a tensor other than raw_data that hold numbers one by one."""
 MAX_MODEL = 1 << 31
 """Bytes of an .onnx file without its data: protobuf's own limit."""
 MAX_NODES = 200_000
@@ -34,7 +34,7 @@ INLINED = 20_000
 functions that call each other twice are 131,070 nodes, in a file of four kilobytes."""
 TIMES = 20
 WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
-"""Messages that are many, and that no tensor lies in."""
+"""Messages that occur often and hold no tensor."""
 
 
 def _damaged(what: str) -> LoraFxError:
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def data_names(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the files beside a model that hold its tensors; the tensors are checked.
+    """The names of the data files of a model; the tensors in them are checked.
 
     Raises:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
@@ -267,7 +267,7 @@ def _sha1(data: Path, sums: dict[Path, str]) -> str:
 
 
 def _data_file(file: Path, name: str, location: str) -> Path:
-    """The data file of a tensor, which has to lie in the model's own folder.
+    """The data file of a tensor, which must be in the model's own folder.
 
     Args:
         file: The model.

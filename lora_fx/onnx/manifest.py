@@ -78,7 +78,7 @@ class SwitchSlot:
     dtype: str = "float32"
 
     def tensor_shapes(self, rank: int | None) -> dict[str, tuple[int | None, ...]]:
-        """The shapes of A and B by name, for an update of a rank; None stands for any rank."""
+        """The shapes of A and B by name, for an update of a rank; None means any rank."""
         return {
             self.a: (*self.batch, self.inside, rank),
             self.b: (*self.batch, rank, self.out),
@@ -159,7 +159,7 @@ class Manifest:
         return tensors
 
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
-        """The slot of an update, which has to be of the same use of the weight."""
+        """The slot of an update, which must be for the same use of the weight."""
         slot = self.slots.get(key)
         if slot is not None and update.use == own_use(key):
             return slot
@@ -232,7 +232,7 @@ class Manifest:
     def check_declared(
         self, declared: Mapping[str, tuple[str, Sequence[object]]], where: str
     ) -> None:
-        """Compare the slots with what the graph has of them; another program may have changed it.
+        """Compare the slots with the graph, which another program may have changed.
 
         Args:
             declared: Dtype and shape of the graph's tensors by name; sizes that are free are no
@@ -333,7 +333,7 @@ def _possible_slots(graph: ir.Graph, mode: str) -> list[ir.Value]:
 
 
 def manifest_in(text: str | None, where: str) -> Manifest:
-    """The manifest that a file's metadata has; raises where there is none."""
+    """The manifest in a file's metadata; raises if there is none."""
     if text is None:
         raise LoraFxError(
             f"{where}: it has no manifest of lora-fx, so the file is not switchable",

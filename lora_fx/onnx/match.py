@@ -264,7 +264,7 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 def _replacement(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, Array]:
-    """The name in the file of a tensor that is replaced, and its value as it lies there."""
+    """The name of a replaced tensor in the file, and its value in the file's layout."""
     target = found.get(key)
     name = target.parameter.name if target is not None else key
     stored = graph.flow.stores.get(name)

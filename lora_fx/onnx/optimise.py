@@ -190,7 +190,7 @@ def _over_the_gate(parity: Parity) -> str:
 def _timed(
     row: RewriteStage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
 ) -> RewriteStage:
-    """The row of a stage with the time of its candidate, beside that of the base."""
+    """The row of a stage with the time of its candidate and the time of the base."""
     sessions = {"base": base, "new": session}
     timings = time_sessions(sessions, dict.fromkeys(sessions, feed), ROUNDS, 1)
     cpu = timings.rows()[1]["cpu"]

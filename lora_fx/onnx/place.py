@@ -18,10 +18,10 @@ class Place(Protocol):
     """The place of a copy of an .onnx file for a server."""
 
     def config(self, model: Path) -> object:
-        """The configuration that is written beside the copy; raises where there can be none."""
+        """The configuration that is written with the copy; raises if there can be none."""
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
-        """Copy an .onnx file, its data and its adapters there, beside a main output."""
+        """Copy an .onnx file, its data and its adapters to this place, next to a main output."""
 
 
 def copy_model(model: Path, folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ GATES = {"float16": 8 * 2.0**-10, "int8": STEPS, "level 4": STEPS}
 Level 4 is MatMulNBits with its x in int8: what it rounds is what the precision int8 rounds.
 """
 MOST = 24
-"""Nodes that may go back to float32, beside those of large values."""
+"""Nodes that may go back to float32, in addition to nodes with large values."""
 RANGE = 65504.0 / 4
 """Values above it are too near to float16's largest number: real data may have larger ones."""
 LARGEST = (1 << 31) - (1 << 24)
@@ -102,7 +102,7 @@ def narrow(
 
 
 def at_level(model: ir.Model, level: int) -> None:
-    """Let products over codes of 2, 4 or 8 bits take their x as it comes (0) or in int8 (4).
+    """Set whether products over codes of 2, 4 or 8 bits take x unchanged (0) or in int8 (4).
 
     Raises:
         LoraFxError: The model has none.
@@ -172,7 +172,7 @@ def _to_float16(
 
 
 def _named(model: ir.Model) -> ir.Model:
-    """A copy whose nodes have names of their own and whose values have dtypes."""
+    """A copy in which every node has a unique name and every value a dtype."""
     copy = model.clone()
     names: set[str] = set()
     for i, node in enumerate(copy.graph.all_nodes()):

@@ -117,7 +117,7 @@ def _broadcast(op: NodeRows) -> RowAxis | None:
 
 
 def _keep(op: NodeRows) -> RowAxis | None:
-    """The rows are those of the first operand, where no other operand has any."""
+    """The result has the rows of the first operand if no other operand has rows."""
     for slot in range(1, len(op.node.inputs)):
         if op.rows(slot).axis is not None:
             return None
@@ -239,7 +239,7 @@ def _keep_sizes(before: list[str], after: list[str], count: int, copied: set[int
 
 
 def _sizes_of_a_row(rows: RowAxis, before: list[str], batch: str) -> list[str] | None:
-    """The sizes that lie inside of a row in memory; None where the batch is not named."""
+    """The sizes inside a row in memory; None if the batch has no name."""
     assert rows.axis is not None
     behind = before[rows.axis + 1 :]
     if rows.exact or rows.inner:
@@ -330,7 +330,7 @@ def _unsqueeze(op: NodeRows) -> RowAxis | None:
 
 
 def _reduce(op: NodeRows) -> RowAxis | None:
-    """Axes are summed up or taken away, and the batch is none of them."""
+    """Axes are reduced or removed; the batch must not be one of them."""
     rows = op.rows(0)
     dims = op.rank(0)
     if op.node.op_type in ("ArgMax", "ArgMin"):
@@ -469,7 +469,7 @@ def _front(keeps: Callable[[NodeRows], bool]) -> Rule:
 
 
 def _quantised(op: NodeRows) -> RowAxis | None:
-    """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
+    """Codes have the rows of their input; DynamicQuantizeLinear has one scale for all rows."""
     return _keep(op) if op.result == 0 else SAME
 
 
@@ -493,7 +493,7 @@ def _einsum(op: NodeRows) -> RowAxis | None:
 
 
 def _pad(op: NodeRows) -> RowAxis | None:
-    """The rows are those of the data, where nothing is put before or after them."""
+    """The result has the rows of the data if nothing is added before or after them."""
     rows = _keep(op)
     pads = numbers(op.node, "pads", 1)
     dims = op.rank(0)
@@ -571,7 +571,7 @@ def _split_to_sequence(op: NodeRows) -> RowAxis | None:
 
 
 def _of_sequence(op: NodeRows) -> RowAxis | None:
-    """The rows of the sequence and of what is put into it, which have to agree."""
+    """The rows of the sequence and of the inserted value, which must agree."""
     # The last operand of these is a position.
     tensors = {"SequenceAt": 1, "SequenceErase": 1, "SequenceInsert": 2}.get(op.node.op_type)
     states = {op.rows_of(value) for value in op.node.inputs[:tensors]} - {SAME}

@@ -204,7 +204,7 @@ def is_guard(node: ir.Node | None) -> bool:
 
 
 def guards_alone(model: ir.Model) -> ir.Model:
-    """The nodes that make NaN of rows, as a model of the ids and of what these nodes read."""
+    """The nodes that turn rows into NaN, as a model of the ids and of these nodes' inputs."""
     guards = [node for node in model.graph if is_guard(node)]
     guarded_values = [node.inputs[2] for node in guards]
     names = [str(value.name) for value in guarded_values if value is not None]

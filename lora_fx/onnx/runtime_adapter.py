@@ -57,7 +57,7 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
 
 
 def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, int]) -> None:
-    """Write a file and compare what it reads back as, bit by bit.
+    """Write a file, read it back, and compare it bit by bit.
 
     Args:
         path: The file to create.

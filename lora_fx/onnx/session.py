@@ -95,7 +95,7 @@ class RuntimeSession:
 def tensors_by_name(
     names: Sequence[str], outputs: Sequence[Array | Sequence[Array]]
 ) -> dict[str, Array]:
-    """The outputs of a run by name, those of a sequence y as `y[0]`, `y[1]` and so on."""
+    """The outputs of a run by name; the tensors of a sequence y are `y[0]`, `y[1]` and so on."""
     tensors: dict[str, Array] = {}
     for name, value in zip(names, outputs, strict=True):
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The factors of a switchable graph, in the place of what insert made.
+"""Replace the factors that insert made by the factors of a switchable graph.
 
 They are inputs with defaults, or initialisers of a fixed rank.
 """
@@ -19,7 +19,7 @@ from lora_fx.targets.target import Target
 
 
 def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSlot:
-    """Put A and B, as they are read, in the place of what insert made.
+    """Replace the factors that insert made by A and B in the form that is read.
 
     Args:
         graph: A graph that has the branches of the target.

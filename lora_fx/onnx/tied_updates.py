@@ -81,7 +81,7 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
 
 
 def _of_lookups(target: Target, *, lookups: bool) -> list[Target]:
-    """The target, or those of its uses, as far as these are lookups, or as far as they are not."""
+    """The target with only its uses that are lookups, or only its other uses."""
     sites = [site for site in target.sites if (site.op == "embedding") == lookups]
     targets: list[Target] = []
     for key in target.keys_of(sites):
@@ -96,14 +96,14 @@ def _of_lookups(target: Target, *, lookups: bool) -> list[Target]:
 
 
 def as_lookup(entry: LowRank) -> bool:
-    """True where in of an update is the rows of a table; a bound one may lie as the head does."""
+    """True if in of an update is the rows of a table; a bound one may have the head's layout."""
     if entry.origin.op != "embedding":
         return False
     return entry.layout is None or entry.layout.in_ == (0,)
 
 
 def op_of(entry: LowRank) -> str:
-    """The op of an update, where that still says which way round the update lies."""
+    """The op of an update, if the op still tells the direction of the update."""
     if entry.origin.op == "embedding" and not as_lookup(entry):
         return ""
     return entry.origin.op

@@ -105,7 +105,7 @@ class TrainSession:
         return [name for name in self._shapes if name not in names_of_session]
 
     def load(self, adapter: Adapter | str | PathLike[str]) -> None:
-        """Start anew from an adapter, or its file in any format, with states of zeros.
+        """Restart from an adapter, or its file in any format, with optimizer states of zeros.
 
         The scale of an update is that of the file. Where the adapter has another, B takes the
         difference, so that W + s·B·A stays, and `note` says so.

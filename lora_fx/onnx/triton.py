@@ -84,7 +84,7 @@ class Repository:
         return config
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
-        """Copy an .onnx file and its data in as the next version, beside a main output.
+        """Copy an .onnx file and its data as the next version, next to a main output.
 
         The server reads no adapters, and they are not copied.
 
@@ -108,7 +108,7 @@ class Repository:
         return [self.home / CONFIG, *(self.home / "1" / name for name in names)]
 
     def _place_next_version(self, model: Path, beside: Beside) -> list[Path]:
-        """Copy an .onnx file in beside the versions that are there, under the next number."""
+        """Copy an .onnx file into the folder of the versions, under the next number."""
         number = max([0, *_versions(self.home)]) + 1
         folder = self.home / str(number)
         with replacing(folder, listed=False, beside=beside) as version:

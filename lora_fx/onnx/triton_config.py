@@ -214,7 +214,7 @@ _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w
 
 @cache
 def _model_config() -> type[Message]:
-    """The class of a ModelConfig, made of `_MESSAGES`."""
+    """The class of a ModelConfig, made from `_MESSAGES`."""
     file = FileDescriptorProto(name="model_config", package="lora_fx.triton", syntax="proto3")
     kinds = file.enum_type.add(name="DataType")
     for number, name in KINDS.items():

@@ -1,4 +1,4 @@
-"""The strip of facts: the numbers that tell most of a result."""
+"""The strip of facts: the most important numbers of a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.text import JsonView
 
 
 class Fact(NamedTuple):
-    """A number, what it is, what to hold it against, and whether it is as it should be."""
+    """A number, its name, a number to compare it with, and whether it is good."""
 
     label: str
     value: str

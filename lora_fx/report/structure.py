@@ -25,7 +25,7 @@ _CHARACTER = 8.6
 
 
 class Cell(NamedTuple):
-    """A target in its block: what is written in it, its shade (0 to SHADES − 1), and its place."""
+    """A target in its block: its text, its shade (0 to SHADES − 1), and its place."""
 
     label: str
     value: str
@@ -133,7 +133,7 @@ class _Scale(NamedTuple):
     top: int
 
     def value(self, row: Row) -> int:
-        """The number that a cell's colour stands for."""
+        """The number that a cell's colour shows."""
         if self.by_rank:
             return sum(row.rank)
         return row.parameters or 0
@@ -153,7 +153,7 @@ def _scale_of(rows: list[Row]) -> _Scale:
 
 
 def _box(name: str, rows: list[Row], total: int, scale: _Scale) -> JsonView:
-    """One block as a figure; its label says every cell in words."""
+    """One block as a figure; its label lists every cell as text."""
     x = 0
     y = 0
     widest = 0

@@ -130,7 +130,7 @@ def _with_plain_layer(
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """False for a layer with its own forward; True if only its weight is special."""
+    """True if a layer's forward is torch's or its package's, not the user's."""
     forward = type(layer).forward
     if forward in (nn.Linear.forward, nn.Embedding.forward):
         return True

@@ -1,4 +1,4 @@
-"""Quantised weights in an ONNX graph: their codes, and where a branch beside one reads and adds.
+"""Quantised weights in an ONNX graph: their codes, and the places where a branch reads and adds.
 
     x → MatMulNBits → y                                          and its kin
     x → MatMul(·, DequantizeLinear(codes)) → y                   Gemm, Conv, Gather …

@@ -105,7 +105,7 @@ class OnnxGraph(Analysed):
         return self.flow.data_flops
 
     def adapted(self) -> frozenset[str]:
-        """The ids of sites whose branch stands in the graph."""
+        """The ids of sites whose branch is in the graph."""
         marks = (node.metadata_props.get(MARK) for node in self.model.graph.all_nodes())
         return frozenset(mark for mark in marks if mark)
 
@@ -165,7 +165,7 @@ class OnnxGraph(Analysed):
         return OnnxEmitter(self, node, site.id, use, before=before)
 
     def emit_first(self, mark: str) -> OnnxEmitter:
-        """An emitter before all nodes, for what is computed of initialisers."""
+        """An emitter before all nodes, for values that are computed from initialisers."""
         return OnnxEmitter(self, self.model.graph[0], mark, before=True)
 
     def replace_output(self, site: Site, y: ir.Value) -> None:
@@ -196,7 +196,7 @@ class OnnxGraph(Analysed):
         return None
 
     def rebase(self, site: Site, w: ir.Value) -> None:
-        """Let the site read w through a view of its own.
+        """Let the site read w through a separate view.
 
         Raises:
             LoraFxError: The site reads codes.
@@ -274,7 +274,7 @@ class OnnxGraph(Analysed):
         return readers
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
-        """Let sites read another stored tensor through views of their own."""
+        """Let sites read another stored tensor through separate views."""
         for site in sites:
             self.rebase(site, self.flow.stores[stored])
 
@@ -351,7 +351,7 @@ class OnnxGraph(Analysed):
 
 
 def _remove_stored(value: ir.Value) -> None:
-    """Remove an initialiser or a Constant from the graph that it stands in."""
+    """Remove an initialiser or a Constant from its graph."""
     producer = value.producer()
     graph = value.graph
     assert isinstance(graph, ir.Graph)
@@ -380,7 +380,7 @@ def _lint(graph: ir.Graph, outer_values: set[ir.Value]) -> None:
 
 
 class ManagedOnnxPass(ir.passes.InPlacePass):
-    """A pass of ours on an onnx_ir model.
+    """A pass of lora-fx on an onnx_ir model.
 
     Args:
         rewrite: Insert, Fold or any other pass of lora_fx.passes.

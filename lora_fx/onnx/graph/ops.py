@@ -84,7 +84,7 @@ LINEAR_IN_OUT = WeightForm("linear", Axes((), (1,), (0,)))
 LINEAR_OUT_IN = WeightForm("linear", Axes((), (0,), (1,)))
 """W + ΔW of a matrix [out, in]."""
 ANY_RANK = (0,) * 9
-"""The shape that stands for an unknown one: of more dimensions than any weight's."""
+"""The shape in place of an unknown one: it has more dimensions than any weight."""
 
 
 def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -217,7 +217,7 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _unknown_rank(shapes: list[Shape | None]) -> Iterator[OnnxOperand]:
-    """The operands of an einsum whose letters are unknown, since an ellipsis may stand for any."""
+    """The operands of an einsum whose letters are unknown, since an ellipsis may be any letters."""
     for slot, shape in enumerate(shapes):
         if shape:
             yield OnnxOperand(slot, 0, einsum.linear(), "the rank of an operand is unknown")
