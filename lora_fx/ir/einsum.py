@@ -209,7 +209,7 @@ def _refusal(w: str, activations: list[str], y: str) -> str:
 
 
 def _link_of_a_chain(w: str, first: str) -> WeightForm | None:
-    """The weight form of a link of a chain of products: the axis that is contracted first is in."""
+    """The weight form of a link of a chain: its axes in the first operand are in."""
     met = tuple(axis for axis, letter in enumerate(w) if letter in first)
     unmet = tuple(axis for axis, letter in enumerate(w) if letter not in first)
     if met and unmet:
