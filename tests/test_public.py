@@ -152,7 +152,7 @@ def test_rows_with_weights_are_said_by_their_mode(tmp_path: Path) -> None:
 
 
 WRONG_MODES: dict[str, tuple[dict[str, Any], str]] = {
-    "twice": ({"mode": Switch(), "include": "one"}, "include= beside mode=lora_fx.Switch"),
+    "twice": ({"mode": Switch(), "include": "one"}, "include= with mode=lora_fx.Switch"),
     "of another": (
         {"mode": Switch(), "scales": True},
         "mode switch would ignore an option of mode",

@@ -32,7 +32,9 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
     where = "every gradient is finite, but their norm or the loss is not"
     if infinite:
         count = f"{len(infinite)} of {len(gradients)}"
-        where = f"the first gradient that is not finite is that of {infinite[0]} ({count} are not)"
+        where = (
+            f"the first one that is not finite is the gradient of {infinite[0]} ({count} are not)"
+        )
     if not math.isfinite(loss):
         raise not_finite(step, "loss", loss, where)
     raise not_finite(step, "norm of the gradients", norm, where)

@@ -176,7 +176,7 @@ def test_causal_classifier_gets_a_padding_token(tmp_path: Path) -> None:
 
     saved(GPT2ForSequenceClassification(gpt2().config), tmp_path)
     loaded = load_model(tmp_path)
-    assert loaded.notes == ("config.json has no pad_token_id: 2 is taken",)
+    assert loaded.notes == ("config.json has no pad_token_id: 2 is used",)
     assert found(loaded).targets
 
 

@@ -84,9 +84,9 @@ def test_the_one_that_fails_says_so_alone(both: list[dict[str, Any]]) -> None:
     assert second["second refuses"]["error"].startswith("LoraFxError: no such thing")
     assert "step 3: the loss is nan" in first["all nan"]["error"]
     assert second["all nan"] == {"elsewhere": "process 0 failed", "code": 1}
-    assert "process 1 has other data than process 0" in first["other data"]["error"]
+    assert "process 1 and process 0 have different data" in first["other data"]["error"]
     assert second["other data"] == {"elsewhere": "process 0 failed", "code": 2}
-    assert "process 1 has other initial values than process 0" in first["other start"]["error"]
+    assert "process 1 and process 0 have different initial values" in first["other start"]["error"]
     assert first["first fails at the end"]["error"] == "OSError: disk full"
     assert second["first fails at the end"] == {"elsewhere": "process 0 failed", "code": 2}
 

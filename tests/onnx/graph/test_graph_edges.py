@@ -44,7 +44,7 @@ def test_lint_names_a_value_that_is_read_too_early() -> None:
     graph.model.graph.remove(relu)
     graph.model.graph.append(relu)
     assert neg is graph.model.graph[0]
-    with pytest.raises(LoraFxError, match="Neg y reads 'a' too early"):
+    with pytest.raises(LoraFxError, match="Neg y reads 'a' before it is computed"):
         graph.lint()
 
 

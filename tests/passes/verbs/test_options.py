@@ -145,7 +145,7 @@ def test_the_variant_of_an_adapter_is_no_contradiction() -> None:
     for variant, others in (("dora", "lora"), ("qalora:2", "qalora:4"), ("lora+", "lora")):
         made = lora_fx.insert(net(), (X,), rank=2, variant=variant).adapter()
         assert lora_fx.insert(net(), (X,), adapter=made, variant=variant).adapter().lowrank
-        with pytest.raises(LoraFxError, match="variant has no say beside an adapter"):
+        with pytest.raises(LoraFxError, match="variant has no say with an adapter"):
             lora_fx.insert(net(), (X,), adapter=made, variant=others)
 
 
