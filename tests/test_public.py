@@ -152,15 +152,18 @@ def test_rows_with_weights_are_said_by_their_mode(tmp_path: Path) -> None:
 
 
 WRONG_MODES: dict[str, tuple[dict[str, Any], str]] = {
-    "twice": ({"mode": Switch(), "include": "one"}, "include= beside mode=lora_fx.Switch"),
-    "of another": ({"mode": Switch(), "scales": True}, "mode switch would ignore what is for mode"),
+    "twice": ({"mode": Switch(), "include": "one"}, "include= with mode=lora_fx.Switch"),
+    "of another": (
+        {"mode": Switch(), "scales": True},
+        "mode switch would ignore an option of mode",
+    ),
     "a rank of 0": ({"mode": Load(rank=0)}, "rank 0 is not a positive whole number"),
     "a rank of 0 of a step": ({"mode": TrainStep(rank=0)}, "rank 0 is not a positive"),
     "a fraction": ({"mode": Load(rank=1.5)}, "rank 1.5 is not a positive whole number"),
     "a text": ({"mode": Load(rank="x")}, "rank 'x' is not a positive whole number"),
     "a truth": ({"mode": Load(rank=True)}, "rank True is not a positive whole number"),
-    "no loss": ({"mode": TrainStep(loss="hinge")}, "no loss 'hinge'"),
-    "no mode": ({"mode": "swap"}, "no mode 'swap'"),
+    "unknown loss": ({"mode": TrainStep(loss="hinge")}, "unknown loss 'hinge'"),
+    "unknown mode": ({"mode": "swap"}, "unknown mode 'swap'"),
     "no object of a mode": ({"mode": 3}, "mode"),
 }
 

@@ -87,7 +87,7 @@ HINTS = {
     "--dtype bfloat16 or float32 can": "dtype='bfloat16' or float32 can",
     "--rank 8, or exclude it": "rank=8, or exclude it",
     "--exclude steps.q leaves it out": "exclude='steps.q' leaves it out",
-    "--names FILE says which": "names=FILE says which",
+    "say which with --names FILE": "say which with names=FILE",
     "--map FILE, as a table of rows": "--map FILE, as a table of rows",
     "(--dynamic NAME:0=batch)": "(dynamic={NAME: {DIM: SYMBOL}})",
     "run lora-fx targets MODEL for the names": "print(lora_fx.find(model)) for the names",
@@ -159,11 +159,11 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
         "unknown dtype torch.float16", "did you mean float16",
     ),
     "a missing .onnx to find": (
-        lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge and verify",
+        lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge or verify",
     ),
     "a text to capture": (
         lambda cap: lora_fx.capture("model"),
-        "'model' is no model", "MODEL is a Hugging Face folder",
+        "'model' is not a model", "MODEL is a Hugging Face folder",
     ),
     "export the wrong way round": (
         lambda cap: lora_fx.export("m.onnx", cap),
@@ -209,11 +209,11 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a mode": (
         lambda cap: lora_fx.export(cap, "m.onnx", mode="swich"),
-        "no mode 'swich'", "did you mean switch",
+        "unknown mode 'swich'", "did you mean switch",
     ),
     "a precision": (
         lambda cap: lora_fx.export(cap, "m.onnx", precision="float61"),
-        "no precision 'float61'", "did you mean float16",
+        "unknown precision 'float61'", "did you mean float16",
     ),
     "a key": (lambda cap: lora_fx.find(cap)["fc3.weight"], "is not a target", "mean fc2.weight"),
     "a selector": (

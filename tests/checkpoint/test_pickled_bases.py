@@ -250,7 +250,7 @@ def put(value: Any) -> Any:
 
 
 HOSTILE = {
-    "code": (put({"w": Attack()}), "will not read it as tensors alone"),
+    "code": (put({"w": Attack()}), "refuses to read it as tensors only"),
     "no tensors": (put({"w": 3}), "holds a int at 'w'"),
     "a trainer's": (put({"state_dict": {"w": torch.ones(2)}}), "holds a dict at 'state_dict'"),
     "complex": (put({"w": torch.ones(2, 2, dtype=torch.complex128)}), "'w' has dtype complex128"),
@@ -261,11 +261,11 @@ HOSTILE = {
     "compressed": (compressed, "'w' is not stored row by row"),
     "big-endian": (foreign, "'w' is not stored row by row"),
     "beyond its storage": (made(10, 3, 4), "'w' is not stored row by row"),
-    "before its storage": (made(-4, 3, 4), "tensors alone"),
+    "before its storage": (made(-4, 3, 4), "tensors only"),
     "huge": (made(0, 2**40, 4), "'w' is not stored row by row"),
     "huge and empty": (made(0, 2**61, 0), "'w' is not stored row by row"),
     "a record cut off": (shorter, "'w' is not stored row by row"),
-    "cut off": (lambda file: file.write_bytes(b"PK\x03\x04 cut"), "tensors alone"),
+    "cut off": (lambda file: file.write_bytes(b"PK\x03\x04 cut"), "tensors only"),
 }
 
 

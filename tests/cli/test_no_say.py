@@ -171,23 +171,23 @@ NO_SAY: list[tuple[str, str, str]] = [
         for o in ("--max-shard-size 5GB", "--lossy")
     ),
     *(
-        (EXPORT, o, "ignore what is for mode")
+        (EXPORT, o, "ignore an option of mode")
         for o in ("--include fc1", "--exclude fc1", "--rank 4", "--loss ce", "--optimizer sgd",
                   "--weight-decay 0.1", "--clip 1", "--scales")
     ),
     *(
-        (f"{EXPORT} --mode switch", o, "ignore what is for mode")
+        (f"{EXPORT} --mode switch", o, "ignore an option of mode")
         for o in ("--rank 4", "--loss ce", "--precision float16", "--scales")
     ),
     *(
-        (f"{EXPORT} --mode batch", o, "ignore what is for mode")
+        (f"{EXPORT} --mode batch", o, "ignore an option of mode")
         for o in ("--include fc1", "--exclude fc1", "--rank 4", "--optimise", "--clip 1")
     ),
-    (f"{EXPORT} --mode train", "--quantise nf4", "float32 alone"),
-    (f"{EXPORT} --mode train", "--accuracy-level 4", "no accuracy level"),
-    (EXPORT, "--tol 0.1", "nothing is rounded here"),
+    (f"{EXPORT} --mode train", "--quantise nf4", "float32 only"),
+    (f"{EXPORT} --mode train", "--accuracy-level 4", "accuracy level 4 is not available"),
+    (EXPORT, "--tol 0.1", "this export rounds nothing"),
     (EXPORT, "--genai out", "without a cache"),
-    (EXPORT, "--max-batch 4", "of a repository"),
+    (EXPORT, "--max-batch 4", "for a Triton repository"),
     (EXPORT, "--names m.json", "--names is for .onnx models only"),
     (EXPORT, "--map m.json", "--names is for .onnx models only"),
     *(
@@ -196,7 +196,7 @@ NO_SAY: list[tuple[str, str, str]] = [
                   "--cache")
     ),
     *(
-        (FROM_ONNX, o, "where an adapter is merged into an .onnx file")
+        (FROM_ONNX, o, "when an adapter is merged into an .onnx file")
         for o in ("--inputs inputs.npz", "--within")
     ),
     ("export held.pt2 -o out.onnx", "--no-repeat", "which is traced already"),

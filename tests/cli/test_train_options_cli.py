@@ -75,8 +75,8 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in (
         (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as d.npz has"),
         (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no say beside"),
-        (("--schedule", "cosin"), "no schedule 'cosin'"),
-        (("--optimizer", "adam"), "no optimizer 'adam'"),
+        (("--schedule", "cosin"), "unknown schedule 'cosin'"),
+        (("--optimizer", "adam"), "unknown optimizer 'adam'"),
         (("--schedule", "constant", "--warmup", "0.1"), "--warmup has no say for --schedule const"),
         (("--save-total-limit", "2"), "--save-total-limit needs a folder for states"),
         (("--curve", "mine.csv", "--force"), "mine.csv: --force does not replace it"),
@@ -106,10 +106,16 @@ def test_the_last_states_are_kept(home: Path, capsys: pytest.CaptureFixture[str]
     assert (home / "b" / "adapter_model.safetensors").read_bytes() == want
     assert losses(capsys, "-o", "b", "--resume", "s", *keep)["resumed"] == 6
     for argv, message in (
-        (("--save-state", "s", *keep, "--force"), "s holds states of a run, the last checkpoint-6"),
-        (("--resume", "s"), "s holds states of a run"),
-        (("--resume", "s/checkpoint-4"), "s/checkpoint-4 is one state, and is kept"),
-        (("--resume", "t", *keep), "t is one state, and is kept"),
+        (
+            ("--save-state", "s", *keep, "--force"),
+            "s already holds states of a run, the last is checkpoint-6",
+        ),
+        (("--resume", "s"), "s already holds states of a run"),
+        (
+            ("--resume", "s/checkpoint-4"),
+            "s/checkpoint-4 is a single state, which is not overwritten",
+        ),
+        (("--resume", "t", *keep), "t is a single state, which is not overwritten"),
     ):
         code, _, err = run(capsys, *TRAIN, "-o", "c", *argv)
         assert code == 2 and message in err, err

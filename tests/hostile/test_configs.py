@@ -493,7 +493,7 @@ def test_a_tokenizer_reads_no_file_of_another_place(tmp_path: Path) -> None:
     for value in (str(secret), os.path.relpath(secret)):
         told = {"tokenizer_class": "BertTokenizer", "vocab_file": value}
         (folder / "tokenizer_config.json").write_text(json.dumps(told))
-        with pytest.raises(LoraFxError, match=r"vocab_file is .*a file beyond the folder"):
+        with pytest.raises(LoraFxError, match=r"vocab_file is .*a file outside the folder"):
             read_tokenizer(folder)
 
 

@@ -139,7 +139,7 @@ def test_by_shape_where_one_target_has_it(tmp_path: Path) -> None:
         (
             {"x": "q", "z": "q"},
             {"names": dict.fromkeys("xz", STORED["q"])},
-            "two entries to one tensor",
+            "gives one tensor two updates",
         ),
     ],
 )

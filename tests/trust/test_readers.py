@@ -211,7 +211,7 @@ def test_the_default_plan_of_attach_leaves_out_what_it_cannot_tell_apart(name: s
     assert key in lora_fx.insert(model, (x,), rank=2).updates
     lora_fx.attach(model, (x,), rank=2)
     (note,) = (n for n in model.report().notes if "left out" in n)
-    assert note.startswith(f"{key}: read by ") and "lora_fx.insert reaches it" in note
+    assert note.startswith(f"{key}: read by ") and "lora_fx.insert can adapt it" in note
     adapter = values(model.adapter().lowrank)
     assert key not in adapter.entries and "own.weight" in adapter.entries
     model.load_adapter(adapter)

@@ -214,7 +214,7 @@ def test_a_file_without_the_head_by_its_name_is_refused(tmp_path: Path) -> None:
     del file.metadata_props[:]
     onnx.save(file, tmp_path / "o.onnx")
     adapter = adapted(model, ids, "*").adapter()
-    with pytest.raises(LoraFxError, match="only the lookup by this name"):
+    with pytest.raises(LoraFxError, match="under this name the file has only the lookup"):
         lora_fx.merge(tmp_path / "o.onnx", adapter, tmp_path / "never.onnx")
 
 

@@ -1,4 +1,4 @@
-"""The guards of an export: what torch.export asked of sizes while it ran, and what code asked.
+"""The guards of an export: the conditions on sizes that it assumed, and the lines that caused them.
 
 torch keeps what it learnt in three places: asserts among the nodes, ranges of symbols, and
 placeholders that share a symbol. Where a guard came from decides what becomes of it:
@@ -32,7 +32,7 @@ UNKNOWN = "the model's arithmetic"
 
 @dataclass(frozen=True)
 class Guard:
-    """One thing that torch learnt: its expression, what asked, and the line that did."""
+    """One condition that torch learnt: its expression, the op, and the line of code."""
 
     expression: Any
     kind: str
@@ -70,7 +70,7 @@ class GuardLog:
         return self.guards.get(text, Guard(None, BRANCH, UNKNOWN))
 
     def of_equal(self, symbols: set[object]) -> Guard:
-        """The guard of a line of Python that asked whether such sizes are equal, or a demand."""
+        """The guard of a line of Python that compared these sizes, or a required condition."""
         for guard in self.guards.values():
             if guard.kind != BRANCH or getattr(guard.expression, "rel_op", "") != "==":
                 continue
@@ -128,7 +128,7 @@ def _origin(frame: FrameType | None) -> tuple[str, str]:
 
 
 def _frames_within_export(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and those that called it, up to the exporter: what called that is no model's line."""
+    """A frame and its callers up to the exporter; callers of the exporter are not model code."""
     while frame is not None and frame.f_code.co_filename != f"{_TORCH}/export/_trace.py":
         yield frame
         frame = frame.f_back

@@ -82,7 +82,7 @@ class ToHalf(ir.passes.InPlacePass):
         return any(value.dtype == FULL for value in values)
 
     def _cast(self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """A value in another dtype: a converted initialiser, or one cast of its own."""
+        """A value in another dtype: a converted initialiser, or the result of one cast."""
         if (id(value), dtype) in self._casts:
             return self._casts[id(value), dtype]
 

@@ -30,7 +30,7 @@ def test_refusals() -> None:
         with pytest.raises(lora_fx.LoraFxError, match="an adapter is attached to this"):
             verb(model, (x,))
     model[0].__class__ = type("Other", (type(model[0]),), {})
-    with pytest.raises(lora_fx.LoraFxError, match="became Other by another tool"):
+    with pytest.raises(lora_fx.LoraFxError, match="into a Other after attach"):
         lora_fx.detach(model)
 
 

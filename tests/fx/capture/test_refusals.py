@@ -119,5 +119,7 @@ def test_a_weight_under_a_name_that_is_taken_is_named() -> None:
     assert lora_fx.insert(named("fold"), (x,), rank=2)(x).shape == (2, 6)
     with pytest.raises(lora_fx.LoraFxError, match=r"Sequential\.adapter holds weights"):
         lora_fx.insert(named("adapter"), (x,), rank=2)
-    with pytest.raises(CaptureError, match=r"torch\.fx has a use .* such as graph"):
+    with pytest.raises(
+        CaptureError, match=r"torch\.fx itself uses the name of a module .* such as graph"
+    ):
         lora_fx.find(named("graph"), (x,))

@@ -159,7 +159,7 @@ def test_texts_that_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", LARGE)
 def test_expressions_that_are_too_large(text: str) -> None:
-    with pytest.raises(LoraFxError, match="is too large, multiplied out"):
+    with pytest.raises(LoraFxError, match="is too large when multiplied out"):
         check_expression(text, "f")
 
 
@@ -186,7 +186,7 @@ def test_expressions_that_pass(text: str) -> None:
      "torch.ops.load_library", "math.__loader__.load_module", "#ns:op", "os.system", 5],
 )  # fmt: skip
 def test_operators_that_are_refused(target: Any) -> None:
-    with pytest.raises(LoraFxError, match="no operator of aten"):
+    with pytest.raises(LoraFxError, match="not an operator of aten"):
         check_operator(target, "f")
 
 

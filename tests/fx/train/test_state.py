@@ -172,7 +172,7 @@ def test_damaged_states(state: Path, tmp_path: Path) -> None:
     (tmp_path / "0" / "state.json").write_text("{")
     with pytest.raises(LoraFxError, match="damaged"):
         go_on(tmp_path / "0")
-    with pytest.raises(LoraFxError, match="no training state"):
+    with pytest.raises(LoraFxError, match="is not a training state"):
         go_on(tmp_path / "gone")
 
 

@@ -147,7 +147,7 @@ def test_the_variant_of_an_adapter_is_no_contradiction() -> None:
     for variant, others in (("dora", "lora"), ("qalora:2", "qalora:4"), ("lora+", "lora")):
         made = lora_fx.insert(net(), (X,), rank=2, variant=variant).adapter()
         assert lora_fx.insert(net(), (X,), adapter=made, variant=variant).adapter().lowrank
-        with pytest.raises(LoraFxError, match="variant has no say beside an adapter"):
+        with pytest.raises(LoraFxError, match="variant has no say with an adapter"):
             lora_fx.insert(net(), (X,), adapter=made, variant=others)
 
 
@@ -205,7 +205,7 @@ def test_an_option_of_zero_beside_a_mode(
     tmp_path: Path, mode: Any, given: dict[str, Any], name: str
 ) -> None:
     """It is one that was given, and is not passed over."""
-    with pytest.raises(LoraFxError, match=f"^{name}= beside mode=lora_fx"):
+    with pytest.raises(LoraFxError, match=f"^{name}= with mode=lora_fx"):
         lora_fx.export(net(), tmp_path / "x.onnx", (X,), mode=mode, **given)
 
 
@@ -229,7 +229,7 @@ def test_dimensions_beside_a_captured_model(tmp_path: Path) -> None:
         (lambda **g: lora_fx.export(cap, tmp_path / "x.onnx", **g), {}),
     ]
     for call, more in calls:
-        with pytest.raises(LoraFxError, match="dynamic has no say beside a captured model"):
+        with pytest.raises(LoraFxError, match="dynamic has no say with a captured model"):
             call(dynamic={"input": {0: "rows"}}, **more)
     assert not list(tmp_path.iterdir())
     assert lora_fx.fold(module, (X,)) and lora_fx.find(cap, (X,))  # the inputs that it has
@@ -270,5 +270,5 @@ def test_a_plan_that_reads_no_gradient(given: dict[str, Any]) -> None:
 
 def test_a_plan_that_reads_no_data_says_so() -> None:
     made = lora_fx.plan(net(), (X,), budget="uniform:2", data=BATCH)
-    assert made.notes == ("data decides nothing: method 'uniform' reads none",)
+    assert made.notes == ("data has no effect: method 'uniform' reads none",)
     assert made.rows == lora_fx.plan(net(), (X,), budget="uniform:2").rows

@@ -161,7 +161,7 @@ def test_what_a_method_cannot_read_gets_the_rank_of_uniform() -> None:
     data = [{"x": x}]
     made = plan(Model(row), (x,), data=data, budget="uniform:2", method="kfac", loss=_square)
     assert [r.rank for r in made.rows] == [2, 2]
-    assert any("w: kfac has nothing to read there" in n for n in made.notes)
+    assert any("w: method kfac finds no data for it" in n for n in made.notes)
     seen = plan(Model(row), (x,), data=data, budget="uniform:2", method="importance", loss=_square)
     assert seen.used <= seen.limit and not seen.notes
 
@@ -258,7 +258,7 @@ def test_on_the_command_line(
     assert run("plan", "model.py:build", "-o", "other.json") == 0
     capsys.readouterr()
     assert run("plan", "model.py:build", "data.npz", "-o", "with_data.json") == 0
-    assert "data decides nothing: method 'uniform' reads none" in capsys.readouterr().err
+    assert "data has no effect: method 'uniform' reads none" in capsys.readouterr().err
     assert read_plan("with_data.json") == read_plan("other.json")
     assert run(*args) == 2, "plan.json exists"
 

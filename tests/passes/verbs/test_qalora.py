@@ -103,7 +103,7 @@ def test_trained_folded_exported(group: int, tmp_path: Path) -> None:
     out = tmp_path / "o.onnx"
     report = lora_fx.export(model, out, provider="cpu")
     assert all(p.rel < TOL for p in report.parity)
-    assert any("weights of codes have floats for zero points" in w for w in report.warnings)
+    assert any("quantised weights have zero points in floating point" in w for w in report.warnings)
     assert rel(open_session(out, "cpu").run({"x": X.numpy()})["output"], y) < TOL
     assert Counter(n.op_type for n in onnx.load(out).graph.node) == {
         "MatMulNBits": 2, "Relu": 1, "Add": 1}  # fmt: skip
