@@ -40,7 +40,9 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
 
     folder = cap.tokenizer_folder
     if max_length and folder is None:
-        raise LoraFxError("--max-length has no say for a model without a tokenizer", "leave it out")
+        raise LoraFxError(
+            "--max-length has no effect for a model without a tokenizer", "leave it out"
+        )
     if folder and not label and path.endswith(".jsonl") and Path(path).is_file():
         examples = language_table(path, user_module(cap), folder, max_length)
         if examples is not None:
@@ -54,7 +56,7 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
     table = training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
     if max_length and tokenizer is not None and not tokenizer.seen:
         raise LoraFxError(
-            f"--max-length has no say for {path}, which has no column of texts", "leave it out"
+            f"--max-length has no effect for {path}, which has no column of texts", "leave it out"
         )
     return table
 

@@ -26,7 +26,7 @@ NO_SAY: Rules = (
     NoSay(
         ("threads", "link"),
         lambda asked: asked["base"].endswith(".onnx"),
-        "for {0[base]}, a graph, of which one thread writes a file",
+        "for {0[base]}, a graph, which one thread writes",
     ),
 )
 

@@ -182,7 +182,9 @@ def first_given(*names: str) -> str:
 def refuse_given(model: str, names: Sequence[str]) -> None:
     """Raise for a given option that has no effect for an .onnx file."""
     if option := first_given(*names):
-        raise LoraFxError(f"{option} has no say for {model}, a graph as it is", "leave it out")
+        raise LoraFxError(
+            f"{option} has no effect for {model}, which is already a graph", "leave it out"
+        )
 
 
 def under_new_name(old: str, old_value: str | None, new: str, new_value: str | None) -> str | None:

@@ -44,8 +44,12 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
     has_say = {"trust"} if tensors else {"inputs_file"}
     no_say = [n for n in (*names_of(ModelOptions), "training") if n not in has_say]
     if (tensors or onnx) and (option := first_given(*no_say)):
-        what = "names and shapes alone" if tensors else "a graph as it is"
-        raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
+        what = (
+            "a file of which only names and shapes are read"
+            if tensors
+            else "which is already a graph"
+        )
+        raise LoraFxError(f"{option} has no effect for {model}, {what}", "leave it out")
     if tensors:
         from lora_fx.checkpoint.file_targets import file_targets
 

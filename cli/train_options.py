@@ -230,7 +230,7 @@ TRAINED: Rules = (
     NoSay(
         ("checks",),
         lambda asked: not _validates(asked) and not _keeps_states(asked),
-        "where no example is held out, and no state is kept at a validation",
+        "when no example is held out and no validation keeps a state",
     ),
 )
 """Combinations in which an option has no effect and is refused."""

@@ -144,7 +144,7 @@ def _refuse_beside_table(goal: GoalOptions, output: str | None) -> None:
         given.append("output")
     if given:
         raise LoraFxError(
-            f"--{given[0].replace('_', '-')} has no say beside --table, which writes nothing",
+            f"--{given[0].replace('_', '-')} has no effect with --table, which writes nothing",
             "leave it out",
         )
 

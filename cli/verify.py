@@ -50,22 +50,25 @@ MODEL = ("weights", "dynamic", "static", "no_repeat")
 NO_SAY: Rules = (
     NoSay(
         ("adapters", "tol", "everything", "provider"), _fits,
-        "beside {0[b]}, an adapter: names and shapes are compared",
+        "with {0[b]}, an adapter: names and shapes are compared",
     ),
     NoSay(
         ("inputs_file", "provider", *MODEL), _tensors,
-        "for {0[a]}, of which tensors are compared", "leave it out, or --run",
+        "for {0[a]}, whose tensors are compared", "leave it out, or --run",
     ),
     NoSay(
         ("everything",), lambda asked: not (_tensors(asked) and asked["adapters"]),
-        "but for tensor files and an --adapter, of which a sample is computed again",
+        "except for tensor files with an --adapter, where every row is computed again",
     ),
     NoSay(
         ("inputs_file", *MODEL), lambda asked: _fits(asked) and _onnx(asked)[0],
-        "for {0[a]}, of which names and shapes are compared",
+        "for {0[a]}, whose names and shapes are compared",
     ),
-    NoSay(MODEL, lambda asked: all(_onnx(asked)), "for {0[a]} and {0[b]}, graphs as they are"),
-    NoSay(("provider",), lambda asked: not any(_onnx(asked)), "where no .onnx file is run"),
+    NoSay(
+        MODEL, lambda asked: all(_onnx(asked)),
+        "for {0[a]} and {0[b]}, which are already graphs",
+    ),
+    NoSay(("provider",), lambda asked: not any(_onnx(asked)), "when no .onnx file is run"),
 )  # fmt: skip
 
 

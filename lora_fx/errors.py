@@ -67,15 +67,15 @@ def expect_path(value: object, name: str, hint: str) -> None:
 
 @dataclass(frozen=True)
 class NoSay(Generic[T]):
-    """Options that have no say where something else was asked for: giving one is an error.
+    """Options that have no effect where something else was asked for: giving one is an error.
 
     An option that permits something (--force, --trust) is no such option: it is given ahead, for
     what may come. Nor is a flag that is False, which asks for nothing.
 
     Attributes:
         options: The names of the options.
-        where: All that was asked for → whether they have no say there.
-        decides: What decides instead, in words that follow "has no say"; `{0}` is all that was
+        where: All that was asked for → whether they have no effect there.
+        decides: What decides instead, in words that follow "has no effect"; `{0}` is all that was
             asked for.
         hint: What to do.
     """
@@ -87,7 +87,7 @@ class NoSay(Generic[T]):
 
 
 def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str]) -> None:
-    """Refuse the first option that was given and has no say.
+    """Refuse the first option that was given and has no effect.
 
     Args:
         rules: The rules of the verb.
@@ -100,7 +100,7 @@ def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str
     for rule in rules:
         option = next((spelled[name] for name in rule.options if name in spelled), None)
         if option is not None and rule.where(asked):
-            raise LoraFxError(f"{option} has no say {rule.decides.format(asked)}", rule.hint)
+            raise LoraFxError(f"{option} has no effect {rule.decides.format(asked)}", rule.hint)
 
 
 def given_options(asked: Mapping[str, object]) -> dict[str, str]:

@@ -182,7 +182,7 @@ def _check_target(plan: MergePlan, target: Path, *, link: bool) -> None:
         )
     if link and not plan.base.path.is_dir():
         raise LoraFxError(
-            f"link has no effect for {plan.base.path}, a single file, which is always written in full",
+            f"link has no effect for {plan.base.path}, a single file, which is written in full",
             "leave --link out",
         )
 

@@ -13,7 +13,9 @@ from lora_fx.text import size_in_bytes
 def refuse_rank(how: str, rank: int | None) -> None:
     """Refuse a rank for a mix that does not take one."""
     if rank is not None and how != "svd":
-        raise LoraFxError(f"rank has no say for a {how} mix", "leave it out; only svd takes a rank")
+        raise LoraFxError(
+            f"rank has no effect for a {how} mix", "leave it out; only svd takes a rank"
+        )
 
 
 HOWS = ("sum", "cat", "linear", "svd")

@@ -123,7 +123,7 @@ def make_plan(
     if ranks is not None:
         if include is not None:
             raise LoraFxError(
-                f"{where} names its targets, so include has no say",
+                f"{where} names its targets, so include has no effect",
                 "leave it out; exclude removes targets",
             )
         ranks = _by_target_key(ranks, found, where)

@@ -189,7 +189,7 @@ def export_as(
         genai: As in export.
 
     Raises:
-        LoraFxError: An option that has no say for the model or the mode.
+        LoraFxError: An option that has no effect for the model or the mode.
         NoEffectError: The outputs differ; nothing is written.
     """
     file = None

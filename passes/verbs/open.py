@@ -41,7 +41,7 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
 
     Raises:
         CaptureError: The model cannot be traced.
-        LoraFxError: No such model, inputs that do not fit it, options that have no say for it.
+        LoraFxError: No such model, inputs that do not fit it, options that have no effect for it.
     """
     model = unwrapped(model)
     if isinstance(model, Captured):

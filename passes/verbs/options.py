@@ -149,7 +149,7 @@ class BranchOptions:
     """The options of an insert into a graph of either IR; see `lora_fx.insert`."""
 
     rules: ClassVar[tuple[NoSay[Any], ...]] = BRANCH_RULES
-    """When an option has no say."""
+    """When an option has no effect."""
     rank: int = 8
     alpha: float | None = None
     include: Selectors = None
@@ -165,7 +165,7 @@ class BranchOptions:
         """The given options; an option that is None gets its default.
 
         Raises:
-            LoraFxError: One was given that has no say.
+            LoraFxError: One was given that has no effect.
         """
         keywords = {name: value for name, value in wanted.items() if value is not None}
         options = cls(**keywords)

@@ -150,7 +150,7 @@ def test_what_is_refused_leaves_no_config(home: Path, capsys: Any) -> None:
 def test_options_of_a_config_count_as_given(home: Path, capsys: Any) -> None:
     (home / "r.toml").write_text('[insert]\nmodel = "m.py:build"\noutput = "x"\nrank = 4\n')
     code, _, err = run(capsys, "insert", "--config", "r.toml", "--plan", "p.json")
-    assert code == 2 and "--rank has no say beside --plan" in err
+    assert code == 2 and "--rank has no effect with --plan" in err
     (home / "r.toml").write_text('[doctor]\nbase = "base.safetensors"\nadapter="one"\ntrust=true\n')
     _, _, err = run(capsys, "doctor", "--config=~/r.toml".replace("~", str(home)))
     assert "sets trust" in err

@@ -1,4 +1,4 @@
-"""An option that is given and has no say is an error, in every command: a table, a verb a row.
+"""An option that is given and has no effect is an error, in every command: a table, a verb a row.
 
 Every option of every command stands in one of two tables. ALWAYS says why it always has a say;
 NO_SAY has a command line for each way in which it has none, and the words that the error says of
@@ -222,7 +222,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("plan out.pt2 -o out.json", "--no-repeat", "which is traced already"),
     ("convert start -o x", "--rank 4", "need --as lora"),
     ("convert start -o x", "--energy 0.9", "need --as lora"),
-    ("convert start -o x", "--model-type llama", "without a --format that lays experts out"),
+    ("convert start -o x", "--model-type llama", "without a --format that has a layout"),
     ("convert start -o x", "--map m.json", "--fuse and --split"),
     ("convert start -o x --format peft", "--for m.onnx", "for onnx_adapter"),
     *(
@@ -234,9 +234,9 @@ NO_SAY: list[tuple[str, str, str]] = [
         (TENSORS, o, "tensors are compared")
         for o in ("--provider cpu", "--inputs inputs.npz", *GRAPH)
     ),
-    (TENSORS, "--all", "but for tensor files and an --adapter"),
-    *(("verify m.onnx m.onnx", o, "graphs as they are") for o in GRAPH),
-    ("verify m.onnx m.onnx", "--all", "but for tensor files and an --adapter"),
+    (TENSORS, "--all", "except for tensor files with an --adapter"),
+    *(("verify m.onnx m.onnx", o, "which are already graphs") for o in GRAPH),
+    ("verify m.onnx m.onnx", "--all", "except for tensor files with an --adapter"),
     ("verify model.py:build model.py:build", "--provider cpu", "where no .onnx file is run"),
     ("bench m.onnx --inputs inputs.npz", "--size 1,8", "which has one size"),
 ]  # fmt: skip
@@ -311,6 +311,6 @@ def test_an_option_without_a_say_is_refused(
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     assert code == 2 and not written, error
     word = option.split()[0].lstrip("-") if option.startswith("-") else "DATA"
-    assert word in error or "has no say" not in error
+    assert word in error or "has no effect" not in error
     assert decides in error
     assert "mistake of yours" not in error

@@ -74,10 +74,13 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "old.csv").write_text("step,loss,validation\n1,2,3\n")
     for argv, message in (
         (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as d.npz has"),
-        (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no say beside"),
+        (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no effect with"),
         (("--schedule", "cosin"), "unknown schedule 'cosin'"),
         (("--optimizer", "adam"), "unknown optimizer 'adam'"),
-        (("--schedule", "constant", "--warmup", "0.1"), "--warmup has no say for --schedule const"),
+        (
+            ("--schedule", "constant", "--warmup", "0.1"),
+            "--warmup has no effect for --schedule const",
+        ),
         (("--save-total-limit", "2"), "--save-total-limit needs a folder for states"),
         (("--curve", "mine.csv", "--force"), "mine.csv: --force does not replace it"),
         (("--eval-data", "old.csv", "--curve", "old.csv", "--force"), "replace the input old.csv"),

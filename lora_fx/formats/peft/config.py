@@ -249,7 +249,7 @@ def _check_init(config: JsonView, where: str) -> None:
             )
     if name not in KEEPS_BASE:
         raise LoraFxError(
-            f"{problem}; expected a value of peft 0.21.2, because others may change the base weights",
+            f"{problem}; expected a value of peft 0.21.2: others may change the base weights",
             _CONVERT,
         )
 

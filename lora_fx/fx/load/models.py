@@ -39,7 +39,7 @@ def load_model(
             and returns (module, args, kwargs).
         weights: A safetensors file (or folder); every name and shape must fit.
         meta: Weights are not needed: folders and reserved names are built on the meta device
-            (then `device` has no say); a factory is called as it is.
+            (then `device` has no effect); a factory is called as it is.
         trust: Read pickled weights, by torch's unpickler that runs no code.
         device: Where module and inputs go, as torch names it.
 

@@ -184,7 +184,7 @@ def test_every_command_takes_a_file(
     code, out, _ = run(capsys, "train", "new.pt2", *train, "-o", "tuned")
     assert code == 0 and len(out["losses"]) == 5
     code, _, errors = run(capsys, "train", "new.pt2", *train, "-o", "more", "--rank", "4")
-    assert code == 2 and "--rank has no say" in errors
+    assert code == 2 and "--rank has no effect" in errors
     assert run(capsys, "train", "base.pt2", *train, "-o", "tuned2", "--rank", "2")[0] == 0
     for source, adapter in (("new.pt2", "tuned"), ("base.pt2", "tuned")):
         onnx = f"{source}.onnx"

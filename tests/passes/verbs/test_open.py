@@ -119,9 +119,9 @@ def test_inputs_replace_the_example_of_a_loaded_model(folder: Path) -> None:
 def test_a_capture_is_returned_and_has_its_sizes(folder: Path) -> None:
     cap, _ = of_kind(folder, "a Captured")
     assert lora_fx.capture(cap) is cap and captured_of(cap) is cap
-    with pytest.raises(LoraFxError, match="dynamic has no say with a captured model"):
+    with pytest.raises(LoraFxError, match="dynamic has no effect with a captured model"):
         lora_fx.capture(cap, dynamic={"x": {0: "rows"}})
-    with pytest.raises(LoraFxError, match="static has no say with a captured model"):
+    with pytest.raises(LoraFxError, match="static has no effect with a captured model"):
         lora_fx.capture(cap, static=["x"])
 
 

@@ -212,7 +212,7 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path.write_text('{"targets": {"head.weight": 6}}')
     with pytest.raises(LoraFxError, match=r"plan\.json: rank 6 of 'head.weight' is above"):
         lora_fx.insert(net(), (X[:2],), plan=str(path))
-    with pytest.raises(LoraFxError, match="include has no say"):
+    with pytest.raises(LoraFxError, match="include has no effect"):
         lora_fx.insert(net(), (X[:2],), plan={"head.weight": 2}, include="head")
     for wrong in ({"method": "gora"}, {"budget": "rank:2"}, {"method": "kfac"}, {"scale": 0.0}):
         with pytest.raises(LoraFxError):
@@ -253,7 +253,7 @@ def test_on_the_command_line(
         assert {k: u.rank for k, u in low.items()} == {r.key: r.rank for r in want.rows if r.rank}
     capsys.readouterr()
     assert run("insert", "model.py:build", "-o", "x", "--plan", "plan.json", "--rank", "4") == 2
-    assert "--rank has no say beside --plan plan.json" in capsys.readouterr().err
+    assert "--rank has no effect with --plan plan.json" in capsys.readouterr().err
     assert run("plan", "model.py:build", "-o", "other.json", "--method", "eva") == 2
     assert run("plan", "model.py:build", "-o", "other.json") == 0
     capsys.readouterr()
