@@ -14,7 +14,7 @@ from lora_fx.text import Json
 NO_SAY: Rules = (
     NoSay(
         ("sizes",), lambda asked: bool(asked["inputs_file"]),
-        "beside --inputs {0[inputs_file]}, which has one size", "leave one of them out",
+        "with --inputs {0[inputs_file]}, which has one size", "leave one of them out",
     ),
 )  # fmt: skip
 

@@ -94,7 +94,7 @@ PLANNED: Rules = (
     NoSay(
         ("rank", "alpha", "include"),
         lambda asked: bool(asked["plan"]),
-        "beside --plan {0[plan]}",
+        "with --plan {0[plan]}",
         "leave one of them out",
     ),
 )

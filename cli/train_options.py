@@ -218,13 +218,13 @@ TRAINED: Rules = (
     NoSay(
         ("validation",),
         lambda asked: bool(asked["eval_data"]),
-        "beside --eval-data {0[eval_data]}",
+        "with --eval-data {0[eval_data]}",
         "leave one of them out",
     ),
     NoSay(
         ("epochs",),
         lambda asked: asked["steps"] is not None,
-        "beside --steps {0[steps]}",
+        "with --steps {0[steps]}",
         "leave one of them out",
     ),
     NoSay(

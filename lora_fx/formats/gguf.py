@@ -415,7 +415,8 @@ def _stacked(name: str, by_expert: Mapping[int, _Piece], names: LlamaCppNames) -
     count = experts_of(names.config) or max(by_expert) + 1
     key = next(iter(by_expert.values())).key
     if len(by_expert) != count or max(by_expert) != count - 1:
-        raise _refused(key, f"{name} holds {count} experts, but only {len(by_expert)} have updates")
+        found = f"{len(by_expert)} updates, the last of expert {max(by_expert)}"
+        raise _refused(key, f"{name} needs updates of the experts 0 to {count - 1}; found {found}")
     pieces = [by_expert[expert] for expert in range(count)]
     try:
         a = np.stack([piece.a for piece in pieces])

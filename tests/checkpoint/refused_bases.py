@@ -207,7 +207,7 @@ BASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     ),
     "compressed-tensors int8 that no config tells": (
         beside({"weight_scale": np.ones((8, 1), np.float32)}, CODES8),
-        (ONE, Q, "int8", "config.json does not give its layout"),
+        (ONE, Q, "int8", "config.json does not say that weight_scale belongs to"),
     ),
     "compressed-tensors int8 with a scale a tensor": (
         beside({"weight_scale": np.ones(1, np.float32)}, CODES8, "compressed-tensors"),

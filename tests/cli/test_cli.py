@@ -124,7 +124,7 @@ WRONG = {
     "onnx output exists": (["export", "model.py:build", "-o", "taken.onnx"], "exists"),
     "shapes that do not fit": (
         ["export", "model.py:build", "other", "-o", "m.onnx"],
-        "needs A [2, 8] and B [12, 2]",
+        "expected A [2, 8] and B [12, 2]",
     ),
     "no such adapter": (["export", "model.py:build", "gone", "-o", "m.onnx"], "no such file"),
     "no such model": (["targets", "gone"], "gone"),

@@ -84,7 +84,7 @@ def test_names_need_the_base(made: Path, capsys: Any) -> None:
             ["odd.safetensors", "-o", "x"],
             "not an adapter in a known format: its tensors (1) are named odd",
         ),
-        (["two.safetensors", "-o", "x"], "could be kohya or torchtune"),
+        (["two.safetensors", "-o", "x"], "the format is ambiguous, kohya or torchtune"),
         (["lone.safetensors", "-o", "x"], "no adapter_config.json next to it"),
     ],
 )

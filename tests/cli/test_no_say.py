@@ -108,9 +108,12 @@ FITS = "verify base.safetensors start"
 TENSORS = "verify base.safetensors tuned.safetensors"
 NO_SAY: list[tuple[str, str, str]] = [
     # a command line, the option, what decides instead
-    *(("targets m.onnx", o, "for m.onnx, a graph") for o in (*GRAPH, "--train", "--trust")),
-    *(("targets base.safetensors", o, "names and shapes alone") for o in (*GRAPH, "--train")),
-    ("targets base.safetensors", "--inputs inputs.npz", "names and shapes alone"),
+    *(
+        ("targets m.onnx", o, "for m.onnx, which is already a graph")
+        for o in (*GRAPH, "--train", "--trust")
+    ),
+    *(("targets base.safetensors", o, "only names and shapes") for o in (*GRAPH, "--train")),
+    ("targets base.safetensors", "--inputs inputs.npz", "only names and shapes"),
     ("targets out.pt2", "--no-repeat", "which is traced already"),
     (f"{INSERT} --plan plan.json", "--rank 8", "beside --plan plan.json"),
     (f"{INSERT} --plan plan.json", "--alpha 8", "beside --plan plan.json"),
@@ -121,7 +124,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     (f"{INSERT} --init pissa", "--loss mse", "for --init pissa, which reads no data"),
     (f"{INSERT} --init eva --data data.npz", "--loss ce", "which reads no gradient"),
     *(
-        ("insert m.onnx -o out.onnx", o, "for m.onnx, a graph")
+        ("insert m.onnx -o out.onnx", o, "for m.onnx, which is already a graph")
         for o in (*GRAPH, "--trust", "--also-train fc1", "--dropout 0.0", "--quantise nf4")
     ),
     ("insert out.pt2 -o out", "--no-repeat", "which is traced already"),
@@ -131,7 +134,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     (f"{TRAIN} --schedule constant", "--warmup 0.05", "for --schedule constant"),
     (f"{TRAIN} --eval-data data.npz", "--validation 0.1", "beside --eval-data data.npz"),
     (f"{TRAIN} --steps 2", "--epochs 3", "beside --steps 2"),
-    (f"{TRAIN} --steps 2 --validation 0", "--checks 10", "where no example is held out"),
+    (f"{TRAIN} --steps 2 --validation 0", "--checks 10", "when no example is held out"),
     (f"{TRAIN} --steps 2 --validation 0 --save-state s --save-every 1", "--checks 10", "held out"),
     (f"{TRAIN} --steps 2 --validation 0", "--patience 2", "needs held-out examples"),
     (f"{TRAIN} --steps 2", "--save-every 2", "needs a folder for states"),
@@ -150,12 +153,12 @@ NO_SAY: list[tuple[str, str, str]] = [
     (MERGE, "--max-shard-size 5GB", "works only with --dequantise"),
     (MERGE, "--lossy", "works only with --requantise"),
     (f"{MERGE} --requantise", "--dtype fp32", "does not work with --requantise"),
-    (f"{MERGE} --requantise", "--dequantise", "both"),
+    (f"{MERGE} --requantise", "--dequantise", "exclude each other"),
     (MERGE, "--names m.json", "--names is for .onnx bases only"),
     (MERGE, "--map m.json", "--names is for .onnx bases only"),
     (MERGE, "--delta", "for .onnx bases only"),
     (MERGE, "--run", "for .onnx bases only"),
-    (MERGE, "--link", "for base.safetensors, one file"),
+    (MERGE, "--link", "for base.safetensors, a single file"),
     (IN_ONNX, "--link", "for m.onnx, a graph"),
     (IN_ONNX, "--threads 1", "for m.onnx, a graph"),
     (IN_ONNX, "--rank 4", "for a sum mix"),
@@ -166,7 +169,7 @@ NO_SAY: list[tuple[str, str, str]] = [
                   "--max-shard-size 5GB")
     ),
     *(
-        (f"{verb} base.safetensors start{out}", o, "of --")
+        (f"{verb} base.safetensors start{out}", o, "works only with --")
         for verb, out in (("merge-all", " -o all"), ("doctor", ""))
         for o in ("--max-shard-size 5GB", "--lossy")
     ),
@@ -208,7 +211,7 @@ NO_SAY: list[tuple[str, str, str]] = [
                   "--weights base.safetensors")
     ),
     *(
-        ("truncate start --table data.npz --model model.py:build", o, "beside --table")
+        ("truncate start --table data.npz --model model.py:build", o, "with --table")
         for o in ("-o out", "--rank 1", "--params 9", "--energy 0.9", "--max-error 0.1",
                   "--max-abs-error 0.1")
     ),
@@ -224,7 +227,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("convert start -o x", "--energy 0.9", "need --as lora"),
     ("convert start -o x", "--model-type llama", "without a --format that has a layout"),
     ("convert start -o x", "--map m.json", "--fuse and --split"),
-    ("convert start -o x --format peft", "--for m.onnx", "for onnx_adapter"),
+    ("convert start -o x --format peft", "--for m.onnx", "works with onnx_adapter"),
     *(
         (FITS, o, "for base.safetensors" if o.startswith("--in") else "")
         for o in ("--adapter start", "--tol 0.1", "--all", "--provider cpu", "--inputs inputs.npz",
@@ -237,7 +240,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     (TENSORS, "--all", "except for tensor files with an --adapter"),
     *(("verify m.onnx m.onnx", o, "which are already graphs") for o in GRAPH),
     ("verify m.onnx m.onnx", "--all", "except for tensor files with an --adapter"),
-    ("verify model.py:build model.py:build", "--provider cpu", "where no .onnx file is run"),
+    ("verify model.py:build model.py:build", "--provider cpu", "when no .onnx file is run"),
     ("bench m.onnx --inputs inputs.npz", "--size 1,8", "which has one size"),
 ]  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "mine.csv").write_text("a,b\n1,2\n")
     (home / "old.csv").write_text("step,loss,validation\n1,2,3\n")
     for argv, message in (
-        (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as d.npz has"),
+        (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as in d.npz"),
         (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no effect with"),
         (("--schedule", "cosin"), "unknown schedule 'cosin'"),
         (("--optimizer", "adam"), "unknown optimizer 'adam'"),

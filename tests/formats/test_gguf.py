@@ -188,9 +188,9 @@ REFUSED: dict[str, tuple[str, dict[str, Entry], dict[str, Any], str]] = {
     "gemma": ("gemma", {"model.embed_tokens.weight": low(0, 34)}, {"tie_word_embeddings": False},
               "one table for embedding and head"),
     "an expert missing": ("qwen3_moe", {EXPERT.format(i): low(i, 14) for i in (0, 2)}, {},
-                          "holds 3 experts, but only 2 have updates"),
+                          "updates of the experts 0 to 2; found 2 updates, the last of expert 2"),
     "an expert too many": ("qwen3_moe", {EXPERT.format(i): low(i, 14) for i in (0, 1, 3)}, {},
-                           "one tensor of 3 experts"),
+                           "updates of the experts 0 to 2; found 3 updates, the last of expert 3"),
     "experts of two ranks": ("qwen3_moe", {EXPERT.format(i): low(i, 14, rank=1 + i % 2)
                                            for i in range(3)}, {}, "different ranks"),
     "twice": ("llama", {Q: low(0, 24), Q.replace("model.", "model.language_model."): low(1, 24)},
@@ -300,7 +300,7 @@ def test_files_of_others_that_are_no_adapter(tmp_path: Path, row: str) -> None:
 
 def test_a_file_for_another_architecture(tmp_path: Path) -> None:
     file = written(tmp_path, adapter("qwen2"), "qwen2")
-    with pytest.raises(LoraFxError, match=r"is 'qwen2'; .*config\.json is of 'llama'"):
+    with pytest.raises(LoraFxError, match=r"is 'qwen2', but .*config\.json has 'llama'"):
         load_adapter(file, base=model(tmp_path / "other", "llama"))
 
 

@@ -215,5 +215,5 @@ def test_peft_and_graphs_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
             save_adapter(Adapter({"unet.x.weight": entry}), tmp_path / name, format)
     file = tmp_path / "k.safetensors"
     save_file({f"{X}.lokr_w1": W1, f"{X}.lokr_w2": W2}, file)
-    with pytest.raises(LoraFxError, match="name of a kohya file"):
+    with pytest.raises(LoraFxError, match="a name from a kohya file"):
         save_adapter(load_adapter(file), tmp_path / "p")

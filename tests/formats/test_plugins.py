@@ -138,7 +138,10 @@ def test_the_other_commands_take_it(place: Path) -> None:
 def test_it_is_listed(place: Path) -> None:
     text = " ".join(run("convert --help").stdout.split())
     assert "onnx_adapter, gguf, toy. OUT is" in text
-    assert "Of OUT: peft, kohya, diffusers, onnx_adapter, gguf, toy, peft-0.18" in text
+    assert (
+        "Choose the format of OUT: peft, kohya, diffusers, onnx_adapter, gguf, toy, peft-0.18"
+        in text
+    )
     names = "pass --format with one of peft, kohya, diffusers, onnx_adapter, gguf, toy"
     refused(run("convert start -o x.safetensors"), names)
     Path("odd.bin").write_bytes(b"odd" * 40)
@@ -406,7 +409,7 @@ def test_a_large_file_with_a_magic_is_bounded_too(place: Path) -> None:
 def test_two_packages_that_know_a_file(two: Path) -> None:
     assert run("convert start -o x.flat").returncode == 0
     changed(two, f"{PLAIN}\nZipped.magic = None\nZipped.detect = Flat.detect\n")
-    refused(run("convert x.flat -o x --format peft"), "could be flat or zipped")
+    refused(run("convert x.flat -o x --format peft"), "the format is ambiguous, flat or zipped")
 
 
 def test_a_file_of_ours_is_ours(two: Path) -> None:

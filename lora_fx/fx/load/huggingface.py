@@ -126,7 +126,8 @@ def _config_json(folder: Path) -> Json:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise LoraFxError(
-                f"{folder}: an adapter, not a model", "give the folder of its base model"
+                f"{folder}: the folder holds an adapter, not a model",
+                "give the folder of its base model",
             )
         if (folder / "model_index.json").exists():
             raise LoraFxError(f"{folder}: a diffusers pipeline, not one model", FACTORY)

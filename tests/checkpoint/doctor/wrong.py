@@ -235,10 +235,10 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
             "bert", "query", onto="llama",
             auto_mapping={"parent_library": "transformers.models.bert.modeling_bert"},
         ),
-        ("an adapter of a bert; the base is a llama",),
+        ("the adapter is for a bert; the base is a llama",),
     ),
     "gpt2 onto bert": (other_base("gpt2", "c_attn"), ("transformer.h.0.attn.c_attn", "is a bert")),
-    "another width": (wide_llama, ("an adapter of big-llama; the base is a llama", "32 × 32")),
+    "another width": (wide_llama, ("the adapter is for big-llama; the base is a llama", "32 × 32")),
     "another width of a unet": (
         image({f"{TO_Q}.lora_down.weight": normal(2, 9), f"{TO_Q}.lora_up.weight": normal(8, 2)}),
         (f"; the base has {ATTN1}.to_q.weight: tensor [8, 6]", "8 × 9"),

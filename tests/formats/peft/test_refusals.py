@@ -169,7 +169,7 @@ def test_missing_or_broken_config(plain: Write) -> None:
     (folder / peft.CONFIG).write_text("[]")
     refused(folder, peft.CONFIG, "not an object")
     (folder / peft.CONFIG).unlink()
-    assert "beside" in refused(folder, peft.WEIGHTS, "no config in its metadata").hint
+    assert "next to the file" in refused(folder, peft.WEIGHTS, "no config in its metadata").hint
 
 
 @pytest.mark.parametrize(
