@@ -228,7 +228,7 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     # the base is of another model
     "llama onto bert": (
         other_base("llama", "q_proj", base_model_name_or_path="org/llama-x"),
-        ("an adapter of org/llama-x; the base is a bert",),
+        ("the adapter is for org/llama-x; the base is a bert",),
     ),
     "bert onto llama": (
         other_base(
