@@ -32,7 +32,9 @@ NO_SAY: Rules = (
     "--inputs", "inputs_file", metavar="FILE.npz", help="Read inputs of one size from this file."
 )
 @click.option("--rounds", type=int, default=15, help="Time this many rounds.")
-@click.option("--threads", type=THREADS, default=1, help="Set the threads of ONNX Runtime.")
+@click.option(
+    "--threads", type=THREADS, default=1, help="Set the number of threads of ONNX Runtime."
+)
 @click.option("--provider", default="cpu", help="Run ONNX Runtime on auto, cpu or cuda.")
 def command(
     files: tuple[str, ...],

@@ -112,7 +112,9 @@ class ChangeOptions:
     metavar="FOLDER",
     help="Name the base model, where a format needs its names, heads or weights.",
 )
-@click.option("--for", "model", metavar="X.onnx", help="Name the switch file that is to load OUT.")
+@click.option(
+    "--for", "model", metavar="X.onnx", help="Name the switch file (.onnx) that will load OUT."
+)
 @option_group("changes", ChangeOptions)
 @force_option
 def command(

@@ -107,7 +107,7 @@ class FileOptions:
     names: str | None = option(
         "--names",
         metavar="FILE",
-        help="Read the tensor of each adapter key from a JSON file (an .onnx model).",
+        help="Read from a JSON file which tensor each adapter key names (an .onnx model).",
     )
     old_names: str | None = option("--map", metavar="FILE", hidden=True)
     triton: str | None = option(

@@ -51,7 +51,7 @@ class OutputOptions:
     names: str | None = option(
         "--names",
         metavar="FILE",
-        help="Read the tensor of each adapter key from a JSON file (an .onnx base).",
+        help="Read from a JSON file which tensor each adapter key names (an .onnx base).",
     )
     old_names: str | None = option("--map", metavar="FILE", hidden=True)
     delta: bool = flag(

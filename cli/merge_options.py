@@ -25,7 +25,7 @@ class CheckpointOptions:
         "--allow-missing",
         "Accept an adapter without updates for some layers that its config names.",
     )
-    any_base: bool = flag("--any-base", "Merge into weights that the adapter was not trained on.")
+    any_base: bool = flag("--any-base", "Allow a base that the adapter was not trained on.")
     other_readers: bool = flag(
         "--other-readers", "Merge into a weight that is also read outside its matmuls."
     )

@@ -137,7 +137,7 @@ class LoopOptions:
         default="no",
         cls=OfLaunch,
         envvar="ACCELERATE_MIXED_PRECISION",
-        help="Compute products in bfloat16; trained tensors stay float32.",
+        help="bf16: compute products in bfloat16; trained tensors stay float32.",
     )
     save_state: str | None = option(
         "--save-state", metavar="DIR", help="Keep a state in this folder, for --resume."
