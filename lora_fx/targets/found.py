@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -51,6 +51,14 @@ class Found:
         if target is None:
             raise LoraFxError(f"{key!r} is not a target of the model", near(key, self.by_key))
         return target
+
+    def __contains__(self, key: object) -> bool:
+        """Whether indexing with the key gives a target."""
+        return isinstance(key, str) and self.get(key) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of the targets, in definition order."""
+        return iter(self.by_key)
 
     def get(self, key: str) -> Target | None:
         """The target of a key, as by indexing; None where there is none.

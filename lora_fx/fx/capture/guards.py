@@ -90,6 +90,7 @@ class GuardLog:
 
 
 _TORCH = torch.__file__.rpartition("/")[0]
+"""The folder of torch; torchvision is a folder next to it, whose name begins in the same way."""
 _MACHINERY = (
     "/fx/experimental/symbolic_shapes.py",
     "/fx/experimental/sym_node.py",
@@ -115,16 +116,21 @@ def _origin(frame: FrameType | None) -> tuple[str, str]:
     for inner in frames:
         path = inner.f_code.co_filename
         name = inner.f_code.co_name
-        file_of_torch = path.removeprefix(_TORCH)
+        file_of_torch = _file_of_torch(path)
         if file_of_torch == "/__init__.py" and name in _CHECKS:
             return DEMAND, _line_of_user(inner, frames)
         if file_of_torch == "/__init__.py" and name in _QUESTIONS:
             python_asked = True
         elif file_of_torch not in _MACHINERY:
-            is_model_code = not path.startswith(_TORCH) or file_of_torch.startswith("/nn/")
+            is_model_code = file_of_torch == path or file_of_torch.startswith("/nn/")
             kind = BRANCH if python_asked and is_model_code else LAYOUT
             return kind, _line_of_user(inner, frames)
     return LAYOUT, UNKNOWN
+
+
+def _file_of_torch(path: str) -> str:
+    """The path within torch's folder, from its slash on; a path outside of it unchanged."""
+    return path.removeprefix(_TORCH) if path.startswith(f"{_TORCH}/") else path
 
 
 def _frames_within_export(frame: FrameType | None) -> Iterator[FrameType]:
@@ -140,7 +146,7 @@ def _line_of_user(inner: FrameType, outer: Iterator[FrameType]) -> str:
     for frame in chain([inner], outer):
         path = frame.f_code.co_filename
         where = f"{path}, line {frame.f_lineno}, in {frame.f_code.co_name}"
-        if path.startswith(_TORCH):
+        if _file_of_torch(path) != path:
             if path.startswith(f"{_TORCH}/nn/") and not line_of_nn:
                 line_of_nn = where
         elif not path.startswith(_OURS):

@@ -134,7 +134,7 @@ def _multiplied_out(node: ast.expr) -> tuple[int, int]:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         bits = _bits_of_number(node.value)
     elif operation in ("Add", "Sub", "USub"):
-        terms = sum(operand_terms)
+        terms = max(1, sum(operand_terms))  # `Add()` is 0, a term as well
         bits += len(operands)
     elif operation in ("Mult", "Mul"):
         terms = math.prod(operand_terms)

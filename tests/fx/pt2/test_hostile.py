@@ -172,7 +172,7 @@ def test_expressions_that_are_too_large(text: str) -> None:
         "Float('0.0625000000000000', precision=53)", "Float('1.0e-5')", "(s0 + 1)**2 // 4",
         "((s77 - 1)//2 + 1)**2 * (s12 + 3)", "Integer(9223372036854775807)", "Integer('-1')",
         "Mod((s0 + s1)**2, 7)", "4096*s0*s1*s2", "Max(1, ((s0*s1 + 13)//14)**2)", "s0**64",
-        "PowByNatural(2, s0)", "18446744073709551615",
+        "PowByNatural(2, s0)", "18446744073709551615", "Pow(Add(), Integer(0))",
     ],
 )  # fmt: skip
 def test_expressions_that_pass(text: str) -> None:
