@@ -186,13 +186,8 @@ class ExportOptions:
         """Raise for a `tol` that is not above the gate of the precision or accuracy level."""
         from lora_fx.onnx.precision import GATES  # as in output
 
-        expect(
-            tol,
-            (int, float),
-            "tol",
-            "pass tol=0.1 to accept a tenth of the largest output",
-            "0.1 accepts a tenth of the largest",
-        )
+        hint = "pass tol=0.1 to accept a tenth of the largest output"
+        expect(tol, (int, float), "tol", "a number", hint)
         rounding = self.precision or ""
         if self.accuracy_level:
             rounding = f"level {self.accuracy_level}"

@@ -104,7 +104,7 @@ def verify(
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
     with trusting(trust):
-        expect(tol or 0, Real, "tol", "pass --tol 1e-5, for example", "--tol 1e-5")
+        expect(tol or 0, Real, "tol", "a number", "pass --tol 1e-5, for example")
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(
                 f"tol is {tol:g}; expected a finite number, 0 or more",
