@@ -215,7 +215,7 @@ REFUSED = {
     "loops": (ENDLESS, "takes more than"),
     "memory": ("{{ ('a' * 999999999) | length }}", "128 MB"),
     "text": ("{{ 'a' * 9999999 }}", "it writes 9999999 characters"),
-    "error": ("{{ raise_exception('no') }}", "refuses it: TemplateError: no"),
+    "error": ("{{ raise_exception('no') }}", "refuses this line: TemplateError: no"),
 }
 
 

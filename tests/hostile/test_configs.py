@@ -298,13 +298,16 @@ def test_a_meter_counts_before_it_makes() -> None:
         torch.empty(1 << 40, 1 << 20)
 
 
+OTHER_MODEL = "the name of another model"
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
         ("gelu", ""), ("", ""), (" // ", ""), ("p2c|c2p", ""), ("5.24.0", ""), ("v1.0", ""),
         ("chunkwise--native", ""), ("torch.bfloat16", ""), ("float8_e4m3", ""), ("resnet18", ""),
-        ("http://x", "an address"), ("git+ssh://x/y", "an address"), ("a/b", "another model"),
-        ("hf:a/b", "another model"), ("timm:x", "another model"), ("/", ""), ("/x", "a path"),
+        ("http://x", "an address"), ("git+ssh://x/y", "an address"), ("a/b", OTHER_MODEL),
+        ("hf:a/b", OTHER_MODEL), ("timm:x", OTHER_MODEL), ("/", ""), ("/x", "a path"),
         ("..", "a path"), ("a\\b", "a path"), ("~x", "a path"), ("x.PKL", "a path"),
         ("a/b/c", "a path"), ("os.system", "a class"), ("torch.nn.ReLU", "a class"),
         ("a:b", "a class"),

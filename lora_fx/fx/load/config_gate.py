@@ -76,7 +76,7 @@ def named_by(text: str, *, timm: bool = False) -> str:
     """The kind of thing outside the config that a text names; empty if it names nothing.
 
     >>> named_by("hf-hub:org/model"), named_by("gelu")
-    ('another model', '')
+    ('the name of another model', '')
     """
     for kind, form in _NAMES.items():
         if form.fullmatch(text):
