@@ -96,7 +96,7 @@ def class_of_weights(
     if not stored:  # rule 1
         if not plain:
             return None, ""
-        return plain[0], _note(file, plain[0], "since the file has no weights to choose by")
+        return plain[0], _note(file, plain[0], "since the folder has no weights to choose by")
 
     fits = _fits(classes_by_table, config, _shapes(stored, raw), counted)
     if not fits:
@@ -113,7 +113,7 @@ def class_of_weights(
     exact_heads = [fit for fit in heads if fit.is_exact]
     if body is not None and not body.prefixed and (body.is_exact or not exact_heads):
         # rule 2
-        why = "which has exactly these weights"
+        why = "which has these weights"
         if exact_heads:
             names = " and ".join(fit.cls.__name__ for fit in exact_heads)
             why += f"; {names} would fit too"

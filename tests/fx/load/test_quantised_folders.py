@@ -103,7 +103,7 @@ def test_targets_reads_headers_only_and_the_numbers_are_those_of_the_codes(
     assert target["shape"] == list(read(ROWS[MADE[name][0]]).shape)
     built = load_folder(tmp_path / "m")
     assert list(forms(built.module)) == [f"{layer}.weight"]
-    assert any(f"1 weights are read as codes: {form}" in n for n in built.notes)
+    assert any(f"1 quantised weights are read as codes: {form}" in n for n in built.notes)
     with torch.no_grad():
         ours, want = (m(input_ids=IDS).logits.numpy() for m in (built.module, plain))
     assert rel(ours, want) < 1e-6
@@ -227,7 +227,7 @@ def test_experts_apart_are_the_stacks_of_the_model(name: str, tmp_path: Path) ->
     built = load_folder(tmp_path / "m")
     names = [f"model.layers.0.mlp.experts.{n}" for n in ("down_proj", "gate_up_proj")]
     assert sorted(forms(built.module)) == names
-    assert not any("unused" in n for n in built.notes), built.notes
+    assert not any("not used" in n for n in built.notes), built.notes
     with torch.no_grad():
         ours, theirs = (m(input_ids=IDS).logits.numpy() for m in (built.module, model))
     assert rel(ours, theirs) < 1e-6
