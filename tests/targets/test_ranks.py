@@ -18,7 +18,7 @@ WRONG_PLANS: dict[str, tuple[Any, str]] = {
     "nothing as rank": ({"fc.weight": None}, "rank of 'fc.weight' is None"),
     "an object as rank": ({"fc.weight": object()}, "rank of 'fc.weight' is of type object"),
     "a text as alpha": ({"fc.weight": {"rank": 2, "alpha": "q"}}, "alpha of 'fc.weight' is 'q'"),
-    "another field": ({"fc.weight": {"rank": 2, "scale": 1.0}}, "'scale' of 'fc.weight'"),
+    "another field": ({"fc.weight": {"rank": 2, "scale": 1.0}}, "'scale' for 'fc.weight'"),
     "an adapter": (
         Adapter({"fc.weight": LowRank(np.ones((2, 4), "f4"), np.ones((3, 2), "f4"), 2.0)}),
         "rank of 'fc.weight' is of type LowRank",

@@ -339,7 +339,7 @@ CHANGED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "half of it folded": (half_folded, "the graph has no 'q.lora_B'"),
     "renamed": (renamed, "the graph has no 'q.lora_A'"),
     "without defaults": (without_defaults, "the graph has no 'q.lora_A'"),
-    "in another dtype": (in_doubles, "'q.lora_A' is float64, and float32 in its manifest"),
+    "in another dtype": (in_doubles, "'q.lora_A' is float64, but float32 in its manifest"),
 }
 
 

@@ -69,7 +69,7 @@ def test_wrong_inputs_and_adapters(net: Net) -> None:
     with pytest.raises(LoraFxError, match=r"adapter key '0.weight' is not a target"):
         lora_fx.insert(net, (x,), adapter=other)
     moved = Adapter({"head.weight": other.entries["0.weight"]})
-    with pytest.raises(LoraFxError, match=r"needs A \[2, 6\] and B \[4, 2\]"):
+    with pytest.raises(LoraFxError, match=r"expected A \[2, 6\] and B \[4, 2\]"):
         lora_fx.insert(net, (x,), adapter=moved)
 
 

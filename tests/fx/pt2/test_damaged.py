@@ -75,7 +75,7 @@ def test_bad_files(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     path.write_bytes(clean.read_bytes()[:-300])
     assert "not a .pt2 archive" in refused(path, capsys)  # a zip inside ends there
     path.write_bytes(clean.read_bytes()[:200])
-    assert "cut" in refused(path, capsys)
+    assert "truncated" in refused(path, capsys)
     path.write_bytes(b"nothing")
     assert "not a .pt2 file" in refused(path, capsys)
     path.write_bytes(b"")

@@ -223,7 +223,7 @@ def test_names_guards_and_trees_run_nothing(
         spec["out_spec"] = json.dumps([1, tree])
 
     edited(clean, path, {JSON: in_json(imports)})
-    assert "is not known" in refused(path, capsys)
+    assert "unknown structure 'builtins.dict'" in refused(path, capsys)
     assert "antigravity" not in sys.modules
 
     def empty(value: dict[str, Any]) -> None:

@@ -146,7 +146,7 @@ def test_what_a_file_does_not_hold_is_said(tmp_path: Path) -> None:
         module({"a": args[0]["a"]})
     with pytest.raises(LoraFxError, match=r"was exported in torch.float32"):
         module.to(torch.bfloat16)(args[0])
-    with pytest.raises(LoraFxError, match=r"fixes parts.a dimension 1"):
+    with pytest.raises(LoraFxError, match=r"fixes dimension 1 of parts.a"):
         lora_fx.capture(path, dynamic={"parts.a": {1: "n"}})
     with pytest.raises(ValueError, match="dimension"):
         lora_fx.insert(path, rank=2)({"a": torch.ones(4, 6), "b": [torch.ones(3, 6)]})

@@ -372,7 +372,7 @@ def test_a_tokenizer_that_panics_is_one_line(tmp_path: Path) -> None:
     data.write_text(json.dumps({"text": "a" * 60 + "!"}) + "\n")
     model = LlamaForCausalLM.from_pretrained(home)
     with pytest.raises(
-        LoraFxError, match=r"d\.jsonl: line 1: the tokenizer in .* fails: "
+        LoraFxError, match=r"d\.jsonl: line 1: the tokenizer in .* failed: "
     ) as caught:
         language_table(str(data), model, home, None)
     assert "\n" not in caught.value.message

@@ -173,7 +173,7 @@ def test_losses() -> None:
 
 def test_mse_is_never_the_models_own_loss() -> None:
     """Net's own, of labels, is a cross entropy."""
-    with pytest.raises(LoraFxError, match=r"the model gives \[16, 3\], the labels are \[16\]"):
+    with pytest.raises(LoraFxError, match=r"the model gives \[16, 3\], but the labels are \[16\]"):
         fit(adapted(), table(), loss="mse", settings=Settings(steps=1, batch_size=16))
 
 

@@ -108,7 +108,7 @@ def test_what_launchers_set() -> None:
     for odd, said in (
         ({"WORLD_SIZE": "2", **where}, "rank of this process is not in 0 to 1"),
         ({"WORLD_SIZE": "2", "RANK": "2", **where}, "rank of this process is not in 0 to 1"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; expected a number"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
     ):
         with pytest.raises(LoraFxError, match=said):
