@@ -71,7 +71,7 @@ def test_refusals(tmp_path: Path) -> None:
         bench([tmp_path / "none.onnx"])
     with zipfile.ZipFile(tmp_path / "m.pt2", "w") as archive:
         archive.writestr("m/data", "x")
-    with pytest.raises(LoraFxError, match=r"m\.pt2: a zip archive, such as a \.pt2"):
+    with pytest.raises(LoraFxError, match=r"m\.pt2: a zip archive such as a \.pt2"):
         bench([tmp_path / "m.pt2"])
 
 

@@ -29,7 +29,7 @@ def flexible() -> Any:
 def test_it_is_tried_again_and_said(mode: str, tmp_path: Path) -> None:
     model, path = flexible(), tmp_path / "m.onnx"
     report = lora_fx.export(model, path, (IDS,), mode=mode, provider="cpu")
-    (said,) = [w for w in report.warnings if w.startswith("with eager attention")]
+    (said,) = [w for w in report.warnings if w.startswith("exported with eager attention")]
     assert "cannot capture LlamaForCausalLM" in said
     assert model.config._attn_implementation == "flex_attention"
     wide = llama(layers=1).double()

@@ -185,7 +185,7 @@ def test_a_folder_is_replaced_where_lora_fx_made_it(source: Path) -> None:
 def test_uneven_caches_are_refused(source: Path) -> None:
     write_decoder(Path("m.onnx"), (8, 6))
     made = genai_folder("genai", Path("m.onnx"), settings(), force=False)
-    words = r"past_key_values\.0\.value has 2 heads of 6, and past_key_values\.0\.key 2 of 8"
+    words = r"past_key_values\.0\.value has 2 heads of 6 and past_key_values\.0\.key 2 of 8"
     for refuse in (made.config, lambda path: place(made, path)):
         with pytest.raises(LoraFxError, match=words):
             refuse(Path("m.onnx"))

@@ -57,9 +57,9 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "roundabout, nothing there": (entry("location", "../nowhere/w.data"), "outside the folder"),
     "a folder": (_folder, "w.data, which is missing"),
     "offset a little too far": (entry("offset", "73"), "bytes 73 to 169"),
-    "offset huge": (entry("offset", "9" * 40), "which has 168"),
+    "offset huge": (entry("offset", "9" * 40), "which has only 168"),
     "a key twice": (lambda w, d: w.external_data.add(key="offset", value="0"), "given twice"),
-    "nothing stored": (_nothing, "holds 0 numbers; .* needs 96"),
+    "nothing stored": (_nothing, "holds 0 numbers; .* need 96"),
     "unknown type": (lambda w, d: setattr(w, "data_type", 77), "dtype 77"),
 }
 

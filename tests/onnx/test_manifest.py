@@ -51,11 +51,11 @@ def test_no_tensors() -> None:
     ("declared", "message"),
     [
         ({}, ""),
-        ({"w.lora_A": ("float16", (4, "rank"))}, "'w.lora_A' is float16, and float32 in its"),
-        ({"w.lora_A": ("float32", (5, "rank"))}, r"'w.lora_A' is \[5, 'rank'\], and \[4, rank\]"),
-        ({"w.lora_A": ("float32", (4,))}, r"'w.lora_A' is \[4\], and \[4, rank\]"),
+        ({"w.lora_A": ("float16", (4, "rank"))}, "'w.lora_A' is float16, but float32 in its"),
+        ({"w.lora_A": ("float32", (5, "rank"))}, r"'w.lora_A' is \[5, 'rank'\], but \[4, rank\]"),
+        ({"w.lora_A": ("float32", (4,))}, r"'w.lora_A' is \[4\], but \[4, rank\]"),
         ({"w.lora_B": ("float32", (2, "out"))}, ""),  # free sizes fit, and so does any rank
-        ({"w.lora_B": ("float32", ("rank", 2))}, r"'w.lora_B' is \['rank', 2\], and \[rank, 3\]"),
+        ({"w.lora_B": ("float32", ("rank", 2))}, r"'w.lora_B' is \['rank', 2\], but \[rank, 3\]"),
     ],
 )
 def test_a_graph_beside_its_manifest(declared: Any, message: str) -> None:

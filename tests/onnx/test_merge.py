@@ -213,7 +213,7 @@ def test_a_map_names_what_the_names_do_not_tell(bert: Path, tmp_path: Path) -> N
         tensor.name = names[tensor.name]
         del tensor.metadata_props[:]
     onnx.save(proto, tmp_path / "base.onnx")
-    with pytest.raises(LoraFxError, match="is no target"):
+    with pytest.raises(LoraFxError, match="is not a target"):
         lora_fx.merge(tmp_path / "base.onnx", bert / "adapter", tmp_path / "m.onnx")
     wanted = lora_fx.load_adapter(bert / "adapter").entries
     given = {k: names[k] for k in wanted}

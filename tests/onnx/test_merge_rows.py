@@ -154,7 +154,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         out=out,
     )
     nan = Adapter({"w": LowRank(u.a, u.b * np.float32("nan"), 1.0)})
-    refused(tmp_path, "off by nan", base=base, adapters=nan, out=out)
+    refused(tmp_path, "wrong by nan", base=base, adapters=nan, out=out)
 
 
 def test_replacing_keeps_the_data_that_the_old_file_reads(tmp_path: Path) -> None:

@@ -432,7 +432,7 @@ def test_what_stands_where_scales_would_is_the_models(kind: str) -> None:
     assert {t.key for t in lora_fx.find(model, (x,)).targets} == {"first.weight", "weight"}
     cap = quantised(capture(model, (x,)), "int4")
     assert list(forms(cap.model)) == ["first.weight"]
-    assert any("has a weight_scale already" in n for n in cap.notes)
+    assert any("its module already has a weight_scale" in n for n in cap.notes)
     held = {"first.weight": by_hand_16(cap)}
     out = lora_fx.insert(cap, rank=2)(x).detach().numpy()
     assert rel(out, wanted(model, held, x)) < FOLD_TOL
@@ -460,7 +460,7 @@ def test_a_kind_given_twice_names_both() -> None:
     assert {*forms(quantised(cap, ["int4=first", f"int4={THE_WEIGHT}"]).model)} == {
         "first.weight", "weight",
     }  # fmt: skip
-    with pytest.raises(LoraFxError, match=r"first\.weight: int4 and nf4 name it"):
+    with pytest.raises(LoraFxError, match=r"first\.weight: selected for int4 and for nf4"):
         quantised(cap, ["int4=first", "nf4=first"])
 
 

@@ -160,7 +160,7 @@ def test_no_model(folder: Path) -> None:
 
 def test_inputs_beside_a_cache() -> None:
     """Refused before a model is loaded."""
-    with pytest.raises(LoraFxError, match=r"with a cache .*\nHint: leave inputs and"):
+    with pytest.raises(LoraFxError, match=r"with a cache, .*\nHint: leave inputs and"):
         CaptureOptions(cache=True, static=("x",))
 
 
@@ -171,7 +171,7 @@ def test_what_loading_says_comes_before_the_capture() -> None:
     options = CaptureOptions(static=("nothing",), tell=lambda *notes: told.extend(notes))
     with pytest.raises(LoraFxError, match="nothing"):
         captured_of("timm:resnet18", options)
-    assert "have random values" in told[0]
+    assert "random weights" in told[0]
 
 
 def test_no_other_file_of_a_verb_or_a_command_opens_a_model() -> None:

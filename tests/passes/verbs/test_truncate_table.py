@@ -111,7 +111,7 @@ def test_on_the_command_line(
         assert run(*told, *wrong) == 2
         assert "has no effect with --table" in capsys.readouterr().err
     assert run("--table", "data.npz") == 2 and "--model MODEL" in capsys.readouterr().err
-    assert run("--rank", "2") == 2 and "nothing to write to" in capsys.readouterr().err
+    assert run("--rank", "2") == 2 and "no output is given" in capsys.readouterr().err
     assert run("--rank", "2", "-o", "b", "--model", "model.py:build") == 2
     assert sorted(tmp_path.iterdir()) == before
 
