@@ -58,7 +58,7 @@ def write_tensor(name: str, parameter: nn.Parameter, value: torch.Tensor) -> Non
     """Write a whole tensor, the same in every process, into a parameter or its shards.
 
     Raises:
-        LoraFxError: As `whole`.
+        LoraFxError: As `gathered_array`.
     """
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor

@@ -58,8 +58,8 @@ def fit(
         settings: Steps, learning rate and so on.
         progress: Called as (step, steps, loss).
         saving: A state to go on from, and where to keep one.
-        world: The processes that share the run, from `train_processes.processes`. Each calls fit
-            with the same model and data.
+        world: The processes that share the run, from `lora_fx.fx.train.processes`. Each one
+            calls fit with the same model and data.
 
     Raises:
         LoraFxError: A column that the model does not take, patience without validation, a state

@@ -98,7 +98,7 @@ def objective(
         training: The data that it is asked about.
         loss: As in fit.
         half: Whether products run in bfloat16.
-        rows: How many rows run at a time; see lora_fx.fx.train.reduction.few.
+        rows: How many rows run at a time; see lora_fx.fx.train.reduction.question_rows.
 
     Raises:
         LoraFxError: A column that the model does not take, or a label that is no class of it.

@@ -149,7 +149,7 @@ def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
         model: The model.
         table: The data.
         own: The argument that carries the labels into the model.
-        rows: As in few.
+        rows: As in question_rows.
     """
     model.eval()
     question = question_rows(model, table, rows)
