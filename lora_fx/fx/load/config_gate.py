@@ -29,8 +29,8 @@ ORIGINS = {
     "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
     "_experts_implementation", "_experts_implementation_internal",
 }  # fmt: skip
-"""Fields that say where a model comes from or what its outputs mean. lora-fx reads those that it
-uses itself, and takes from the config what a constructor would follow."""
+"""Fields that say where a model comes from or what its outputs mean; they are not checked here.
+lora-fx reads those that it uses itself, and removes those that a constructor would follow."""
 TIMM = {"architecture", "backbone"}
 """Fields that may hold a timm name with a tag after a dot."""
 PLACES = re.compile(
