@@ -1,7 +1,7 @@
 """The parts of torch's ONNX exporter: a facade of `torch.onnx._internal`.
 
-Its table of operators, which dtypes it promotes, and how it translates a node. All of it is
-imported on first use. Tried with torch 2.13 and 2.15.
+These are its operator table, its type promotion, and its translation of nodes. All are imported on
+first use. Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
 def table_read_once() -> contextlib.AbstractContextManager[None]:
     """Return a block in which the exporter builds its operator table once per opset and process.
 
-    It parses the source of 500 functions for every model, half of what a small one costs.
+    Otherwise the exporter parses 500 functions per model, half of the time for a small model.
     """
     return patched(**_table_read_once())
 
@@ -53,7 +53,7 @@ def _table_read_once() -> dict[str, Any]:
 def typed_by_values() -> contextlib.AbstractContextManager[None]:
     """Return a block in which the exporter reads dtypes from the values that nodes already have.
 
-    It runs the whole graph on shapes for them: a fifth of what a small model costs.
+    Otherwise the exporter runs the whole graph on shapes, a fifth of the time for a small model.
     """
     from torch.onnx._internal.fx.passes import type_promotion as promotion
 
@@ -89,7 +89,7 @@ class _Translation:
 def translated_once() -> contextlib.AbstractContextManager[None]:
     """Return a block in which a translation function runs once for all nodes with equal inputs.
 
-    What it made is copied for the others: the same nodes between other values. Constants that the
+    The other nodes get copies of the translation, with their own values. Constants that the
     exporter shares among nodes stay shared.
     """
     import onnx_ir as ir

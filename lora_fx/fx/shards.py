@@ -20,7 +20,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def reshard(root: nn.Module) -> None:
     """Let FSDP2 shard its tensors again, which a forward without backward leaves gathered.
 
-    What is gathered is a copy, in the dtype of FSDP2's mixed precision.
+    The gathered tensors are copies, in the dtype of FSDP2's mixed precision.
     """
     for module in root.modules():
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):

@@ -1,7 +1,7 @@
 """The module tree that holds a model's tensors, without the model's code.
 
-It has the model's names, ties and class names. Parameters share the model's storage under objects
-of their own, and buffers are copies, so whatever is done to the tree leaves the model as it is.
+The tree has the model's names, ties and class names. Parameters are new objects that share the
+model's storage, and buffers are copies, so whatever is done to the tree leaves the model as it is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The proof of a merged .onnx file, tensor by tensor; no model is run.
 
-What no update touches has the base's bytes, and rows of everything else are computed again in
-fp64.
+Tensors without an update must have the base's bytes. Of all other tensors, some rows are computed
+again in fp64.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The check of ids out of range in mode batch: an error, or NaN in their rows, but no numbers.
 
-What an index out of range does differs from one runtime to the next, and the one that is at hand
-says nothing of the others. So two things are run. The whole file: it may fail; where it does not,
+Runtimes treat an index out of range differently, and the present runtime shows nothing about
+others. So two things are run. The whole file: it may fail; where it does not,
 rows that asked are NaN in every output of floats and the base's in every other, and their
 neighbours are what they were. And the nodes alone that make NaN of rows, on whatever numbers,
 where no Gather can fail before them.

@@ -1,6 +1,6 @@
 """The proof of a training step: ONNX Runtime's loss, gradients and update equal torch's.
 
-What it has to equal is the train program, not rewritten, run with autograd and followed by
+The reference is the train program, not rewritten, run with autograd and followed by
 torch.optim. A and B are drawn, so that every gradient has something to say; the optimizer's
 states are of the size of the gradients, but zero at the first size, where m' is the gradient
 itself. Gates are widened by the model's own rounding, as for any export: that of the same step in

@@ -1,6 +1,6 @@
 """export: write a model as an ONNX file that is proven equal before it gets its name.
 
-Which file does the work depends on the mode, and on whether the model is in torch or an .onnx file.
+The mode, and the kind of the model (torch or an .onnx file), decide which module does the work.
 """
 
 from __future__ import annotations

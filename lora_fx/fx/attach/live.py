@@ -59,8 +59,8 @@ FLAT = property(
 )
 """A property for the list of weights that torch's recurrent modules pass to their op.
 
-They store that list anew when a weight has changed. Stored parameters are kept and not what was
-computed from them, since a computed tensor cannot be deep-copied.
+Recurrent modules store that list again when a weight has changed. The list then holds the stored
+parameters and no computed tensors, since a computed tensor cannot be deep-copied.
 """
 
 

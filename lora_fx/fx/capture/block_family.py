@@ -13,7 +13,7 @@ from lora_fx.fx.trees import LeafSpec, TreeSpec
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 CLASS = ""
-"""The attribute name that stands for a module's class."""
+"""The attribute name under which a module's class is listed."""
 Place = tuple[str, str]
 """The place of an attribute in a block: (path of the module, name of the attribute)."""
 Tokens = Mapping[Place, Token]

@@ -23,7 +23,7 @@ _EMPTY = inspect.Parameter.empty
 class Signature:
     """The parameters of a forward; `bind` names the arguments of a call.
 
-    Its `bind` uses plain loops only, so that torch.compile can trace it.
+    `bind` uses plain loops only, so that torch.compile can trace it.
     """
 
     def __init__(self, forward: Callable[..., Any] | inspect.Signature) -> None:

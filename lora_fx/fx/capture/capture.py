@@ -151,7 +151,7 @@ class Captured:
 
     @property
     def recorded(self) -> bool:
-        """Whether the eval graph is one recorded run, which has the branches of the base."""
+        """Whether the eval graph is one recorded run, on a path that the base's weights chose."""
         return any(pin.rung == "recorded" for pin in self.pinned)
 
     @property
@@ -281,7 +281,7 @@ class Captured:
     def _may_have_a_path(self, door: Door, leaves: Sequence[Any]) -> bool:
         """Whether sizes that a condition refuses may take another path of the model.
 
-        Not where the model does not run, and not at sizes that nobody asked to be free.
+        False if the model itself refuses these sizes, or if a differing size was never free.
         """
         for name, fixed_sizes, leaf in zip(door.names, door.sizes, leaves, strict=True):
             for dim, size in enumerate(fixed_sizes or ()):
@@ -470,7 +470,7 @@ class Captured:
     def _holds_for_other_values(self, traced: Traced, named: Named) -> bool:
         """Whether a recorded graph gives the model's numbers on other inputs of its sizes.
 
-        They are drawn small, large and with the other sign too: branches go by such things.
+        Small, large and negated inputs are drawn too, since branches may depend on these.
         """
         inputs = describe(named)
         drawn = [sample_call(inputs, named, SIZES[0], seed) for seed in range(2)]
@@ -527,10 +527,10 @@ class Captured:
     def _is_the_model(
         self, traced: Traced, named: Named, training: bool, requested: Requested
     ) -> bool:
-        """Whether a graph with copies of blocks gives the model's numbers where it is compared.
+        """Whether a graph with copies of blocks gives the model's numbers at all compared sizes.
 
-        That is at the example and at two sizes more; see lora_fx.fx.capture.drawn_calls. Where it
-        does not, no block is copied from then on.
+        The sizes are the example's and two more; see lora_fx.fx.capture.drawn_calls. After a
+        difference, no block is copied any more.
         """
         mode = "train" if training else "eval"
         agreement = replace(self._beside(traced, training), of=f"copied blocks, {mode} mode")

@@ -104,8 +104,8 @@ class _Places:
 class EveryTurn(TorchFunctionMode):
     """A block in which a loop over the true places of a mask runs over all its places.
 
-    So do mixtures of experts that are written as a loop, `for expert in hit.nonzero()`: how many
-    turns there are depends on values, which no graph can hold. A turn for an expert without rows
+    Mixtures of experts may be written as such a loop, `for expert in hit.nonzero()`: the number of
+    turns depends on values, which no graph can hold. A turn for an expert without rows
     adds nothing; that it does not is for the caller to check.
 
     Attributes:

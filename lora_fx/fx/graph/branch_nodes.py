@@ -57,6 +57,7 @@ def operands(node: object, target: object) -> tuple[Any, ...]:
 def maker(before: fx.Node, branch: fx.Node) -> Callable[..., fx.Node]:
     """Return a function that makes marked branch nodes before a node, in the node's module.
 
-    It takes an op or function, args and kwargs, or the name of a tensor alone: see make_marked.
+    The function takes an op or function with args and kwargs, or only a tensor's name: see
+    make_marked.
     """
     return partial(make_marked, before, before, branch.meta["custom"][MARK]["site"])

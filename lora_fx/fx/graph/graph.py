@@ -290,7 +290,7 @@ class FxGraph(Analysed):
     def replace_output(self, site: Site, y: fx.Node) -> None:
         """Make every user of the site read y, except the nodes of the site's own branch.
 
-        Those read the old result: redirected as well, the sum would read itself.
+        The branch's nodes read the old result; otherwise the sum would read itself.
         """
         node = self.output(site)
         y.meta["val"] = node.meta.get("val")  # later sites read shapes from their operands
@@ -512,7 +512,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
 class FxEmitter:
     """Makes ATen nodes after or before a site's node, each marked as part of its branch.
 
-    They carry the module stack of their site, so that they land in the same block when blocks
+    The nodes carry the module stack of their site, so that they are in the same block when blocks
     become functions.
     """
 

@@ -164,7 +164,7 @@ MARK = "lora_fx"
 def mark(node: fx.Node, site: str) -> None:
     """Mark a node, in its metadata, as part of the branch of a site.
 
-    Of a node's metadata torch keeps "custom" through save, load and a second export.
+    torch keeps the metadata field "custom" through save, load and a second export.
     """
     node.meta["custom"] = {**node.meta.get("custom", {}), MARK: {"site": site}}
 

@@ -50,7 +50,7 @@ def out_axis(kind: Kind) -> int | None:
 def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
     """Return the parts of a node's result along one axis; one part if nothing cuts the result.
 
-    Empty where no role is proven, and where the parts are no regions of the weight.
+    Empty if no role is proven, or if the parts are not regions of the weight.
     """
     shape = tuple(hint(size) for size in shape_of(node) or ())
     if len(shape) < 2 or numel(shape) > LARGEST:
@@ -108,7 +108,7 @@ def _reads(node: fx.Node, shape: tuple[int, ...], axis: int) -> list[_Read]:
 def _pieces(reads: Sequence[_Read]) -> dict[tuple[int, int], list[Step]] | None:
     """Return the widest gapless ranges, in order, with the steps that read inside each.
 
-    None where something is read across them: heads are interleaved then.
+    None if a reader reads across them, as with interleaved heads.
     """
     regions = {read.bounds for read in reads if read.gapless}
     pieces: dict[tuple[int, int], list[Step]] = {}

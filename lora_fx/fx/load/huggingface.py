@@ -261,7 +261,7 @@ def _settle_padding(module: PreTrainedModel) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A block without logs, bars or warnings of transformers; important ones become notes."""
+    """A block without logs, bars or warnings of transformers; important warnings become notes."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

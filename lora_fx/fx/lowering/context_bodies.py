@@ -23,8 +23,8 @@ CHOSEN = ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros
 def inline_regions(module: fx.GraphModule, *, no_grad: bool = False) -> None:
     """Replace every call of a no_grad or autocast body by the body's own nodes.
 
-    What runs in them is the model's like everything else: its weights are targets. What the
-    regions did to gradients and dtypes is written out as detach and casts.
+    The weights in these bodies are targets like all others. The effect of the regions on gradients
+    and dtypes is written out as detach and casts.
     """
     for node in list(module.graph.nodes):
         if node.target is higher.wrap_with_set_grad_enabled:

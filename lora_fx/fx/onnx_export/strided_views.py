@@ -44,7 +44,7 @@ def rewrite_strided_view(graph: fx.Graph, node: fx.Node) -> None:
 def _dense_order(stored: Tensor) -> list[int] | None:
     """Return the dimensions in storage order, the slowest first; None if not dense.
 
-    None for a view with gaps, or of numbers that are read twice.
+    A view with gaps, or with elements that are read twice, is not dense.
     """
     sizes = [hint(size) for size in stored.shape]
     strides = [hint(stride) for stride in stored.stride()]

@@ -122,7 +122,7 @@ class _TooLarge(ValueError):
 def _multiplied_out(node: ast.expr) -> tuple[int, int]:
     """Return the terms of an expression when multiplied out, and the bits of its numbers.
 
-    What is no sum, product or power is one term, whose operands are looked at by themselves.
+    An expression other than a sum, product or power is one term; its operands are checked alone.
     """
     operation, operands = _operation(node)
     sizes = [_multiplied_out(operand) for operand in operands]

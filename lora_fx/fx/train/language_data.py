@@ -156,7 +156,7 @@ def _longest(module: nn.Module, max_length: int | None) -> int:
 def _no_panic(where: str, folder: Path) -> Iterator[None]:
     """A block in which a panic of the tokenizers package becomes an error for the line.
 
-    It is no Exception of Python's: a pattern of a tokenizer.json that tries too long ends in one.
+    A panic is not a Python Exception; a pattern in tokenizer.json that runs too long causes one.
     """
     try:
         yield

@@ -37,8 +37,8 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
 def factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
     """Return the share of the learning rate at a step, counted from 0.
 
-    transformers' own after the warm-up. In it a step has the share that the next one has there,
-    where the first step moves nothing.
+    After the warm-up, the share is that of transformers. In the warm-up, a step has the share that
+    transformers gives the next step, since its first step has rate 0.
     """
     rise = 0 if schedule == "constant" else math.ceil(steps * warmup)
     if step < rise:

@@ -223,8 +223,8 @@ class _Run:
     def _take(self, batch: Table, step: int) -> float:
         """Take a step, counted from 1; return the batch's loss before the step.
 
-        It is the same for any number of processes and parts, up to rounding. A part's loss is a
-        mean over `objective.weight(part)` items, so its share of the batch's loss, and of its
+        The step is the same for any number of processes and parts, up to rounding. A part's loss
+        is a mean over `objective.weight(part)` items, so its share of the batch's loss, and of its
         gradient, is that weight over the weight of the whole batch.
 
         Raises:

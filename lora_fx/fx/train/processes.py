@@ -75,7 +75,7 @@ class Processes:
     def add(self, tensors: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> None:
         """Set `like[i].grad` to the sum of `tensors[i]` over all processes.
 
-        None counts as zero, and is the sum where every process has None.
+        None counts as zero; the sum is None if every process has None.
         """
         if self.size == 1:
             return

@@ -194,7 +194,7 @@ def _by_token(scores: Tensor, axis: int) -> Tensor:
 def _unlike(labels: Array) -> Array:
     """Return labels for every token of the first row and for few tokens of the other rows.
 
-    What is ignored gets a class that the data has.
+    Ignored labels get a class that the data has.
     """
     classes = labels[labels != IGNORED]
     lowest = classes.min(initial=None) if classes.size else 0

@@ -1,7 +1,7 @@
 """Dropout that an input, the seed, determines.
 
-What is dropped depends on it, on the place and on which dropout it is, by whole numbers below a
-prime, so that torch and every runtime drop the same.
+The dropped elements depend on the seed, on the position and on the dropout, by integers below a
+prime, so that torch and every runtime drop the same elements.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def _expect(kind: str, name: str, names: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Saving:
-    """The folder where a run keeps its state, and the state that it resumes.
+    """The folder in which a run saves its state, and the state that the run resumes.
 
     Args:
         folder: The folder that is written, and replaced; None for none.
