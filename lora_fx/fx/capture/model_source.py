@@ -111,8 +111,9 @@ def base_dtype(model: nn.Module) -> torch.dtype | None:
 def weightless(
     model: nn.Module, dtype: torch.dtype | None = None, mode: FakeTensorMode | None = None
 ) -> tuple[nn.Module, FakeTensorMode]:
-    """Deep-copy a module with fake tensors; fake tensors replace meta tensors on the CPU.
+    """Return a copy of a module with fake tensors, and the mode of those tensors.
 
+    A fake tensor is on the device of its original, or on the CPU for a tensor on meta.
     The copy has the code and none of the memory: with both graphs, 11 MiB for a model of 993 MiB.
     Every capture traces it, so the user's module is never switched to train, and its batch norms
     keep their statistics.
