@@ -1,4 +1,4 @@
-"""Reads ADAPTER[:W] arguments."""
+"""The reader of ADAPTER[:W] arguments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def adapter_of(path: str) -> Adapter:
 
 
 def named_adapters(texts: Sequence[str]) -> dict[str, Adapter]:
-    """The adapters of `ADAPTER[:W]` arguments, by the name of the folder or file."""
+    """Load the adapters of `ADAPTER[:W]` arguments, by the name of the folder or file."""
     from lora_fx.formats.io import adapter_name
 
     adapters: dict[str, Adapter] = {}

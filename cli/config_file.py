@@ -101,7 +101,7 @@ def _keys(param: click.Parameter) -> list[str]:
 
 
 def _value(ctx: click.Context, param: click.Parameter, value: object, where: str) -> object:
-    """A value from a file in the form in which click takes a default."""
+    """Return a value from a file in the form that click expects of a default."""
     takes_several = param.nargs == -1 or getattr(param, "multiple", False)
     kind, fits, example = _type(param)
     items = value if isinstance(value, list) and takes_several else [value]

@@ -22,7 +22,7 @@ BATCH = 32
 
 
 def load_npz(path: str | None) -> Json:
-    """The arrays of an --inputs file by name; empty without a file."""
+    """Load the arrays of an --inputs file by name; return no arrays without a file."""
     from lora_fx.data_files import read_npz
 
     if not path:
@@ -62,7 +62,7 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
 
 
 def refuse_row_labels(table: Table, cap: Captured, data: str, loss: str) -> None:
-    """Raise if DATA has one label a row and the model's own loss does not score rows."""
+    """Raise if DATA has one label per row and the model's own loss does not score rows."""
     from lora_fx.fx.train import row_labels
     from lora_fx.passes.verbs.open import user_module
 
@@ -113,7 +113,7 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
 
 
 def loss_of(text: str) -> str | Loss:
-    """The function of `module:NAME`; ce and mse stay as text."""
+    """Load the function of `module:NAME`; return ce and mse as text."""
     from lora_fx.fx.load.factory import load_function
 
     if ":" not in text:
@@ -123,6 +123,6 @@ def loss_of(text: str) -> str | Loss:
 
 
 def batches_of(table: Table | Buckets, seed: int = 0, rows: int = BATCH) -> Iterator[JsonView]:
-    """The columns of the batches of one pass over the data."""
+    """Yield the columns of the batches of one pass over the data."""
     for batch in table.batches(rows, seed):
         yield batch.columns

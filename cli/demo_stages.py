@@ -34,7 +34,7 @@ class Size:
 
     @classmethod
     def of(cls, quick: bool) -> Size:
-        """The whole demo must gain 5 points over the probe; the quick demo only has to learn."""
+        """Return the size of the quick demo, or of the whole demo, which must gain 5 points."""
         if quick:
             return cls(600, 200, 12, -1.0)
         return cls(5000, 1000, 480, 0.05)

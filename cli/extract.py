@@ -59,7 +59,7 @@ class RecoveryOptions:
     trust: bool = flag("--trust", TRUST)
 
     def extract(self) -> ExtractOptions:
-        """The options of an extraction; raises if options exclude each other."""
+        """Return the options of an extraction; raise if options exclude each other."""
         from lora_fx.checkpoint.extract_options import ExtractOptions
 
         return ExtractOptions(

@@ -124,7 +124,7 @@ def command(
 
 
 def _start_batches(cap: Captured, init: str, options: StartOptions) -> Iterator[JsonView] | None:
-    """The batches that --init reads; None if it reads no data.
+    """Return the batches that --init reads; None if --init reads no data.
 
     Raises:
         LoraFxError: Data for a start that reads none, or none for one that does.

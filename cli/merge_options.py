@@ -48,7 +48,7 @@ class CheckpointOptions:
     )
 
     def merge(self, how: str = "sum", rank: int | None = None) -> MergeOptions:
-        """The options of a merge; raises if options contradict each other.
+        """Return the options of a merge; raise if options contradict each other.
 
         Args:
             how: The mix of several adapters.

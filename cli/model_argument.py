@@ -58,7 +58,7 @@ def captured(
 
 
 def module_with_adapter(cap: Captured) -> AdaptedModule:
-    """The module of a .pt2 file with branches; raises for an option that chooses targets."""
+    """Return the module of a .pt2 file with branches; raise for an option that chooses targets."""
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.passes.verbs.build import module_of

@@ -33,7 +33,7 @@ from lora_fx.text import JsonView
 
 FROM_1 = click.IntRange(1, 2**31 - 1)
 THREADS = click.IntRange(0, 2**10)
-"""The number of threads of ONNX Runtime; with 0 it chooses the number."""
+"""The allowed number of ONNX Runtime threads; 0 lets ONNX Runtime choose."""
 FORCE = "Replace the output if it exists."
 
 Command = Callable[..., object]
@@ -174,7 +174,7 @@ def given_here(ctx: click.Context) -> dict[str, str]:
 
 
 def first_given(*names: str) -> str:
-    """The long option of the first of these that the user gave; else an empty text."""
+    """Return the long option of the first of these names that the user gave; else an empty text."""
     given = given_here(click.get_current_context())
     return next((given[n] for n in names if n in given), "")
 
@@ -188,7 +188,7 @@ def refuse_given(model: str, names: Sequence[str]) -> None:
 
 
 def under_new_name(old: str, old_value: str | None, new: str, new_value: str | None) -> str | None:
-    """The value of a renamed option; the old name is a hidden option, and its use is noted.
+    """Return the value of a renamed option; note the use of the old name, a hidden option.
 
     Raises:
         LoraFxError: Both are given.

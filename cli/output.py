@@ -185,7 +185,7 @@ class _Lines:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A function of (bytes done, bytes in all) that draws a bar on a terminal's stderr."""
+    """Yield a function of (bytes done, bytes in all) that draws a bar on a terminal's stderr."""
     if _run().get("quiet") or not sys.stderr.isatty():
         yield None
         return

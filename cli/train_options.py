@@ -55,7 +55,7 @@ SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
 class OfLaunch(click.Option):
-    """An option that `accelerate launch` always sets by environment; --config wins over that."""
+    """An option that `accelerate launch` always sets by an environment variable; --config wins."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """The value from the environment, unless the table of --config has the option."""
@@ -181,7 +181,7 @@ class LoopOptions:
         )
 
     def saving(self, *, force: bool) -> Saving:
-        """The folder of saved states; raises, before any work, if it cannot be written."""
+        """Return the folder of saved states; raise, before any work, if it cannot be written."""
         from lora_fx.files.atomic import check_output
         from lora_fx.fx.train.settings import Saving
         from lora_fx.fx.train.state_folder import check_folder

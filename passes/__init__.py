@@ -1,1 +1,1 @@
-"""One pass a file, named by its verb; `verbs` composes them into the public functions."""
+"""The graph passes, one per file and named by its verb; `verbs` builds the public functions."""

@@ -1,4 +1,4 @@
-"""The result of a pass.
+"""The result of a pass over a graph.
 
 A pass is a frozen dataclass that is called on a graph, which it edits in place; its fields are its
 options. A second run on the same graph changes nothing, and reports modified=False.
@@ -15,12 +15,12 @@ from lora_fx.ir.graph import Graph
 
 @dataclass(frozen=True)
 class PassResult(Generic[V]):
-    """The graph that a pass was given, edited, and whether anything changed."""
+    """The graph that a pass edited, and whether the pass changed anything."""
 
     graph: Graph[V]
     modified: bool
 
     def __post_init__(self) -> None:
-        """Drop all analyses of the graph from before the edit."""
+        """Drop the analyses that the graph has kept from before the edit."""
         if self.modified:
             self.graph.changed()

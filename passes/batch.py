@@ -48,7 +48,7 @@ Pair = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A parameter that adapters update, as the adapters see it.
+    """A parameter that adapters update, with the shape that the adapters use.
 
     Attributes:
         shape: The shape that it has for the adapters; the graph may hold it transposed.
@@ -82,7 +82,7 @@ class Batch:
     _stems: dict[str, object] = field(default_factory=dict, init=False, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
-        """Edit the graph; a graph that already has the branches is not changed."""
+        """Add the branches to the graph; a graph that already has them is not changed."""
         if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
         dtypes = {parameter.name: parameter.dtype for parameter in graph.parameters()}
@@ -148,7 +148,7 @@ class Batch:
             )
 
     def _reaching(self, site: Site) -> list[list[str]]:
-        """The keys of the updates that reach a use, in one list for each adapter."""
+        """Return, for each adapter, the keys of its updates that reach a use."""
         if site.parameter not in self.sources:
             return [[] for _ in self.adapters]
         name, source = self.sources[site.parameter]
@@ -161,7 +161,7 @@ class Batch:
     def _stacks(
         self, graph: OnnxGraph, site: Site, dtype: str, form: str, keys: Sequence[Sequence[str]]
     ) -> tuple[ir.Value, ir.Value]:
-        """A and B of all adapters for a use, as initialisers; `keys` are the use's updates."""
+        """Store A and B of all adapters for one use as initialisers; `keys` are per adapter."""
         key, source = self.sources[site.parameter]
         region, layout = read_layout(site, source)
         pairs: list[Pair | None] = []
@@ -225,7 +225,7 @@ def _check_outputs(
 
 
 def _refuse_mixing(graph: OnnxGraph, symbol: str, sites: Sequence[Site]) -> None:
-    """Raise where an output has rows that were mixed after a branch.
+    """Raise if rows are mixed after a branch on the way to an output.
 
     Other models are proven by comparing every row with the row alone. Where activations have
     one range over all rows, a row alone is another row, so the graph itself has to tell.
@@ -271,14 +271,14 @@ def _reaches(
 
 
 def _steps(site: Site, source: StoredWeight) -> tuple[Step, ...]:
-    """From the parameter as adapters know it to the operand."""
+    """Return the steps from the parameter, as adapters see it, to the operand of a use."""
     if source.turned:
         return (Permute((1, 0)), *site.view.steps)
     return tuple(site.view.steps)
 
 
 def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
-    """Read the part of the parameter that a use reads, and the layout of [out, in] in that part.
+    """Return the region of the parameter that a use reads, and the layout of [out, in] in it.
 
     Raises:
         LoraFxError: The use mixes the axes of the parameter.
@@ -295,7 +295,7 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
 def _joined(
     updates: Updates, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair | None:
-    """All updates that an adapter has of one use as its [rank, in], [out, rank]."""
+    """Join an adapter's updates of one use into one pair: A [rank, in] and B [out, rank]."""
     if not updates:
         return None
     all_a: list[Array] = []
@@ -310,7 +310,7 @@ def _joined(
 def _in_direction_of_use(
     key: str, low: LowRank, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair:
-    """One update as factors in the direction in which a use reads its tensor, with the scale in b.
+    """Return an update's factors in the direction in which a use reads the tensor, the scale in b.
 
     Args:
         key: The key of the update.

@@ -37,10 +37,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Clean:
-    """Fold masks, repeated heads, GELUs and steps that do nothing."""
+    """Simplify masks, repeated heads and GELUs, and remove ops that do nothing."""
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
-        """Edit the graph; a second run finds nothing to fold."""
+        """Edit the graph; a second run changes nothing."""
         written = Writes(graph.graph).ever()
         form_of = cache(partial(mask_form, written=written))
         modified = False

@@ -41,7 +41,7 @@ ROUNDED = "folding would round the update away"
 
 
 def find(graph: Graph[V]) -> Found:
-    """Targets, refusals and unreached parameters of a graph, in definition order.
+    """Find the targets, refusals and unreached parameters of a graph, in definition order.
 
     The answer is kept on the graph, and on its clones, until one of them is edited.
     """
@@ -49,7 +49,7 @@ def find(graph: Graph[V]) -> Found:
 
 
 def _search(graph: Graph[V]) -> Found:
-    """Compute the answer of find."""
+    """Compute the result of `find`."""
     parameters = {parameter.name: parameter for parameter in graph.parameters()}
     sites = [_checked(site, parameters) for site in graph.sites()]
     uses = _uses_by_parameter(sites, parameters)
@@ -76,7 +76,7 @@ def _search(graph: Graph[V]) -> Found:
 
 
 def _checked(site: Site, parameters: Mapping[str, Parameter]) -> Site:
-    """A site, refused where no update of its parameter can have a key or a product."""
+    """Return the site, refused if no update of its parameter can have a key or a product."""
     name = site.parameter
     if name in parameters and (name.endswith("]") or "@" in name):  # see base_name
         return replace(site, refusal=ODD, allowed=False)
@@ -86,7 +86,7 @@ def _checked(site: Site, parameters: Mapping[str, Parameter]) -> Site:
 
 
 def _refusals(sites: Sequence[Site]) -> Iterator[Refusal]:
-    """The refused sites with their reasons, for all verbs or for some."""
+    """Yield a refusal for each site that all verbs or some verbs refuse."""
     for site in sites:
         if site.refusal:
             refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)
@@ -100,7 +100,7 @@ def _refusals(sites: Sequence[Site]) -> Iterator[Refusal]:
 
 
 def _merged(refusals: Iterable[Refusal]) -> list[Refusal]:
-    """Refusals of one parameter for one reason, once, with their FLOPs added."""
+    """Join the refusals that have the same parameter, op and reason, and add their FLOPs."""
     merged: dict[tuple[str, str, str], Refusal] = {}
     for refusal in refusals:
         identity = (refusal.key, refusal.op, refusal.reason)
@@ -113,7 +113,7 @@ def _merged(refusals: Iterable[Refusal]) -> list[Refusal]:
 
 @dataclass(frozen=True)
 class _Use:
-    """A site, and the part of its parameter that it reads; no layout where its view mixes axes."""
+    """A site, its region of the parameter, and the layout; None if the view mixes stored axes."""
 
     site: Site
     region: Region
@@ -123,7 +123,7 @@ class _Use:
 def _uses_by_parameter(
     sites: Sequence[Site], parameters: Mapping[str, Parameter]
 ) -> dict[str, list[_Use]]:
-    """The uses that a target may have, by the name of the parameter."""
+    """Return the uses that a target may have, by the name of the parameter."""
     return by_key(
         (site.parameter, _use(site, parameters[site.parameter]))
         for site in sites
@@ -139,12 +139,12 @@ def _use(site: Site, parameter: Parameter) -> _Use:
 
 
 def _whole(parameter: Parameter) -> Region:
-    """The region that is all of a parameter."""
+    """Return the region that covers a whole parameter."""
     return tuple((0, size) for size in parameter.shape)
 
 
 def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | None:
-    """The region and Layout that a use reads, or None where its view mixes stored axes."""
+    """Return the region and the Layout that a use reads, or None if its view mixes stored axes."""
     axes = site.kind.axes(site.operand)
     try:
         tracked = track(shape, site.view.steps + axes.steps)
@@ -154,13 +154,13 @@ def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | N
 
 
 Readers = Mapping[str, Sequence[tuple[str, Region]]]
-"""Parameter → the ops that read it for more than products, each with the region that it reads."""
+"""Parameter → the ops that read it outside of weight products, each with the region it reads."""
 
 
 def _other_readers(
     graph: Graph[V], parameters: Mapping[str, Parameter], uses: Mapping[str, list[_Use]]
 ) -> Readers:
-    """The ops that read parameters for more than products.
+    """Return the ops that read a parameter outside of weight products.
 
     The region is empty where the parameter has no uses, and so no targets.
     """
@@ -179,7 +179,7 @@ def _other_readers(
 def _targets(
     parameters: Mapping[str, Parameter], uses: Mapping[str, list[_Use]], readers: Readers
 ) -> tuple[list[Target], list[Target]]:
-    """The targets, and those whose every use is refused by default."""
+    """Return the targets, and the targets whose every use is refused by default."""
     tables = _lookup_tables(uses)
     targets: list[Target] = []
     optional: list[Target] = []
@@ -215,7 +215,7 @@ def _unreached(
     readers: Readers,
     gathered_flops: Mapping[str, int],
 ) -> list[Unreached]:
-    """The parameters of two or more dimensions that no site reads, even through other values."""
+    """Return the parameters of two or more dimensions that no site reads, even indirectly."""
     reached: set[str] = set()
     for site in sites:
         reached |= {site.parameter, *site.behind}
@@ -235,7 +235,7 @@ def _why_unreached(ops: Sequence[str]) -> str:
 
 
 def _regions(parameter: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:
-    """Uses by region; all under the whole parameter where regions overlap."""
+    """Group uses by region; if regions overlap, put all uses under the whole parameter."""
     groups = by_key((use.region, use) for use in uses)
     # One update of overlapping parts would have two values where they overlap.
     if any(overlap(one, other) for one, other in combinations(groups, 2)):
@@ -249,7 +249,7 @@ def _target(
     uses: Sequence[_Use],
     tables: Sequence[tuple[int, int]],
 ) -> Target:
-    """The target of the uses of one region.
+    """Make the target of all uses of one region.
 
     Its layout and its op are those of the first use that is no lookup.
     """
@@ -273,7 +273,7 @@ def _target(
 def _parts(
     parameter: Parameter, region: Region, layout: Layout, uses: Sequence[_Use]
 ) -> tuple[tuple[str, str], ...]:
-    """The parts along out that every use agrees on, each as (role, key)."""
+    """Return the parts along `out` that every use has in common, each as (role, key)."""
     # a part is a region only where every use cuts the weight in the same places
     parts = uses[0].site.parts
     for use in uses:
@@ -297,7 +297,7 @@ def _parts(
 
 
 def _stored_axis(layout: Layout, axis: int) -> int | None:
-    """The stored axis that one axis of a layout is the whole of."""
+    """Return the stored axis that consists of just one axis of a layout; None if there is none."""
     for stored_axis, axes in enumerate(layout.split()):
         if [*axes] == [axis]:
             return stored_axis

@@ -1,4 +1,4 @@
-"""fold: W + s·b·a into the constants, per site.
+"""fold: add W + s·b·a into the constants of a graph, site by site.
 
     W'[region] = W[region] + cast(s · (b @ a)),   b @ a, then s, then + W in fp32, rounded once
 
@@ -46,7 +46,7 @@ from lora_fx.text import by_key
 
 @dataclass(frozen=True)
 class Folded:
-    """A change of one parameter: where its value went, and how much of it rounding lost.
+    """The change of one parameter: the new value's name, and the share that rounding kept.
 
     Attributes:
         parameter: The parameter.
@@ -69,7 +69,7 @@ class Folded:
 
     @property
     def said(self) -> str:
-        """A note on the ops that still read the old value; empty if there are none."""
+        """A note on the ops that still read the old value; empty if there are no such ops."""
         if not self.other_readers:
             return ""
         ops = ", ".join(self.other_readers)
@@ -77,7 +77,7 @@ class Folded:
 
 
 def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
-    """A note on the cost of floats for zero points, measured in ONNX Runtime 1.31.
+    """Note that floating-point zero points cost time, as measured in ONNX Runtime 1.31.
 
     The numbers are in docs/quantised.md.
     """
@@ -113,7 +113,7 @@ class Fold:
     unrounded: dict[str, Callable[[], Array]] = field(default_factory=dict, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
-        """Edit the graph's constants; this pass folds each update only once."""
+        """Fold the updates into the graph's constants; this pass folds each update only once."""
         found = find(graph)
         hint = "fold with these arguments as the example"
         uses = {key: update.use for key, update in self.updates.items()}
@@ -142,7 +142,7 @@ class Fold:
         return PassResult(graph, modified)
 
     def _find_zero_points(self, graph: Graph[V], targets: Mapping[str, Target]) -> None:
-        """Note updates that go into zero points; raise for one that a stored weight cannot hold."""
+        """Note the updates that go into zero points; raise for an update that codes cannot hold."""
         for key, target in targets.items():
             if target.no_fold and key not in self.moved:
                 zero_points = exact(graph, target, self.updates[key])
@@ -158,7 +158,7 @@ class Fold:
         pairs: list[Pair],
         sites: list[Site],
     ) -> None:
-        """Let sites read a constant with updates in it."""
+        """Make sites read a constant that holds the parameter with its updates."""
         read = graph.reader(name)
         value = self._value(name, keys, read, pairs)
         stored_as = graph.replace_parameter(name, sites, value)
@@ -175,7 +175,7 @@ class Fold:
     def _value(
         self, name: str, keys: tuple[str, ...], read: Callable[[], Array], pairs: list[Pair]
     ) -> Array | Deferred:
-        """The folded tensor, or how to compute it; either way the report gets its line."""
+        """Return the folded tensor, or a Deferred for it; both add a row to the report."""
 
         def compute() -> Array:
             value, kept_share = fold_value(read(), pairs)
@@ -195,7 +195,7 @@ class Fold:
         return Deferred(parameter.shape, parameter.dtype, compute)
 
     def _move(self, graph: Graph[V], name: str, keys: tuple[str, ...], members: list[Site]) -> bool:
-        """Put an update into the zero points that its sites read; other uses keep theirs."""
+        """Add an update to the zero points that its sites read; other uses keep theirs."""
         zero_points, delta = self.moved[keys[0]]
         zero = zero_points.moved(delta)
         if not np.isfinite(zero).all():
@@ -218,7 +218,7 @@ class Fold:
     def _again(
         self, graph: Graph[V], name: str, members: list[Site], readers: list[Site], stored_as: str
     ) -> bool:
-        """Let sites of another graph read a constant that is folded already."""
+        """Make the sites of another graph read a constant that is already folded."""
         if stored_as != name:
             graph.repoint(members, stored_as)
             return True
@@ -231,14 +231,14 @@ class Fold:
 
 
 def _ident(name: str, keys: Sequence[str]) -> str:
-    """The name of a parameter with some updates in it, in `applied`."""
+    """Return the identifier, in `applied`, of a parameter with some updates folded in."""
     return f"{name}|{'|'.join(keys)}"
 
 
 def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array] | str:
-    """The zero points of a quantised weight, and the change of them for an update [rows, blocks].
+    """Return a quantised weight's zero points and the weight change [rows, blocks] that fits them.
 
-    Instead the reason why they cannot hold it.
+    Returns the reason instead if the zero points cannot hold the update.
     """
     variant = variant_of(low)
     group = variant.constant_over
@@ -259,7 +259,7 @@ def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Ar
 
 
 def _one_zero_points(graph: Graph[V], target: Target) -> ZeroPoints | None:
-    """The zero points of a weight; None where a site has none, or others."""
+    """Return the zero points that all sites of a weight share; None if there are no such."""
     first, *others = (graph.zero_points(site) for site in target.sites)
     if first is None:
         return None
@@ -270,7 +270,7 @@ def _one_zero_points(graph: Graph[V], target: Target) -> ZeroPoints | None:
 
 
 def _changes_all_rows(target: Target, low: LowRank) -> bool:
-    """True for an update s·b·a of a whole matrix [out, in], whose rows are out."""
+    """True for an update s·b·a of a whole matrix [out, in] whose stored rows are `out`."""
     layout = low.layout or target.layout
     if variant_of(low).reads_weight or layout.out != (0,):
         return False
@@ -282,7 +282,7 @@ def _is_whole(region: Region, shape: tuple[int, ...]) -> bool:
 
 
 def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:
-    """The uses of a parameter that read nothing of these regions of it."""
+    """Return the uses of a parameter that read nothing from these regions."""
     sites: list[Site] = []
     for target in (*found.targets, *found.optional):
         if target.parameter.name != name:
@@ -293,11 +293,11 @@ def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:
 
 
 ROWS = 1 << 20
-"""So many elements of a tensor are folded at a time: a wide copy of them is in memory."""
+"""The number of elements that are folded at a time; memory holds a wide copy of them."""
 
 
 def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
-    """The stored tensor with its updates added, rounded once, and the share that was kept."""
+    """Return the stored tensor plus its updates, rounded once, and the share of Δ that was kept."""
     # Never in 16 bits: the sum would be rounded twice, and W would be added to a rounded Δ.
     work = np.result_type(base.dtype, np.float32)  # fp64 and complex numbers stay what they are
     value = np.empty_like(base)
@@ -314,7 +314,7 @@ def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
 
 
 def fold_wide(read: Callable[[], Array], updates: list[Pair]) -> Array:
-    """The stored tensor with its updates added, in fp32 where it is narrower, and not rounded."""
+    """Return the stored tensor plus its updates, in fp32 or wider, without rounding."""
     base = read()
     wide = base.astype(np.result_type(base.dtype, np.float32), copy=False)
     value, _ = fold_value(wide, updates)
@@ -322,7 +322,7 @@ def fold_wide(read: Callable[[], Array], updates: list[Pair]) -> Array:
 
 
 def fold_rows(base: Array, updates: list[Pair], rows: slice) -> Array:
-    """Some rows of W + s·b·a in fp64, unrounded; all rows where they cannot be had apart."""
+    """Return some rows of W + s·b·a in fp64, unrounded, computing only these rows if possible."""
     work = np.result_type(base.dtype, np.float64)
     if not _is_by_rows(base, updates):
         wide = base.astype(work)
@@ -335,7 +335,7 @@ def fold_rows(base: Array, updates: list[Pair], rows: slice) -> Array:
 
 
 def _add(wide: Array, updates: list[Pair]) -> None:
-    """Put each update into its region of W, in the dtype that W has here."""
+    """Add each update to its region of W, in the dtype of `wide`."""
     e: Ops[Array] = NumpyEmitter()
     work = wide.dtype
     for target, low in updates:
@@ -348,7 +348,7 @@ def _add(wide: Array, updates: list[Pair]) -> None:
 
 
 def _is_by_rows(base: Array, updates: list[Pair]) -> bool:
-    """True for updates of a whole matrix, whose rows can be had one by one."""
+    """True if all updates change a whole matrix and their rows can be computed separately."""
     if base.ndim != 2:
         return False
     for target, low in updates:
@@ -363,7 +363,7 @@ def _is_by_rows(base: Array, updates: list[Pair]) -> bool:
 
 
 def _blocks(base: Array, updates: list[Pair]) -> Iterator[tuple[slice, list[Pair]]]:
-    """Some rows of a matrix with the change by its updates; a tensor of another shape at once."""
+    """Yield blocks of rows with their part of the updates; one block if rows are not separable."""
     if not _is_by_rows(base, updates):
         yield slice(None), updates
         return
@@ -375,7 +375,7 @@ def _blocks(base: Array, updates: list[Pair]) -> Iterator[tuple[slice, list[Pair
 
 
 def _narrowed(target: Target, low: LowRank, rows: slice, columns: int) -> Pair:
-    """A target and its update in some rows of the stored matrix."""
+    """Narrow a target and its update to some rows of the stored matrix."""
     region = ((0, rows.stop - rows.start), (0, columns))
     layout = (low.layout or target.layout).narrow(((rows.start, rows.stop), (0, columns)))
     assert layout is not None  # one axis is out, the other in

@@ -1,4 +1,4 @@
-"""fuse: the end of a branch and the sum with its layer's result become one op.
+"""fuse: join the last product of a branch and its sum with the layer's result into one op.
 
 y + t·(s·b)ᵀ        becomes        addmm(y, t, bᵀ, alpha=s)
 
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Fuse:
-    """Let one addmm do the last product of a branch, its scale and the sum.
+    """Compute the last product of a branch, its scale and the sum in one addmm.
 
     Attributes:
         into: Add into the memory of y, in a call that no other framework knows.
@@ -75,7 +75,7 @@ class _BranchEnd:
 
 
 def _branch_end(node: fx.Node) -> _BranchEnd | None:
-    """The end of a branch, of which a node is the sum; None for any other node.
+    """Return the branch end whose sum is this node; None for any other node.
 
     1. The node is y + t·(type_as(b·s, x))ᵀ, in a branch's nodes without keywords.
     2. Nothing else reads the product, and b is a parameter itself.
@@ -101,7 +101,7 @@ def _branch_end(node: fx.Node) -> _BranchEnd | None:
 
 
 def _fuse(end: _BranchEnd, into: bool) -> None:
-    """Let one op make the sum; in the memory of y where `into` says so and nothing else reads y."""
+    """Replace the sum by one op; it writes into y's memory if `into` and nothing else reads y."""
     emit = maker(end.sum, end.sum)
     y = end.y
     if into and len(y.users) == 1 and value(y).dtype == torch.float32:
@@ -123,7 +123,7 @@ def _fuse(end: _BranchEnd, into: bool) -> None:
 
 
 def ending(y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, s: float) -> torch.Tensor:
-    """Y + t·(s·b)ᵀ, in the memory of y [..., out] where nothing else traces the sum."""
+    """Return y + t·(s·b)ᵀ, written into the memory of y [..., out] unless the call is traced."""
     if traced() or type(y) is not torch.Tensor:
         rows_of_y = y.flatten(0, -2)
         rows_of_t = t.flatten(0, -2).type_as(y)

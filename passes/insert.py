@@ -86,9 +86,9 @@ class Insert:
         return PassResult(graph, bool(bare))
 
     def _output_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> bool:
-        """Add the branches to the site's result.
+        """Add the branches to the site's result; return False if only the weight form exists.
 
-        Returns False, before anything is emitted, where only the weight form exists.
+        Nothing is emitted in that case.
         """
         if self.weight_form or not site.kind.has_branch:
             return False
@@ -117,7 +117,7 @@ class Insert:
         direction: str,
         g: V | None = None,
     ) -> V:
-        """The branch s·b(a x) in the shape of the result.
+        """Emit the branch s·b(a x) in the shape of the result.
 
         Args:
             graph: The graph of the site.
@@ -164,10 +164,10 @@ class Insert:
     def _stretched_form(
         self, graph: Graph[V], site: Site, pairs: Sequence[Pair], directions: Sequence[str]
     ) -> bool:
-        """Add W' = g·V to the op's output, see above; False if the result has no such form.
+        """Add the branch for W' = g·V to the op's output; False if the result has no such form.
 
-        It has it where one update that stretches changes all of the weight, as the site reads it,
-        where out is one axis of the result, and where no dropout parts the branch from the product.
+        The form exists if one update, which stretches, changes all of the weight as the site reads
+        it, if out is one axis of the result, and if the branch has no dropout.
         """
         if len(pairs) != 1 or directions[0] != "straight":
             return False
@@ -201,7 +201,7 @@ class Insert:
         return True
 
     def _weight_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> None:
-        """Let the site read W with the updates in it."""
+        """Make the site read W with the updates added."""
         e = graph.emit(site, before=True)
         stored = graph.weight(site)
         w = stored
@@ -211,12 +211,12 @@ class Insert:
 
 
 def _op(site: Site) -> str:
-    """The node of a site, which may have a slot after it; see Site.id."""
+    """Return the id of a site's node, without the slot that may follow it; see Site.id."""
     return site.id.partition(":")[0]
 
 
 def _picks_batches(site: Site, layout: Layout) -> bool:
-    """True where data picks nothing, or whole [out, in] of a stack, which a and b have as well."""
+    """True if data picks nothing, or picks whole matrices of a stack that a and b also have."""
     axis = site.view.picked
     if axis is None:
         return True
@@ -226,7 +226,7 @@ def _picks_batches(site: Site, layout: Layout) -> bool:
 
 
 def _direction(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
-    """Straight or flipped where the output form can serve a use, else an empty text.
+    """Return "straight" or "flipped" if the output form can serve a use, else an empty text.
 
     Flipped is a use that reads the tensor the other way round: it takes a = bᵀ, b = aᵀ.
     """
@@ -245,7 +245,7 @@ def _direction(read: tuple[Region, Layout], target: Target, update: LowRank) -> 
 def reached(
     found: Found, uses: Mapping[str, str], *, required: bool = False, hint: str = ""
 ) -> tuple[dict[str, Target], list[tuple[Site, list[str]]]]:
-    """The targets of updates by key, and each site that some of them reach, with their keys.
+    """Return the targets by key, and each site that updates reach with the keys of these updates.
 
     Args:
         found: The targets of a graph.
@@ -277,7 +277,7 @@ def reached(
 
 
 def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, role: Role) -> V:
-    """A weight with one update in it.
+    """Return a weight with one update added.
 
     Args:
         e: An emitter of any IR.
@@ -297,7 +297,7 @@ def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, rol
 
 
 def _delta(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:
-    """The change s·b·a in the stored shape of the target's region, in the dtype of `stored`."""
+    """Emit s·b·a in the stored shape of the target's region, in the dtype of `stored`."""
     layout = update.layout or target.layout
     total: V | None = None
     for half in halves(target.key, update, split=role is Role.TRAIN):
@@ -309,7 +309,7 @@ def _delta(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role
 
 
 def _beside(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> Read[V]:
-    """Gives the tensors that only a change of W reads, in the dtype of `stored`."""
+    """Return a reader of the tensors that only a change of W needs, in the dtype of `stored`."""
     fields = variant_of(update).beside(update)
     values: dict[str, V] = {}
     for slot in slots_of(target.key, update):
@@ -319,7 +319,7 @@ def _beside(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Rol
 
 
 def _part(e: Emitter[V], stored: V, target: Target) -> V:
-    """The region of a target; the tensor itself where that is all of it."""
+    """Slice a target's region out of the stored tensor, unless the region is the whole tensor."""
     bounds = zip(target.region, target.parameter.shape, strict=True)
     for axis, ((lo, hi), size) in enumerate(bounds):
         if (lo, hi) != (0, size):
@@ -330,7 +330,7 @@ def _part(e: Emitter[V], stored: V, target: Target) -> V:
 def factors(
     e: Emitter[V], half: Half, like: V, role: Role, scale: float | None = None
 ) -> tuple[V, V]:
-    """A and scale·b as values in the dtype of `like`, from the tensors of one branch."""
+    """Return a and scale·b of one branch as values in the dtype of `like`."""
 
     def read(field: str) -> V:
         return _stored(e, half.tensors[field], role)
@@ -344,7 +344,7 @@ def factors(
 
 
 def _stored(e: Emitter[V], slot: FactorTensor, role: Role) -> V:
-    """A tensor of an update, as a parameter of the graph."""
+    """Add a tensor of an update to the graph as a parameter."""
     if role is Role.TRAIN and not slot.trained:
         role = Role.FROZEN
     return e.parameter(slot.name, slot.value, role)

@@ -1,4 +1,4 @@
-"""quantise: frozen weights as codes, of which an op of the graph makes numbers.
+"""quantise: store frozen weights as codes, which an op of the graph dequantises.
 
     y = op(x, view(W))        becomes        y = op(x, view(dequantise(codes, scale)))
 
@@ -32,7 +32,7 @@ from lora_fx.targets.target import Target
 
 @dataclass(frozen=True)
 class Quantise:
-    """Store the parameters of `kinds` as codes, in the graph's tree and for the graph.
+    """Store the parameters of `kinds` as codes, in the graph and in its module tree.
 
     Attributes:
         kinds: Parameter → nf4, int4 or int8.
@@ -52,7 +52,7 @@ class Quantise:
 
 
 def _store(graph: FxGraph, found: Found, name: str, kind: str) -> None:
-    """Store one parameter as codes, in the graph's tree.
+    """Store one parameter as codes in the module tree of the graph.
 
     Raises:
         LoraFxError: It has no rows, or numbers that are not finite.
@@ -73,13 +73,13 @@ def _store(graph: FxGraph, found: Found, name: str, kind: str) -> None:
 
 
 def _targets_of(found: Found, name: str) -> list[Target]:
-    """The targets of a parameter, those out of the default plan too."""
+    """Return the targets of a parameter, including targets outside the default plan."""
     targets = (*found.targets, *found.optional)
     return [target for target in targets if target.parameter.name == name]
 
 
 def turned_rows(found: Found, name: str) -> bool | None:
-    """Whether the rows of a weight are its columns as it is stored; None where it has no rows.
+    """Whether the quantised rows are the stored weight's columns; None if the weight has no rows.
 
     A linear layer's [out, in] has them, GPT-2's [in, out] turned, the kernels of a group none.
     """
@@ -92,7 +92,7 @@ def turned_rows(found: Found, name: str) -> bool | None:
 
 
 def _turned(target: Target) -> bool | None:
-    """Whether the rows of one target are its columns; see turned_rows."""
+    """Whether the quantised rows of one target are its stored columns; see turned_rows."""
     layout = target.layout
     n_batch = len(layout.batch)
     n_axes = len(layout.stored)
@@ -108,7 +108,7 @@ def _turned(target: Target) -> bool | None:
 
 
 def _rows(weight: Array, turned: bool, n_batch: int) -> Array:
-    """All that is multiplied with one x as a row."""
+    """Reshape a weight so that each row is one vector that multiplies x."""
     if turned:
         transposed = np.ascontiguousarray(np.swapaxes(weight, -1, -2))
         return transposed.reshape(-1, weight.shape[-2])

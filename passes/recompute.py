@@ -1,4 +1,4 @@
-"""recompute: the norm or the activation that feeds branches runs again in backward.
+"""recompute: compute the norm or activation that feeds branches again in the backward pass.
 
 x = f(v), tᵢ = x·aᵢᵀ        becomes        (x, t₁ …) = recomputed(a₁ …; v)
 
@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Recompute:
-    """Let regions keep their inputs only.
+    """Make regions that keep only their inputs for the backward pass.
 
     Attributes:
         blocks: Paths of modules that will be functions of their own; a region stays in one.
@@ -45,7 +45,7 @@ class Recompute:
     blocks: Sequence[str] = ()
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
-        """Edit the graph; a second run finds the regions made and leaves them alone."""
+        """Edit the graph; a second run changes nothing."""
         groups = by_key(
             ((projection.x, block_of(projection.node, self.blocks)), projection)
             for projection in projections(graph.graph)
@@ -67,7 +67,7 @@ class Recompute:
 def _replace(
     x: fx.Node, chain: Chain, group: Sequence[Projection], flows: dict[fx.Node, bool]
 ) -> bool:
-    """Let one call make x and the products of its branches.
+    """Replace x and the products of its branches by the results of one call.
 
     Returns False where no call can take the chain's place. `flows`, the nodes of the graph and
     whether a gradient flows through them, follows what is replaced.
@@ -108,7 +108,7 @@ def _replace(
 
 
 def _read_outside(x: fx.Node, chain: Chain) -> list[fx.Node]:
-    """X and the steps of its chain that others read; none where one is read before x is made."""
+    """Return x and the steps of its chain that other nodes read; empty if a read precedes x."""
     steps = set(chain.steps)
     nodes = [x]
     for step in chain.steps:
@@ -123,7 +123,7 @@ def _read_outside(x: fx.Node, chain: Chain) -> list[fx.Node]:
 
 
 def _nodes_of(projection: Projection) -> list[fx.Node]:
-    """A product and the nodes that were made for it alone, inputs first."""
+    """Return a product and the nodes that exist only for this product, inputs first."""
     nodes: list[fx.Node] = [projection.node]
     while nodes[-1].op != "get_attr":
         inputs = reversed(nodes[-1].all_input_nodes)
@@ -132,7 +132,7 @@ def _nodes_of(projection: Projection) -> list[fx.Node]:
 
 
 def _is_gelu_tanh(chain: Chain) -> bool:
-    """True where all that is done to the first value is GELU by its tanh formula."""
+    """True if the chain is exactly GELU by its tanh formula."""
     ops = [(step.target, step.kwargs) for step in chain.steps if step.target not in VIEWS]
     if ops != [(aten.gelu.default, {"approximate": "tanh"})]:
         return False

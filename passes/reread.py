@@ -1,4 +1,4 @@
-"""reread: weights that are made from codes, or picked by data, are made again in backward.
+"""reread: make weights from codes, or pick them from a stack, again in the backward pass.
 
 A weight that is made from codes, y = op(x, view(dequantise(codes))), is made again in backward,
 and so are the matrices of a stack that data picks, a copy for each row, y = op(x, w[ids]):
@@ -27,10 +27,10 @@ from lora_fx.passes.base import PassResult
 
 @dataclass(frozen=True)
 class RecomputeWeights:
-    """Let products keep codes, or a stack and ids, which are there anyway, and no copied weight."""
+    """Make products keep the codes, or the stack and its ids, instead of a copy of the weight."""
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
-        """Edit the graph; a second run finds no product that reads such a weight."""
+        """Edit the graph; a second run changes nothing."""
         weights = graph.flow().weights.items()
         copied = [node for node, weight in weights if _is_copied(weight) and not is_marked(node)]
         chains = dict.fromkeys(node for node in copied if node.op == "call_function")
@@ -57,7 +57,7 @@ def _is_copied(weight: FxWeight) -> bool:
 
 
 def _readers(chains: Mapping[fx.Node, None]) -> list[fx.Node]:
-    """The nodes that read a copied weight, and are no step on the way to another."""
+    """Return the nodes that read a copied weight and do not only pass it on to another copy."""
     readers: dict[fx.Node, None] = {}
     for node in chains:
         readers |= dict.fromkeys(user for user in node.users if user not in chains)
@@ -65,7 +65,7 @@ def _readers(chains: Mapping[fx.Node, None]) -> list[fx.Node]:
 
 
 def _weight_paths(product: fx.Node, chains: Container[fx.Node]) -> list[Path]:
-    """The places of copied weights among the arguments of a node."""
+    """Return the positions of copied weights among the arguments of a node."""
     paths: list[Path] = []
     for node in product.all_input_nodes:
         if node in chains:
@@ -74,7 +74,7 @@ def _weight_paths(product: fx.Node, chains: Container[fx.Node]) -> list[Path]:
 
 
 def _reread(product: fx.Node, paths: Sequence[Path], chains: Container[fx.Node]) -> None:
-    """Let one call make a product and its weights."""
+    """Replace a product and its weights by one call."""
     weights = [pick(product, path) for path in paths]
 
     def inputs_in_chain(node: fx.Node) -> list[fx.Node]:
@@ -97,7 +97,7 @@ def _reread(product: fx.Node, paths: Sequence[Path], chains: Container[fx.Node])
 
 
 def rereading(make: Code, op: Any, paths: Sequence[Path]) -> Callable[..., torch.Tensor]:
-    """An op whose weights are made from codes, or picked, in forward and again in backward.
+    """Return an op that makes its weights in the forward pass and again in the backward pass.
 
     Args:
         make: Codes, scales and zeros, or a stack and ids → the weights as the op reads them.

@@ -1,4 +1,4 @@
-"""share: branches that read one value run their first products as one.
+"""share: join the first products of branches that read the same value.
 
 tᵢ = x·aᵢᵀ for i = 1 … n        becomes        (t₁ … tₙ) = split(x·[a₁; …; aₙ]ᵀ)
 
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Share:
-    """Join the first products of branches.
+    """Join the first products of branches that read the same value.
 
     Attributes:
         blocks: Paths of modules that will be functions of their own; products stay in one.
@@ -43,7 +43,7 @@ class Share:
     free: bool = False
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
-        """Edit the graph; a second run finds one product for each value."""
+        """Edit the graph; a second run changes nothing."""
         groups = _groups(graph, self.blocks)
         for group in groups:
             _join(graph, group, self.free)
@@ -53,7 +53,7 @@ class Share:
 
 
 def _groups(graph: FxGraph, blocks: Sequence[str]) -> list[list[Projection]]:
-    """Products of one value in one block, two or more, with no write to the value in between."""
+    """Return groups of two or more products of one value, in one block with no write in between."""
     writes = Writes(graph.graph)
     groups: dict[tuple[fx.Node, str], list[list[Projection]]] = {}
     for projection in projections(graph.graph):
@@ -72,7 +72,7 @@ def _groups(graph: FxGraph, blocks: Sequence[str]) -> list[list[Projection]]:
 
 
 def _join(graph: FxGraph, group: Sequence[Projection], free: bool) -> None:
-    """Let one product with all a's below each other, and a split, take the place of a group's."""
+    """Replace a group of products by one product with all a's stacked, followed by a split."""
     x = group[0].x
     emit = maker(group[0].node, group[0].node)
     factors: list[fx.Node] = []

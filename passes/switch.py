@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OLDEST_IR = 4
-"""From this version of the file format on, an initialiser need not be an input, so that one which
-is an input can be overridden."""
+"""The first IR version that tells constants from initialisers that an input can override."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Switch:
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
-        """Edit the graph; a graph that has a manifest is not changed.
+        """Add the branches; a graph that already has a manifest is not changed.
 
         Raises:
             LoraFxError: A key that is no target.
@@ -98,7 +97,7 @@ class Switch:
         return PassResult(graph, True)
 
     def _targets(self, graph: OnnxGraph) -> list[Target]:
-        """The targets of `keys`, with the layout that adapters have.
+        """Return the targets of `keys`, with the layout that adapters use.
 
         Raises:
             LoraFxError: A key is no target, there is none at all, or mode load cannot fold one.
@@ -124,7 +123,7 @@ class Switch:
         return targets
 
     def _store(self, graph: OnnxGraph, target: Target, role: Role) -> None:
-        """Let all that reads a stored tensor read W + s·b·a."""
+        """Make every reader of a stored tensor read W + s·b·a."""
         value = graph.model.graph.initializers[target.key]
         uses = list(value.uses())
         e = graph.emit_first(target.key)
@@ -133,15 +132,15 @@ class Switch:
             user.replace_input_with(i, w)
 
     def _has_weight_form(self, target: Target) -> bool:
-        """True where the uses read W + s·b·a; a quantised weight has no place for the sum."""
+        """True if the uses read W + s·b·a; a quantised weight cannot hold that sum."""
         return not (self._is_direct(target) or target.no_fold)
 
     def _is_direct(self, target: Target) -> bool:
-        """True where every use has a branch that never needs the rank as a number."""
+        """True if every use has a branch that needs no fixed rank."""
         return not self.rank and all(_has_free_rank(site) for site in target.sites)
 
     def _default_rank(self, target: Target) -> int:
-        """The rank of the defaults: of no effect, and one that every use can compute with."""
+        """Return the rank of the defaults: it changes nothing, and every use can run with it."""
         if self.rank:
             return self.rank
         if target in self.stored or not self._is_direct(target):
@@ -153,7 +152,7 @@ class Switch:
 
 
 def _has_free_rank(site: Site) -> bool:
-    """True where the branch of a use takes any rank that comes at run time."""
+    """True if the branch of a use takes any rank at run time."""
     if isinstance(site.kind, Embedding):
         return True
     return isinstance(site.kind, Einsum) and bool(site.kind.form)
@@ -164,7 +163,7 @@ def _zeros(targets: Sequence[Target]) -> dict[str, LowRank]:
 
 
 def _zero(target: Target) -> LowRank:
-    """An update of one rank of zeros and scale 1."""
+    """Return an update of rank 1 with zeros and scale 1."""
     shape_of_a, shape_of_b = target.layout.factor_shapes(1)
     a = np.zeros(shape_of_a, np.float32)
     b = np.zeros(shape_of_b, np.float32)

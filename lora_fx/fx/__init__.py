@@ -1,1 +1,1 @@
-"""The torch side: capture, its op table, Graph and Emitter, the trainable module."""
+"""The torch side: capture, the op table, Graph and Emitter, and the trainable module."""

@@ -1,4 +1,4 @@
-"""Turn an adapter's changes of whole tensors into whole tensors of a model."""
+"""The conversion of an adapter's changes to whole tensors into the whole tensors of a model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lora_fx.fx.tensors import to_numpy
 
 
 def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
-    """The adapter with the whole tensors that its changes of biases and its trained rows make.
+    """Return the adapter with bias changes and trained rows turned into whole tensors.
 
-    An update of a base from which its start took a part becomes one of the base as it is.
+    An update of a base that its start changed becomes an update of the stored base.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     entries = dict(adapter.entries)

@@ -30,16 +30,16 @@ from lora_fx.ir.graph import Site
 from lora_fx.text import by_key
 
 Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
-"""The uses of a graph to watch, with the keys of the updates that reach them."""
+"""A function that chooses the uses of a graph to watch, with the keys that reach them."""
 
 
 Saw = Callable[[Site, tuple[str, ...], SiteRows | None], None]
-"""Gets the rows of x when a use runs: an op further on may write over x."""
+"""A function that gets the rows of x before a use runs; a later op may overwrite x."""
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One watched use in one program: its node, its chain of views, and where its result is."""
+    """One watched use in one program: its node, its chain of views, and its result nodes."""
 
     site: Site
     keys: tuple[str, ...]
@@ -51,7 +51,7 @@ class Tap:
 
 @dataclass
 class Run:
-    """The leaves and zeros of one call.
+    """The leaves for weights, and the zeros at results, of one call.
 
     Attributes:
         leaves: (keys, root of the weight) → the leaf, in the stored shape.
@@ -64,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class WatchedResult:
-    """The result of a use: zeros that were added to it, and the facts about its rows."""
+    """A watched result: the zeros added to it, and what is needed to read its rows."""
 
     tap: Tap
     zeros: Tensor
@@ -72,12 +72,12 @@ class WatchedResult:
     ends: Tensor | None
 
     def rows(self, dy: Tensor) -> SiteRows | None:
-        """The rows of dy = ∂L/∂zeros."""
+        """Return the rows of dy = ∂L/∂zeros."""
         return rows_of(self.tap.site, dy, self.ends, self.shape)
 
 
 class Watched(CapturedModule):
-    """The model with taps; `last` holds the records of the last call.
+    """The model with watched uses; `last` holds the records of the last call.
 
     Args:
         captured: The model.
@@ -132,7 +132,7 @@ class Watched(CapturedModule):
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph with taps."""
+    """An interpreter that runs a graph with watched uses."""
 
     def __init__(self, root: Watched, graph: fx.Graph, taps: Sequence[Tap]) -> None:
         super().__init__(root, graph=graph)
@@ -168,7 +168,7 @@ class _Interpreter(fx.Interpreter):
         return value
 
     def _show_activation(self, n: fx.Node, tap: Tap, activation: fx.Node) -> None:
-        """Hand over the rows of x before a use runs."""
+        """Pass the rows of x to `saw` before a use runs."""
         x = self.env[activation]
         ends: Any = None
         if isinstance(tap.site.kind, kinds.Grouped):
@@ -191,7 +191,7 @@ class _Interpreter(fx.Interpreter):
             leaf_values[n] = self._call(n, leaf_values)
 
     def _call(self, n: fx.Node, replacements: Mapping[fx.Node, Any]) -> Any:
-        """The node with other values for some of its inputs, and leaves for watched weights."""
+        """Run a node with other values for some inputs, and with leaves for watched weights."""
         args, kwargs = map_arg((n.args, n.kwargs), lambda m: replacements.get(m, self.env.get(m)))
         for tap in self.taps_at.get(n, ()):
             weight = self.leaves[tap.keys, tap.chain[0].name][tap.chain[-1]]

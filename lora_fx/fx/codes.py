@@ -1,4 +1,4 @@
-"""Weights stored as codes: their tensors, and the op that makes numbers of them.
+"""Weights stored as codes: their tensors, and the op that dequantises them.
 
 The parameter keeps its name and holds the codes in bytes; buffers beside it, NAME_scale and
 NAME_zero, hold a number a block, and NAME_order the places of columns that lie by their blocks.
@@ -44,7 +44,7 @@ from lora_fx.ir.quantised import FP4, NF4, Quantised
 
 PARTS = ("scale", "zero", "order")
 HELD = "_quantised"
-"""The attribute of a module with the meaning of its parameters' codes, by leaf."""
+"""The attribute that holds the meaning of a module's codes, by parameter."""
 FP8 = "float8_e4m3fn"
 LEVELS = {
     "nf4": NF4,
@@ -53,7 +53,7 @@ LEVELS = {
     "ocp_fp4": E2M1,
     "fp8": np.arange(256, dtype=np.uint8).view(numpy_dtype(FP8)).astype(np.float32),
 }
-"""Formats whose codes are places of a table, in the order of the codes."""
+"""The table of each format whose codes are indices into a table."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Stored:
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """The number of bits of one code."""
         return bits_of(self.format)
 
 
 def bits_of(kind: str) -> int:
-    """Bits of one code of a format, which is the number at its end.
+    """Return the bits of one code of a format, which is the number at the end of its name.
 
     >>> bits_of("int8"), bits_of("nf4")
     (8, 4)
@@ -93,7 +93,7 @@ def bits_of(kind: str) -> int:
 
 @functools.cache
 def _table(kind: str) -> torch.Tensor:
-    """The values of the codes in every byte, [256, codes in a byte], in their order."""
+    """Return the values of the codes in each possible byte, [256, codes per byte]."""
     bits = bits_of(kind)
     shifts = torch.arange(0, 8, bits)
     in_table = kind in LEVELS
@@ -112,7 +112,7 @@ def dequantised(
     order: torch.Tensor | None,
     *form: Any,
 ) -> torch.Tensor:
-    """The weight, from plain ops; products are made in float32 and rounded once to its dtype.
+    """Dequantise a weight by plain ops, in float32, and round once to the weight's dtype.
 
     `form` is what `arguments` says.
     """
@@ -132,12 +132,12 @@ def dequantised(
 
 
 def _values_of(codes: torch.Tensor, kind: str) -> torch.Tensor:
-    """The values of the codes in bytes, [bytes, codes in a byte]."""
+    """Return the values of the codes in bytes, [bytes, codes per byte]."""
     return _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
 
 
 def _from_blocks(values: torch.Tensor, scale: torch.Tensor, count: int, block: int) -> torch.Tensor:
-    """Values times scales, in blocks along the flattened weight."""
+    """Multiply values by scales, in blocks along the flattened weight."""
     flat = F.pad(values.reshape(-1)[:count], (0, -count % block))
     return (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
 
@@ -145,14 +145,14 @@ def _from_blocks(values: torch.Tensor, scale: torch.Tensor, count: int, block: i
 def _from_rows(
     values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, block: int
 ) -> torch.Tensor:
-    """Values less zeros, times scales, in blocks of each row; the last block may reach too far."""
+    """Subtract zeros from values and multiply by scales, in blocks of rows; padding stays."""
     rows, blocks = scale.shape
     wide = (values.reshape(rows, blocks, block) - zero) * scale[..., None]
     return wide.reshape(rows, blocks * block)
 
 
 def _zeros_of(scale: torch.Tensor, zero: torch.Tensor | None, kind: str) -> torch.Tensor | float:
-    """The zeros [rows, blocks, 1] as numbers; the middle code where there are none."""
+    """Return the zeros [rows, blocks, 1] as numbers; the middle code if there are no zeros."""
     if zero is None:
         middle: float = 2.0 ** (bits_of(kind) - 1)
         return middle
@@ -183,7 +183,7 @@ DEQUANTISE: Callable[..., torch.Tensor] = torch.ops.lora_fx.dequantise.default
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x·Wᵀ + bias as a kernel in the weight's dtype rounds it; the result has the dtype of x."""
+    """Return x·Wᵀ + bias, computed in the weight's dtype and cast to the dtype of x."""
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
@@ -194,7 +194,7 @@ LINEAR_IN: Callable[..., torch.Tensor] = torch.ops.lora_fx.linear_in.default
 
 
 def arrays_of(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
-    """Format, block, and the arrays as the table above has them.
+    """Return the format, the block, and the arrays in the layout of the table above.
 
     Raises:
         LoraFxError: Levels or blocks that no format of the table has.
@@ -213,7 +213,7 @@ def arrays_of(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
 
 
 def _arrays_of_levels(name: str, q: Quantised, levels: Array) -> tuple[str, int, dict[str, Array]]:
-    """The same of codes that are places of a table."""
+    """Return the same for codes that are indices into a table."""
     if not q.flat and len(q.block) == 2 and q.block[0] > 1:  # a scale of many rows
         scale_rows = q.scale.reshape(-1, q.scale.shape[-1])
         scale = np.repeat(scale_rows, q.block[0], 0)[: len(q.codes)]
@@ -233,5 +233,5 @@ def _arrays_of_levels(name: str, q: Quantised, levels: Array) -> tuple[str, int,
 
 
 def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments of the op behind its tensors."""
+    """Return the arguments of the op that follow its tensors."""
     return list(stored.shape), stored.format, stored.block, stored.turned, dtype

@@ -1,4 +1,4 @@
-"""The op that makes numbers of codes, as nodes of a graph."""
+"""The dequantise op as nodes of a graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_fx.fx.quantised_parameters import declare, stored_of, tensors_of
 
 
 def read_codes(graph: fx.Graph, names: dict[str, str], stored_by_name: dict[str, Stored]) -> bool:
-    """Let a graph read the tree's codes with the op; returns whether it changed.
+    """Make a graph read the tree's codes by the dequantise op; return whether it changed.
 
     Every user has an op of its own, just before it and in its module, so that no more than one
     weight is there as numbers at a time.
@@ -42,7 +42,7 @@ def read_codes(graph: fx.Graph, names: dict[str, str], stored_by_name: dict[str,
 
 
 def declare_codes(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
-    """Record in a tree the meaning of its codes, from the ops of a program from a file.
+    """Record the meaning of a tree's codes, from the dequantise ops of a program in a file.
 
     Args:
         root: The tree of the file's tensors.
@@ -75,7 +75,7 @@ def declare_codes(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) ->
 
 
 def _fits(stored: Stored, codes: torch.Tensor, *buffers: torch.Tensor) -> bool:
-    """Whether tensors are as the table at the top of lora_fx.fx.codes has them."""
+    """Whether tensors have the form of the table at the top of lora_fx.fx.codes."""
     if not _is_known_form(stored):
         return False
     if stored.format in LEVELS:
@@ -90,7 +90,7 @@ def _fits(stored: Stored, codes: torch.Tensor, *buffers: torch.Tensor) -> bool:
 
 
 def _is_known_form(stored: Stored) -> bool:
-    """Whether there are codes of such a format, shape, block and dtype."""
+    """Whether codes can have this format, shape, block and dtype."""
     formats = (*LEVELS, *(f"int{bits}" for bits in BITS))
     sizes = (*stored.shape, stored.block)
     if not all(type(size) is int and size > 0 for size in sizes):
@@ -103,7 +103,7 @@ def _is_known_form(stored: Stored) -> bool:
 def _shapes_of_rows(
     stored: Stored, rows: int, buffers: Sequence[torch.Tensor]
 ) -> list[tuple[int, ...]]:
-    """The shapes of codes that are stored row by row, and of their parts."""
+    """Return the shapes of codes that are stored row by row, and of their scales, zeros, order."""
     columns = math.prod(stored.shape) // max(rows, 1)
     blocks = -(-math.prod(stored.shape) // max(rows, 1) // stored.block)
     shapes: list[tuple[int, ...]] = [
@@ -119,7 +119,7 @@ def _shapes_of_rows(
 
 
 def _is_order(order: torch.Tensor, columns: int) -> bool:
-    """Whether every column has a place; a tensor without values may."""
+    """Whether an order is a permutation of the columns; true for a tensor without values."""
     if order.is_meta:
         return True
     return torch.equal(order.long().sort()[0].cpu(), torch.arange(columns))

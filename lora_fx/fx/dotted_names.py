@@ -1,4 +1,4 @@
-"""Dotted names of a tree's tensors."""
+"""The dotted names of the tensors in a module tree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_fx.targets.keys import split_region
 def owner(
     root: nn.Module, name: str, *, create: Callable[[str], nn.Module] | None = None
 ) -> tuple[nn.Module, str]:
-    """The module that holds a dotted name, and the leaf; a bracketed region stays in the leaf.
+    """Return the module that holds a dotted name, and the leaf; a [region] stays in the leaf.
 
     Args:
         root: The tree.
@@ -42,7 +42,7 @@ def owner(
 
 
 def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of a dotted name.
+    """Return the parameter with a dotted name.
 
     Raises:
         LoraFxError: There is none.
@@ -58,7 +58,7 @@ def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
 
 
 def replace_parameter(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put one parameter in the place of another, under all names that the other has in a tree."""
+    """Replace a parameter by another, under all names that it has in a tree."""
     for module in root.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is old:
@@ -66,13 +66,13 @@ def replace_parameter(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> 
 
 
 def all_tensors(model: nn.Module) -> dict[str, Any]:
-    """Parameters and buffers under all their names."""
+    """Return parameters and buffers under all their names."""
     named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     return named | dict(model.named_buffers(remove_duplicate=False))
 
 
 def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """({any name: first name}, {first name: other names}) of the tree; adapters' left out."""
+    """Return ({any name: first name}, {first name: other names}) without adapters' parameters."""
     first_by_id: dict[int, str] = {}
     first_names: dict[str, str] = {}
     aliases: dict[str, list[str]] = {}

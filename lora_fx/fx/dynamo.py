@@ -1,4 +1,4 @@
-"""The compiler of torch.compile: the facade of `torch._dynamo`, which is imported on first use.
+"""The compiler of torch.compile: a facade of `torch._dynamo`, imported on first use.
 
 Importing it takes about as long as importing torch. Tried with torch 2.13 and 2.15.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def compiling_afresh() -> Iterator[None]:
-    """A block in which nothing is compiled yet, and from which nothing stays compiled.
+    """A block that begins with no compiled code, and that leaves none behind.
 
     A backend is shown only what was not compiled before. Recurrent layers are compiled too.
     """
@@ -36,7 +36,7 @@ def may_vary(tensor: Tensor, dimension: int) -> None:
 
 
 def with_free_parameters(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled call that takes parameters of other sizes without another compilation.
+    """Return a compiled call that accepts parameters of other sizes without a new compilation.
 
     Sizes of parameters are constants to the compiler, whatever is marked, unless these options say
     no: the second for what it reaches through one of torch's own modules.

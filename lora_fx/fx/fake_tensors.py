@@ -1,4 +1,4 @@
-"""Tensors without values: the facade of `torch._subclasses`, `torch._guards` and their kin.
+"""Tensors without values: a facade of `torch._subclasses`, `torch._guards` and related modules.
 
 A fake tensor has a shape, a dtype and a device, and belongs to one mode; operators on it give fake
 tensors of that mode. Sizes that are symbols are in `symbolic_sizes`.
@@ -21,7 +21,7 @@ LOGGER = "torch._subclasses.fake_tensor"
 
 
 def is_fake(tensor: object) -> TypeGuard[FakeTensor]:
-    """Whether it is a tensor of a trace, which has no values."""
+    """Whether an object is a fake tensor, which has no values."""
     return isinstance(tensor, FakeTensor)
 
 

@@ -1,4 +1,4 @@
-"""Transforms of torch.func that are active: the facade of torch's functorch.
+"""The active transforms of torch.func: a facade of torch's functorch.
 
 Tried with torch 2.13 and 2.15.
 """

@@ -1,4 +1,4 @@
-"""GELU's tanh formula on the CPU.
+"""GELU by its tanh formula on the CPU.
 
 ½·x·(1 + tanh(z/2)) = x·σ(z) with z = √(8/π)·(x + .044715·x³).
 
@@ -18,11 +18,11 @@ aten = torch.ops.aten
 
 ROOT = math.sqrt(8 / math.pi)
 PIECE = 1 << 17
-"""Numbers at a time for each thread: what is between the steps stays in a cache."""
+"""The elements per thread and step, few enough for intermediate results to stay in a cache."""
 
 
 def gelu_tanh(x: torch.Tensor, dy: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """X → (y,), the GELU of x; and (x, ∂L/∂y) → (y, ∂L/∂x).
+    """Return (y,), the GELU of x; with dy = ∂L/∂y, return (y, ∂L/∂x).
 
     Both are computed in 32 bits and rounded once.
     """
@@ -62,13 +62,13 @@ def _as_torch_computes(x: torch.Tensor, dy: torch.Tensor | None) -> tuple[torch.
 
 
 def _pieces(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Pieces of tensors of one shape, so many numbers of each at a time."""
+    """Yield pieces of tensors of one shape, with at most `size` elements of each."""
     flat = [torch.split(tensor.reshape(-1), size) for tensor in tensors]
     return zip(*flat, strict=True)
 
 
 def _z(x: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """Z = √(8/π)·(x + .044715·x³)."""
+    """Return z = √(8/π)·(x + .044715·x³)."""
     z = torch.addcmul(root, x, x, value=0.044715 * ROOT).mul_(x)
     # σ is 0 or 1 long before; where x³ overflows, ∞·0 would be no slope
     return z.clamp_(-1e4, 1e4)

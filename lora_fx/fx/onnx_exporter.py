@@ -1,7 +1,7 @@
-"""The parts of torch's ONNX exporter: the facade of `torch.onnx._internal`.
+"""The parts of torch's ONNX exporter: a facade of `torch.onnx._internal`.
 
-Its table of operators, which dtypes it promotes, and how it translates a node. All of it is
-imported on first use. Tried with torch 2.13 and 2.15.
+These are its operator table, its type promotion, and its translation of nodes. All are imported on
+first use. Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
-    """Operator → its decomposition, for operators that the exporter cannot translate itself."""
+    """Return {operator: decomposition} for operators that the exporter cannot translate."""
     from torch.onnx._internal.exporter import _decomp
 
     table = _table_read_once()["from_torchlib"].__func__(opset)
@@ -35,25 +35,25 @@ def decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
 
 
 def table_read_once() -> contextlib.AbstractContextManager[None]:
-    """A block in which the exporter makes its table of operators once an opset and process.
+    """Return a block in which the exporter builds its operator table once per opset and process.
 
-    It parses the source of 500 functions for every model, half of what a small one costs.
+    Otherwise the exporter parses 500 functions per model, half of the time for a small model.
     """
     return patched(**_table_read_once())
 
 
 @functools.cache
 def _table_read_once() -> dict[str, Any]:
-    """Arguments of `patched`: the class of the table, and a way to make it that remembers."""
+    """Return the arguments of `patched`: the table's class, and a cached constructor."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry as Table
 
     return {"thing": Table, "from_torchlib": staticmethod(functools.cache(Table.from_torchlib))}
 
 
 def typed_by_values() -> contextlib.AbstractContextManager[None]:
-    """A block in which the exporter reads the dtypes of operands from the values of their nodes.
+    """Return a block in which the exporter reads dtypes from the values that nodes already have.
 
-    It runs the whole graph on shapes for them: a fifth of what a small model costs.
+    Otherwise the exporter runs the whole graph on shapes, a fifth of the time for a small model.
     """
     from torch.onnx._internal.fx.passes import type_promotion as promotion
 
@@ -73,7 +73,7 @@ def typed_by_values() -> contextlib.AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class _Translation:
-    """The nodes and the result of a function of operators, run once.
+    """The nodes and the result of one call of a translation function.
 
     Attributes:
         inputs: The values that it was given, in order.
@@ -87,9 +87,9 @@ class _Translation:
 
 
 def translated_once() -> contextlib.AbstractContextManager[None]:
-    """A block in which a function of operators is run once for all nodes that give it the same.
+    """Return a block in which a translation function runs once for all nodes with equal inputs.
 
-    What it made is copied for the others: the same nodes between other values. Constants that the
+    The other nodes get copies of the translation, with their own values. Constants that the
     exporter shares among nodes stay shared.
     """
     import onnx_ir as ir
@@ -133,7 +133,7 @@ def _has_body(node: ir.Node) -> bool:
 
 
 def _replay(translation: _Translation, inputs: Sequence[ir.Value], recorder: Any) -> object:
-    """Record the nodes of a translation between other values; returns its result between them."""
+    """Record a translation's nodes with other values; return its result with these values."""
     import onnx_ir as ir
     from torch.onnx._internal.exporter._tensors import SymbolicTensor
 

@@ -1,4 +1,4 @@
-"""Operators of torch as objects: the facade of `torch._ops`, `torch._decomp` and `torch._export`.
+"""torch's operators as objects: a facade of `torch._ops`, `torch._decomp` and `torch._export`.
 
 An `OpOverload` is what a node calls (aten.add.Tensor), its packet all overloads of one name, and a
 `HigherOrderOperator` calls bodies (cond, scan). `decomposition_table` says what an overload is made
@@ -24,10 +24,10 @@ __all__ = [
 ]
 
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
-"""The functions that a recorded run calls where the model switches gradients on or off."""
+"""The function that a recorded run calls where the model switches gradients on or off."""
 _preservable = getattr(utils, "_is_preservable_cia_op", lambda operator: False)
 
 
 def decomposes_unasked(operator: OpOverload) -> bool:
-    """Whether a program is decomposed at an operator that the table of decompositions lacks."""
+    """Whether a program is decomposed at an operator even if the decomposition table lacks it."""
     return operator._can_decompose() and not _preservable(operator)

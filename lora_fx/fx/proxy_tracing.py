@@ -1,4 +1,4 @@
-"""A run written down as a graph: torch's `make_fx`, and the mode that writes while it runs.
+"""The recording of a run as a graph: torch's `make_fx`, and its recording mode.
 
 `get_proxy_mode` gives the mode that writes, and `get_proxy_slot` the node of a tensor.
 """

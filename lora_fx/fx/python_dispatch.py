@@ -1,4 +1,4 @@
-"""Every operator as torch dispatches it: the facade of torch's modes of dispatch.
+"""Operators as torch dispatches them: a facade of torch's dispatch modes.
 
 A `TorchDispatchMode` of our own sees each operator that runs.
 Tried with torch 2.13 and 2.15.

@@ -1,4 +1,4 @@
-"""Parameters of a tree that hold codes: put there, read, declared and taken away."""
+"""Parameters that hold codes in a module tree: put, read, declared and removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_fx.ir.quantised import Quantised
 def put_codes(
     root: nn.Module, name: str, q: Quantised, dtype: torch.dtype, shape: Sequence[int], turned: bool
 ) -> None:
-    """Put codes in the place of a parameter, under all its names.
+    """Replace a parameter by codes, under all its names.
 
     Args:
         root: The tree; its own classes read the weight as numbers from then on.
@@ -58,7 +58,7 @@ def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _places_of(root: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Every module that holds a parameter, with the leaf under which it does."""
+    """Return every module that holds a parameter, with the parameter's leaf name there."""
     places = []
     for module in root.modules():
         for leaf, own_parameter in module._parameters.items():
@@ -68,7 +68,7 @@ def _places_of(root: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module
 
 
 def occupied_name(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
-    """The name of a module's attribute that the scales or zeros of a parameter would replace."""
+    """Return the name of an existing attribute that scales or zeros would replace; else empty."""
     for module, leaf in _places_of(root, parameter_of(root, name)):
         for part in parts:
             buffer_name = f"{leaf}_{part}"
@@ -78,7 +78,7 @@ def occupied_name(root: nn.Module, name: str, parts: Iterable[str] = ("scale",))
 
 
 def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
-    """A class whose parameter reads as numbers, so that the user's own code can run."""
+    """Return a subclass whose parameter reads as numbers, so that the user's code can run."""
     attributes = {
         "__module__": cls.__module__,
         "_own_class": getattr(cls, "_own_class", cls),
@@ -88,7 +88,7 @@ def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
 
 
 def forms(root: nn.Module) -> dict[str, Stored]:
-    """First name of a parameter that is stored as codes → the meaning of its codes."""
+    """Return the meaning of the codes of each quantised parameter, by its first name."""
     stored_by_path = {
         path: module.__dict__[HELD]
         for path, module in root.named_modules()
@@ -107,14 +107,14 @@ def forms(root: nn.Module) -> dict[str, Stored]:
 
 
 def stored_of(root: nn.Module, name: str) -> Stored | None:
-    """The meaning of a parameter's codes; None where it holds numbers."""
+    """Return the meaning of a parameter's codes; None if the parameter holds numbers."""
     module, leaf = owner(root, name)
     stored: Stored | None = (module.__dict__.get(HELD) or {}).get(leaf)
     return stored
 
 
 def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight of a parameter's codes as numbers; the parameter itself if it holds numbers.
+    """Return a parameter as numbers; codes are dequantised.
 
     Args:
         root: The tree.
@@ -131,14 +131,14 @@ def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> tor
 
 
 def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:
-    """The codes of a parameter, and its PARTS that exist."""
+    """Return the codes of a parameter, and its existing PARTS."""
     module, leaf = owner(root, name)
     buffers = [module._buffers.get(f"{leaf}_{part}") for part in PARTS]
     return [parameter_of(root, name), *(buffer for buffer in buffers if buffer is not None)]
 
 
 def forget(root: nn.Module) -> None:
-    """Make a copy whose codes became numbers an ordinary tree again."""
+    """Remove the meaning of codes from a copy whose codes have become numbers."""
     for module in root.modules():
         for leaf in module.__dict__.pop(HELD, {}):
             for part in PARTS:
@@ -147,7 +147,7 @@ def forget(root: nn.Module) -> None:
 
 
 def replace_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
-    """Let a parameter's codes have other zeros, floats [rows, blocks].
+    """Give a parameter's codes other zeros, floats [rows, blocks].
 
     Another tree that shares the codes keeps its own.
     """
@@ -160,6 +160,6 @@ def replace_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
 
 
 def declare(root: nn.Module, name: str, stored: Stored) -> None:
-    """Record in a tree the meaning of a parameter's codes, wherever these are stored."""
+    """Record in a tree the meaning of a parameter's codes, which may be stored elsewhere."""
     module, leaf = owner(root, name)
     module.__dict__.setdefault(HELD, {})[leaf] = stored

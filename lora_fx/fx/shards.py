@@ -1,4 +1,4 @@
-"""Tensors that are split between processes (FSDP2, DTensor): read whole, written in parts."""
+"""Tensors that are split between processes (FSDP2, DTensor): read whole, written in shards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lora_fx.fx.tensors import to_numpy
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """True for a DTensor: this process has a part of it, or a replica."""
+    """True for a DTensor, of which this process has a part or a replica."""
     return hasattr(tensor, "full_tensor")
 
 
 def reshard(root: nn.Module) -> None:
-    """Let FSDP2 put its own tensors back, which a forward without a backward leaves gathered.
+    """Let FSDP2 shard its tensors again, which a forward without backward leaves gathered.
 
-    What is gathered is a copy, in the dtype of FSDP2's mixed precision.
+    The gathered tensors are copies, in the dtype of FSDP2's mixed precision.
     """
     for module in root.modules():
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
@@ -28,7 +28,7 @@ def reshard(root: nn.Module) -> None:
 
 
 def refuse_shards(root: nn.Module) -> None:
-    """Raise LoraFxError for a sharded model, before a change of the shapes of its adapter."""
+    """Raise LoraFxError for a sharded model, whose adapter cannot change its shapes."""
     if any(is_sharded(p) for p in root.parameters()):
         raise LoraFxError(
             "a sharded model keeps the targets and ranks of its adapter",
@@ -37,7 +37,7 @@ def refuse_shards(root: nn.Module) -> None:
 
 
 def gathered_array(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> Array:
-    """A copy of a tensor as an array; a sharded one is gathered: every process has to take part.
+    """Copy a tensor to an array; every process has to take part to gather a sharded tensor.
 
     Args:
         name: The name of the tensor, for the error.
@@ -55,10 +55,10 @@ def gathered_array(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | Non
 
 
 def write_tensor(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Write a whole tensor, the same in every process, into a parameter or its shards.
+    """Write a whole tensor, which all processes pass, into a parameter or its shards.
 
     Raises:
-        LoraFxError: As `whole`.
+        LoraFxError: As `gathered_array`.
     """
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
@@ -73,7 +73,7 @@ def write_tensor(name: str, parameter: nn.Parameter, value: torch.Tensor) -> Non
 
 
 def _refuse_part(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None) -> None:
-    """Raise for a part of a sharded tensor: one of another shape, or an empty one."""
+    """Raise for a part of a sharded tensor: a tensor of another shape, or an empty one."""
     if tuple(tensor.shape) == shape or (shape is None and tensor.numel()):
         return
     expected = f", not {list(shape)}" if shape is not None else ""

@@ -1,4 +1,4 @@
-"""A second tree of a model's code, over the same tensors."""
+"""The copy of a model's module tree over the same tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.errors import LoraFxError, one_line
 
 
 def sharing_copy(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
-    """A second tree of a model's code, which shares its tensors and can hold others for some.
+    """Copy a model's module tree; the copy shares all tensors, and some can be replaced in it.
 
     Args:
         model: The model; it is not changed.

@@ -1,4 +1,4 @@
-"""x and dy of a use as rows: [*batch, rows, in] and [*batch, rows, out] in the axes of its Kind.
+"""x and dy of a use as rows: [*batch, rows, in] and [*batch, rows, out] in its Kind's axes.
 
 With these rows ∂L/∂W = Σ dy xᵀ, whatever the op: a convolution's x is cut into its windows, a
 transposed one's dy; the rows of a grouped op are padded with zeros to the largest group.
@@ -23,7 +23,7 @@ from lora_fx.ir.view import Gather
 
 @dataclass(frozen=True)
 class SiteRows:
-    """Rows of a batch.
+    """The rows of x or dy of a use.
 
     Attributes:
         value: [*batch, rows, side]; [rows] ids where x is one-hot.
@@ -38,7 +38,7 @@ class SiteRows:
     lead: tuple[int, ...] = ()
 
     def kept(self, mask: Tensor) -> SiteRows:
-        """Without the rows that a mask [examples, positions] leaves out, if it is one of these."""
+        """Return the rows without those that a mask [examples, positions] excludes, if it fits."""
         shapes = (tuple(mask.shape), (mask.numel(),))
         if self.lead not in shapes or self.value.dim() > 2:
             return self
@@ -50,7 +50,7 @@ DOTS = "ABCDEFGH"
 
 
 def readable(site: Site) -> bool:
-    """True when a use's x and dy can be had as rows; else only its gradient can."""
+    """True if a use's x and dy can be read as rows; otherwise only its gradient can be read."""
     if any(isinstance(step, Gather) for step in site.view.steps):
         return False
     return isinstance(
@@ -68,7 +68,7 @@ def readable(site: Site) -> bool:
 def rows_of(
     site: Site, t: Tensor, ends: Tensor | None, x: Sequence[int] | None = None
 ) -> SiteRows | None:
-    """The rows of a use's x, or of its dy, in the same order; None where sizes are broadcast.
+    """Return x or dy of a use as rows, in the same order; None if sizes are broadcast.
 
     Args:
         site: The use.
@@ -98,7 +98,7 @@ def rows_of(
 
 
 def _embedding(site: Site, t: Tensor, is_dy: bool) -> SiteRows:
-    """The ids of a lookup, or the rows of its dy."""
+    """Return the ids of a lookup, or the rows of its dy."""
     if is_dy:
         rows = t.reshape(-1, math.prod(site.operand[1:]))
         return SiteRows(rows, len(rows))
@@ -109,7 +109,7 @@ def _embedding(site: Site, t: Tensor, is_dy: bool) -> SiteRows:
 def rows_of_part(
     rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: bool
 ) -> Tensor:
-    """The rows of a part of the tensor that a use reads.
+    """Return the rows of a part of the tensor that a use reads.
 
     Args:
         rows: [*batch, rows, side] of the use.
@@ -157,7 +157,7 @@ def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> SiteRows |
 
 
 def _grouped(t: Tensor, ends: Tensor | None) -> SiteRows:
-    """Rows sorted by group as [groups, largest, side]; `ends` are the groups' last rows + 1."""
+    """Return rows by group, [groups, largest, side]; `ends` holds each group's last row + 1."""
     assert ends is not None
     stops = ends.tolist()
     groups = [t[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
@@ -165,7 +165,7 @@ def _grouped(t: Tensor, ends: Tensor | None) -> SiteRows:
 
 
 def _channels(groups: int, t: Tensor, site: Site) -> SiteRows:
-    """[n, g·c, *spots, *taps] → [g, n·∏spots, c·∏taps]; taps are there after _windows."""
+    """Reshape [n, g·c, *spots, *taps] to [g, n·∏spots, c·∏taps]; _windows makes the taps."""
     dims = len(site.operand) - 2
     count = t.shape[0]
     spots = t.shape[2 : 2 + dims]
@@ -180,7 +180,7 @@ def _channels(groups: int, t: Tensor, site: Site) -> SiteRows:
 
 
 def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
-    """[n, c, *size] → [n, c, *spots, *kernel]; `spots`: as many windows, whatever the size."""
+    """Cut [n, c, *size] to windows [n, c, *spots, *kernel]; `spots` sets their number."""
     kernel = site.operand[2:]
     stride = _an_axis(site.attrs["stride"], len(kernel))
     dilation = _an_axis(site.attrs["dilation"], len(kernel))
@@ -203,12 +203,12 @@ def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
 
 
 def _an_axis(values: Sequence[int], axes: int) -> list[int]:
-    """A number for every axis; a single number is used for every axis."""
+    """Return a number for each axis; a single number applies to all axes."""
     return [*values] * (axes // len(values))
 
 
 def _padding_of(attribute: Any, reach: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The zeros before and behind each axis, by a convolution's attribute."""
+    """Return the zeros before and after each axis, from a convolution's padding attribute."""
     if attribute == "same":
         before = [(size - 1) // 2 for size in reach]
         after = [size - 1 - first for size, first in zip(reach, before, strict=True)]

@@ -1,7 +1,7 @@
-"""The tree that holds a model's tensors, without the model's code.
+"""The module tree that holds a model's tensors, without the model's code.
 
-It has the model's names, ties and class names. Parameters share the model's storage under objects
-of their own, and buffers are copies, so whatever is done to the tree leaves the model as it is.
+The tree has the model's names, ties and class names. Parameters are new objects that share the
+model's storage, and buffers are copies, so whatever is done to the tree leaves the model as it is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lora_fx.fx.codes import HELD
 from lora_fx.fx.tensors import AdapterTensors
 
 INDEXABLE = (nn.ModuleList, nn.ModuleDict)
-"""Containers that stay unchanged: they have no forward to replace, and users index them."""
+"""Containers that keep their class, since they have no forward and users index them."""
 
 
 @dataclass
 class Skeleton:
-    """Builds the tree of one model; call `of` with its root.
+    """A builder of one model's tree; call `of` with the model's root.
 
     Attributes:
         scope: Makes the module that takes the place of one of a class, by the name of that class.
@@ -37,7 +37,7 @@ class Skeleton:
     copies: dict[int, Any] = field(default_factory=dict)
 
     def of(self, module: nn.Module, root: nn.Module | None = None) -> nn.Module:
-        """The tree of a module.
+        """Build the tree of a module.
 
         Args:
             module: The user's module, or a part of it.
@@ -63,7 +63,7 @@ class Skeleton:
         return tree
 
     def _empty(self, kind: type[nn.Module]) -> nn.Module:
-        """Make the empty module that takes the place of one of a class."""
+        """Make an empty module in place of a module of this class."""
         if kind in INDEXABLE:
             return kind()
         return self.scope(kind.__name__)

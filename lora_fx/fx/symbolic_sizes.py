@@ -1,4 +1,4 @@
-"""Sizes that are symbols: the facade of torch's symbolic shapes and of its printer of formulas.
+"""Symbolic sizes: a facade of torch's symbolic shapes and of its formula printer.
 
 A `ShapeEnv` holds the symbols of one trace, and what was learnt about them. Sympy is loaded with
 this file. Tried with torch 2.13 and 2.15.
@@ -16,16 +16,16 @@ from torch.utils._sympy.printers import PythonPrinter
 __all__ = ["LOGGER", "ShapeEnv", "canonical", "ones_stay_free", "python_source"]
 
 LOGGER = "torch.fx.experimental.symbolic_shapes"
-"""Name of the logger that prints the graph of a failing trace."""
+"""The name of the logger that prints the graph of a failing trace."""
 
 
 def canonical(comparison: Any) -> str:
-    """A comparison of symbols as text, the same for all its spellings."""
+    """Return a comparison of symbols as text, the same for all its spellings."""
     return str(canonicalize_bool_expr(comparison))
 
 
 def python_source(formula: Any) -> str:
-    """A formula of symbols as Python spells it.
+    """Return a formula of symbols as Python source.
 
     Raises:
         NotImplementedError, TypeError: It has a function that Python lacks.
@@ -34,6 +34,6 @@ def python_source(formula: Any) -> str:
 
 
 def ones_stay_free() -> contextlib.AbstractContextManager[None]:
-    """A block in which a free dimension of size 1 in the example stays free in an export."""
+    """Return a block in which free dimensions of size 1 in the example stay free in an export."""
     patch: contextlib.AbstractContextManager[None] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return patch

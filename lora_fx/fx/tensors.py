@@ -1,4 +1,4 @@
-"""Tensors and arrays: one as the other, which have values, and where they are."""
+"""Helpers for tensors: conversion to and from arrays, whether values exist, and the device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lora_fx.text import some
 
 
 class AdapterTensors(nn.Module):
-    """Holds one factor of an update in the module whose parameter it adapts."""
+    """A module that holds factors of an update, below the module whose parameter is adapted."""
 
     def extra_repr(self) -> str:
-        """The shapes of its tensors."""
+        """Return the shapes of the tensors."""
         shapes = [
             f"{name}: {list(parameter.shape)}"
             for name, parameter in self._parameters.items()
@@ -29,12 +29,12 @@ class AdapterTensors(nn.Module):
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """False for a tensor that is a shape alone: on the meta device, or a fake one of a trace."""
+    """Return False for a tensor without values: on the meta device, or fake."""
     return tensor.device.type != "meta" and not fake_tensors.is_fake(tensor)
 
 
 def refuse_inference(model: nn.Module) -> None:
-    """Raise for weights that torch keeps from every backward pass."""
+    """Raise for weights that torch excludes from every backward pass."""
     names = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
     if names:
         raise LoraFxError(
@@ -44,7 +44,7 @@ def refuse_inference(model: nn.Module) -> None:
 
 
 def to_numpy(tensor: torch.Tensor | None) -> Array:
-    """A tensor as an array; bfloat16 and 8-bit floats become dtypes of ml_dtypes."""
+    """Return a tensor as an array; bfloat16 and 8-bit floats become ml_dtypes dtypes."""
     assert tensor is not None
     if not has_values(tensor):
         raise LoraFxError("this model has no weights", "load it with its weights first (--weights)")
@@ -58,7 +58,7 @@ def to_numpy(tensor: torch.Tensor | None) -> Array:
 
 
 def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
-    """An array as a tensor, in the dtype and on the device of `like` if one is given."""
+    """Return an array as a tensor, with the dtype and device of `like` if it is given."""
     array = np.ascontiguousarray(value)
     if value.dtype.kind == "V":  # bfloat16 and float8, which numpy itself has not
         bits = array.view(f"i{value.itemsize}")
@@ -72,7 +72,7 @@ def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def padding(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """Zeros before and behind each axis as torch's pad takes them, from the last axis on."""
+    """Return paddings of each axis in the form of torch's pad, the last axis first."""
     counts = []
     for count_before, count_after in zip(reversed(before), reversed(after), strict=True):
         counts += [count_before, count_after]
@@ -80,5 +80,5 @@ def padding(before: Sequence[int], after: Sequence[int]) -> list[int]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's parameters; the CPU for a module without parameters."""
+    """Return the device of a module's parameters; the CPU for a module without parameters."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Tensors out of a pickle that torch.save wrote; the one place where one is opened."""
+"""Tensors from pickles that torch.save wrote; only this module opens pickles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_fx.fx.tensors import to_numpy
 
 
 def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a file, by torch's unpickler that runs no code (weights_only=True).
+    """Read the tensors of a pickle by torch's unpickler that runs no code (weights_only=True).
 
     Args:
         path: A state dict, name → tensor.
@@ -41,7 +41,7 @@ def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
 
 
 def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Name → (dtype, shape, first byte in the file) of the tensors of a pickle; none are read.
+    """Return {name: (dtype, shape, first byte in the file)} of a pickle; no tensor is read.
 
     The byte is -1 of a tensor whose numbers do not lie in the file as they are, row by row.
     """
@@ -66,7 +66,7 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def _first_byte(tensor: torch.Tensor, sizes: Mapping[int, int]) -> int:
-    """The position of a tensor's numbers in the file; -1 if they are not stored there row by row.
+    """Return the position of a tensor's first byte in the file; -1 if not stored row by row.
 
     Args:
         tensor: A tensor that was read without its numbers.
@@ -85,7 +85,7 @@ def _first_byte(tensor: torch.Tensor, sizes: Mapping[int, int]) -> int:
 
 
 def _records(path: Path) -> dict[int, int]:
-    """First byte → bytes of the parts of an archive, where these are a little-endian machine's.
+    """Return {first byte: bytes} of an archive's members, if a little-endian machine wrote it.
 
     Empty for an archive with compression, and for what is none.
     """
@@ -108,7 +108,7 @@ def _records(path: Path) -> dict[int, int]:
 
 
 def read_pickle(path: Path) -> dict[str, Array]:
-    """The tensors of a pickle as arrays; see `pickled`."""
+    """Read the tensors of a pickle as arrays; see `pickled`."""
     tensors: dict[str, Array] = {}
     for name, value in pickled(path).items():
         try:

@@ -1,4 +1,4 @@
-"""A region of a train program that keeps its inputs only, and runs again in backward.
+"""A region of a train program that saves only its inputs, and runs again in backward.
 
 The region is the norm or the activation f that feeds a group of branches, together with their
 first products: (x, t₁ …) = (f(v…), f(v…)·a₁ᵀ …). Autograd would keep x for every ∂L/∂a, and what
@@ -28,7 +28,7 @@ Factors = tuple[tuple[torch.Tensor, ...], ...]
 
 
 def region(code: Code, formula: Code | None = None) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A function of (factors, *values) for a program.
+    """Return a function of (factors, *values) that recomputes a region in backward.
 
     Args:
         code: f: values → (x, …), pure, without random numbers.
@@ -59,7 +59,7 @@ def region(code: Code, formula: Code | None = None) -> Callable[..., tuple[torch
 def code_of(
     inputs: Sequence[fx.Node], steps: Sequence[fx.Node], outputs: Sequence[fx.Node], name: str
 ) -> Code:
-    """Some steps of a graph as one function, from their inputs to their outputs."""
+    """Compile some steps of a graph to a function from their inputs to their outputs."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node in steps:
@@ -69,7 +69,7 @@ def code_of(
 
 
 def keeps_nothing() -> bool:
-    """True where nothing is kept for backward, or where another tracer decides what is.
+    """True if nothing is saved for backward, or if another tracer decides what is saved.
 
     Compilers choose what to recompute by themselves; torch.func has transforms of its own.
     """
@@ -77,24 +77,27 @@ def keeps_nothing() -> bool:
 
 
 def traced() -> bool:
-    """True while a compiler or a transform of torch.func sees what is run."""
+    """True while a compiler or a transform of torch.func traces the run."""
     return torch.compiler.is_compiling() or transforms_are_active()
 
 
 def stacked(group: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The a's of one product as one matrix [ranks, in]."""
+    """Stack the a's of one product to one matrix [ranks, in]."""
     if len(group) == 1:
         return group[0]
     return torch.cat(list(group))
 
 
 def product(x: torch.Tensor, group: Sequence[torch.Tensor]) -> torch.Tensor:
-    """X·aᵀ in the dtype of x: [..., in] → [..., ranks]."""
+    """Return x·aᵀ in the dtype of x: [..., in] → [..., ranks]."""
     return torch.matmul(x, stacked(group).type_as(x).t())
 
 
 class _Recomputed(torch.autograd.Function):
-    """(x, …, t₁ …) from the a's of all products, `counts` of them each, and the values v."""
+    """An autograd function that returns x, …, t₁ … and recomputes them in backward.
+
+    Its arguments are the a's of all products (`counts` of each) and the values v.
+    """
 
     @staticmethod
     def forward(
@@ -165,7 +168,7 @@ class _Recomputed(torch.autograd.Function):
 def _sum(
     dx: torch.Tensor | None, dt: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """∂L/∂t·a and what is there of ∂L/∂x already: in one op where the dtypes allow it."""
+    """Return ∂L/∂t·a plus ∂L/∂x if there is one, in one op if the dtypes permit."""
     if dx is None:
         return torch.matmul(dt, a).to(dtype)
     if dx.dtype != dt.dtype:
@@ -176,7 +179,7 @@ def _sum(
 
 
 def _leaves(values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
-    """The values as leaves of a graph of their own, for one run of f with gradients."""
+    """Return the values as leaves of a new graph, for one run of f with gradients."""
     leaves: list[Any] = []
     for value, need in zip(values, needs, strict=True):
         if isinstance(value, torch.Tensor):
@@ -193,7 +196,7 @@ def _through(
     needs: Sequence[bool],
     twice: bool,
 ) -> list[torch.Tensor | None]:
-    """Gradients of the values from those of the results, through the graph of f."""
+    """Return the gradients of the values from those of the results, through the graph of f."""
     outputs: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     for result, gradient in zip(results, d_results, strict=True):
@@ -215,7 +218,7 @@ def _of_factors(
     groups: Sequence[Sequence[torch.Tensor]],
     d_products: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
-    """∂L/∂a = (∂L/∂t)ᵀ x of every a; None where nothing came from its product."""
+    """Return ∂L/∂a = (∂L/∂t)ᵀ x for each a; None if its product got no gradient."""
     gradients: list[torch.Tensor | None] = []
     for group, dt in zip(groups, d_products, strict=True):
         if dt is None:
@@ -234,14 +237,14 @@ def _groups(flat: Sequence[torch.Tensor], counts: Sequence[int]) -> list[tuple[t
 
 
 def _autocast(device: str) -> tuple[str, bool, torch.dtype | None]:
-    """The device, whether autocast is on there now, and its dtype."""
+    """Return the device, whether autocast is on for it, and the autocast dtype."""
     if not torch.amp.is_autocast_available(device):
         return device, False, None
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def _again(state: tuple[str, bool, torch.dtype | None]) -> AbstractContextManager[object]:
-    """Autocast as it was in forward; backward has none of its own."""
+    """Return a block with the autocast state of forward, which backward does not keep."""
     device, enabled, dtype = state
     if _autocast(device) == state or dtype is None:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Trees of arguments and results, as torch takes them apart: the facade of `torch.utils._pytree`.
+"""Trees of arguments and results: a facade of `torch.utils._pytree`.
 
 A tree is a value, or a tuple, list, dict or registered class of trees; its leaves are the values,
 in order. Tried with torch 2.13 and 2.15.

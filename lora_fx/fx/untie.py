@@ -1,4 +1,4 @@
-"""One name of a tied tensor with a tensor of its own, where an adapter saves that name alone.
+"""A separate tensor for one name of a tied tensor, if an adapter saves that name alone.
 
 PEFT's modules_to_save puts a copy of a module in the module's place, so whatever shares its tensors
 keeps the old ones. The same is done here, before a capture: the model's code then reads two
@@ -26,7 +26,7 @@ Undo = Callable[[], object]
 
 
 def lone_names(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:
-    """The names of tied tensors that the adapter changes for themselves, and not for all names.
+    """Return the names of tied tensors that the adapter changes alone, not for all names.
 
     Args:
         adapter: As it was read; names that the model lacks are left to `bind`.
@@ -49,7 +49,7 @@ def lone_names(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:
 def _means_all_names(
     entries: dict[str, Full | Dense | ReplacedRows], names: tuple[str, ...], model: nn.Module
 ) -> bool:
-    """Whether what an adapter has for some names of a tensor is for all of them."""
+    """Whether an adapter's entries for some names of a tied tensor apply to all names."""
     full = {key: entry for key, entry in entries.items() if isinstance(entry, Full)}
     if len(full) == len(entries):
         return means_all(full, names)
@@ -71,7 +71,7 @@ def _rows_of_all(key: str, entries: dict[str, Any], model: nn.Module) -> bool:
 
 
 def untied(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A second tree of the model's code, which shares all of its tensors but these.
+    """Copy the module tree; share all tensors, except that these names get their own.
 
     Raises:
         LoraFxError: The model cannot be copied.
@@ -82,7 +82,7 @@ def untied(model: nn.Module, names: Collection[str]) -> nn.Module:
 
 
 def untie(root: nn.Module, names: Collection[str]) -> list[Undo]:
-    """Give these names tensors of their own, with the values that they have; returns the way back.
+    """Give these names their own tensors with the same values; return steps that undo this.
 
     A module that several paths lead to is copied at the path of the name, as PEFT replaces it
     there. The steps that are returned undo this in reverse order.
@@ -109,7 +109,7 @@ def untie(root: nn.Module, names: Collection[str]) -> list[Undo]:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """The same module with places of its own for its tensors and children."""
+    """Copy a module with its own dictionaries of tensors and children."""
     copied = copy.copy(module)
     for attribute in ("_parameters", "_buffers", "_modules"):
         copied.__dict__[attribute] = dict(module.__dict__[attribute])

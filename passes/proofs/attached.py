@@ -1,4 +1,4 @@
-"""A live model with an adapter gives the numbers it should, before it is handed over.
+"""The proof that a live model with an attached adapter gives the numbers of its reference.
 
 The reference is the eval graph with W + s·b·a at every site; for a model without one, the
 unadapted model run with W + s·b·a in its parameters. Both run with random a and b, so that there
@@ -55,9 +55,9 @@ from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 HALVINGS = 10
-"""How often random updates are halved if the comparison with them shows nothing."""
+"""The number of times that random updates are halved if they are too large to be compared."""
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
-"""The first gates of the explicit reference."""
+"""The first gates of the explicit reference, by dtype."""
 READ_PAST = (
     "the update does not change the live model, so some code reads the weight without its "
     "module's attribute"
@@ -69,7 +69,7 @@ READ_TWICE = (
 
 
 class InGraph:
-    """The eval graph of a capture, in the weight form: the live model has to equal it."""
+    """The reference from a captured graph: the eval graph in weight form."""
 
     def __init__(self, state: Attachment, cap: Captured, adapter: Adapter) -> None:
         self.state = state
@@ -79,11 +79,11 @@ class InGraph:
         self.module._programs.few = True
 
     def put(self, updates: Updates) -> None:
-        """Take these updates from now on, of the same shapes."""
+        """Load these updates, which have the same shapes, into the reference module."""
         self.module.load_adapter(Adapter(updates))
 
     def check(self) -> Parity:
-        """Compare on the example inputs; on sampled ones where the adapter does nothing there."""
+        """Compare on the example inputs, or on sampled inputs if the adapter does nothing there."""
         example = arrays_of(self.cap.named)
         with self.state.base():
             base = self._live(example)
@@ -96,7 +96,7 @@ class InGraph:
                 return results[0]
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-            """The live model, which does not run on the same inputs again."""
+            """Run the live model, but do not repeat its run on the example inputs."""
             if feeds.keys() == example.keys() and _are_equal(example, feeds):
                 return adapted
             return self._live(feeds)
@@ -104,7 +104,7 @@ class InGraph:
         return prove(run, self.module, arrays=example, tol=tol, rerun=rerun)[0]
 
     def _tolerance(self, base: Named) -> float:
-        """The gate in fp32, plus the difference of the unadapted model for quantised layers."""
+        """Return the fp32 gate, wider for quantised layers if even the unadapted models differ."""
         if self.cap.quantised is None:
             return ORT_TOL
         # kernels of quantised layers round as they like, some in bfloat16, some x too
@@ -125,7 +125,7 @@ class InGraph:
 
 
 class Explicit:
-    """Without a graph: the same live model, its adapter off, with W + s·b·a in its parameters."""
+    """The reference without a graph: the same live model with W + s·b·a as its parameters."""
 
     def __init__(self, state: Attachment, signature: Signature, named: Named) -> None:
         self.state = state
@@ -133,7 +133,7 @@ class Explicit:
         self.named = named
 
     def put(self, updates: Updates) -> None:
-        """The live model has them already."""
+        """Do nothing: this reference reads the updates from the live model."""
 
     def check(self) -> Parity:
         """Compare on the example inputs."""
@@ -143,7 +143,7 @@ class Explicit:
         unadapted = partial(self._unadapted, weights, feeds)
 
         def moved(seed: int) -> dict[str, Array]:
-            """The outputs with every weight moved by half a unit of its last place."""
+            """Run the reference with every weight moved by half a unit of its last place."""
             generator = torch.Generator().manual_seed(seed)
             return unadapted(
                 {
@@ -169,7 +169,7 @@ class Explicit:
         return parity
 
     def _changed(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Name of an adapted parameter → W + s·b·a."""
+        """Return W + s·b·a by the name of the adapted parameter."""
         changed: dict[str, torch.Tensor] = {}
         for key, change in self.state.adapter().deltas().items():
             name = base_name(key)
@@ -198,7 +198,7 @@ class Explicit:
 
 
 def _changes(state: Attachment, live: Callable[[], Named]) -> bool:
-    """Whether an attached model gives other outputs than without its adapter."""
+    """Whether the adapter changes an output of an attached model."""
     adapted = live()
     with state.base():
         base = live()
@@ -210,7 +210,7 @@ def _are_equal(arrays: Named, others: Named) -> bool:
 
 
 def _live_gates(expected: Named) -> dict[str, Gate]:
-    """The gates of the explicit reference, which rounds W + s·b·a in another order."""
+    """Return the gates of the explicit reference, which rounds W + s·b·a in another order."""
     gates = {}
     for name, value in expected.items():
         dtype = value.dtype.name
@@ -221,7 +221,7 @@ def _live_gates(expected: Named) -> dict[str, Gate]:
 
 
 def random_values(key: str, update: LowRank) -> LowRank:
-    """An update of the same shapes with random numbers."""
+    """Return an update of the same shapes with random numbers."""
     values = {slot.field: slot.value for slot in slots_of(key, update)}
     drawn = variant_of(update).drawn(update, key, seed=0)
     return with_values(update, {**values, **drawn})
@@ -275,7 +275,7 @@ def prove_trained(
 
 @stage("comparing the live model with the graph")
 def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates) -> None:
-    """Raise unless the attached model gives the reference's numbers with `probe` installed.
+    """Raise if the attached model with the updates `probe` differs from the reference.
 
     Modules whose branch does not run, because some fused path reads their weight, change to the
     weight form first.
@@ -290,7 +290,7 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
         return reference.check()
 
     def checked_alone(key: str) -> Parity:
-        """The comparison with every other update at zero."""
+        """Compare with all updates but this one set to zero."""
         zeros = {k: resized(update, 0.0) for k, update in probe.items() if k != key}
         return checked_with({**probe, **zeros})
 
@@ -329,7 +329,7 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
 def _checked_in_its_forms(
     state: Attachment, reference: InGraph | Explicit, probe: Updates
 ) -> Parity:
-    """The comparison, with the modules whose branch did not run in the weight form."""
+    """Compare; modules whose branch did not run change to the weight form first."""
     with state.watch() as ran:
         parity = reference.check()
     with_branch = {path for path, form in state.forms.items() if form.output}

@@ -1,4 +1,4 @@
-"""Rows of a batch graph: every row of mixed batches equals its adapter alone.
+"""The proof of a batch graph: each row of a mixed batch equals a run with its adapter alone.
 
 Every adapter and the base run unfolded, in the reference, on the rows that they got in shuffled,
 mixed batches; an id is repeated. The reference runs on the row itself, twice over, so that
@@ -30,7 +30,7 @@ from lora_fx.passes.proofs.reference import Choices, Reference, Run
 from lora_fx.passes.proofs.run_comparison import compared
 
 AT_ONCE = 16
-"""Rows of one batch of the check."""
+"""The largest number of rows in one batch of the check."""
 
 
 def prove_rows(
@@ -42,7 +42,7 @@ def prove_rows(
     scales: bool,
     rerun: FileRerun | None = None,
 ) -> list[Parity]:
-    """The base at every size, and every id at least once, row by row.
+    """Compare the base at every size, and each adapter id in at least one row of mixed batches.
 
     Args:
         run: {input: array} → {output: array}, of the batch graph.
@@ -57,7 +57,7 @@ def prove_rows(
     """
 
     def of_base(feeds: Named) -> Named:
-        """Inputs with the id of the base in every row."""
+        """Add the id of the base to the inputs, for every row."""
         n_rows = _row_count(feeds, rowed)
         feeds_of_base = {**feeds, IDS: np.zeros(n_rows, np.int64)}
         if scales:
@@ -113,14 +113,14 @@ class MixedBatch:
 
     @property
     def graph_feeds(self) -> dict[str, Array]:
-        """Inputs of the batch graph."""
+        """The inputs of the batch graph: the model's inputs, the ids, and any weights."""
         feeds = {**self.feeds, IDS: self.ids}
         if self.weights is not None:
             feeds[SCALES] = self.weights
         return feeds
 
     def expected_rows(self) -> dict[str, Array]:
-        """The reference's rows, one below the other."""
+        """Join the reference's outputs of all rows, in the order of the batch."""
         return {
             name: np.concatenate([self.expected[row][name] for row in range(len(self.ids))])
             for name in self.expected[0]
@@ -128,7 +128,7 @@ class MixedBatch:
 
 
 def _row_count(feeds: Named, rowed: Sequence[str]) -> int:
-    """The number of rows of a batch."""
+    """Return the number of rows of a batch."""
     return next(int(feeds[name].shape[0]) for name in rowed if name in feeds)
 
 
@@ -139,7 +139,7 @@ def _run_alone(
     adapter: Adapter | None,
     rowed: Sequence[str],
 ) -> None:
-    """Run one row of a batch in the reference, twice over, with its adapter; the batch keeps it."""
+    """Run one row of a batch, given twice, in the reference with its adapter; store the outputs."""
     if adapter and batch.weights is not None:
         adapter = adapter.weighted(float(batch.weights[row]))
     feeds: dict[str, Array] = {}
@@ -159,7 +159,7 @@ def _compare_rows(
     adapters: Mapping[str, Adapter],
     batch: MixedBatch,
 ) -> Parity:
-    """Compare a mixed batch with its rows alone.
+    """Compare the outputs of a mixed batch with the outputs of each row alone.
 
     Raises:
         NoEffectError: It differs; the message names the row that differs most.
@@ -191,7 +191,7 @@ def _compare_rows(
 def _choices_of_rows(
     reference: Reference, rows: Mapping[int, tuple[Adapter | None, Named]]
 ) -> Choices:
-    """The choices of every row of a batch alone, with its adapter, one below the other."""
+    """Join the reference's choices for every row, each run alone with its adapter."""
     of_rows = [reference.choices(*rows[row]) for row in sorted(rows)]
     values = _first_rows([choices.values for choices in of_rows])
     outputs = _first_rows([choices.outputs for choices in of_rows])
@@ -200,7 +200,7 @@ def _choices_of_rows(
 
 
 def _first_rows(runs: Sequence[Named]) -> dict[str, Array]:
-    """The first row of each run, one below the other; numbers without an axis are left out."""
+    """Join the first row of each run; leave out outputs that have no axis."""
     return {
         name: np.concatenate([values[name][:1] for values in runs])
         for name in runs[0]
@@ -211,7 +211,7 @@ def _first_rows(runs: Sequence[Named]) -> dict[str, Array]:
 def _own_errors(
     reference: Reference, adapters: Sequence[Adapter | None]
 ) -> Iterator[Mapping[str, float]]:
-    """How far rounding moves each output, over all of these; the estimate grows with each call."""
+    """Yield the rounding error of each output, the largest so far over all these adapters."""
     largest_errors: dict[str, float] = {}
     for adapter in adapters:
         for errors in reference.own_errors(adapter):
@@ -228,7 +228,7 @@ def _together(
     *,
     scales: bool,
 ) -> Iterator[Parity]:
-    """Every id for a whole batch, and a mixed one with its rows in another order.
+    """Compare batches of one id each, and one mixed batch with the same batch in reverse order.
 
     For models whose activations have one range over all rows: a row alone is another row there.
     """
@@ -270,7 +270,7 @@ def _together(
 def _batches(
     reference: Reference, count: int, rowed: Sequence[str]
 ) -> Iterator[tuple[dict[str, Array], Array]]:
-    """(inputs, ids) until every id had a row, one repeated; then batches of few ids."""
+    """Yield (inputs, ids) until every id had a row and one id had two; then batches of few ids."""
     lengths = [size[1] for size in reference.inputs.checks if isinstance(size, tuple)]
     order = np.random.default_rng(0).permutation(count + 1)
     waiting_ids = [*order.tolist(), int(order[-1]) or 1, 0]

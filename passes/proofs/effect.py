@@ -1,4 +1,4 @@
-"""The proof that insert ends with, so that no adapter trains nothing or merges wrongly.
+"""The last proof of insert: every adapter trains, and merges to the numbers of its branches.
 
 gradient   ‖∂⟨c, y⟩/∂b‖ at random a, b and cotangent c, in eval and in train mode, per target
 form       y(branches) = y(W + s·b·a) at the same a and b: every site's output form against
@@ -42,7 +42,7 @@ from lora_fx.text import some
 
 @stage("proving that every target takes effect")
 def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
-    """Prove every target; the module's tensors are as before afterwards.
+    """Prove that every target takes effect; the module's tensors keep their values.
 
     Args:
         module: Fresh from insert; the finding becomes the effect of its insertion.
@@ -72,12 +72,12 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
 
 
 def weight_form(updates: Updates, training: bool) -> Rewriter:
-    """The pass that puts W + s·b·a at every site: the reference of output forms."""
+    """Return the pass that puts W + s·b·a at every site, the reference for output forms."""
     return Insert(updates, missing="skip", weight_form=True)
 
 
 def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
-    """Raise where the branches give other numbers than W + s·b·a at every site."""
+    """Raise if the branches give other numbers than W + s·b·a at every site."""
     run_branches = torch_run(module)
     in_weight_form = insertion_of(module).inserting(weight_form)
 
@@ -100,7 +100,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 
 
 def _same_gradients(module: AdaptedModule, named: Named) -> None:
-    """Compare the graph's weight gradients with the model's where a forward has hooks or functions.
+    """Compare the weight gradients of graph and model if a forward has hooks or custom functions.
 
     A capture drops them: a memory saver's gradient is the same, a reversal's is not.
     """
@@ -123,7 +123,7 @@ def _same_gradients(module: AdaptedModule, named: Named) -> None:
 
 
 def _are_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
-    """Whether gradients are equal within a thousandth of the largest number of each."""
+    """Whether gradients are equal within a thousandth of the reference's largest element."""
     if len(ours) != len(theirs):
         return False
     return all(
@@ -135,7 +135,7 @@ def _are_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> 
 def _gradients_of(
     captured: Captured, model: nn.Module, names: Sequence[str], named: Named
 ) -> list[torch.Tensor]:
-    """∂(a sum of the outputs)/∂W in eval mode, from a call of the model; zeros if unused."""
+    """Return ∂(a sum of the outputs)/∂W in eval mode, from a call of the model; zeros if unused."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {
         name: parameters[name].detach().clone().requires_grad_()

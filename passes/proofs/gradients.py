@@ -1,4 +1,4 @@
-"""Gradients reach every target: those that none reaches are dead, and would train nothing.
+"""The proof that a gradient reaches every target; a target without one is dead: it cannot train.
 
 gradient   ‖∂⟨c, y⟩/∂b‖ at random a, b and cotangent c, in eval and in train mode, per target
 
@@ -33,18 +33,18 @@ from lora_fx.passes.proofs.proof_inputs import is_real
 from lora_fx.text import some
 
 DEAD = 1e-6
-"""Share of the median gradient below which a target is dead."""
+"""The share of the median gradient below which a target is dead."""
 DRAWS = 4
-"""Times that a mode runs: a random depth leaves layers out, and a ReLU cuts numbers off."""
+"""The most runs per mode: random depth skips layers, and ReLU zeroes numbers, in a single run."""
 SIZE = 0.05
-"""The size of the probe's ΔW for a weight of unit fan-in: visible, and far from saturation."""
+"""The size of the random ΔW for a weight of unit fan-in: visible, and far from saturation."""
 Telling = Mapping[str, nn.Parameter]
-"""Target → the tensor that its ΔW is proportional to, and whose gradient is checked: b of LoRA."""
+"""Target → the tensor whose gradient is checked; ΔW is proportional to it (b of LoRA)."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model whose gradients are proven: the module of insert, or a live one with an adapter.
+    """A model whose gradients are proven: the module of insert, or a live model with an adapter.
 
     Attributes:
         model: Holds the adapter's tensors and the mode.
@@ -62,7 +62,7 @@ class Trained:
 
     @classmethod
     def of(cls, module: AdaptedModule) -> Trained:
-        """Take these from the module of insert, which has the arguments of its capture."""
+        """Make a Trained from the module of insert; the arguments come from its capture."""
         return cls(
             model=module,
             updates=module.updates,
@@ -72,7 +72,7 @@ class Trained:
         )
 
     def runs_at(self) -> Named:
-        """Named arguments for the proof: the sample, or the example where the model refuses that.
+        """Return named arguments for the proof: the example if the model refuses sampled ones.
 
         Random numbers come first because examples are often zeros, through which no gradient flows.
         """
@@ -90,7 +90,7 @@ class Trained:
 
 
 def prove_gradients(trained: Trained, named: Named) -> Effect:
-    """One backward per mode at random a and b; the model is left as it was.
+    """Run backward passes per mode with random a and b; the model gets its tensors back.
 
     Args:
         trained: The model and its updates.
@@ -141,21 +141,21 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
 
 
 def _buffer_versions(model: nn.Module) -> dict[str, int]:
-    """The number of writes to each buffer, for the buffers that count it."""
+    """Return the write count of each buffer that has one."""
     return {
         name: buffer._version for name, buffer in model.named_buffers() if not buffer.is_inference()
     }
 
 
 def _written_buffers(model: nn.Module, versions: Mapping[str, int]) -> list[str]:
-    """The buffers that were written to since they had these versions."""
+    """Return the buffers that were written to since these versions were recorded."""
     return [
         name for name, version in _buffer_versions(model).items() if versions.get(name) != version
     ]
 
 
 def _dead_keys(updates: Updates, sizes: Mapping[str, float]) -> list[str]:
-    """The keys whose gradient is negligible compared with the median."""
+    """Return the keys whose gradient is negligible compared with the median gradient."""
     finite = [size for size in sizes.values() if np.isfinite(size)]
     median = float(np.median(finite or [0.0]))
     # an update of the weight 0 has no gradient, and that is no fault
@@ -164,7 +164,7 @@ def _dead_keys(updates: Updates, sizes: Mapping[str, float]) -> list[str]:
 
 @contextlib.contextmanager
 def probe(trained: Trained, size: float = SIZE) -> Iterator[Telling]:
-    """Random updates of a size in a model, mode and buffers put back afterwards."""
+    """Fill a model with random updates of a size while the block runs; then restore the model."""
     tensors = update_tensors(trained.model, trained.updates)
     telling = {
         key: tensors[key][variant_of(update).proportional]
@@ -201,9 +201,9 @@ def _draw(key: str, update: LowRank, fields: Mapping[str, nn.Parameter], size: f
 def _gradients(
     trained: Trained, named: Named, telling: Telling, training: bool
 ) -> dict[str, float] | None:
-    """Key → root mean square of a gradient; None where no output has a number with one.
+    """Return each key's root mean square gradient; None if no output has an element with one.
 
-    A detector that finds nothing has outputs without elements, which tell nothing.
+    A detector that finds nothing has outputs without elements, which prove nothing.
     """
     trained.model.train(training)
     largest = dict.fromkeys(telling, 0.0)
@@ -236,7 +236,7 @@ def _gradients(
 
 
 def _inputs_of(trained: Trained, named: Named, seed: int) -> Named:
-    """The arguments of one draw: first those of the proof, and last the example."""
+    """Return the arguments of one draw: the given ones, then sampled ones, the example last."""
     example = trained.example
     if seed == DRAWS - 1 and is_real(example):  # where no draw is what the model is for
         return example
@@ -246,7 +246,7 @@ def _inputs_of(trained: Trained, named: Named, seed: int) -> Named:
 
 
 def _float_tensors(results: object) -> list[torch.Tensor]:
-    """The tensors of real or complex numbers among the results of a model."""
+    """Return the tensors of real or complex numbers among the results of a model."""
     return [
         leaf
         for leaf in tree_leaves(results)
@@ -256,7 +256,7 @@ def _float_tensors(results: object) -> list[torch.Tensor]:
 
 
 def without_gradient(effect: Effect, count: int, dead: str) -> tuple[str, ...]:
-    """The targets to leave out; see prove_effect.
+    """Return the targets to leave out, or raise if dead targets are an error; see prove_effect.
 
     Args:
         effect: The result of a proof of `count` targets.

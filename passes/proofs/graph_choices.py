@@ -1,4 +1,4 @@
-"""Graphs run node by node: in fp64, with their weights moved, with the choices of another run.
+"""Graph runs node by node: in fp64, with moved weights, or with the choices of another run.
 
 A choice is a tensor of integers or booleans that an op computes from floats: the indices of topk,
 argmax or nms, a comparison, a cast. Rounding alone turns it among near-equal scores.
@@ -32,7 +32,7 @@ from lora_fx.passes.proofs.reference import SEEDS, Choices, Run, Shown
 
 
 def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
-    """Make another the model with its weights moved by up to a unit of their last place."""
+    """Copy a model's weights into another model, each moved by up to a unit of its last place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter, moved in zip(model.parameters(), other.parameters(), strict=True):
@@ -79,7 +79,7 @@ class Choosing(Wide):
                 self.read_by_choices.update(among)
 
     def _names(self, graph: fx.Graph) -> dict[fx.Node, str]:
-        """The names of values as in an exported file; an output value has the output's name."""
+        """Return the names of values as in an exported file; an output has the output's name."""
         (leaves,) = graph.output_node().args
         results = tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
         names = {node: node.name for node in graph.nodes}
@@ -89,14 +89,14 @@ class Choosing(Wide):
         return names
 
     def outputs(self, named: Named) -> dict[str, Array]:
-        """The outputs of a run, and the floats that choices are made among."""
+        """Run on named arguments; return the outputs, and the floats behind the choices."""
         leaves = [self.read(leaf) for leaf in tree_leaves(copied(named))]
         with torch.no_grad(), alike(self.model):
             results = self.run(*leaves, enable_io_processing=False)
         return {**self.floats, **by_output(tree_unflatten(list(results), self.out_spec))}
 
     def others(self, choices: Mapping[str, Choice]) -> dict[str, Array]:
-        """The choices that it would have made, but for imposed ones that rounding turned."""
+        """Return the run's own choices that differ from imposed ones by more than rounding."""
         unlike: dict[str, Array] = {}
         for name, value in self.own.items():
             if name not in choices:
@@ -111,7 +111,7 @@ class Choosing(Wide):
         return super().read(x) if self.wide else x
 
     def run_node(self, n: fx.Node) -> Any:
-        """The result of a node, or the choice that was made in its place."""
+        """Return the result of a node, or the choice that is imposed in its place."""
         result = super().run_node(n)
         name = self.names[n]
         if n in self.read_by_choices:
@@ -131,7 +131,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _chosen_among(node: fx.Node) -> list[fx.Node]:
-    """The computed floats that a choice is made among; none where a node is no choice."""
+    """Return the computed floats among which a node chooses; empty if the node makes no choice."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
         return []
@@ -143,13 +143,13 @@ def _chosen_among(node: fx.Node) -> list[fx.Node]:
 
 
 def choices_of(model: CapturedModule, named: Named) -> Choices:
-    """The choices of a model on arguments, and its outputs."""
+    """Run a model on arguments, and return its choices and outputs."""
     run = Choosing(model)
     outputs = run.outputs(named)
     values = run.values
 
     def own(shown: Shown) -> Iterator[Mapping[str, float]]:
-        """In fp64, and with the weights moved, where the choices stay."""
+        """Yield errors against fp64, and with moved weights; the choices stay the same."""
         largest_errors: dict[str, float] = {}
         exact = Choosing(model, values, wide=True).outputs(named)
         yield grow(largest_errors, shown(outputs), shown(exact))
@@ -164,7 +164,7 @@ def choices_of(model: CapturedModule, named: Named) -> Choices:
 
 @dataclass(frozen=True)
 class ModuleRerun:
-    """The Rerun of a captured module.
+    """The Rerun of a captured torch module.
 
     Attributes:
         module: The module.
@@ -179,11 +179,11 @@ class ModuleRerun:
     block: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def stepped(self) -> Iterator[Run]:
-        """None: torch's sigmoid is exact relative to its result."""
+        """Return no runs: torch's sigmoid is exact relative to its result."""
         return iter(())
 
     def plain(self) -> Run | None:
-        """None: torch rewrites nothing."""
+        """Return None: torch rewrites no graph."""
         return None
 
     def choosing(self, choices: Choices) -> Run | None:

@@ -1,4 +1,4 @@
-"""Run live models op by op, and record their choices or repeat the choices of another run.
+"""Live models run op by op, which records their choices or repeats the choices of another run.
 
 No graph is needed: every op of a user's own module is seen when torch dispatches it. What it
 chooses, integers and booleans that an op makes of floats, may come from another run of the same
@@ -23,7 +23,7 @@ from lora_fx.passes.proofs.reference import Choices, Run, Shown
 
 
 class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A block in which a model repeats the choices of another run, for ops that both have.
+    """A block in which a model repeats the choices of another run, for ops that both runs have.
 
     Args:
         others: The choices of the other run by name.
@@ -37,10 +37,10 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """True: a compiled region runs as compiled, as one op.
+        """Return True, so that a compiled region runs as compiled, as one op.
 
-        Of a function that torch.compile or torch.cond meets in another dispatch mode, torch notes
-        for good that it is not to be compiled: torch.cond would fail in the process from then on.
+        In any other dispatch mode, torch marks the functions that torch.compile or torch.cond meets
+        as never to be compiled: torch.cond would fail in the process from then on.
         """
         return True
 
@@ -51,7 +51,7 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.floats: dict[str, Array] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The result of an op, in which choices are replaced."""
+        """Run an op, and replace each choice in its result."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)  # one of graphs has none
@@ -69,7 +69,7 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tree_map(chosen, result)
 
     def _chosen(self, func: Any, result: torch.Tensor, among: list[Array]) -> torch.Tensor:
-        """A result of an op, or the choice that the other run made in its place."""
+        """Return an op's result, or the choice of the other run that belongs in its place."""
         name = f"{func}:{len(self.choices)}"
         floats = {f"{name}.{i}": value for i, value in enumerate(among)}
         choice = Choice(to_numpy(result), floats)
@@ -86,7 +86,7 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_plain(x: object) -> TypeGuard[torch.Tensor]:
-    """Whether it is a tensor whose numbers can be read."""
+    """Whether a value is a tensor whose numbers can be read."""
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
         return False
     return type(x) in (torch.Tensor, torch.nn.Parameter)  # a subclass says what its numbers are
@@ -111,11 +111,11 @@ class LiveRerun:
     run: Run
 
     def stepped(self) -> Iterator[Run]:
-        """None: torch's sigmoid is exact relative to its result."""
+        """Return no runs: torch's sigmoid is exact relative to its result."""
         return iter(())
 
     def plain(self) -> Run | None:
-        """None: torch rewrites nothing."""
+        """Return None: torch rewrites no graph."""
         return None
 
     def choosing(self, choices: Choices) -> Run | None:
@@ -133,7 +133,7 @@ class LiveRerun:
 def live_choices(
     run: Callable[[], dict[str, Array]], moved: Iterable[Callable[[], dict[str, Array]]]
 ) -> Choices:
-    """The choices of a live model.
+    """Run a live model, and return its choices and outputs.
 
     Args:
         run: Runs it, and gives its outputs.

@@ -1,4 +1,4 @@
-"""The user's own module, as it runs for a proof: in eval mode, or with other numbers in it."""
+"""The user's own module during a proof: in eval mode, or with other values in its parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_fx.fx.capture.unchanged import alike
 def parameters_as(
     weights: Mapping[str, nn.Parameter], changed: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Other numbers in the parameters themselves, so that every way of reading them sees them."""
+    """Put other values into the parameters while the block runs, so that every reader sees them."""
     original = {name: weights[name].data for name in changed}
     try:
         for name, value in changed.items():
@@ -28,6 +28,6 @@ def parameters_as(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, with the same random numbers; the model is put back after it."""
+    """Run the block in eval mode without gradients, with fixed random numbers; then restore."""
     with alike(model, training=False), torch.no_grad():
         yield

@@ -1,7 +1,7 @@
-"""A merged .onnx file, tensor by tensor: nothing is run.
+"""The proof of a merged .onnx file, tensor by tensor; no model is run.
 
-What no update touches has the base's bytes, and rows of everything else are computed again in
-fp64.
+Tensors without an update must have the base's bytes. Of all other tensors, some rows are computed
+again in fp64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lora_fx.passes.insert import Pair
 from lora_fx.targets.found import Found
 
 PROOF_ROWS = 4
-"""Rows of every touched tensor that are computed again."""
+"""The number of rows of each changed tensor that are computed again."""
 
 
 def prove_merge(
@@ -79,7 +79,7 @@ def prove_merge(
 def _wrong_rows(
     written: OnnxGraph, base: Named, found: Found, fold: Fold
 ) -> Iterator[tuple[str, float]]:
-    """Tensors of which some rows are not W + s·b·a, and how far they are off."""
+    """Yield each tensor with rows that are not W + s·b·a, and the largest error."""
     rng = np.random.default_rng()
     changes = {f"{folded.parameter}|{'|'.join(folded.keys)}": folded for folded in fold.report}
     for name in dict.fromkeys(fold.applied.values()):  # parts of one tensor lie in one constant
@@ -105,7 +105,7 @@ def _wrong_rows(
 
 
 def _some_rows(weight: Array, rng: np.random.Generator) -> slice:
-    """Some random rows of a matrix; all of a tensor of another shape."""
+    """Return a few random rows of a matrix; all of a tensor that is not a matrix."""
     if weight.ndim != 2:
         return slice(None)
     n_rows = weight.shape[0]
@@ -114,7 +114,7 @@ def _some_rows(weight: Array, rng: np.random.Generator) -> slice:
 
 
 def _rounding_of(dtype: np.dtype[Any]) -> float:
-    """The largest rounding error of a sum in a dtype, relative to the sum."""
+    """Return the largest rounding error of a sum in a dtype, relative to the sum."""
     if dtype.name in EPSILON:
         return EPSILON[dtype.name]
     if dtype == np.float32:
@@ -129,7 +129,7 @@ def _largest(values: Array) -> float:
 def _wrong_zeros(
     written: OnnxGraph, name: str, base: ZeroPoints, delta: Array
 ) -> Iterator[tuple[str, float]]:
-    """Zero points of codes that are not the base's less Δ/scale, and how far they are off."""
+    """Yield the zero points that do not equal the base's minus Δ/scale, and the largest error."""
     if delta.any():
         zero = written.reader(name)().astype(np.float64)
     else:

@@ -1,4 +1,4 @@
-"""An .onnx file in ONNX Runtime as the reference for files that are made from it.
+"""The reference for files made from an .onnx file: this file itself, run in ONNX Runtime.
 
 An adapter's branches stand beside the file's own products. Their factors are inputs, so that
 adapters of the same keys and ranks share one session.
@@ -54,7 +54,7 @@ from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
 STEP = 2.0**-8
-"""One code of eight bits, of the range that they span."""
+"""One step of an 8-bit code, as a share of the range of codes."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class OnnxReference:
     arrays: Named
 
     def __post_init__(self) -> None:
-        """Open the file; raises for an array that is no input of it."""
+        """Open the file, and raise for an array that is not an input of the file."""
         graph = self.graph
         self.session = open_session(self.source, self.provider)
         self.inputs = signature(self.session)
@@ -171,7 +171,7 @@ class OnnxReference:
         return {"ranges": ranges, "unproven": self._unproven}
 
     def guards(self) -> tuple[Condition, ...]:
-        """None: our files have their guards already, and of other files nothing is known."""
+        """Return no guards: our files already have guards, and other files tell nothing."""
         return ()
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
@@ -179,7 +179,7 @@ class OnnxReference:
         return {**self.inputs.sample(size, seed), **self.arrays}
 
     def sizes(self) -> Iterator[dict[str, Array]]:
-        """Feeds of every size that differs; one where the user gave arrays."""
+        """Yield inputs at every distinct size; once if the user gave arrays."""
         return feeds_of_sizes(self.inputs, self.arrays)
 
     def run(self, adapter: Adapter | None) -> Run:
@@ -187,7 +187,7 @@ class OnnxReference:
         return partial(self._run, adapter, True)
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
-        """The change of the outputs by the runtime's own rewrites and by the rounding of a fold.
+        """Yield how far outputs move by the runtime's rewrites and by the rounding of a fold.
 
         A fold moves every weight by half a unit of its last place, at most. Where activations are
         rounded to codes of eight bits, a difference of one part in 1e7 moves some by a whole step.
@@ -229,7 +229,7 @@ class OnnxReference:
         return results
 
     def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
-        """The choices of the file with an adapter's branches."""
+        """Run the file with an adapter's branches, and return its choices."""
         updates = {} if adapter is None else adapter.lowrank
         path = self._path(updates) if updates else self.source
         file = choosing_file(path, self.session.provider, {})
@@ -252,7 +252,7 @@ class OnnxReference:
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
     ) -> dict[str, Gate]:
-        """The base gates, wider where an adapted weight is stored in a narrower dtype."""
+        """Return the base's gates, wider if an adapted weight is stored in a narrower dtype."""
         if adapter is None or self.graph is None:
             return gates_of(expected, self.ceiling)
         gates = gates_of(expected, self.ceiling, partial(self._run, None, True, feeds))
@@ -269,7 +269,7 @@ class OnnxReference:
         }
 
     def idle(self, adapter: Adapter) -> list[str]:
-        """Keys whose update, alone, changes no output."""
+        """Return the keys whose update alone changes no output."""
         feeds = self.feeds(SIZES[0])
         session = self._session(adapter.lowrank, True)
         base = self._outputs(session, feeds)
@@ -283,7 +283,7 @@ class OnnxReference:
     def _run(
         self, adapter: Adapter | None, rewrites: bool, feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """The outputs with an adapter's branches; with the runtime's rewrites of a graph or not."""
+        """Run with an adapter's branches, with or without the runtime's graph rewrites."""
         updates = {} if adapter is None else adapter.lowrank
         return self._outputs(self._session(updates, rewrites), {**feeds, **_factors(updates)})
 
@@ -295,7 +295,7 @@ class OnnxReference:
         return tensors_by_name(self._names, values)
 
     def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:
-        """The session of the file with branches for these updates, opened once."""
+        """Return the session with branches for these updates; it is opened once."""
         path = self._path(updates) if updates else None
         session = self._sessions.get((path, rewrites))
         if session is None:
@@ -309,7 +309,7 @@ class OnnxReference:
         return [targets[key] for key in keys]
 
     def _path(self, updates: Updates, *, moved: bool = False) -> Path:
-        """The file of the graph with branches for these keys and ranks, its weights as rounded.
+        """Return a file of the graph with branches for these keys and ranks.
 
         Args:
             updates: The updates; files are kept by what does not change with their numbers.
@@ -323,7 +323,7 @@ class OnnxReference:
         return self._paths[identity]
 
     def _branched(self, updates: Updates, moved: bool) -> OnnxGraph:
-        """The graph with branches that read their factors from inputs."""
+        """Return a copy of the graph with branches that read their factors from inputs."""
         assert self.graph is not None
         graph = self.graph.clone()
         zeros = {
@@ -354,7 +354,7 @@ def _move(graph: OnnxGraph, name: str) -> None:
 
 
 def _dtypes_of(target: Target) -> set[str]:
-    """The dtypes in which a weight is stored and read."""
+    """Return the dtypes in which a weight is stored and read."""
     dtypes = {target.parameter.dtype}
     for site in target.sites:
         dtypes |= {step.dtype for step in site.view.steps if isinstance(step, Cast)}
@@ -362,13 +362,13 @@ def _dtypes_of(target: Target) -> set[str]:
 
 
 def _form_of(key: str, update: LowRank) -> tuple[object, ...]:
-    """All of an update that the graph with its branch depends on."""
+    """Return the properties of an update that its branch in the graph depends on."""
     fields = tuple(variant_of(update).beside(update))
     return key, update.rank, update.use, str(update.layout), fields
 
 
 def _factors(updates: Updates) -> dict[str, Array]:
-    """The inputs of branches that hold a and b as they are, with the scale in b."""
+    """Return the inputs of the branches: a, and b multiplied by the scale."""
     values: dict[str, Array] = {}
     for key, update in updates.items():
         scaled = replace(update, b=update.b * np.float32(update.scale))
@@ -380,6 +380,6 @@ def _factors(updates: Updates) -> dict[str, Array]:
 def reference_of(
     source: Path, graph: OnnxGraph | None, provider: str, arrays: Named | None
 ) -> Iterator[OnnxReference]:
-    """The reference of a file, and room for its variants while the block runs."""
+    """Open a file as a reference, with a scratch folder for its variants while the block runs."""
     with scratch_folder() as folder:
         yield OnnxReference(graph, source, provider, Path(folder), arrays or {})

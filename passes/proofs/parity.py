@@ -1,4 +1,4 @@
-"""Prove a model equal to another by running both: the check before every write.
+"""The check before every write: two models are equal if both give the same numbers.
 
 The gate is relative to the largest output: ORT_TOL for fp32. Where a model exceeds it, its own
 fp32-against-fp64 error decides, output by output: 4 × that + 1e-7. Narrower dtypes are gated by
@@ -58,7 +58,7 @@ def prove(
     of: str = "",
     rerun: Rerun | None = None,
 ) -> list[Parity]:
-    """Run both at every size; sizes that a pinned dimension makes equal run once.
+    """Run both models at every size; sizes that are equal after pinning a dimension run once.
 
     Args:
         ours: {input: array} → {output: array}.
@@ -76,7 +76,7 @@ def prove(
     largest_errors: dict[str, float] = {}
 
     def own() -> Iterator[dict[str, float]]:
-        """The rounding of the reference, for every size on from where the last one stopped."""
+        """Yield the reference's rounding errors; a later call continues with the next size."""
         yield largest_errors
         for errors in rounding:
             largest_errors.update(errors)
@@ -117,7 +117,7 @@ def prove(
 def _refuse_where_model_runs(
     reference: CapturedModule, named: Named, where: str, error: Exception
 ) -> None:
-    """Raise where the graph fails on arguments, and the user's own model runs on them."""
+    """Raise if the graph fails on arguments on which the user's own model runs."""
     if _runs(execution_of(reference).captured, named):
         raise LoraFxError(
             f"the captured graph does not run at {where}, but the model does: "
@@ -127,7 +127,7 @@ def _refuse_where_model_runs(
 
 
 def _runs(captured: Captured, named: Named) -> bool:
-    """Whether the user's own model, not the graph of it, runs on arguments."""
+    """Whether the user's own model, not its graph, runs on arguments."""
     try:
         with quiet(), torch.no_grad(), alike(captured.model, training=False):
             captured.signature.call(captured.model, copied(named))
@@ -138,7 +138,7 @@ def _runs(captured: Captured, named: Named) -> bool:
 
 @dataclass(eq=False)
 class LatestRun:
-    """A model as {output: array} of named arguments, which does not run twice on the same.
+    """A model as a function of named arguments to {output: array}; it keeps the latest result.
 
     Attributes:
         model: The model.
@@ -151,7 +151,7 @@ class LatestRun:
     outputs: dict[str, Array] = field(default_factory=dict)
 
     def __call__(self, named: Named) -> dict[str, Array]:
-        """The outputs, of a run or of the last one."""
+        """Return the outputs; the model does not run if the arguments are those of the last run."""
         feeds = arrays_of(named)
         if not self._ran_on(feeds):
             self.outputs = execution_of(self.model).flat(named)
@@ -165,16 +165,16 @@ class LatestRun:
 
 
 def rows_of(captured: Captured) -> Json:
-    """`ranges[]` and `unproven[]` of a capture, as reports have them."""
+    """Return `ranges[]` and `unproven[]` of a capture, as reports show them."""
     ranges = [condition.to_json() for condition in captured.ranges]
     return {"ranges": ranges, "unproven": [*captured.unproven.values()]}
 
 
 def guards(reference: CapturedModule) -> tuple[Condition, ...]:
-    """The conditions outside which a file of this model may be another model.
+    """Return the size conditions outside which an exported file may compute another model.
 
-    That it is one is not tried: at such sizes ONNX Runtime 1.31 may end the process, as a
-    recurrent layer of no steps does.
+    Such sizes are not run: ONNX Runtime 1.31 may end the process there, as a recurrent layer of no
+    steps does.
     """
     is_implied = (
         execution_of(reference).captured.bounded_inputs().implied
@@ -189,7 +189,7 @@ def guards(reference: CapturedModule) -> tuple[Condition, ...]:
 
 
 def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, tol: float) -> Gate:
-    """The gate of one output: `tol` in fp32.
+    """Return the gate of one output: `tol` in fp32.
 
     Where the output, an adapted weight or a product is in a narrower dtype, its rounding decides.
     """
@@ -210,7 +210,7 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, t
 
 
 def _product_dtypes(reference: CapturedModule) -> set[str]:
-    """The dtypes of a model's products; autocast in forward makes them differ from the weights'."""
+    """Return the dtypes of a model's products, which autocast may make differ from the weights'."""
     captured = execution_of(reference).captured
     traced = captured.traced(False, captured.named, execution_of(reference).base_dtype)
     values = (node.meta.get("val") for node in traced.graph.nodes if node.target in OPS)
@@ -218,13 +218,13 @@ def _product_dtypes(reference: CapturedModule) -> set[str]:
 
 
 def torch_rerun(module: CapturedModule, *, same: bool = True) -> ModuleRerun:
-    """Other ways to run a torch module, on arrays by input name; see ModuleRerun."""
+    """Return other ways to run a torch module on arrays by input name; see ModuleRerun."""
     execution = execution_of(module)
     return ModuleRerun(module, lambda feeds: named_of(execution.in_own_dtype(), feeds), same)
 
 
 def torch_run(module: CapturedModule) -> Run:
-    """A torch module as {input: array} → {output: array}."""
+    """Return a torch module as a function {input: array} → {output: array}."""
     return lambda feeds: execution_of(module).flat(
         named_of(execution_of(module).in_own_dtype(), feeds)
     )

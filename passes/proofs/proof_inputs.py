@@ -23,7 +23,7 @@ from lora_fx.inputs import Extents, Named
 
 
 def arrays_of(named: Named) -> dict[str, Array]:
-    """The tensors among flattened named arguments, as arrays by ONNX input name."""
+    """Return the tensors among named arguments as arrays, by ONNX input name."""
     leaves = zip(leaf_names(named), tree_leaves(dict(named)), strict=True)
     return {
         onnx_name(name): to_numpy(leaf) for name, leaf in leaves if isinstance(leaf, torch.Tensor)
@@ -31,7 +31,7 @@ def arrays_of(named: Named) -> dict[str, Array]:
 
 
 def named_of(example: Named, feeds: Mapping[str, Array]) -> dict[str, Any]:
-    """Named arguments of arrays, in the structure of the example and with its constants.
+    """Rebuild named arguments from arrays, with the structure and the constants of the example.
 
     It is the reverse of arrays_of.
     """
@@ -43,7 +43,7 @@ def named_of(example: Named, feeds: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def is_real(named: Named) -> bool:
-    """Whether arguments have values: the example of a file, or of a meta model, has none."""
+    """Whether all arguments have values; the example of a file or of a meta model has none."""
     leaves = tree_leaves(dict(named))
     return all(has_values(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
@@ -51,7 +51,7 @@ def is_real(named: Named) -> bool:
 def feeds_of(
     reference: CapturedModule, arrays: Named | None = None, sizes: Sequence[Extents] | None = None
 ) -> Iterator[tuple[Named, dict[str, Array], bool]]:
-    """(named arguments, {ONNX input: array}, whether it may fail) of every size and the example.
+    """Yield (named arguments, {ONNX input: array}, may fail) for every size and for the example.
 
     Args:
         reference: The model; it notes the sizes at which its graph does not hold.
@@ -88,13 +88,13 @@ def feeds_of(
 
 
 def outside(reference: CapturedModule, named: Named) -> SizeError | None:
-    """The reason why the graph of the example is not valid at these sizes; None if it is."""
+    """Return why the example's graph is not valid at these sizes; None if it is valid."""
     captured = execution_of(reference).captured
     traced = captured.traced(False, captured.named, execution_of(reference).base_dtype)
     return traced.door.refused(tree_leaves(dict(named)))
 
 
 def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], reason: str) -> None:
-    """Note a size that nothing is proven of, for the report."""
+    """Note, for the report, a size at which nothing is proven."""
     row = {"sizes": {name: list(shape) for name, shape in sizes.items()}, "reason": reason}
     execution_of(reference).captured.unproven[str(sizes)] = row

@@ -1,4 +1,4 @@
-"""A recorded run holds for an adapter: the live model with W + s·b·a gives the graph's numbers.
+"""The proof that a recorded run holds for an adapter: it equals the live model with W + s·b·a.
 
     f(x; W + s·b·a)  =  graph(x; W, a, b)
 
@@ -56,26 +56,26 @@ from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 LARGE = 1.0
-"""The size of random a and b that are as large as the weights, to reach thresholds of norms."""
+"""The size of random a and b that are as large as the weights, to pass thresholds in the model."""
 MOST = 16
-"""Updates that are tried alone, to name those that matter."""
+"""The largest number of updates that are tried alone, to name the guilty ones."""
 
 
 class Compare(Protocol):
-    """A comparison of a module and the live model, in one mode."""
+    """A function that compares a module with the live model, in one mode."""
 
     def __call__(
         self, module: CapturedModule, adapter: Adapter, *, large: bool = False
     ) -> Parity | None:
-        """The difference of the two with an adapter; None if there is none."""
+        """Return how the two differ with an adapter; None if they are equal."""
 
 
 class NotRun(Exception):
-    """The live model cannot be run with an adapter; the message says why."""
+    """The error of a live model that cannot run with an adapter; the message says why."""
 
 
 def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
-    """Prove a module whose adapter is trained or chosen later; returns notes.
+    """Prove a module whose adapter is trained or chosen later; return notes.
 
     Updates of what is no parameter of the live model stay as they are, and are named.
 
@@ -106,7 +106,7 @@ def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
 
 
 def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tuple[str, ...]:
-    """Prove a module with the adapter that it holds; returns notes.
+    """Prove a module with its present adapter; return notes.
 
     Args:
         module: What insert or fold made.
@@ -139,7 +139,7 @@ NOT_RUN = "the graph is one recorded run, and the live model was not run with W 
 
 
 def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
-    """The error of a graph that goes another way than the live model.
+    """Return the error for a graph that takes another path than the live model.
 
     Args:
         parity: How far apart they are.
@@ -161,7 +161,7 @@ def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
 
 
 def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
-    """Updates that the live model's own parameters cannot hold alone, and why."""
+    """Return the updates that no parameter of the live model can hold alone, with the reasons."""
     found = find(captured.fx_graph())
     parameters = dict(captured.model.named_parameters())
     first_names, _ = named_tensors(captured.model)
@@ -180,7 +180,7 @@ def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
 
 
 def _modes(module: CapturedModule) -> list[Compare]:
-    """The comparison of a module in each mode whose graph is a recorded run."""
+    """Return the comparisons for the modes whose graph is a recorded run."""
     modes: list[Compare] = []
     if execution_of(module).captured.recorded:
         modes.append(_differs)
@@ -196,9 +196,9 @@ def _differs_drawn(
     mode: Compare,
     keys: Sequence[str],
 ) -> Parity | None:
-    """The difference of the two with random a and b in some updates; None if there is none.
+    """Compare with random a and b in some updates; return the difference, or None if equal.
 
-    Those that are left out have no effect yet, and those of other keys what they have.
+    Updates that are left out have no effect yet, and updates of other keys keep their values.
     """
     chosen = {key: module.updates[key] for key in keys}
     with probe(replace(Trained.of(module), updates=chosen), size):
@@ -209,7 +209,7 @@ def _differs_drawn(
 
 @stage("running the live model with W + s·b·a")
 def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -> Parity | None:
-    """Compare on the example; a large probe without finite results is ignored.
+    """Compare on the example inputs; ignore a large random adapter whose results are not finite.
 
     Raises:
         NotRun: The live model cannot be run with the adapter.
@@ -245,7 +245,7 @@ def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -
 def _differs_in_training(
     module: CapturedModule, adapter: Adapter, *, large: bool = False
 ) -> Parity | None:
-    """Compare as `_differs` does, in train mode, a graph that is not the eval graph.
+    """Compare as `_differs` does, but in train mode, whose graph is not the eval graph.
 
     Raises:
         NotRun: The live model cannot be run with the adapter, or draws its numbers otherwise.
@@ -261,7 +261,7 @@ def _differs_in_training(
 
 
 def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Parity:
-    """Compare a module with the live model in train mode, with other numbers in the parameters."""
+    """Compare a module with the live model, whose parameters are changed, in train mode."""
     named = execution_of(module).captured.named
 
     def run(some_module: CapturedModule) -> dict[str, Array]:
@@ -286,7 +286,7 @@ def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Par
 def _live_in_training(
     module: CapturedModule, changed: Mapping[str, torch.Tensor]
 ) -> dict[str, Array]:
-    """The outputs of the user's own module in train mode, with other numbers in its parameters.
+    """Run the user's own module in train mode with changed parameters; return its outputs.
 
     Raises:
         NotRun: It raises.
@@ -307,7 +307,7 @@ def _live_in_training(
 
 
 def _check_alike(module: CapturedModule) -> None:
-    """Raise if the module is on another device, or in another dtype, than the live model."""
+    """Raise if the module has another device or dtype than the live model."""
     captured = execution_of(module).captured
     device = device_of(module)
     device_of_model = device_of(captured.model)
@@ -327,7 +327,7 @@ def _are_finite(outputs: Mapping[str, Array]) -> bool:
 def _live(
     captured: Captured, changed: Mapping[str, torch.Tensor], named: Named
 ) -> dict[str, Array]:
-    """The outputs of the user's own module with other numbers in its parameters."""
+    """Run the user's own module with changed parameters; return its outputs."""
     model = captured.model
     weights = dict(model.named_parameters())
     try:
@@ -338,7 +338,7 @@ def _live(
 
 
 def _changed(captured: Captured, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """First name of a parameter → W + s·b·a, in fp64 before it is rounded to W's dtype.
+    """Return W + s·b·a by a parameter's first name, computed in fp64 and rounded to W's dtype.
 
     Raises:
         NotRun: The weights are no plain numbers.
@@ -351,7 +351,7 @@ def _changed(captured: Captured, adapter: Adapter) -> dict[str, torch.Tensor]:
     changed: dict[str, Array] = {}
 
     def weight_of(key: str) -> Array:
-        """The weight of a key in fp64, in which the updates of other keys are already."""
+        """Return the weight of a key in fp64, which holds the updates of earlier keys."""
         name = first_names[base_name(key)]
         if name not in changed:
             changed[name] = weights[name].detach().double().numpy(force=True).copy()
@@ -368,7 +368,7 @@ def _changed(captured: Captured, adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def _delta(update: LowRank, weight: Array) -> Array:
-    """W' − W of an update in the stored shape."""
+    """Return W' − W of an update, in the stored shape."""
     assert update.layout is not None
     emitter = NumpyEmitter()
     delta = update.layout.to_stored(emitter, update.matrix())

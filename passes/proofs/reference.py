@@ -1,7 +1,7 @@
-"""References of proofs: a model that was not rewritten, alone or with an adapter in branches.
+"""References of proofs: models that are not rewritten, alone or with an adapter's branches.
 
-A rewritten model has to equal it. onnx_reference.py has the reference of an .onnx file, run in ONNX
-Runtime, and torch_reference.py that of a captured model.
+A rewritten model has to equal its reference. onnx_reference.py has the reference of an .onnx file,
+run in ONNX Runtime, and torch_reference.py has the reference of a captured model.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from lora_fx.inputs import Extents, Inputs, Named
 from lora_fx.text import Json
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
-"""{input: array} → {output: array}."""
+"""A function {input: array} → {output: array}."""
 Shown = Callable[[Outputs], dict[str, Array]]
-"""Outputs → the part of them that is compared."""
+"""A function from outputs to those that are compared."""
 
 
 class Rerun(Protocol):
     """Other ways to run the model or file that is compared with a reference."""
 
     def stepped(self) -> Iterator[Run]:
-        """Runs with the sigmoids off by as much as their kernel may be; none without any."""
+        """Yield runs whose sigmoids are off by as much as their kernel may be, if there are any."""
 
     def plain(self) -> Run | None:
-        """The run without the runtime's rewrites; None where there are none."""
+        """Return the run without the runtime's rewrites; None if the runtime rewrites nothing."""
 
     def choosing(self, choices: Choices) -> Run | None:
-        """The run with the choices of the reference, and with the floats that they are among.
+        """Return the run with the reference's choices, which also gives the floats behind them.
 
         Choices and floats have their names in the reference. A choice that is not the reference's,
         turned by rounding, stays the run's own. None where the run makes no choice.
@@ -46,7 +46,7 @@ class Rerun(Protocol):
 
 @dataclass(frozen=True)
 class Choices:
-    """A run of a reference with its choices: integers and booleans that it computed from floats.
+    """The choices of a reference's run: the integers and booleans that it computes from floats.
 
     Attributes:
         values: The choices, by name.
@@ -61,7 +61,7 @@ class Choices:
     own: Callable[[Shown], Iterable[Mapping[str, float]]]
 
     def named(self) -> dict[str, Choice]:
-        """The choices, each with its floats."""
+        """Return each choice with the floats that it was made among."""
         named_choices: dict[str, Choice] = {}
         for name, value in self.values.items():
             floats = {
@@ -72,7 +72,7 @@ class Choices:
 
 
 class Reference(Protocol):
-    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime.
+    """A model whose graph is not rewritten: in torch, or a file in ONNX Runtime.
 
     Attributes:
         ceiling: The widest gate that rounding can ask for.
@@ -92,30 +92,30 @@ class Reference(Protocol):
 
     @property
     def arrays(self) -> Named | None:
-        """A user's inputs by name, where some are given: they are of one size."""
+        """The user's inputs by name, all of one size; None if there are none."""
 
     def details(self) -> Json:
-        """`ranges[]`, and `unproven[]`: sizes at which nothing was compared."""
+        """Return `ranges[]` and `unproven[]` of the report; the latter lists sizes not compared."""
 
     def guards(self) -> tuple[Condition, ...]:
-        """The conditions outside which a file of this model may be another model."""
+        """Return the size conditions outside which an exported file may compute another model."""
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
-        """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
+        """Return sampled inputs of a size by ONNX name; the user's own inputs replace them."""
 
     def run(self, adapter: Adapter | None) -> Run:
-        """{input: array} → {output: array}, with an adapter's branches."""
+        """Return {input: array} → {output: array} of the model with an adapter's branches."""
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
-        """Per output, how far rounding alone moves it: the largest so far, run by run."""
+        """Yield the rounding error of each output, the largest so far, after each run."""
 
     def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
-        """The choices of a run with an adapter's branches."""
+        """Run with an adapter's branches, and return the choices."""
 
     def prove(
         self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
     ) -> list[Parity]:
-        """Compare at every size.
+        """Compare a rewritten model with this reference at every size.
 
         Args:
             run: The rewritten model, which has to equal this.
@@ -126,4 +126,4 @@ class Reference(Protocol):
 
 
 SEEDS = (0, 1, 2)
-"""Seeds of the inputs and of the moves of weights by which a model's rounding is measured."""
+"""The seeds for drawn inputs and moved weights, by which a model's rounding is measured."""

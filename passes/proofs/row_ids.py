@@ -1,7 +1,7 @@
-"""Check ids out of range in mode batch: an error, or NaN in these rows, never a number.
+"""The check of ids out of range in mode batch: an error, or NaN in their rows, but no numbers.
 
-What an index out of range does differs from one runtime to the next, and the one that is at hand
-says nothing of the others. So two things are run. The whole file: it may fail; where it does not,
+Runtimes treat an index out of range differently, and the present runtime shows nothing about
+others. So two things are run. The whole file: it may fail; where it does not,
 rows that asked are NaN in every output of floats and the base's in every other, and their
 neighbours are what they were. And the nodes alone that make NaN of rows, on whatever numbers,
 where no Gather can fail before them.
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 EXTREMES = (np.iinfo(np.int64).min, np.iinfo(np.int64).max)
 ROWS = 5
-"""Rows of the batch that the guards alone run on."""
+"""The number of rows on which the guards alone run."""
 
 
 def prove_ids(
     session: RuntimeSession, model: ir.Model, feeds: Mapping[str, Array], rows: int, count: int
 ) -> None:
-    """Run rows with ids that name no adapter.
+    """Run rows with ids that name no adapter, and check their outputs.
 
     Args:
         session: The file that is to be written.
@@ -75,7 +75,7 @@ def prove_ids(
 
 
 def _wrong_ids(rows: int, count: int) -> Iterator[tuple[Array, Array]]:
-    """Ids of which every second one is out of range, and which ones these are."""
+    """Yield ids of which every second one is out of range, and a mask of these."""
     for wrong in ((-1, count), EXTREMES):
         ids = np.arange(rows, dtype=np.int64) % count
         ids[::2] = np.resize(wrong, ids[::2].shape)
@@ -83,7 +83,7 @@ def _wrong_ids(rows: int, count: int) -> Iterator[tuple[Array, Array]]:
 
 
 def _prove_guards(guards: ir.Model, count: int) -> None:
-    """Run the nodes that make NaN of rows."""
+    """Run only the nodes that write NaN into rows, and check their outputs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "guards.onnx"
         save(guards, path)
@@ -107,7 +107,7 @@ def _prove_guards(guards: ir.Model, count: int) -> None:
 
 
 def _check(name: str, ours: Array, expected: Array, outside: Array, brought: Array | bool) -> None:
-    """Raise for a row out of range that is not NaN, and for another that changed.
+    """Raise if a row out of range is not NaN, or if another row changed.
 
     Args:
         name: The name of the output.

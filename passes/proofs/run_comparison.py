@@ -1,4 +1,4 @@
-"""The comparison of one run with the outputs of its reference, and three ways to be fair to it.
+"""The comparison of one run with its reference, with three allowances for rounding.
 
 Rounding may move a run far in three ways that are no fault: by the runtime's own rewrites, by a
 choice among near-equal numbers that it turns, and by the steps of a sigmoid's kernel.
@@ -29,17 +29,17 @@ from lora_fx.inputs import OTHER_SIZES, Named
 from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run
 
 REWRITES = 1e-2
-"""The most that the runtime's rewrites may move an output of a file that is right without them."""
+"""The largest change by the runtime's rewrites that a file, right without them, may show."""
 
 
 def spread(
     outputs: Outputs, run: Run, plain: Run | None, feeds: Named
 ) -> Iterator[dict[str, float]]:
-    """Per output, how far a runtime's own rounding moves it: the largest so far, run by run.
+    """Yield the runtime's rounding error of each output, the largest so far, after each run.
 
-    ONNX Runtime folds batch norms into convolutions, which rounds their weights once more. That is
-    seen where it rewrites nothing, and other rounding where every float of the inputs is moved by
-    half a unit of its last place.
+    ONNX Runtime folds batch norms into convolutions, which rounds their weights once more. A run
+    without rewrites shows this rounding. Inputs whose floats are moved at random, by up to a unit
+    of their last place, show the other rounding.
 
     Args:
         outputs: What was compared.
@@ -71,7 +71,7 @@ def compared(
     *,
     of: str,
 ) -> tuple[Parity, str]:
-    """The comparison of a run with its reference, and a note for the report.
+    """Compare a run with its reference; return the parity and a note for the report.
 
     1. A file that is too far off, and is not without the runtime's rewrites, is right: the
        comparison is the one without them.
@@ -159,7 +159,7 @@ def _needs_most(
 
 
 def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[str, float]]:
-    """Per output, how far a step of each sigmoid moves it: the largest so far, run by run."""
+    """Yield how far one step of each sigmoid moves the outputs, the largest so far."""
     largest_errors: dict[str, float] = {}
     for run in rerun.stepped():
         yield grow(largest_errors, run(feeds), outputs)
@@ -168,7 +168,7 @@ def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[
 def _with_choices(
     run: Run, choices: Choices, feeds: Named, gates: Mapping[str, Gate], of: str
 ) -> Parity:
-    """The comparison of a run with the reference's choices, and of the numbers behind them."""
+    """Compare a run with the reference's choices, and compare the floats behind the choices."""
     outputs = run(feeds)
     expected = {name: value for name, value in choices.outputs.items() if name in outputs}
     scores: set[str] = set()
@@ -179,7 +179,7 @@ def _with_choices(
     }
 
     def shown(values: Outputs) -> dict[str, Array]:
-        """The outputs that are compared, with 0 where scores have the number of a mask.
+        """Return the outputs that are compared; scores that hold a mask's number become 0.
 
         A run on moved inputs may share more choices with the reference, and so more floats.
         """
@@ -204,7 +204,7 @@ def _with_choices(
 
 
 def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
-    """Inputs with their floats moved at random by up to a unit of their last place."""
+    """Return the inputs with their floats moved at random by up to a unit of their last place."""
     rng = np.random.default_rng(seed)
 
     def moved(value: Array) -> Array:
@@ -220,7 +220,7 @@ def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
 def either(
     first: Iterable[Mapping[str, float]], then: Iterable[Mapping[str, float]]
 ) -> Iterator[dict[str, float]]:
-    """Two measures of rounding, one after the other: the larger of both for each output."""
+    """Yield two measures of rounding one after the other: the larger error for each output."""
     largest_errors: dict[str, float] = {}
     for measure in (first, then):
         for errors in measure:

@@ -1,4 +1,4 @@
-"""A captured torch model as the reference of an export."""
+"""The reference of a torch export: the captured model in torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lora_fx.text import Json
 
 @dataclass(eq=False)
 class TorchReference:
-    """Adapters are the branches that insert adds.
+    """A captured model; the branches of insert add an adapter to it.
 
     Attributes:
         captured: The base model.
@@ -90,7 +90,7 @@ class TorchReference:
         return choices_of(module, named_of(execution_of(module).in_own_dtype(), feeds))
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
-        """Fp32 against fp64."""
+        """Yield rounding errors: the fp32 outputs against fp64."""
         return own_errors(self._module(adapter))
 
     def prove(

@@ -1,4 +1,4 @@
-"""Measure how far rounding alone moves the outputs of a torch model."""
+"""The measure of how far rounding alone moves the outputs of a torch model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_fx.passes.proofs.proof_inputs import is_real, outside
 from lora_fx.passes.proofs.reference import SEEDS, Run
 
 FEW = 8
-"""The size of an output, such as a loss, for which three moves of the weights show too little."""
+"""The number of output elements, as of a loss, below which three moves of weights are too few."""
 
 
 def own_errors(
@@ -36,12 +36,12 @@ def own_errors(
     sizes: Sequence[Extents] | None = None,
     run: Run | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Per output, how far rounding moves a model's values: the largest so far of several inputs.
+    """Yield the rounding error of each output, the largest so far over several inputs.
 
-    It is the rel of its fp32 values to its own in fp64, and of those with every weight moved by
-    half a unit of its last place, which is what a fold does. One input may round well by chance, a
-    user's too, so every size is drawn with every seed. Where no fp64 run is possible, the moved
-    weights alone tell.
+    The error is the rel of the fp32 outputs to the fp64 outputs, and the rel of outputs with every
+    weight moved by half a unit of its last place, as a fold moves it. One input may round well by
+    chance, even a user's, so every size is drawn with every seed. Without a possible fp64 run, only
+    the moved weights are measured.
 
     Args:
         model: Whose rounding it is.
@@ -86,7 +86,7 @@ def own_errors(
 def _draws(
     model: CapturedModule, arrays: Named | None, sizes: Sequence[Extents] | None
 ) -> list[Callable[[], Named]]:
-    """Functions that draw inputs: a user's or the example's first, then every size and seed."""
+    """Return functions that draw inputs: the user's or the example, then each size and seed."""
     if sizes is None:
         sizes = execution_of(model).captured.inputs.checks
     example = execution_of(model).in_own_dtype()
@@ -105,7 +105,7 @@ def _has_few_numbers(outputs: Mapping[str, Array]) -> bool:
 
 
 def _wide(model: CapturedModule, graph: fx.Graph) -> Run:
-    """A model's eval graph in fp64: every float is one, every cast to a narrower one is to fp64.
+    """Return a run of the eval graph in fp64, in which casts to narrower floats go to fp64 too.
 
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
     """

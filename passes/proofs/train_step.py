@@ -1,6 +1,6 @@
-"""A training step is torch's: ONNX Runtime's loss, gradients and update at every size.
+"""The proof of a training step: ONNX Runtime's loss, gradients and update equal torch's.
 
-What it has to equal is the train program, not rewritten, run with autograd and followed by
+The reference is the train program, not rewritten, run with autograd and followed by
 torch.optim. A and B are drawn, so that every gradient has something to say; the optimizer's
 states are of the size of the gradients, but zero at the first size, where m' is the gradient
 itself. Gates are widened by the model's own rounding, as for any export: that of the same step in
@@ -49,15 +49,15 @@ LR = 1e-2
 STEP_NUMBER = 3
 """The number of the step that is compared, counted from 1."""
 SEED = 5
-"""Seed of the step's dropouts."""
+"""The seed of the step's dropouts."""
 DRAWN = 0.05
-"""The deviation of drawn elements of B."""
+"""The standard deviation of the noise in drawn A and B."""
 MOVES = 12
-"""Times that every weight is moved by half a unit of its last place: a loss is one number."""
+"""The number of times that every weight is moved by rounding; a loss, one number, needs many."""
 DRAWS = 3
-"""Draws of A and B. Where rounding turns a ReLU, a gradient is another one, and proves nothing."""
+"""The most draws of A and B: if rounding flips a ReLU, a gradient changes and proves nothing."""
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
-"""AdamW's states of a tensor in the file → in torch."""
+"""AdamW's states of a tensor: the name in the file → the name in torch."""
 
 
 def prove_step(
@@ -68,7 +68,7 @@ def prove_step(
     labelled: Callable[[Named], tuple[Named, Array]],
     arrays: Named | None,
 ) -> list[Parity]:
-    """Compare a step at every size; `run` gives {output: array} of {input: array}.
+    """Compare a step at every size; `run` maps {input: array} to {output: array}.
 
     Args:
         run: The file in ONNX Runtime.
@@ -110,7 +110,7 @@ def _compare(
     *,
     moments_are_zero: bool,
 ) -> Parity:
-    """Compare a step on one batch; with other A and B where rounding turns a gradient."""
+    """Compare a step on one batch; draw A and B again if rounding changes a gradient too much."""
     shapes = shapes_of(feeds)
     for draw in range(DRAWS):
         inputs = {**feeds, **_scalars()}
@@ -131,7 +131,7 @@ def _compare(
 
 
 def _scalars() -> dict[str, Array]:
-    """The inputs of a step that are one number."""
+    """Return the scalar inputs of a step."""
     return {
         "step": np.array(STEP_NUMBER, np.int64),
         "seed": np.array(SEED, np.int64),
@@ -140,7 +140,7 @@ def _scalars() -> dict[str, Array]:
 
 
 def _drawn(slot: Slot, tensor: Tensor, generator: np.random.Generator, draw: int) -> Array:
-    """A tensor of an update, laid out as the file has it.
+    """Draw a tensor of an update, in the layout of the file.
 
     The first draw takes the module's numbers, and random ones for B where it is 0; later draws move
     all of them.
@@ -158,7 +158,7 @@ def _drawn_moments(
     generator: np.random.Generator,
     moments_are_zero: bool,
 ) -> dict[str, Array]:
-    """The optimizer's states, of the size of the gradients; none where it keeps none."""
+    """Draw the optimizer's states, as large as the gradients; none if the optimizer has none."""
     moments: dict[str, Array] = {}
     if not STATES[step.update.optimizer]:
         return moments
@@ -176,7 +176,7 @@ def _drawn_moments(
 
 @dataclass(frozen=True)
 class _TorchStep:
-    """The step by autograd and torch.optim, in fp32 or fp64, or of weights moved by a seed."""
+    """The step by autograd and torch.optim: in fp32, in fp64, or with weights moved by a seed."""
 
     graph: TrainGraph
     slots: Sequence[Slot]
@@ -186,11 +186,11 @@ class _TorchStep:
 
     @property
     def trained(self) -> list[Slot]:
-        """The slots that the optimizer changes."""
+        """The slots whose tensors the optimizer updates."""
         return [slot for slot in self.slots if slot.trained]
 
     def gradients(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """∂L of the module's own tensors, by the names of slots."""
+        """Return the gradients of the loss for the module's tensors, by slot name."""
         tensors, _ = self._backward(inputs)
         return {
             name: to_numpy(tensor.grad)
@@ -199,7 +199,7 @@ class _TorchStep:
         }
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The outputs of a step."""
+        """Compute the outputs of a step."""
         tensors, loss = self._backward(inputs)
         if self.update.clip:
             clipped = [tensors[slot.name] for slot in self.trained]
@@ -218,13 +218,13 @@ class _TorchStep:
 
     @property
     def _moments(self) -> Sequence[str]:
-        """The optimizer's states of a tensor, in the file's names."""
+        """The names, in the file, of the optimizer's states of a tensor."""
         return list(MOMENTS) if self.update.optimizer == "adamw" else []
 
     def _optimizer(
         self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Array]
     ) -> torch.optim.Optimizer:
-        """The optimizer with the states of the inputs."""
+        """Make the optimizer with the states that the inputs give."""
         groups = [{"params": [tensors[slot.name]], "lr": LR * slot.rate} for slot in self.trained]
         kind: Any = torch.optim.AdamW if self.update.optimizer == "adamw" else torch.optim.SGD
         optimizer: torch.optim.Optimizer
@@ -240,14 +240,14 @@ class _TorchStep:
     def rounding(
         self, inputs: Outputs, expected: Outputs, errors: dict[str, float]
     ) -> Iterator[dict[str, float]]:
-        """Measure how far rounding moves each output, and write it into `errors`; first in fp32."""
+        """Yield the rounding error of each output, and write it into `errors`; fp32 comes first."""
         exact = replace(self, wide=True)(inputs)
         yield grow(errors, expected, exact)
         for seed in range(MOVES):
             yield grow(errors, replace(self, seed=seed)(inputs), exact)
 
     def _backward(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Tensor], Tensor]:
-        """The tensors of the module by the names of slots, with gradients, and the loss."""
+        """Run backward; return the module's tensors by slot name, with gradients, and the loss."""
         tensors: dict[str, Tensor] = {}
         for slot in self.slots:
             tensor = self._as_in_module(inputs[slot.name]) / slot.scale
@@ -264,18 +264,18 @@ class _TorchStep:
         return tensors, loss
 
     def _as_in_module(self, array: Array) -> Tensor:
-        """An array of the file as the module lays it out."""
+        """Return an array of the file in the layout of the module."""
         dtype = np.float64 if self.wide else np.float32
         return from_numpy(np.swapaxes(array, -1, -2).astype(dtype))
 
 
 def _as_in_file(tensor: Tensor) -> Array:
-    """A tensor of the module as the file lays it out."""
+    """Return a tensor of the module in the layout of the file."""
     return np.swapaxes(to_numpy(tensor), -1, -2)
 
 
 class _WideLoss(TorchFunctionMode):
-    """A loss in fp64: one that takes scores in float32 would round them as the fp32 step does."""
+    """A mode that keeps a loss in fp64, even if the loss casts scores to a narrower dtype."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
@@ -285,7 +285,7 @@ class _WideLoss(TorchFunctionMode):
 
 
 class _TrainRun(Wide):
-    """A train program with its own tensors by name, in fp32 or fp64."""
+    """A train program in fp32 or fp64 that reads the given tensors in place of its own."""
 
     def __init__(
         self, module: fx.GraphModule, tensors: Mapping[str, Tensor], wide: bool, seed: int | None

@@ -1,1 +1,1 @@
-"""Capture and passes composed, one public verb a file."""
+"""The public verbs, one per file; each captures a model and runs passes on its graph."""

@@ -1,4 +1,4 @@
-"""find, insert and fold, of a model of torch: capture and passes composed."""
+"""find, insert and fold for torch models: capture a model and run the passes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def insert(
     quantise: Wanted | None = None,
     progress: Listener | None = None,
 ) -> AdaptedModule:
-    """A trainable module with low-rank branches; the user's module is not touched.
+    """Insert low-rank branches and return a trainable module; the user's module is not changed.
 
     Args:
         model: A module, a function of tensors, a Captured, or a path as on the command line.
@@ -166,7 +166,7 @@ def insert(
 def insert_into(
     cap: Captured, options: InsertOptions, quantise: Wanted | None = None
 ) -> AdaptedModule:
-    """Insert as `insert` does, into a model that is captured.
+    """Insert branches into a captured model, as `insert` does.
 
     Args:
         cap: The capture.
@@ -186,7 +186,7 @@ def insert_into(
 
 
 def refuse_second_adapter(model: object) -> None:
-    """Raise for a program or a module that holds an adapter already."""
+    """Raise for a program or a module that already holds an adapter."""
     is_program_with_adapter = isinstance(model, Captured) and model.adapter is not None
     if not is_program_with_adapter and not isinstance(model, (AdaptedModule, FoldedModule)):
         return
@@ -207,7 +207,7 @@ def fold(
     dynamic: Dynamic | None = None,
     progress: Listener | None = None,
 ) -> FoldedModule:
-    """An eval-mode module without branches, W + s·b·a in its weights.
+    """Return an eval-mode module without branches, with W + s·b·a as its weights.
 
     Args:
         model: A module that insert returned (its own adapter is folded when none is given), a

@@ -1,4 +1,4 @@
-"""attach and detach: the user's own live module adapted in place, proven equal to its graph.
+"""attach and detach: adapt the user's live module in place, proven equal to its graph.
 
 One eval graph, at the sizes of the example, shows the targets: the live model runs at all sizes.
 The proof runs the attached model and the graph with random A and B on the example inputs, in
@@ -123,7 +123,7 @@ def attach(
 def _untied(
     model: Captured | nn.Module, adapter: Adapter, ties: contextlib.ExitStack
 ) -> Captured | nn.Module:
-    """The model with a separate tensor for every name of a tied tensor that is saved alone.
+    """Return the model with a separate tensor for each tied name that the adapter saves alone.
 
     Args:
         model: A module, which is changed, or a capture, in whose place comes another.
@@ -140,7 +140,7 @@ def _untied(
 
 
 def _live_module(source: Captured | nn.Module) -> nn.Module:
-    """The module itself, or the one that was captured."""
+    """Return the live module: the source itself, or the module that a capture was made from."""
     if isinstance(source, nn.Module):
         return source
     return _module(user_module(source))
@@ -152,7 +152,7 @@ def _attached(
     options: InsertOptions,
     ties: contextlib.ExitStack,
 ) -> nn.Module:
-    """The module that was adapted.
+    """Adapt the live module of a source, and return this module.
 
     1. The targets are found in a capture; where the model has none, in dynamo's partial graphs.
     2. The updates start from an adapter or from a plan; those that no form carries out are left
@@ -210,7 +210,7 @@ def _planned(
     example: CaptureOptions,
     options: InsertOptions,
 ) -> tuple[Captured | None, GraphPlanner]:
-    """The capture and its targets; no capture if the targets come from dynamo's partial graphs."""
+    """Return the capture and its targets; the capture is None if only partial graphs exist."""
     try:
         # a capture of the caller stays as it is
         cap = copy.deepcopy(captured_of(source, example))
@@ -225,7 +225,7 @@ def _planned(
 def _notes_on_lost(
     lost: Mapping[str, str], planner: GraphPlanner, start: Start, options: InsertOptions
 ) -> list[str]:
-    """A note on each target that is left out, since no form carries its update out.
+    """Return a note for each target that is left out because attach has no form for its update.
 
     Args:
         lost: Target → why.
@@ -256,7 +256,7 @@ def _notes_on_lost(
 
 @dataclass(frozen=True)
 class _Call:
-    """The example's call: the signature of the model's forward, and the arguments by name."""
+    """The call of the example: the signature of the model's forward, and the arguments by name."""
 
     signature: Signature
     named: Named
@@ -308,10 +308,10 @@ def _prove(
 
 
 def _is_proven_alone(cap: Captured, updates: Updates) -> bool:
-    """Whether the live model is compared with itself, W + s·b·a in its parameters.
+    """Whether the reference is the live model itself with W + s·b·a in its parameters.
 
-    What the values of a recorded run decided need not be so with an adapter. A computed weight is
-    no parameter, and an update of one use is in none.
+    A recorded run has the paths that its values decided, and an adapter may change these values. A
+    computed weight is no parameter, and no parameter can hold an update of one use.
     """
     if not cap.recorded:
         return False
@@ -319,7 +319,7 @@ def _is_proven_alone(cap: Captured, updates: Updates) -> bool:
 
 
 def detach(model: Any) -> Any:
-    """The model as it was before attach: classes, flags, tensors and attributes; A and B go.
+    """Restore the model as it was before attach: classes, flags, tensors, attributes; A and B go.
 
     Returns:
         The same object.
@@ -333,7 +333,7 @@ def detach(model: Any) -> Any:
 
 
 def _module(model: object) -> nn.Module:
-    """The live module itself, out of its wrappers."""
+    """Return the live module without its wrappers; raise if attach cannot adapt it."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in wrappers(model)):
         raise LoraFxError(
             "DistributedDataParallel synchronises only the parameters that its module had when "
@@ -355,7 +355,7 @@ def _module(model: object) -> nn.Module:
 def _partial(
     model: nn.Module, call: Callable[[], object], dropout: float, error: CaptureError
 ) -> GraphPlanner:
-    """Targets from dynamo's partial graphs; the report says so.
+    """Find targets in dynamo's partial graphs, and note this in the report.
 
     Raises:
         CaptureError: The model does not run on these inputs, or no graph shows a weight.

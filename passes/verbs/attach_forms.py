@@ -1,4 +1,4 @@
-"""Forms of attach: the targets and the maths of insert on a live module instead of a graph.
+"""The forms that attach gives to targets, so that a live module computes what insert would.
 
     output form    the module's forward returns y + B(A x)·s: only where the graph shows that
                    this forward is one op on the weight, and that every use of the weight that
@@ -43,14 +43,14 @@ from lora_fx.targets.target import Target
 from lora_fx.text import by_key
 
 Owner = tuple[str, str]
-"""Module path and leaf."""
+"""(module path, attribute name) of a parameter."""
 
 
 REPEATS = aten_ops("expand repeat")
 
 
 class GraphPlanner(Planner):
-    """Forms from an eval graph.
+    """A planner that chooses forms from an eval graph.
 
     Args:
         graph: The model's graph before anything is attached; it is never changed.
@@ -83,7 +83,7 @@ class GraphPlanner(Planner):
         self.with_stacks = self._with_stacks()
 
     def _lone_ops(self, graph: FxGraph) -> frozenset[str]:
-        """Ids of the sites whose module's forward is that op alone."""
+        """Return the ids of the sites whose module's forward is just that op."""
         fixed = graph.flow().behind
         bodies = bodies_of(graph.graph)
         ids = set()
@@ -99,7 +99,7 @@ class GraphPlanner(Planner):
         return frozenset(ids)
 
     def _stacks(self) -> dict[str, Site]:
-        """Site id → the use as a product with all of a stack, where it is one."""
+        """Return the sites that are a product with a whole stack, as a Grouped site by site id."""
         stacks = {}
         for target in self.found.targets:
             for site in target.sites:
@@ -109,7 +109,7 @@ class GraphPlanner(Planner):
         return stacks
 
     def _with_stacks(self) -> Found:
-        """The targets with the uses of stacks as such products."""
+        """Return the targets, with uses of stacks replaced by these grouped products."""
         targets = []
         for target in self.found.targets:
             sites = tuple(self.stacks.get(site.id, site) for site in target.sites)
@@ -117,7 +117,7 @@ class GraphPlanner(Planner):
         return replace(self.found, targets=tuple(targets))
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
-        """Module path → Form.
+        """Return the form of each module to change, by module path.
 
         Raises:
             LoraFxError: An update that reaches only some of the uses in one forward.
@@ -141,7 +141,7 @@ class GraphPlanner(Planner):
         return result
 
     def _branches(self, updates: Updates) -> dict[str, tuple[Program, Program]]:
-        """Site id → the programs of its new output, in eval and in train mode."""
+        """Return the programs of the new outputs by site id: one for eval, one for train mode."""
         if self.graph is None:
             return {}
         in_eval = _Recorded(self.graph, self.with_stacks).run(updates, self.dropout, training=False)
@@ -157,7 +157,7 @@ class GraphPlanner(Planner):
     def unreached(
         self, updates: Updates, by_weight: frozenset[str] = frozenset()
     ) -> dict[str, str]:
-        """Computed weights that no module's output shows, and why each is out of reach."""
+        """Return the computed weights that no module's output shows, each with the reason."""
         computed = {
             key: update
             for key, update in updates.items()
@@ -177,7 +177,7 @@ class GraphPlanner(Planner):
         return reasons
 
     def lost(self, updates: Updates) -> dict[str, str]:
-        """Updates that no form carries out as the graph has them, and why; insert does."""
+        """Return the updates that no form of attach can carry out, with reasons; insert can."""
         reasons = self.unreached(updates)
         placeable = {key: update for key, update in updates.items() if key not in reasons}
         while placeable:
@@ -191,7 +191,7 @@ class GraphPlanner(Planner):
         return reasons
 
     def repeated(self, keys: Iterable[str]) -> set[str]:
-        """The keys whose weight is another tensor, repeated for every row."""
+        """Return the keys whose weight is another tensor, repeated for every row."""
         repeated: set[str] = set()
         if self.graph is None:
             return repeated
@@ -202,7 +202,7 @@ class GraphPlanner(Planner):
         return repeated
 
     def _misread(self, updates: Updates, forms: Mapping[str, Form]) -> dict[str, str]:
-        """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
+        """Return the updates whose weight form other ops than matmuls would read, with reasons."""
         reasons = {}
         for key in updates:
             target = self.found[key]
@@ -223,7 +223,7 @@ class GraphPlanner(Planner):
         by_weight: frozenset[str],
         result: dict[str, Form],
     ) -> None:
-        """Choose the form of each module that has a parameter, and write it into `result`.
+        """Choose the form of each module that owns a parameter, and write the form into `result`.
 
         1. A stack gets the branch of its products, and the weight form.
         2. A module gets the branch where the update reaches all of its uses and none outside it.
@@ -259,7 +259,7 @@ class GraphPlanner(Planner):
             form.weights[leaf] = weight_form(reached), where
 
     def _refuse_one_use_in_parts(self, name: str, group: Sequence[Pair]) -> None:
-        """Raise for an update of one use, where partial graphs know no modules."""
+        """Raise for an update of one use if only partial graphs exist: these know no modules."""
         if self.graph is not None:
             return
         for target, update in group:
@@ -271,13 +271,13 @@ class GraphPlanner(Planner):
                 )
 
     def _module_of(self, site: Site) -> str | None:
-        """The first path of the module whose forward has a use; None in partial graphs."""
+        """Return the first path of the module whose forward holds a use; None in partial graphs."""
         if self.graph is None:
             return None
         return self.path_of.get(site.scope)
 
     def _reach(self, path: str, homes: Collection[str], group: Sequence[Pair]) -> _Reach:
-        """Look which uses a group of updates reaches, in one module and outside it.
+        """Find the uses that a group of updates reaches, inside one module and outside it.
 
         Args:
             path: The module.
@@ -321,7 +321,7 @@ class GraphPlanner(Planner):
 
 @dataclass
 class _Reach:
-    """The uses that the updates of a parameter reach, seen from one module that has it.
+    """The uses that the updates of a parameter reach, as seen from one module that owns it.
 
     Attributes:
         sites: The uses in the module.
@@ -342,13 +342,13 @@ class _Reach:
     def branch(
         self, branches: Mapping[str, tuple[Program, Program]]
     ) -> tuple[Program, Program] | None:
-        """The branch that all uses in the module have; None where they differ or have none."""
+        """Return the branch that all uses in the module share; None if they differ or have none."""
         programs = {branches.get(site.id) for site in self.sites}
         return programs.pop() if len(programs) == 1 else None
 
 
 class InseparableError(LoraFxError):
-    """An update that reaches only some of the uses that one forward has of its tensor."""
+    """The error of an update that reaches only some uses of its tensor in one forward."""
 
     def __init__(self, target: Target, why: str) -> None:
         self.key = target.key
@@ -359,7 +359,7 @@ class InseparableError(LoraFxError):
 
 
 def weight_form(group: Sequence[Pair]) -> Program:
-    """W with the updates of one parameter in it, in its stored shape."""
+    """Return a program that adds the updates of one parameter to W, in its stored shape."""
     recorder = Recorder()
     weight = Value(0)
     total = weight
@@ -369,7 +369,7 @@ def weight_form(group: Sequence[Pair]) -> Program:
 
 
 def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
-    """The use as a grouped product with a whole stack [experts, …]; None if it is not one."""
+    """Return a use as a grouped product with a whole stack [experts, …], or None."""
     region_and_layout = site_layout(site, shape)
     if region_and_layout is None or len(shape) != 3:
         return None
@@ -388,7 +388,7 @@ def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
 
 
 class _Recorded:
-    """A Graph whose emitters record what Insert would add to each output, site by site."""
+    """A stand-in for a Graph that records what Insert would add to each site's output."""
 
     def __init__(self, graph: FxGraph, found: Found) -> None:
         self.graph = graph
@@ -397,7 +397,7 @@ class _Recorded:
         self.programs: dict[str, Program] = {}
 
     def run(self, updates: Updates, dropout: float, *, training: bool) -> dict[str, Program]:
-        """Site id → the program of its new output; sites in weight form have none."""
+        """Return the program of the new output by site id; sites in weight form have none."""
         Insert(updates, dropout=dropout, training=training, missing="skip")(self)  # type: ignore[arg-type]
         return self.programs
 
@@ -415,7 +415,7 @@ class _Recorded:
         return self.emitters[site.id]
 
     def _padding(self, site: Site) -> int | None:
-        """The row of a lookup that stays zero."""
+        """Return the index of the row of a lookup table that stays zero, or None."""
         if site.op != "embedding":
             return None
         index = int(argument(self.graph.output(site), "padding_idx", -1))

@@ -1,4 +1,4 @@
-"""Build the module of a capture and its updates, prove it, and find the updates' initial values."""
+"""The steps of insert: find the initial values, build the module with branches, and prove it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from lora_fx.targets.target import check_storable
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a module with branches.
+    """The updates and settings from which a module with branches is built.
 
     Attributes:
         adapter: Its updates, and the metadata that it goes on with.
@@ -63,7 +63,7 @@ class Start:
     bound: Adapter | None = None
 
     def without(self, idle: Collection[str]) -> Start:
-        """Leave out the targets that no gradient reaches, and say so."""
+        """Leave out the targets that no gradient reaches, and note each of them."""
         entries = {key: entry for key, entry in self.adapter.entries.items() if key not in idle}
         notes = [f"{key}: left out, no gradient reaches it at the example's sizes" for key in idle]
         adapter = replace(self.adapter, entries=entries)
@@ -71,7 +71,7 @@ class Start:
 
 
 def start_of(model: nn.Module, cap: Captured | None, found: Found, options: InsertOptions) -> Start:
-    """The updates of the given adapter, or new updates for the selected targets.
+    """Return the start from the given adapter, or from new updates for the selected targets.
 
     Args:
         model: Where the tensors are.
@@ -114,7 +114,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
 
 
 def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout: float) -> Start:
-    """The updates of an adapter, in the model's keys."""
+    """Return the start from an adapter, with the model's keys."""
     bound = bind(with_base(adapter, model), found)
     updates, metadata = relearning(bound.lowrank, bound.metadata)
     metadata["dropout"] = dropout
@@ -130,7 +130,7 @@ def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout:
 
 
 def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Calibration:
-    """The statistics of the data that a start reads.
+    """Compute the statistics of the data, which the start reads.
 
     Raises:
         LoraFxError: There is no data, or no single graph to run it through.
@@ -147,7 +147,7 @@ def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Ca
 def _reader_of_weights(
     model: nn.Module, cap: Captured | None, options: InsertOptions
 ) -> Callable[[str], Array] | None:
-    """The reader of weights by name, for a start or a variant that needs them; else None."""
+    """Return a reader of weights by name if the start or the variant needs one, else None."""
     if options.init not in OF_WEIGHT and not named_variant(options.variant).reads_weight:
         return None
     if cap is not None:
@@ -156,7 +156,7 @@ def _reader_of_weights(
 
 
 def _notes_on_targets(found: Found, updates: Updates) -> list[str]:
-    """The notes of find on the targets that have updates."""
+    """Return the notes that `find` made on the targets with updates."""
     notes = []
     for key in updates:
         text = found[key].said
@@ -166,7 +166,7 @@ def _notes_on_targets(found: Found, updates: Updates) -> list[str]:
 
 
 def _notes_on_folding(cap: Captured | None, found: Found, updates: Updates) -> list[str]:
-    """A note on each update, constant over groups, of codes that cannot hold it."""
+    """Note each update, constant over groups of inputs, that its weight's codes cannot hold."""
     pooled = [key for key, update in updates.items() if variant_of(update).constant_over]
     if cap is None or not pooled:
         return []
@@ -182,7 +182,7 @@ def _notes_on_folding(cap: Captured | None, found: Found, updates: Updates) -> l
 
 
 def _origin_of(model: nn.Module) -> Mapping[str, str]:
-    """The metadata that says which model of transformers an adapter is of."""
+    """Return metadata that names the transformers model of an adapter, or no metadata."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return origin(name) if isinstance(name, str) and name else {}
 
@@ -190,7 +190,7 @@ def _origin_of(model: nn.Module) -> Mapping[str, str]:
 def adapted_module(
     cap: Captured, found: Found, start: Start, options: InsertOptions
 ) -> AdaptedModule:
-    """The module with the updates of a start, before it is proven."""
+    """Build the module with the updates of a start; nothing is proven yet."""
 
     def inserter(updates: Updates, training: bool) -> Callable[[FxGraph], object]:
         return Insert(updates, dropout=options.dropout, training=training, missing="skip")
@@ -208,7 +208,9 @@ def adapted_module(
 
 
 def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
-    """The module that insert returns: every target is proven to take effect, unless dead="allow".
+    """Build the module that insert returns, and prove that every target takes effect.
+
+    With dead="allow" the effect is not proven.
 
     Raises:
         NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
@@ -230,7 +232,7 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
 
 
 def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None) -> Found:
-    """The targets of a capture, or of one of its graphs, with its fixed sizes and notes."""
+    """Find the targets of a capture or of one of its graphs; add its fixed sizes and notes."""
     graph = graph or cap.fx_graph(training)
     # the sizes of the trace, where an example's one row may be two
     placeholders = graph.graph.find_nodes(op="placeholder")
@@ -249,18 +251,18 @@ def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None
 
 
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
-    """The passes of train programs, in order."""
+    """Return the passes that speed up train programs, in order."""
     paths = tuple(blocks)
     return [Clean(), Share(paths, free=True), Fuse(True), Recompute(paths), RecomputeWeights()]
 
 
 def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
-    """The passes of a program that is run as it was captured: no weight as numbers is kept."""
+    """Return the passes of an unoptimised program: only the recomputing of weights."""
     return [RecomputeWeights()]
 
 
 def module_of(captured: FileCaptured) -> CapturedModule:
-    """The module of an opened file."""
+    """Return the module of an opened .pt2 file."""
     adapter = captured.adapter
     if adapter is None:
         return CapturedModule(captured)

@@ -97,7 +97,7 @@ def calibrate(
 
 
 def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> Tensor | None:
-    """The loss of a batch; None where no loss is needed."""
+    """Run a batch and return its loss; None if no loss is needed."""
     signature = execution_of(module).captured.signature
     device = next((parameter.device for parameter in module.parameters()), None)
     columns = {name: _tensor(value).to(device) for name, value in batch.items()}
@@ -126,7 +126,7 @@ def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> 
 
 
 def _mask(batch: Named) -> Tensor | None:
-    """The attention mask [examples, positions] of a batch of texts."""
+    """Return the attention mask [examples, positions] of a batch of texts, or None."""
     mask = batch.get("attention_mask")
     if mask is None:
         return None
@@ -139,7 +139,7 @@ def _tensor(value: object) -> Tensor:
 
 
 class _Statistics:
-    """The sums of all targets, and notes."""
+    """The sums of the statistics of all targets, and notes."""
 
     def __init__(self, uses: Mapping[str, str], wanted: frozenset[str]) -> None:
         self.uses = uses
@@ -152,7 +152,7 @@ class _Statistics:
         self.targets: dict[str, Target] = {}
 
     def choose(self, graph: FxGraph) -> Sequence[tuple[Site, tuple[str, ...]]]:
-        """The uses of the wanted targets in a program."""
+        """Return the uses of the wanted targets in a program."""
         # the targets that these arguments reach
         targets, uses = reached(find(graph), self.uses)
         self.targets |= targets
@@ -166,7 +166,7 @@ class _Statistics:
         return chosen
 
     def add_inputs(self, site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
-        """Add the x of one use; positions that are padding have none."""
+        """Add the inputs x of one use to the sums, except at positions that are padding."""
         if rows is not None and self.mask is not None:
             rows = rows.kept(self.mask.to(rows.value.device))
         if not self.wanted & {"inputs", "power"}:
@@ -185,7 +185,7 @@ class _Statistics:
                     sums.add("inputs", moment.numpy(force=True), rows.count)
 
     def add_gradients(self, run: Run, loss: Tensor, examples: int) -> None:
-        """Add ∂L/∂W and dy of one batch."""
+        """Add ∂L/∂W and dy of one batch to the sums."""
         leaves = [*run.leaves.values(), *(zero.zeros for zero in run.zeros)]
         if leaves and not loss.requires_grad:
             raise LoraFxError(
@@ -221,7 +221,7 @@ class _Statistics:
             self.reached.update(keys)
 
     def moments(self, examples: int) -> dict[str, Moments]:
-        """The moments by key, in the order of `uses`."""
+        """Return the moments by key, in the order of `uses`."""
         for key in self.dead:
             self.say(key, "no gradient reaches it")
         moments_by_key = {key: sums.moments(examples) for key, sums in self.sums.items()}
@@ -236,16 +236,16 @@ class _Statistics:
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """The targets that never got the gradient that was needed."""
+        """The targets for which no gradient was ever computed, although one was needed."""
         unreached = self.differentiated - self.reached
         return tuple(key for key in self.uses if key in unreached)
 
     def say(self, key: str, why: str) -> None:
-        """A note, once."""
+        """Add a note, unless it is there already."""
         self.notes[f"{key}: {why}"] = None
 
     def _rows(self, key: str, site: Site, rows: SiteRows | None, *, out: bool) -> Tensor | None:
-        """A target's own part of the rows of a use; counts where they are one-hot."""
+        """Return a target's part of the rows of a use; for one-hot rows, return counts."""
         if rows is None:
             self._say_uncounted(key, site, "broadcasts the weight")
             return None
@@ -265,7 +265,7 @@ class _Statistics:
         self.say(key, f"its {site.op} {reason}: the rows of this use are not counted")
 
     def _second_moment(self, key: str, rows: Tensor) -> Tensor | None:
-        """Σ r rᵀ over the rows; in fp64 where that is cheap."""
+        """Compute Σ r rᵀ over the rows, in fp64 for at most 1024 columns."""
         side = rows.shape[-1]
         if side > WIDE:
             self.say(
@@ -278,14 +278,14 @@ class _Statistics:
 
 
 def _power(x: Tensor, rows: SiteRows) -> Tensor:
-    """Σ ‖x‖² over the rows, per matrix of a stack."""
+    """Compute Σ ‖x‖² over the rows, for each matrix of a stack."""
     if rows.one_hot:
         return x.sum(-1)
     return x.double().square().sum(-1).sum(-1)
 
 
 def _layout_and_start(site: Site, target: Target) -> tuple[Layout, tuple[int, ...]] | None:
-    """(Layout of a use, where the target begins in it); None where it reads it in other axes."""
+    """Return (layout of a use, start of the target in it); None if the axes do not match."""
     region_and_layout = site_layout(site, target.parameter.shape)
     if region_and_layout is None:
         return None

@@ -1,4 +1,4 @@
-"""Labels for the batches of a training step's proof, drawn as its loss takes them."""
+"""Random labels for the proof of a training step, in the form that the loss takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_fx.inputs import Named
 
 
 class DrawnLabels:
-    """Labels for the batches of a step's proof, drawn as its loss takes them.
+    """Random labels for the batches of a training step's proof, in the form that the loss takes.
 
     Attributes:
         loss: The function of (output, labels), and the argument by which the model takes labels
@@ -35,7 +35,7 @@ class DrawnLabels:
         self.fractions = loss == "mse" or self._takes_fractions()
 
     def _takes_fractions(self) -> bool:
-        """Whether a function takes a number for each score, and no class for each row of them."""
+        """Whether the loss function takes a number per score, and no class per row of scores."""
         compute, argument = self.loss
         if argument or not self.of_function:
             return False
@@ -52,7 +52,7 @@ class DrawnLabels:
         return False
 
     def labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
-        """The call of a batch with its labels, where the model takes them, and the labels."""
+        """Return the call of a batch, with labels if the model takes them, and the labels."""
         argument = self.loss[1]
         signature = self.execution.captured.signature
         # where the example has labels, theirs are shape and dtype
@@ -70,7 +70,7 @@ class DrawnLabels:
         return dict(named), to_numpy(labels)
 
     def _drawn(self, scores: torch.Tensor, example: torch.Tensor | None) -> torch.Tensor:
-        """Labels of scores, one of them left out."""
+        """Draw labels for scores; one label is the ignored index if no example sets their form."""
         like = self.without_values(scores) if example is None else example
         generator = np.random.default_rng(scores.numel())
         if like.is_floating_point():
@@ -87,7 +87,7 @@ class DrawnLabels:
         return from_numpy(labels)
 
     def without_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """Labels of scores: fractions for each of them, else a class for each row of them."""
+        """Return zero labels for scores: a number per score, or a class per row of scores."""
         if self.fractions:
             return torch.zeros(tuple(scores.shape), dtype=torch.float32)
         return torch.zeros(tuple(scores.shape[:-1]), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""A second try with eager attention, where a model of transformers offers it.
+"""A second try with eager attention, for transformers models that offer it.
 
 Some kernels of attention cannot be traced, or have no translation; the plain products of `eager`
 compute the same. The model itself is as it was afterwards.
@@ -15,11 +15,11 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.passes.verbs.open import captured_again
 
 REFUSED = "torch's ONNX exporter refused the model"
-"""The beginning of every error of the translation."""
+"""The beginning of every error of the translation to ONNX."""
 
 
 def may_help(model: object, error: LoraFxError) -> bool:
-    """True where the model could not be captured or translated, and has another attention."""
+    """True if the model could not be captured or translated, but has another attention."""
     if not isinstance(error, CaptureError) and not error.message.startswith(REFUSED):
         return False
     source = model.model if isinstance(model, Captured) else model
@@ -29,7 +29,7 @@ def may_help(model: object, error: LoraFxError) -> bool:
 
 @contextlib.contextmanager
 def eager(model: Any) -> Iterator[Any]:
-    """The model with eager attention while the block runs; a capture is made again from it."""
+    """Switch the model to eager attention while the block runs."""
     source: Any = model.model if isinstance(model, Captured) else model
     attention = source.config._attn_implementation
     source.set_attn_implementation("eager")

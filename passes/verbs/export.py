@@ -1,6 +1,6 @@
-"""export: a model as an ONNX file that is proven equal before it gets its name.
+"""export: write a model as an ONNX file that is proven equal before it gets its name.
 
-Which file does the work depends on the mode, and on whether the model is in torch or an .onnx file.
+The mode, and the kind of the model (torch or an .onnx file), decide which module does the work.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def export_as(
     quantise: Wanted | None = None,
     genai: StrPath | None = None,
 ) -> Report:
-    """Export as `export` does, with the options as an object.
+    """Export as `export` does, with the options as one object.
 
     Args:
         model: As in export.
@@ -218,7 +218,7 @@ def export_as(
 
 
 def _check_adapters(options: ExportOptions, *, of_file: bool) -> None:
-    """Raise for an adapter that a file of this mode has no place for, before a model is captured.
+    """Raise, before a model is captured, for an adapter that a file of this mode cannot hold.
 
     An adapter that is merged into an .onnx file is checked by the merge.
     """
@@ -234,7 +234,7 @@ def _check_adapters(options: ExportOptions, *, of_file: bool) -> None:
 def _with_codes(
     model: object, options: ExportOptions, quantise: Wanted
 ) -> tuple[object, ExportOptions, list[str]]:
-    """The quantised capture of a model, the options with its adapters, and notes."""
+    """Return the quantised capture of a model, the options with its adapters, and notes."""
     if options.mode == "train":
         raise LoraFxError("mode train computes gradients in float32 only", "leave quantise out")
     if options.precision is not None:
@@ -268,7 +268,7 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
 
 
 def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
-    """The function that exports a model of torch in a mode."""
+    """Return the function that exports a torch model in a mode."""
     if mode == "merged":
         from lora_fx.passes.verbs.export_merged import export_merged
 
@@ -283,7 +283,7 @@ def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
 
 
 def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
-    """Raise for a --genai folder with a file that onnxruntime-genai cannot run."""
+    """Raise for a --genai folder if onnxruntime-genai cannot run the exported file."""
     if genai is None or (cache and mode in ("merged", "switch")):
         return
     with_cache = "with" if cache else "without"
@@ -296,7 +296,7 @@ def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
 def _with_cache(
     model: object, options: ExportOptions, genai: StrPath | None
 ) -> tuple[object, ExportOptions, list[str]]:
-    """The capture of a decoder with its key-value cache, its options, and notes."""
+    """Return the capture of a decoder with its key-value cache, the changed options, and notes."""
     if options.inputs:
         raise LoraFxError(*KNOWN_WITH_CACHE)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
@@ -320,7 +320,7 @@ def _with_cache(
 
 
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:
-    """Raise for options that an .onnx file, a graph as it is, has no place for."""
+    """Raise for options that do not apply to an .onnx file, which is already a graph."""
     capture = options.capture
     example = capture.args or capture.kwargs or capture.dynamic
     if example or options.opset or not capture.repeat:
@@ -345,7 +345,7 @@ def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None
 def opened_adapters(
     given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None, mode: str
 ) -> ExportAdapters | None:
-    """The adapters of an export, read where they are paths, which then are their names."""
+    """Return the adapters of an export; a path is read, and its last part names the adapter."""
     if given is None or isinstance(given, Adapter):
         return given
     if mode == "merged" and isinstance(given, (str, PathLike)):

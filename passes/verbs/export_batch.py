@@ -1,4 +1,4 @@
-"""The file of mode batch: one ONNX file for many adapters, a row of the batch each.
+"""The file of mode batch: one ONNX file whose batch rows each choose one of many adapters.
 
     base → batch → run: row b of a mixed batch == adapter ids[b] on that row, alone
 
@@ -105,7 +105,7 @@ def _count_nodes(model: ir.Model) -> int:
 
 
 def _inputs_by_row(model: ir.Model) -> list[str]:
-    """Names of the inputs whose dimension 0 is the batch."""
+    """Return the names of the inputs whose dimension 0 is the batch."""
     symbol = batch_symbol(model)
     names = []
     for value in model.graph.inputs:

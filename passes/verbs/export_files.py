@@ -1,4 +1,4 @@
-"""Shared by the files of all modes of export: adapters by name, the sizes that hold, a report."""
+"""Functions that all modes of export share: adapters by name, valid sizes, and the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
-    """The adapters of a file that holds several; raises where a file of one is in the way."""
+    """Return the adapters of an export by name; raise if one of their files exists already."""
     if options.mode == "batch":
         return named_adapters(options.adapters)
 
@@ -39,7 +39,7 @@ def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
 
 
 def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
-    """The paths of the adapters of a switchable file; raises if one of them exists already."""
+    """Return the paths of a switchable file's adapters; raise if one exists already."""
     paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
     for path in paths.values():
         check_output(path, force=options.force)
@@ -54,7 +54,7 @@ def save_within(
     options: ExportOptions,
     slots: Sequence[str] = (),
 ) -> list[str]:
-    """Save a model with the sizes that it is true for; returns a line for each that matters.
+    """Save a model with the sizes at which it is valid; return a line for each guarded condition.
 
     Args:
         output: The file.
@@ -80,14 +80,14 @@ def report_of(
     warnings: Sequence[str],
     details: JsonView,
 ) -> Report:
-    """The report of an export that has written these files."""
+    """Make the report of an export that has written these files."""
     sizes = {str(file): file.stat().st_size for file in files}
     all_details = {"files": sizes, "provider": provider, **details}
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), all_details)
 
 
 def refuse_unexchangeable(adapters: Mapping[str, Adapter], what: str) -> None:
-    """Raise for updates that cannot be chosen run by run or row by row."""
+    """Raise for updates that cannot be exchanged between runs or between rows."""
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: {what}")
         check_real(adapter.lowrank)
@@ -100,7 +100,7 @@ def refuse_unexchangeable(adapters: Mapping[str, Adapter], what: str) -> None:
 
 
 def named_adapters(adapters: ExportAdapters | None) -> dict[str, Adapter]:
-    """Adapters by name, in the order of their ids."""
+    """Return adapters by name, in the order of their ids."""
     if isinstance(adapters, Adapter):
         return {"adapter_1": adapters}
     if not adapters:

@@ -1,4 +1,4 @@
-"""export in mode merged: the folded eval graph as an ONNX file, proven before it gets its name."""
+"""export in mode merged: write the folded eval graph as an ONNX file that is proven first."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def export_merged(model: object, options: ExportOptions) -> Report:
 
 
 def _branched(model: object, options: ExportOptions) -> CapturedModule:
-    """The unfolded module that the file has to equal."""
+    """Return the unfolded module that the file has to equal."""
     adapter = options.adapters
     if adapter is not None and not isinstance(adapter, Adapter):
         raise LoraFxError(
@@ -79,7 +79,7 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
 
 
 def _write(branched: CapturedModule, options: ExportOptions) -> Report:
-    """Fold, prove, translate, prove, and give the file its name."""
+    """Fold and prove the module, translate it, prove the file, and give the file its name."""
     warnings: list[str] = [str(pinned) for pinned in execution_of(branched).captured.pinned]
     folded, parity = _folded(branched, options, warnings)
     translation = _translate(folded, options)
@@ -114,7 +114,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
 def _folded(
     branched: CapturedModule, options: ExportOptions, warnings: list[str]
 ) -> tuple[CapturedModule, list[Parity]]:
-    """The module without branches, and its parity; one without branches is returned as it is."""
+    """Fold the branches and return the module with its parity; a plain module is returned as is."""
     if not isinstance(branched, AdaptedModule):
         return branched, []
     folded = fold(branched)
@@ -134,7 +134,7 @@ def _folded(
 
 @dataclass(frozen=True)
 class _Translation:
-    """A folded module in ONNX.
+    """A folded module, translated to ONNX.
 
     Attributes:
         model: The model.
@@ -151,7 +151,7 @@ class _Translation:
 
 
 def _translate(folded: CapturedModule, options: ExportOptions) -> _Translation:
-    """Translate a folded module, and mark the tensors that its export changed."""
+    """Translate a folded module, and mark the tensors that differ from the model's."""
     model, notes = translated(folded, options, level=options.accuracy_level)
     warnings = [*notes]
     values: dict[str, Callable[[], Array]] = {
@@ -173,7 +173,7 @@ def _translate(folded: CapturedModule, options: ExportOptions) -> _Translation:
 
 
 def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Callable[[], Array]]:
-    """Name of a tensor that changed → its value before it was rounded to the model's dtype."""
+    """Return each changed tensor's value before it was rounded to the model's dtype."""
     result: dict[str, Callable[[], Array]] = dict(getattr(folded, "unrounded", {}))
     if isinstance(options.adapters, Adapter):
         # the module holds whole tensors in its own dtype, and the adapter as they were trained
@@ -186,7 +186,7 @@ def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Call
 
 @dataclass(frozen=True)
 class _Rewriting:
-    """An exported model after the stages of optimise and in its precision.
+    """An exported model after the stages of optimise and the change of precision.
 
     Attributes:
         model: The model; the exported one where neither was asked for.
@@ -204,7 +204,7 @@ class _Rewriting:
 def _rewrite(
     branched: CapturedModule, translation: _Translation, options: ExportOptions
 ) -> _Rewriting:
-    """Rewrite the exported model as far as the options ask for it."""
+    """Optimise the exported model and change its precision, if the options ask for this."""
     model = translation.model
     stages: list[RewriteStage] = []
     narrows = options.precision in GATES
@@ -226,7 +226,7 @@ def _rewrite(
 
 @dataclass(frozen=True)
 class _Written:
-    """The model that the file holds, its parity, and the provider that ran it."""
+    """The model that the file holds, its stages, the session that ran it, parity and notes."""
 
     model: Any
     stages: Sequence[RewriteStage]
@@ -242,7 +242,7 @@ def _write_proven(
     rewriting: _Rewriting,
     options: ExportOptions,
 ) -> _Written:
-    """Write the rewritten model, or the exported one where the stages together are too far off.
+    """Write the rewritten model, or the exported one if all stages together are too far off.
 
     Each stage was near the exported graph, but together they may be too far from torch.
     """
@@ -265,7 +265,7 @@ def _write_and_compare(
     tol: float,
     options: ExportOptions,
 ) -> _Written:
-    """Write one model, and compare it with the unfolded module."""
+    """Write one model, and compare the file with the unfolded module."""
     conditions = onnx_conditions(branched.conditions())
     notes = files.save_within(output, model, conditions, guards(branched), options)
     session = open_session(output.path, options.provider)
@@ -281,7 +281,7 @@ def _write_and_compare(
 
 
 def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:
-    """Warnings about folded weights, and about the loss of their rounding."""
+    """Return warnings about folded weights and about what their rounding lost."""
     warnings = [*said_of_zeros(changes)]
     warnings += [change.said for change in changes if change.said]
     for change in changes:

@@ -1,4 +1,4 @@
-"""export of an .onnx file, from whatever framework, without torch.
+"""export of an .onnx file, from any framework; this needs no torch.
 
 Mode merged is merge, then the stages of optimise where those are asked for. The other modes are
 the same passes as after a torch export; what they have to equal is the file itself in ONNX
@@ -48,7 +48,7 @@ UNNAMED = (
 
 @blaming
 def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
-    """Write another .onnx file of a file, which is not changed; see lora_fx.passes.verbs.export.
+    """Write another .onnx file from a file, which is not changed; see lora_fx.passes.verbs.export.
 
     Raises:
         LoraFxError: An adapter that does not fit, an option that the mode would ignore.
@@ -83,7 +83,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
 def _bound(
     name: str, adapter: Adapter, graph: OnnxGraph, targets: Found, names: Mapping[str, str] | None
 ) -> Adapter:
-    """An adapter in the keys and layouts of the graph."""
+    """Return an adapter with the keys and layouts of the graph."""
     matched = match(adapter, graph, targets, names)
     if matched.whole:
         raise LoraFxError(
@@ -95,7 +95,7 @@ def _bound(
 
 
 def _stored_weights(graph: OnnxGraph, targets: Found) -> dict[str, tuple[str, StoredWeight]]:
-    """Every stored tensor by its name, as mode batch takes them; its uses are numbered calls."""
+    """Return the StoredWeight of every stored tensor by name, for mode batch."""
     calls = {}
     for target in (*targets.targets, *targets.optional):
         for number, site in enumerate(target.sites):
@@ -107,7 +107,7 @@ def _stored_weights(graph: OnnxGraph, targets: Found) -> dict[str, tuple[str, St
 
 
 def _merged_file(source: Path, options: ExportOptions) -> Report:
-    """Merge, then optimise; one of the two may be left out."""
+    """Merge, then optimise; one of these two steps may be left out."""
     adapter: Any = options.adapters  # the path of one too
     if isinstance(adapter, Mapping) and not isinstance(adapter, Adapter):
         raise LoraFxError("mode merged takes one adapter", "use lora-fx merge, which takes several")
@@ -131,7 +131,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
 
 
 def _merged_and_optimised(source: Path, adapter: Any, options: ExportOptions) -> Report:
-    """Merge into a file that is thrown away, and optimise that."""
+    """Merge into a temporary file, and optimise that file."""
     with scratch_folder() as folder:
         merged = Path(folder) / "merged.onnx"
         try:
@@ -152,7 +152,7 @@ def _merged_and_optimised(source: Path, adapter: Any, options: ExportOptions) ->
 
 
 def _copied_file(source: Path, options: ExportOptions) -> Report:
-    """Write a quantised file again, with the bytes of its tensors.
+    """Write a quantised file again, with the same bytes of its tensors.
 
     Raises:
         LoraFxError: A file that an adapter could be merged into: there is nothing to do.

@@ -1,4 +1,4 @@
-"""optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
+"""optimise: rewrite an exported graph in stages; each stage is kept only if proven equal.
 
 The stages are lora_fx.onnx.optimise.STAGES; a file's inputs come from its signature.
 """
@@ -31,7 +31,7 @@ def optimised(
     provider: str,
     stages: Mapping[str, Rewrite] | None = None,
 ) -> tuple[ir.Model, list[RewriteStage]]:
-    """The model after the stages, with its weights' own names and no traces, and their rows.
+    """Optimise a model; return the new model with the weights' own names, and a row per stage.
 
     Args:
         model: The model.
@@ -46,7 +46,7 @@ def optimised(
 
 @blaming
 def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report:
-    """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.verbs.export.
+    """Optimise an .onnx file and write the result; see docs/export.md.
 
     Args:
         source: The file; it is not changed.

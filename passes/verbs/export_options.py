@@ -1,4 +1,4 @@
-"""The options of an export: one frozen object, checked where it is made; its rules and modes."""
+"""The options of an export: one frozen object, checked when it is made."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "load": ("rank",),
     "train": ("loss", "optimizer", "weight_decay", "clip"),
 }
-"""Export mode → its own options; load also has those of switch, and train has those of both."""
+"""Export mode → its own options; load also has switch's, train also has those of both."""
 
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
@@ -52,7 +52,7 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class Companions:
-    """Files that were proven and written with a file and share its data; their parity and notes."""
+    """Files that share the data of an exported file, with their parity and warnings."""
 
     parity: Sequence[Parity] = ()
     files: Sequence[Path] = ()
@@ -65,7 +65,7 @@ EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
         "in mode train: its two files share the weights of a third file",
     ),
 )  # fmt: skip
-"""The rules for every export; ExportOptions has the rules of each mode."""
+"""The rules for the options of every export; ExportOptions checks the rules of each mode."""
 
 
 REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
@@ -76,7 +76,7 @@ REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
         "leave it out; only --optimise, --precision and lora-fx merge --run run the file",
     ),
 )
-"""The rules of an export of an .onnx file."""
+"""The rules for the options of an export of an .onnx file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class ExportOptions:
     tol: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise for a mode that is not known, and for an option that it would ignore.
+        """Raise for an unknown mode, and for an option that the mode would ignore.
 
         `precision` takes its long name.
         """
@@ -150,7 +150,7 @@ class ExportOptions:
             self._check_tol(self.tol)
 
     def _check_modes(self) -> None:
-        """Raise for an option of another mode, which this mode would ignore."""
+        """Raise for an option that belongs to another mode."""
         modes = {self.mode}
         if self.mode == "load":
             modes.add("switch")
@@ -167,7 +167,7 @@ class ExportOptions:
                 )
 
     def _check_step(self) -> None:
-        """Raise for a loss or an optimizer that no step has, and for a server."""
+        """Raise for an unsupported loss, optimizer or number, and for a server's folder."""
         if not callable(self.loss) and self.loss not in (None, "ce", "mse"):
             raise LoraFxError(f"unknown loss {self.loss!r}", "use ce, mse or module:function")
         if self.optimizer not in (None, "adamw", "sgd"):
@@ -183,7 +183,7 @@ class ExportOptions:
             )
 
     def _check_tol(self, tol: float) -> None:
-        """Raise for a `tol` that is not above the gate of the precision or accuracy level."""
+        """Raise for a `tol` that is not between the gate of the precision or level, and 1."""
         from lora_fx.onnx.precision import GATES  # as in output
 
         hint = "pass tol=0.1 to accept a tenth of the largest output"
@@ -202,7 +202,7 @@ class ExportOptions:
             )
 
     def capture_of_base(self) -> CaptureOptions:
-        """The capture options of the base: for its adapter, if there is only one."""
+        """Return the capture options of the base; they name the adapter if there is only one."""
         if isinstance(self.adapters, Adapter):
             return replace(self.capture, adapter=self.adapters)
         adapters: list[Adapter] = []
@@ -214,17 +214,17 @@ class ExportOptions:
 
     @property
     def rewrites(self) -> bool:
-        """Whether the graph of an .onnx file is rewritten beyond its weights, and so run."""
+        """Whether the graph of an .onnx file is rewritten beyond its weights, and so has to run."""
         return self.optimise or self.precision is not None
 
     def output(self) -> AbstractContextManager[Output]:
-        """The file, and its copies, which get their names when the block ends."""
+        """Open the file and its copies for writing; they get their names when the block ends."""
         from lora_fx.onnx.output_file import output
 
         return output(self.target, force=self.force, places=self.places, owner=self.owner)
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
-        """The targets, and whether the default plan chose them: some may be left out then."""
+        """Return the targets, and whether the default plan chose them, so that some may be lost."""
         keys: dict[str, None] = {}
         for adapter in adapters.values():
             keys.update(dict.fromkeys(adapter))

@@ -1,4 +1,4 @@
-"""export of a torch model in modes switch, load and batch: the base in ONNX, then its rewrite."""
+"""export of a torch model in modes switch, load and batch: export the base, then rewrite it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def export_slots(model: object, options: ExportOptions) -> Report:
 def _export_batch(
     captured: Captured, adapters: Mapping[str, Adapter], options: ExportOptions
 ) -> Report:
-    """Export the base with a row of the batch for each adapter."""
+    """Export the base so that each row of the batch can use another adapter."""
     reference = torch_reference(captured, options, level_gate(options))
     keys: dict[str, None] = {}
     for adapter in adapters.values():
@@ -90,7 +90,7 @@ def _export_batch(
 def _with_whole_tensors(
     captured: Captured, adapters: Mapping[str, Adapter]
 ) -> tuple[Captured, dict[str, Adapter], list[str]]:
-    """A capture of the base with the whole tensors of an adapter, its updates alone, and a note.
+    """Return a base that holds the adapter's whole tensors, the other updates, and a note.
 
     A slot holds a low-rank update, so a head that was trained whole is part of the base.
     """
@@ -121,7 +121,7 @@ def _with_whole_tensors(
 
 
 def _without_batch(captured: Captured) -> tuple[str, str]:
-    """The reason why inputs share no dynamic dimension 0, and the hint."""
+    """Return why the inputs share no dynamic dimension 0, and the hint."""
     specs = [spec for spec in captured.inputs.specs if spec.shape]
     pinned = {pin.input: str(pin) for pin in captured.pinned if pin.dim == 0}
     fixed_by_user = [spec.name for spec in specs if 0 not in spec.dims and spec.name not in pinned]
@@ -140,7 +140,7 @@ def _without_batch(captured: Captured) -> tuple[str, str]:
 def torch_reference(
     captured: Captured, options: ExportOptions, tol: float = ORT_TOL
 ) -> TorchReference:
-    """The reference that a file has to equal: adapters are the branches that insert adds."""
+    """Return the reference that a file has to equal; branches of insert add the adapters."""
 
     def branched(adapter: Adapter) -> CapturedModule:
         return insert(captured, adapter=adapter, dead="allow")
@@ -151,7 +151,7 @@ def torch_reference(
 def base_of(
     reference: TorchReference, keys: Sequence[str], options: ExportOptions
 ) -> tuple[OnnxGraph, dict[str, tuple[str, ...]], list[str]]:
-    """The base in ONNX with a target for every key that can have one.
+    """Export the base to ONNX, with a target for every key that can have one.
 
     In mode batch the weight of a key of one use is stored apart, whatever the file can tell.
 
@@ -172,9 +172,9 @@ def base_of(
 def _lost_targets(
     reference: TorchReference, graph: OnnxGraph, keys: Sequence[str], *, single: bool
 ) -> dict[str, Target]:
-    """Targets that the exporter lost: it computed from their weight, or has no such use of it.
+    """Return targets that the export lost: the graph computes their weight, or lacks their use.
 
-    With `single` those of single uses too: the file does not say which module a use is of.
+    With `single`, targets of single uses are among them: the file does not name a use's module.
     """
     exported = find(graph)
     lost_keys = [key for key in keys if exported.get(key) is None or (single and split_use(key)[1])]
@@ -193,7 +193,7 @@ def _lost_targets(
 
 
 def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, tuple[str, ...]]]:
-    """The uses that the same keys reach, under a name for their copy, and these keys.
+    """Group the lost uses by the keys that reach them; return a named copy for each group.
 
     Keys of several adapters may share uses: `w@head.weight` and `w@op:linear`.
     """
@@ -215,7 +215,7 @@ def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, t
 def _sources(
     base: CapturedModule, graph: OnnxGraph, keys_of: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, StoredWeight]]:
-    """The parameter of each stored tensor, found by name; by value, whether it is transposed."""
+    """Return the parameter and StoredWeight of each stored tensor."""
     torch_graph = base.graph(False)
     coded = forms(base)
     by_any_name = {}

@@ -1,4 +1,4 @@
-"""The file of modes switch and load: a base with adapters to choose from, proven with each one.
+"""The file of modes switch and load: a base with adapters to choose from, each proven.
 
 switch   A and B are inputs with defaults, chosen run by run
 load     A and B are initialisers in the data file, W + (A B)ᵀ is folded by ONNX Runtime when a
@@ -43,11 +43,11 @@ from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
 RANK = 4
-"""The rank of the random adapter that is used if none is given."""
+"""The rank of the random adapter that proves a file without adapters."""
 SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
-"""Scales of the random adapter: the first at which no output changes by more than its size."""
+"""Scales of the random adapter; the first that changes no output by more than its size is used."""
 LOAD_RANK = 16
-"""The rank of the slots of mode load where neither a rank nor an adapter is given."""
+"""The rank of the slots in mode load if neither a rank nor an adapter is given."""
 
 
 def write_switch(
@@ -61,7 +61,7 @@ def write_switch(
     loose: bool = False,
     captured_targets: Found | None = None,
 ) -> Report:
-    """Write the file, and one `NAME.onnx_adapter` for each adapter next to it.
+    """Write the file, and one `NAME.onnx_adapter` for each adapter next to the file.
 
     Args:
         graph: The base; rewritten.
@@ -132,7 +132,7 @@ def _make_switchable(
     rank: int,
     layouts: Mapping[str, Layout],
 ) -> Manifest:
-    """Give the graph its slots; returns the manifest that is in its metadata."""
+    """Give the graph its slots; return the manifest that its metadata holds."""
     switch = Switch(slots.keys, rank, slots.stored_apart, slots.transposed_lookups(layouts))
     switch(graph)
     join_copies(graph.model, copies)
@@ -140,7 +140,7 @@ def _make_switchable(
 
 
 def _replaced_files(paths: Mapping[str, Path], options: ExportOptions) -> list[str]:
-    """A line for each adapter's file that is replaced, where it is of no earlier export."""
+    """Return a line for each adapter file that no earlier export wrote and this export replaces."""
     if options.target.exists():
         return []
     return [
@@ -167,7 +167,7 @@ class _Slots:
 
     @classmethod
     def of(cls, graph: OnnxGraph, keys: Sequence[str], captured: Found) -> _Slots:
-        """Look the keys up in the exported graph, and those it lost in the capture."""
+        """Look up the keys in the exported graph; for lost keys, look in the capture."""
         exported = find(graph)
         targets: dict[str, Target] = {}
         stored_apart: list[Target] = []
@@ -186,7 +186,7 @@ class _Slots:
         return cls([key for key in keys if key not in keys_apart], targets, stored_apart)
 
     def without_missing(self) -> tuple[_Slots, list[str]]:
-        """The slots of keys that the graph has a target for, and a line for each other key."""
+        """Return the slots of keys that are targets of the graph, and a line for each other key."""
         notes = [
             f"{key}: left out, the exported graph has no such target"
             for key in self.keys
@@ -196,7 +196,7 @@ class _Slots:
         return _Slots(keys, self.targets, self.stored_apart), notes
 
     def copies_for_one_use(self, graph: OnnxGraph) -> list[str]:
-        """The keys of one use that the file stores a copy of the weight for.
+        """Return the keys of one use for which the file stores a copy of the weight.
 
         Raises:
             LoraFxError: A tied tensor that is stored twice, or that is adapted both in all its uses
@@ -224,12 +224,12 @@ class _Slots:
         return copies
 
     def layouts(self, captured: Found) -> dict[str, Layout]:
-        """The layout of each key as adapters know it."""
+        """Return the layout of each key, as adapters use it."""
         keys_apart = [target.key for target in self.stored_apart]
         return {key: captured[key].layout for key in (*self.keys, *keys_apart)}
 
     def transposed_lookups(self, layouts: Mapping[str, Layout]) -> set[str]:
-        """Keys of lookup tables whose rows are the `in` of the adapters' layout, not the `out`."""
+        """Return the keys of lookup tables whose rows are `in`, not `out`, for the adapters."""
         transposed = set()
         for key in self.keys:
             target = self.targets.get(key)
@@ -241,7 +241,7 @@ class _Slots:
 
 
 def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> int:
-    """The rank of every slot in mode load; 0 in mode switch, whose inputs take any rank."""
+    """Return the rank of every slot in mode load; 0 in mode switch, where any rank fits."""
     if options.mode != "load":
         return 0
     largest = 0
@@ -257,7 +257,7 @@ def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> i
 
 
 def _tensor_names(manifest: Manifest) -> list[str]:
-    """The names of A and B of every slot."""
+    """Return the names of A and B of every slot."""
     names = []
     for slot in manifest.slots.values():
         names += [slot.a, slot.b]
@@ -266,9 +266,9 @@ def _tensor_names(manifest: Manifest) -> list[str]:
 
 @dataclass(frozen=True)
 class _SwitchableFile:
-    """A file that is written, as ONNX Runtime runs it with one adapter or another.
+    """A written file as ONNX Runtime runs it with different adapters.
 
-    `rank` is that of the slots in mode load; 0 where they take any rank.
+    `rank` is the rank of the slots in mode load; 0 if they take any rank.
     """
 
     path: Path
@@ -278,14 +278,14 @@ class _SwitchableFile:
     session: Session
 
     def run_with(self, adapter: Adapter) -> Run:
-        """Run the file with an adapter: in the one session, or in mode load in a new one."""
+        """Return a run of the file with an adapter; mode load makes a new session for it."""
         if self.options.mode == "load":
             return Session(self.path, self.options.provider, adapter=adapter).run
         self.session.load("adapter", adapter)
         return partial(self.session.run, adapter="adapter")
 
     def rerun_with(self, adapter: Adapter | None) -> FileRerun:
-        """Other ways to run the file with an adapter."""
+        """Return other ways to run the file with an adapter."""
         tensors = {} if adapter is None else self.manifest.tensors(adapter)
         provider = self.options.provider
         if self.manifest.mode == "load":
@@ -301,10 +301,10 @@ def _prove(
     adapters: Mapping[str, Adapter],
     warnings: list[str],
 ) -> list[Parity]:
-    """Compare the file with the reference: as it is, then with each adapter.
+    """Compare the file with the reference: without an adapter, then with each adapter.
 
-    Where there is no adapter a random one stands in. An adapter that changes nothing is said in
-    `warnings`.
+    Without adapters a random adapter is used. `warnings` gets a line for each adapter that changes
+    nothing.
 
     Raises:
         NoEffectError: The outputs differ, or the random adapter changes nothing.
@@ -340,7 +340,7 @@ def _all_equal(outputs: Named, expected: Named) -> bool:
 def _random_adapter(
     layouts: Mapping[str, Layout], most: int, changes_little: Callable[[Adapter], bool]
 ) -> Adapter:
-    """An update of every target, large enough to see, and not so large that rounding explodes."""
+    """Draw an update of every target: large enough to see, without exploding rounding."""
     for scale in SCALES:
         entries = {}
         for key, layout in layouts.items():

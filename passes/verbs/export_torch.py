@@ -1,4 +1,4 @@
-"""Shared by the exports of a model of torch: its translation, its gate, its quantised base."""
+"""Functions that the exports of a torch model share: translation, gate, quantised base."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def translated(
     level: int = 0,
     apart: Mapping[str, Target] | None = None,
 ) -> tuple[Any, list[str]]:
-    """A module in ONNX, in a dtype that the runtime supports, and notes on this.
+    """Translate a module to ONNX in a dtype that the runtime supports; return notes on that.
 
     Args:
         module: The module.
@@ -62,16 +62,16 @@ def translated(
 
 
 def level_gate(options: ExportOptions) -> float:
-    """The gate of the level that products over codes compute at."""
+    """Return the gate of the accuracy level at which products over codes compute."""
     return options.tol or GATES.get(f"level {options.accuracy_level}", ORT_TOL)
 
 
 def quantised_base(
     model: object, options: ExportOptions, wanted: Wanted
 ) -> tuple[Captured, ExportAdapters | None, list[str]]:
-    """The quantised capture of the model, the adapters on top of it, and notes.
+    """Return the quantised capture of the model, its adapters, and notes.
 
-    A module that insert returned brings its own adapter where none are given.
+    If no adapters are given, a module that insert returned brings its own adapter.
     """
     model = opened(model)
     export_adapters = own_adapters(model, options.adapters)
@@ -101,7 +101,7 @@ def quantised_base(
 
 
 def folded_already() -> LoraFxError:
-    """The error for a module whose weights are folded."""
+    """Return the error for a module whose weights are folded."""
     return LoraFxError(
         "this module's weights are folded already", "export the original model with adapters=…"
     )

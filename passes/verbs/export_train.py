@@ -1,4 +1,4 @@
-"""export in mode train: a training step and its forward, two ONNX files over one data file.
+"""export in mode train: write a training step and its forward as two files over one data file.
 
 X.onnx                a step: loss, gradients and the optimizer, in plain operators
 X.switch.onnx         the forward, as mode switch has it, for the same A and B
@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TAKEN = ("lr", "step", "seed", "loss")
-"""Names that a step has for itself."""
+"""Names of inputs and outputs that a step uses itself."""
 MOST_INSIDE = 1 << 20
-"""Bytes of tensors inside a step's own file above which a warning is given."""
+"""The bytes of tensors inside a step's own file above which a warning is given."""
 
 
 def export_step(model: object, options: ExportOptions) -> Report:
@@ -102,7 +102,7 @@ def _written(files: _Files) -> Report:
 
 
 def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
-    """The module whose step is exported; raises for a module that cannot have a step."""
+    """Return the module whose step is exported; raise for a module that cannot have a step."""
     adapter = _one_adapter(options)
     model = opened(model)
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
@@ -122,7 +122,7 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
 
 
 def _one_adapter(options: ExportOptions) -> Adapter | None:
-    """The adapter that the step trains on; a new one is made where None."""
+    """Return the adapter that the step trains; None stands for a new adapter."""
     adapters = options.adapters
     if adapters is None or isinstance(adapters, Adapter):
         return adapters
@@ -139,7 +139,7 @@ def _one_adapter(options: ExportOptions) -> Adapter | None:
 
 
 def _inserted(model: object, adapter: Adapter | None, options: ExportOptions) -> AdaptedModule:
-    """A model with the branches of an adapter, or with new ones."""
+    """Insert the branches of an adapter, or new branches, into a model."""
     captured = captured_of(model, options.capture_of_base())
     _refuse_base(captured.model)
     keywords: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def _inserted(model: object, adapter: Adapter | None, options: ExportOptions) ->
 
 
 def _refuse_module(module: AdaptedModule) -> None:
-    """Raise for a base, an update or running statistics that no step is made for."""
+    """Raise for a base, an update or norm statistics that no training step supports."""
     _refuse_base(module)
     adapter = module.adapter()
     check_plain(adapter, "mode train")
@@ -193,7 +193,7 @@ def _refuse_base(model: torch.nn.Module) -> None:
 
 
 class _Files:
-    """The files of one export."""
+    """The files of one export in mode train."""
 
     def __init__(self, module: AdaptedModule, options: ExportOptions) -> None:
         self.module = module
@@ -211,7 +211,7 @@ class _Files:
         self.adapter = module.adapter()
 
     def write(self) -> Report:
-        """Write and prove all of them."""
+        """Write and prove all files."""
         module = self.module
         options = self.options
         target = options.target
@@ -253,7 +253,7 @@ class _Files:
     def _write_step(
         self, reference: TorchReference, output: Output, manifest: Manifest
     ) -> Companions:
-        """Write the step and the initial adapter next to the forward."""
+        """Write the step and the initial adapter next to the forward's file."""
         options = self.options
         target = options.target
         names = {key: (slot.a, slot.b) for key, slot in manifest.slots.items()}
@@ -283,7 +283,7 @@ class _Files:
     def _model(
         self, manifest: Manifest, slots: Sequence[Slot], reference: TorchReference
     ) -> ir.Model:
-        """The step in ONNX, with its manifest and the sizes that it is true for."""
+        """Make the step in ONNX, with its manifest and the sizes at which it is valid."""
         options = self.options
         quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
         graph = train_graph(self.module, self.named, self.labels.loss, quick, unit=True)
@@ -304,7 +304,7 @@ class _Files:
         return model
 
     def _settle(self, graph: TrainGraph) -> None:
-        """Drop conditions on sizes from labels, if a graph of those sizes has the same loss.
+        """Drop size conditions that come from labels, if a graph of other sizes has the same loss.
 
         One row is contiguous, so `labels[..., 1:].contiguous()` would refuse a batch of 1.
         """
@@ -313,7 +313,7 @@ class _Files:
                 self._settle_at(graph, self.execution.sample(size))
 
     def _settle_at(self, graph: TrainGraph, sample: Named) -> None:
-        """Drop the conditions that a sample breaks, where another graph has the same loss."""
+        """Drop the conditions that a sample breaks, if a graph of this sample has the same loss."""
         traced = graph.traced
         door = traced.door
         named, labels = self.labels.labelled(sample)
@@ -337,14 +337,14 @@ class _Files:
             traced.door = replace(door, conditions=conditions)
 
     def _loss(self, graph: TrainGraph, arrays: Mapping[str, Array]) -> Array:
-        """The loss that a graph computes from arrays by name."""
+        """Compute a graph's loss from arrays by name."""
         inputs = [torch.tensor(arrays[name]) for name in graph.names]
         with torch.no_grad(), alike(self.module):
             run = fx.Interpreter(graph.flat)
             return to_numpy(graph.loss(run, inputs, torch.tensor(arrays["labels"])))
 
     def _manifest(self, manifest: Manifest, slots: Sequence[Slot], seeded: bool) -> Manifest:
-        """The manifest of the step: fixed ranks, and what the step does."""
+        """Return the manifest of the step: fixed ranks, and a description of the step."""
         slots_of_rank = {
             key: replace(slot, rank=self.updates[key].rank) for key, slot in manifest.slots.items()
         }
@@ -366,7 +366,7 @@ class _Files:
 
 
 def _refuse_taken_names(graph: TrainGraph) -> None:
-    """Raise for an input of the model whose name a step has for itself."""
+    """Raise if an input of the model has a name that the step uses itself."""
     inputs_of_model = graph.names[: len(graph.names) - graph.seeded]
     names_of_step = {*TAKEN}
     if not graph.own:

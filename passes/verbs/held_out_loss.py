@@ -1,4 +1,4 @@
-"""held_out: measure every rank of one trained adapter on data that it was not trained on.
+"""held_out: measure one trained adapter at every rank, on data that was not used for training.
 
 For r = 1, 2, 4 … up to the adapter's own rank, the loss of two adapters of the same size is
 measured: every update cut to rank r, and the same number of elements spread over the updates by
@@ -21,12 +21,12 @@ from lora_fx.passes.verbs.adapt import insert
 from lora_fx.text import table
 
 BATCH = 64
-"""Examples that run at a time."""
+"""The number of examples that run at a time."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The worth of one rank.
+    """The losses and errors of an adapter that is cut to one rank.
 
     Attributes:
         rank: The most that an update has; 0 is the model without low-rank updates.
@@ -46,20 +46,20 @@ class Cut:
 
     @property
     def lowest_loss(self) -> float:
-        """The lower of both losses."""
+        """The lower of the two losses."""
         return min(self.loss, self.spread_loss)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rows, and over how many examples."""
+    """A Cut for each rank, and the number of examples behind them."""
 
     rows: tuple[Cut, ...]
     examples: int
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """The report as text."""
+        """Return the report as text."""
         head = ("rank", "elements", "error", "loss", "error, spread", "loss, spread")
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
@@ -83,7 +83,7 @@ class HeldOut:
 
 
 def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "ce") -> HeldOut:
-    """Losses of an adapter at lower ranks.
+    """Measure the losses of an adapter at lower ranks.
 
     Args:
         cap: The model that it was trained on.
@@ -127,7 +127,7 @@ def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "c
 
 
 def _ranks_to(highest: int) -> list[int]:
-    """Powers of 2 below the highest rank, and that."""
+    """Return the powers of 2 below the highest rank, followed by the highest rank."""
     ranks = []
     rank = 1
     while rank < highest:

@@ -1,4 +1,4 @@
-"""insert for .onnx files: add trainable branches to the weights, and a list of them.
+"""insert for .onnx files: add trainable branches to the weights, and list their tensors.
 
 A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
 is proven, and that a B other than zero moves the outputs, target by target. A and B are
@@ -60,7 +60,7 @@ class OnnxInsertOptions(BranchOptions):
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Raise for a name that is not known, and for a start that reads data."""
+        """Raise for an unknown name, and for a start that reads data."""
         super().__post_init__()
         if self.init in OF_DATA:
             raise LoraFxError(
@@ -90,7 +90,7 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
 def insert_into_file(
     source: str | PathLike[str], path: str | PathLike[str], options: OnnxInsertOptions
 ) -> Report:
-    """Insert as `insert_onnx` does, with its options as an object."""
+    """Insert as `insert_onnx` does, with the options as one object."""
     source = Path(source)
     target = Path(path)
     remember(source)
@@ -137,7 +137,7 @@ def insert_into_file(
 def _without_idle(
     updates: Mapping[str, LowRank], reference: OnnxReference, dead: str
 ) -> tuple[dict[str, LowRank], list[str]]:
-    """The updates that change an output, and a note on each other one.
+    """Return the updates that change an output, and a note on each other update.
 
     With dead="keep" all of them are kept, and said.
 
@@ -161,7 +161,7 @@ def _without_idle(
 
 
 def _count_trained(updates: Mapping[str, LowRank]) -> int:
-    """Elements of the tensors that are trained."""
+    """Count the elements of the trained tensors."""
     count = 0
     for key, update in updates.items():
         for slot in slots_of(key, update):
@@ -171,6 +171,6 @@ def _count_trained(updates: Mapping[str, LowRank]) -> int:
 
 
 def _visible(update: LowRank) -> LowRank:
-    """The update with a b that is not zero."""
+    """Return the update with a random b instead of zeros."""
     b = np.random.default_rng(0).standard_normal(update.b.shape).astype(np.float32)
     return LowRank(update.a, b, update.alpha, update.layout, update.variant, update.use)

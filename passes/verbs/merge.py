@@ -1,4 +1,4 @@
-"""merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch."""
+"""merge: fold adapters into a file of weights or into an ONNX graph; neither needs torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def merge(
     provider: str | None = None,
     workers: int | None = None,
 ) -> Report:
-    """Fold adapters into `base` and write `out`: the same kind of file.
+    """Fold adapters into `base` and write `out`, a file of the same kind.
 
     Args:
         base: A Hugging Face folder, a `.safetensors` or an `.onnx` file; it is not changed.
@@ -135,7 +135,7 @@ def merge(
 
 
 def refuse_other_kind(base: StrPath, out: StrPath) -> None:
-    """Raise for an output of an .onnx file that is called as something else."""
+    """Raise if the output of a merge into an .onnx file is not named as an ONNX file."""
     if not is_onnx(out):
         raise LoraFxError(
             f"{fspath(out)} does not end in .onnx, but {fspath(base)} does",
@@ -144,5 +144,5 @@ def refuse_other_kind(base: StrPath, out: StrPath) -> None:
 
 
 def is_onnx(path: StrPath) -> bool:
-    """True for a path whose name is an ONNX file's."""
+    """True if a path has the name of an ONNX file."""
     return fspath(path).endswith(".onnx")

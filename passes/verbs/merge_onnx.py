@@ -1,4 +1,4 @@
-"""merge for .onnx files: W + s·b·a in the initialisers, streamed, proven, then named.
+"""merge for .onnx files: add W + s·b·a to the initialisers in a new file, and prove the file.
 
 The folded graph has the base's nodes, and views of constants that some uses have for their own.
 Values are computed while they are written, so that memory holds one tensor at a time; afterwards
@@ -60,7 +60,7 @@ def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: objec
 def merge_into_file(
     base: StrPath, adapters: Adapters, out: StrPath, options: OnnxMergeOptions
 ) -> Report:
-    """Merge as `merge_onnx` does, with its options as an object."""
+    """Merge as `merge_onnx` does, with the options as one object."""
     source = Path(base)
     target = Path(out)
     remember(source)
@@ -112,7 +112,7 @@ def _refuse_unchanged(
     before: Mapping[str, Callable[[], Array]],
     changed: Collection[str],
 ) -> None:
-    """Raise where every tensor that should have changed has its bytes of before."""
+    """Raise if every tensor that should have changed still has its old bytes."""
     for name in changed:
         if name not in before or not same_bytes(written.reader(name)(), before[name]()):
             return
@@ -124,7 +124,7 @@ def _refuse_unchanged(
 
 
 def _check_delta(source: Path, target: Path, has_data_file: bool, places: Sequence[Place]) -> None:
-    """Raise where the output cannot read the rest of its tensors from the base's data file."""
+    """Raise if the output cannot read its other tensors from the base's data file."""
     if not has_data_file:
         raise LoraFxError(
             f"{source} holds its weights itself, so there is no data file to share",
@@ -143,7 +143,7 @@ def _check_delta(source: Path, target: Path, has_data_file: bool, places: Sequen
 def _run_beside_base(
     source: Path, graph: OnnxGraph, written: Path, matched: Matched, options: OnnxMergeOptions
 ) -> list[Parity]:
-    """The merged file against the base with branches, in ONNX Runtime."""
+    """Compare the merged file with the base and its branches, in ONNX Runtime."""
     if matched.whole:
         raise LoraFxError(
             f"--run compares low-rank updates, but {min(matched.whole)!r} is replaced whole",
@@ -159,7 +159,7 @@ def _run_beside_base(
 
 
 def _load(source: Path, written: Path, size: int) -> list[str]:
-    """Load the written file in ONNX Runtime, if that takes little memory; returns notes."""
+    """Load the written file in ONNX Runtime if that takes little memory; return notes."""
     if size > EXTERNAL_OVER:
         return [
             (
@@ -193,7 +193,7 @@ def _report(
 
 
 def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
-    """Warnings of the folded tensors."""
+    """Return warnings about the folded tensors."""
     warnings = [change.said for change in fold.report if change.said]
     rounded_away = [(change.kept, change.parameter) for change in fold.report if change.kept < GAIN]
     if rounded_away:
@@ -220,7 +220,7 @@ def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
 
 
 def lines(report: Report) -> str:
-    """The report as a table of text."""
+    """Return the report as a table of text."""
     rows: list[tuple[str, ...]] = [("tensor", "gain")]
     for row in report.details["tensors"]:
         gain = "replaced whole" if row["gain"] is None else f"{row['gain']:.3f}"

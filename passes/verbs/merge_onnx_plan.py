@@ -1,4 +1,4 @@
-"""The plan of a merge into an .onnx file: which update goes where, made without reading weights."""
+"""The plan of a merge into an .onnx file: where each update goes; made without reading weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lora_fx.text import Json, StrPath, table
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxMergeOptions:
-    """The options of a merge into an .onnx file; an object that exists is in order.
+    """The options of a merge into an .onnx file, checked when the object is made.
 
     Attributes:
         names: Adapter key → tensor of the file, where the names do not tell.
@@ -60,14 +60,14 @@ class OnnxMergeOptions:
     provider: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Raise for a mix that is not known."""
+        """Raise for an unknown way to mix adapters."""
         if self.how != "sum" and self.how not in HOWS:
             raise LoraFxError(f"unknown mix {self.how!r}", f"use sum, {', '.join(HOWS)}")
         refuse_rank(self.how, self.rank)
 
     @classmethod
     def of(cls, options: Named) -> OnnxMergeOptions:
-        """The options of `merge` that an .onnx file has; raises where another is given.
+        """Return the options of `merge` that apply to an .onnx file; raise for other given options.
 
         Args:
             options: By name; None leaves one at its default.
@@ -95,12 +95,12 @@ class OnnxMergeOptions:
 RUN: NoSay[OnnxMergeOptions] = NoSay(
     ("inputs", "provider"), lambda o: not o.run, "without --run, which runs the file"
 )
-"""The options that only a run of the merged file has."""
+"""The rule for options that have an effect only if the merged file is run."""
 
 
 @dataclass(frozen=True)
 class OnnxMergePlan:
-    """A file and the adapters that go into it, in its keys.
+    """A file and the adapters that are merged into it, with the keys of the file.
 
     Attributes:
         graph: The file; nothing is folded yet.
@@ -119,7 +119,7 @@ class OnnxMergePlan:
     merges: Sequence[Json]
 
     def rows(self) -> list[Json]:
-        """A row a key: the tensor, its shape, rank and scale, and the bytes that are written."""
+        """Return a row per key: the tensor, its shape, rank and scale, and the bytes written."""
         rows: list[Json] = []
         for key, update in self.matched.updates.items():
             parameter = self.targets[key].parameter
@@ -150,12 +150,12 @@ class OnnxMergePlan:
         return self.graph.flow.tensor(name).nbytes
 
     def to_json(self) -> Json:
-        """Fields of `merge --dry-run --json`."""
+        """Return the fields of `merge --dry-run --json`."""
         size = weight_bytes(self.graph.model)
         return {"tensors": self.rows(), "bytes": size, "warnings": list(self.graph.notes)}
 
     def __str__(self) -> str:
-        """A table, and the number of bytes that are written."""
+        """Return a table, and the number of bytes that are written."""
         rows = self.rows()
         lines: list[tuple[str, ...]] = [("tensor", "shape", "rank", "scale", "bytes")]
         for row in rows:
@@ -189,7 +189,7 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
 def _matched(
     adapters: Sequence[WeightedAdapter], graph: OnnxGraph, targets: Found, options: OnnxMergeOptions
 ) -> Matched:
-    """All adapters as one, in the graph's keys."""
+    """Return all adapters as one, with the graph's keys."""
     matched = [match(weighted.adapter, graph, targets, options.names) for weighted in adapters]
     how = "cat" if options.how == "sum" else options.how  # the same sum
     if len(adapters) == 1 and how == "cat":
@@ -209,7 +209,7 @@ def _matched(
 
 
 def _at_its_weight(adapter: WeightedAdapter, matched: Matched) -> Matched:
-    """One adapter at its weight; whole tensors have no weight but 1."""
+    """Return one adapter at its weight; raise if whole tensors have another weight than 1."""
     bound = replace(adapter.adapter, entries=dict(matched.updates))
     weighted = bound.weighted(adapter.weight)
     if matched.whole and adapter.weight != 1.0:

@@ -90,7 +90,7 @@ BY_NAME: Mapping[str, type[ModeOptions]] = {
 
 
 def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]:
-    """The name of a mode, and the options that only modes have.
+    """Return the name of a mode, and the options that only modes have.
 
     Args:
         mode: A name, or one of the classes above.
@@ -126,7 +126,7 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
 
 
 def _warn_of_keywords(kind: type[ModeOptions], keywords: Json) -> None:
-    """Warn of keywords that are fields of a mode's class now."""
+    """Warn of keywords that are now fields of a mode's class."""
     names = [name for name in field_names(kind) if is_given(keywords[name])]
     if names:
         fields_of_mode = ", ".join(f"{name}=…" for name in names)
@@ -135,5 +135,5 @@ def _warn_of_keywords(kind: type[ModeOptions], keywords: Json) -> None:
 
 
 def field_names(kind: type[ModeOptions]) -> tuple[str, ...]:
-    """The options of a mode."""
+    """Return the names of a mode's options."""
     return tuple(field.name for field in fields(kind))

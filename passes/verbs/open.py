@@ -1,4 +1,4 @@
-"""From a MODEL, whatever it is, to a Captured: each verb and command asks `captured_of` for it."""
+"""The way from any kind of MODEL to a Captured; each verb and command calls `captured_of`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULTS = CaptureOptions()
 
 
 def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
-    """The capture of a model: the one way in, for every verb and every command.
+    """Capture a model of any kind; every verb and every command calls this function.
 
     Args:
         model: A Captured is taken as it is, and a module of ours stands for the model that it was
@@ -72,7 +72,7 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
 
 
 def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured:
-    """The capture that a module of lora-fx was made from.
+    """Return the capture that a module of lora-fx was made from.
 
     Raises:
         LoraFxError: Another capture is asked for, with a cache, and the original has no more the
@@ -89,7 +89,7 @@ def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured
 
 
 def _shares(module: CapturedModule) -> bool:
-    """True where the frozen weights of a module are the captured model's own."""
+    """True if the frozen weights of a module share memory with the captured model's."""
     originals = dict(execution_of(module).captured.model.named_parameters())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad or name not in originals:
@@ -100,7 +100,7 @@ def _shares(module: CapturedModule) -> bool:
 
 
 def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
-    """The capture that a .pt2 file is."""
+    """Open a .pt2 file and return it as a capture."""
     if options.weights:
         raise LoraFxError(f"{fspath(path)} holds its weights itself", "leave --weights out")
     program = open_program(
@@ -118,7 +118,7 @@ def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
 
 
 def _of_loaded(loaded: LoadedModel, options: CaptureOptions) -> Captured:
-    """The capture of a model that load_model opened, at its own example unless inputs are given."""
+    """Capture a model that load_model opened, at its own example unless inputs are given."""
     if not options.cache and _is_empty(options.args) and _is_empty(options.kwargs):
         options = replace(options, args=loaded.args, kwargs=loaded.kwargs)
     cap = _of_module(loaded.module, options, loaded.notes)
@@ -134,7 +134,7 @@ def _is_empty(inputs: object) -> bool:
 
 
 def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()) -> Captured:
-    """The capture of a live model, traced in eval mode; `notes` are of its loading."""
+    """Capture a live model, traced in eval mode; `notes` come from its loading."""
     names: tuple[str, ...] = ()
     if options.adapter is not None and isinstance(model, nn.Module):
         names = lone_names(options.adapter, model)
@@ -163,7 +163,7 @@ def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()
 
 
 def apart(cap: Captured, adapter: Adapter | None) -> Captured:
-    """The capture; another one where the adapter saves one name of a tied tensor.
+    """Return the capture; capture again if the adapter saves one name of a tied tensor alone.
 
     Raises:
         LoraFxError: There is such a name, and no source that could be captured again.
@@ -185,22 +185,22 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
 
 
 def captured_again(cap: Captured, model: nn.Module) -> Captured:
-    """A capture of another module at the inputs and free sizes of one that there is."""
+    """Capture another module, with the inputs and free sizes of a given capture."""
     return Captured(model, (), cap.named, cap.requested, repeat=cap.repeat)
 
 
 def user_module(cap: Captured) -> nn.Module:
-    """The module that was captured; where it has quantised layers, `model` is a copy without."""
+    """Return the captured module itself, since `model` may be a copy without quantised layers."""
     return cap.quantised or cap.model
 
 
 def note_of_untied(names: Sequence[str]) -> str:
-    """The note of a report on names that have separate tensors."""
+    """Return the report's note on names that now have separate tensors."""
     return f"these names were saved apart, and are no longer tied: {', '.join(names)}"
 
 
 def opened(model: object) -> object:
-    """A .pt2 file, or its capture, that holds branches as its module; a wrapper's own module."""
+    """Return a .pt2 file or capture with branches as its module, and a wrapper's inner module."""
     model = unwrapped(model)
     if is_program(model):
         model = captured_of(model)
@@ -210,17 +210,17 @@ def opened(model: object) -> object:
 
 
 def own_adapters(model: object, adapters: ExportAdapters | None) -> ExportAdapters | None:
-    """The adapters of an export; a module that insert returned brings its own without others."""
+    """Return the adapters of an export; if none are given, the adapter of the model itself."""
     if adapters is None and isinstance(model, AdaptedModule):
         return model.adapter()
     return adapters
 
 
 def load_program(path: str | PathLike[str], *, trust: bool = False) -> CapturedModule:
-    """The module that a .pt2 file holds: an AdaptedModule where it has branches.
+    """Load the module that a .pt2 file holds; a file with branches gives an AdaptedModule.
 
     The adapter, its dropout and the norms are as they were saved; training goes on from there.
-    Outputs are plain: where the model returned a class with fields, a dict.
+    Outputs are plain: a dict takes the place of a class with fields.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""The options of a verb: one frozen object, made and checked in the verb's first line.
+"""The options of each verb: one frozen object, made and checked in the verb's first line.
 
 The fields are the arguments of the public functions, which say what they mean. An object that
 exists is in order: whatever the options alone show to be wrong was refused when it was made.
@@ -34,9 +34,9 @@ Dead = Literal["auto", "error", "drop", "keep", "allow"]
 NormStats = Literal["frozen", "update"]
 Provider = Literal["auto", "cpu", "cuda"]
 Selectors = str | Sequence[str] | None
-"""A comma list, or a list of them; None where none was given."""
+"""A comma list, or a list of comma lists; None if no selectors are given."""
 ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
-"""One, or several: by name, or in the order of their ids."""
+"""One adapter, or several: by name, or in the order of their ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +79,14 @@ class CaptureOptions:
     tell: Callable[..., object] | None = None
 
     def __post_init__(self) -> None:
-        """Raise for inputs that are given together with a cache, which sets all inputs itself."""
+        """Raise for inputs together with a cache, since a cache sets all inputs itself."""
         if self.cache and (self.args or self.kwargs or self.dynamic or self.static):
             raise LoraFxError(*KNOWN_WITH_CACHE)
 
     def refuse_for_captured(self) -> None:
-        """Raise for other sizes or weights of a model that is captured already.
+        """Raise for other sizes or weights of a model that is already captured.
 
-        Example inputs are let be: a caller who passes those of the capture again asks for nothing
-        else.
+        Example inputs are allowed: a caller may pass the inputs of the capture again.
         """
         options: Named = {
             "dynamic": self.dynamic or None,
@@ -104,13 +103,13 @@ KNOWN_WITH_CACHE = (
     "with a cache, lora-fx sets the inputs and their dimensions itself",
     "leave inputs and their dimensions out",
 )
-"""The message and hint if inputs are given together with a cache."""
+"""The message and the hint for inputs that are given together with a cache."""
 
 
 def _plan_says(options: BranchOptions, what: str) -> bool:
-    """Whether a plan sets another rank or alpha than the option, for every target that it names.
+    """Whether a plan names the rank or alpha of each target and differs from the option.
 
-    One that it has already is no contradiction.
+    A plan that has the option's value already is no contradiction.
     """
     plan = options.plan
     if isinstance(plan, RankPlan):
@@ -141,15 +140,15 @@ BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
         "with a Plan object, which holds every target",
     ),
 )
-"""The rules of an insert into a graph of either IR."""
+"""The rules of insert's options for torch and .onnx graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchOptions:
-    """The options of an insert into a graph of either IR; see `lora_fx.insert`."""
+    """The options of an insert into a torch or an .onnx graph; see `lora_fx.insert`."""
 
     rules: ClassVar[tuple[NoSay[Any], ...]] = BRANCH_RULES
-    """When an option has no effect."""
+    """The rules that say when an option has no effect."""
     rank: int = 8
     alpha: float | None = None
     include: Selectors = None
@@ -162,7 +161,7 @@ class BranchOptions:
 
     @classmethod
     def of(cls, wanted: Named) -> Self:
-        """The given options; an option that is None gets its default.
+        """Return options made from the given values; None leaves an option at its default.
 
         Raises:
             LoraFxError: One was given that has no effect.
@@ -173,7 +172,7 @@ class BranchOptions:
         return options
 
     def __post_init__(self) -> None:
-        """Raise for a name that is not known; dead="auto" takes its meaning."""
+        """Raise for an unknown name, and replace dead="auto" by the value it stands for."""
         expect(self.alpha or 0, (int, float), "alpha", "a number", "2·rank is usual")
         for name in ("include", "exclude", "also_train"):
             expect_selectors(getattr(self, name, None), name)
@@ -187,7 +186,7 @@ class BranchOptions:
             )
 
     def _dead_by_default(self) -> str:
-        """The value of `dead` that "auto" stands for, by what selected the targets."""
+        """Return the value of dead="auto", which depends on what selected the targets."""
         if getattr(self, "adapter", None) is not None:
             return "keep"
         if self.include or self.plan is not None:
@@ -205,9 +204,9 @@ class BranchOptions:
 
 
 def _of_other_rank(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another rank than the option.
+    """Whether the given adapter has an update whose rank differs from the option.
 
-    One that it has already is no contradiction: the module is what was asked for.
+    An adapter of the same rank is no contradiction: the module is what was asked for.
     """
     if options.adapter is None:
         return False
@@ -215,14 +214,14 @@ def _of_other_rank(options: InsertOptions) -> bool:
 
 
 def _of_other_alpha(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another alpha than the option."""
+    """Whether the given adapter has an update whose alpha differs from the option."""
     if options.adapter is None:
         return False
     return any(asked(update)[1] != options.alpha for update in options.adapter.lowrank.values())
 
 
 def _of_other_variant(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another variant than the option."""
+    """Whether the given adapter has an update whose variant differs from the option."""
     if options.adapter is None:
         return False
     variant = named_variant(options.variant)
@@ -257,7 +256,7 @@ INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
         "leave it out, or use --init lora-ga",
     ),
 )  # fmt: skip
-"""The rules of an insert into a torch model, in addition to those of every insert."""
+"""The rules of insert's options for torch models, in addition to BRANCH_RULES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +299,7 @@ class InsertOptions(BranchOptions):
             )
 
     def whole(self, names: Mapping[str, str]) -> set[str]:
-        """The first names of tensors that are trained whole, or that the adapter holds whole."""
+        """Return the first names of tensors that are trained whole or that the adapter holds."""
         chosen = [*select_names(list(names), self.also_train or ())]
         if self.adapter:
             chosen += self.adapter.full
@@ -308,7 +307,7 @@ class InsertOptions(BranchOptions):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on options that have no effect with others."""
+        """Notes on options that have no effect together with other options."""
         if not self.dropout or not named_variant(self.variant).reads_weight:
             return ()
         return (
@@ -318,12 +317,12 @@ class InsertOptions(BranchOptions):
 
 
 def expect_selectors(given: object, name: str) -> None:
-    """Refuse anything but a comma list, a list of comma lists, or None."""
+    """Raise for anything but a comma list, a list of comma lists, or None."""
     expect(given or "", (str, Collection), name, "selectors", f"{name}=['q_proj', 'fc1']")
 
 
 def is_given(option: object) -> bool:
-    """Whether an option of a mode has a value; an empty sequence is no value."""
+    """Whether an option of a mode has a value; an empty sequence does not count as a value."""
     if option is None or option is False:
         return False
     return not (isinstance(option, Sequence) and not option)

@@ -1,4 +1,4 @@
-"""plan: which rank every target gets under one budget.
+"""plan: choose the rank of every target under one budget.
 
     Σ cost_k · r_k ≤ budget,   taken greedily by gain_k(r)/cost_k
 
@@ -51,7 +51,7 @@ def plan(
     dynamic: Dynamic | None = None,
     name: str = "",
 ) -> RankPlan:
-    """Ranks of a model's targets under a budget.
+    """Plan the ranks of a model's targets under a budget.
 
     Args:
         model: A module, a function of tensors, a Captured, or a path as on the command line.
@@ -145,7 +145,7 @@ def _gains(
     costs: Mapping[str, int],
     calibration: Calibration,
 ) -> dict[str, Array | None]:
-    """The gain of each rank, by target; None where the method has nothing to read."""
+    """Compute the gains of the ranks by target; None if the method has nothing to read."""
     graph = cap.fx_graph()
     gains = {}
     for key, cost in costs.items():
@@ -160,5 +160,5 @@ def _gains(
 
 
 def _weight(graph: FxGraph, target: Target) -> Array:
-    """The weight of a target as a matrix, read only when it is needed."""
+    """Read the weight of a target as a matrix."""
     return matrix(target, graph.read(target.parameter.name))

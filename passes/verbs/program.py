@@ -1,4 +1,4 @@
-"""`.pt2` files: a model with or without branches as programs that need no Python source.
+"""`.pt2` files: models, with or without branches, as programs that need no Python source.
 
 A file of ours holds an eval and a train program over one set of weights, the branches included,
 and a manifest; where sizes decide a path of the model's code, one of each for every path. Outputs
@@ -39,7 +39,7 @@ from lora_fx.passes.verbs.open import load_program
 def save_program(
     module: CapturedModule, path: str | PathLike[str], *, force: bool = False
 ) -> tuple[str, ...]:
-    """Write a module with its branches and manifest; returns notes.
+    """Write a module with its branches and manifest; return notes.
 
     The file is opened again, and every tensor and every program that it holds is compared bit by
     bit, before it gets its name. `torch.export.load(path).module()` takes the tensors of the call
@@ -79,7 +79,7 @@ def save_program(
 
 
 def _modes(module: CapturedModule) -> tuple[list[bool], list[str]]:
-    """The modes that get programs, eval first, by whether they are training; and notes."""
+    """Return the modes that get a program, as training flags with eval first, and notes."""
     execution = execution_of(module)
     execution.captured.allows(False, execution.norm_stats)
     notes = [*prove_as_it_is(module)]
@@ -93,7 +93,7 @@ def _modes(module: CapturedModule) -> tuple[list[bool], list[str]]:
 
 
 def _paths(module: CapturedModule, training: bool) -> Paths:
-    """The paths of a mode that the module can run, since every written path is proven."""
+    """Return the paths of a mode that the module can run; only these are written and proven."""
     module.train(training)
     execution = execution_of(module)
     first, *further = execution.captured.paths(training, execution.base_dtype)
@@ -106,7 +106,7 @@ def _paths(module: CapturedModule, training: bool) -> Paths:
 
 
 def _share_memory(loaded: nn.Module, module: nn.Module, what: str) -> None:
-    """Demand that tensors of one name have equal bits, and let both modules use the same memory.
+    """Raise unless tensors of one name have equal bits; then let both modules share the memory.
 
     How a product is summed up depends on the strides of its operands and on where they lie, and a
     file holds rows one after the other: to the bit, programs compare on the same memory only.
@@ -133,7 +133,7 @@ def _prove(
     paths: Paths,
     loaded_by_torch: nn.Module | None,
 ) -> None:
-    """Every size of the checks, with the same random numbers, must give the same bits.
+    """Raise unless the file's programs give the same bits as the module at every checked size.
 
     Raises:
         NoEffectError: A program of the file gives other numbers.
@@ -163,7 +163,7 @@ def _prove(
 
 
 def _calls(module: CapturedModule, paths: Paths) -> Iterator[Named]:
-    """The calls of the checks: the sizes, the example where it is real, and every other path's."""
+    """Yield the calls of the check: each size, the example if it has values, each other path."""
     execution = execution_of(module)
     example = execution.in_own_dtype()
     yield from [execution.sample(size) for size in SIZES]
@@ -174,7 +174,7 @@ def _calls(module: CapturedModule, paths: Paths) -> Iterator[Named]:
 
 
 def _prove_by_torch(loaded: nn.Module, named: Named, expected: Mapping[str, Array]) -> None:
-    """Demand the same numbers of the program that torch itself loads."""
+    """Raise unless the program that torch itself loads gives the same numbers."""
     tensors = [leaf for leaf in tree_leaves(named) if isinstance(leaf, torch.Tensor)]
     try:
         with torch.no_grad(), alike(loaded):
@@ -204,7 +204,7 @@ def _demand(outputs: Mapping[str, Array], expected: Mapping[str, Array], what: s
 
 
 def _load_by_torch(file: Path) -> nn.Module:
-    """The eval program as torch itself loads it; safe, for the file is the one just written."""
+    """Load the eval program by torch itself; this is safe, since the file was just written."""
     try:
         return torch.export.load(str(file)).module(check_guards=False)
     except Exception as e:

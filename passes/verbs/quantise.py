@@ -1,4 +1,4 @@
-"""A capture whose weights are quantised: the base of an insert, a training or an export."""
+"""The capture of a model with quantised weights: a base for insert, training or export."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lora_fx.text import human
 
 KINDS = ("nf4", "int4", "int8")
 Wanted = str | Sequence[str] | Mapping[str, Selectors]
-"""KIND, for the default plan's weights, KIND=SELECTORS, or several; or {kind: selectors}."""
+"""KIND for the default plan's weights, KIND=SELECTORS, several of these, or {kind: selectors}."""
 
 
 def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Captured:
-    """Copy a capture over another tree, which holds codes for some weights.
+    """Return a copy of a capture in which some weights are stored as codes.
 
     Args:
         cap: The capture; neither it nor its model is changed.
@@ -62,7 +62,7 @@ def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Cap
 
 
 def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
-    """Kinds, each with selectors, or None for the default plan.
+    """Return the kinds, each with its selectors, or with None for the default plan.
 
     >>> parse("nf4"), parse(["int4", "int4=lm_head,embed"])
     ([('nf4', None)], [('int4', None), ('int4', 'lm_head,embed')])
@@ -88,7 +88,7 @@ def _chosen(
     wanted: Sequence[tuple[str, Selectors]],
     leave: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Parameter → kind, and notes on the parameters that stay in float.
+    """Return the kind of each parameter, and notes on parameters that stay in float.
 
     Kinds with selectors come first, and what they name has to be quantised; the default plan
     leaves in float what cannot be, and lookup tables.
@@ -121,7 +121,7 @@ def _chosen(
 
 
 def _targets_of(targets: Found, name: str) -> list[Target]:
-    """The targets of one parameter."""
+    """Return the targets of one parameter."""
     return [
         target for target in (*targets.targets, *targets.optional) if target.parameter.name == name
     ]
@@ -132,7 +132,7 @@ def _is_lookup_table(targets: Found, name: str) -> bool:
 
 
 def _why_not(model: nn.Module, targets: Found, name: str, leave: Collection[str]) -> str:
-    """The reason why a parameter cannot be quantised; empty if it can."""
+    """Return why a parameter cannot be quantised; empty if it can."""
     form = _targets_of(targets, name)[0].parameter.format
     if form:
         return f"it is quantised already ({form})"

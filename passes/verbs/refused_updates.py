@@ -1,4 +1,4 @@
-"""Refuse an adapter that a graph, or a file of a mode of export, has no place for."""
+"""The checks that refuse an adapter that a graph, or a file of an export mode, cannot hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_fx.errors import (
 
 
 def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
-    """Raise for an update that a graph cannot hold; this needs the adapter only.
+    """Raise for an update that a graph cannot hold; only the adapter is read.
 
     Args:
         adapter: Bound or not.
@@ -42,8 +42,8 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
 def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
     """Raise for tensors of an adapter that a file of this mode cannot hold.
 
-    The adapters alone tell, so this comes before a model is captured. Mode switch folds the whole
-    tensors of a single adapter into the base.
+    Only the adapters are read, so this comes before a model is captured. Mode switch folds the
+    whole tensors of a single adapter into the base.
     """
     for name, adapter in adapters.items():
         holds_weights = mode in ("merged", "train")
@@ -65,7 +65,7 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
 
 
 RECURRENT = ("lstm", "gru", "rnn")
-"""The beginnings of the names of recurrent ops."""
+"""The prefixes of the names of recurrent ops."""
 
 
 def check_rows(adapter: Adapter, name: str) -> None:
@@ -87,7 +87,7 @@ def check_rows(adapter: Adapter, name: str) -> None:
 
 
 def _without_rows(entry: LowRank) -> str:
-    """The kind of an update's weight, where mode batch has no form for it; empty where it has."""
+    """Return the kind of weight that mode batch does not support; empty if it does."""
     op = entry.origin.op
     if op.startswith("conv_transpose"):
         return "a transposed convolution"
@@ -101,7 +101,7 @@ def _without_rows(entry: LowRank) -> str:
 
 
 def exclude_hint(name: str, keys: Sequence[str]) -> str:
-    """The hint to leave out the whole tensors of an adapter, or to merge them into the base."""
+    """Return the hint to leave out an adapter's whole tensors, or to merge them into the base."""
     return (
         f"{_exclude_command(name, keys)} leaves it out; the same command with --include writes it "
         "alone, and lora-fx merge folds that into the base"
@@ -109,6 +109,6 @@ def exclude_hint(name: str, keys: Sequence[str]) -> str:
 
 
 def _exclude_command(name: str, keys: Sequence[str]) -> str:
-    """The command that writes an adapter without some keys."""
+    """Return the command that writes an adapter without some keys."""
     modules = list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in keys))
     return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"

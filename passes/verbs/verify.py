@@ -1,4 +1,4 @@
-"""verify: are two models the same? Tensor files are compared as tensors, others are run.
+"""verify: compare two models; tensor files are compared as tensors, other models are run.
 
 Comparing tensors needs neither torch nor onnx, so what runs models is imported only where one is
 run.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compared:
-    """The kind of a comparison.
+    """The kind of a comparison, which the rules of verify's options read.
 
     Attributes:
         fits: Whether an adapter fits a model; nothing is run then.
@@ -148,12 +148,12 @@ def verify(
 
 
 def _local(model: Any) -> Any:
-    """A model; the local path of one that the hub has."""
+    """Return the model, or the local path of a model on the hub."""
     return local(model, files=FORMATS.files_of_folders) if is_path(model) else model
 
 
 def _refuse_missing(model: object) -> None:
-    """Raise for a path where nothing is; a name with a colon is a factory's, or timm:NAME."""
+    """Raise for a path that does not exist; a name with a colon is a factory or timm:NAME."""
     if is_path(model) and not Path(model).exists() and ":" not in str(model):
         raise LoraFxError(f"{model}: cannot be read: no such file or folder", near_path(model))
 
@@ -163,7 +163,7 @@ def _is_adapter(model: object) -> bool:
 
 
 def _spelling_of_rows(rows: int | None) -> int | str | None:
-    """The option as it was given; None where it was left at its default."""
+    """Return the option `rows` as the user spelled it; None for the default."""
     if rows == ROWS:
         return None
     return "all" if rows is None else rows
@@ -192,7 +192,7 @@ def refuse_adapter_as_model(a: object, b: object) -> None:
 
 
 def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
-    """Does an adapter, or its file, fit the manifest of a switchable ONNX file? Nothing is run.
+    """Check, without running anything, that an adapter fits a switchable ONNX file.
 
     Raises:
         LoraFxError: It does not, or the file is not switchable.

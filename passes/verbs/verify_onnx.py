@@ -1,4 +1,4 @@
-"""verify, where both models are .onnx files: no torch, and an adapter goes into the second."""
+"""verify for two .onnx files: this needs no torch, and an adapter applies to the second file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
 
 
 def _compared(run: Run, expected: Run, feeds_of_sizes: Iterable[Named], tol: float) -> list[Parity]:
-    """The outputs of two models on the same inputs, held to a gate."""
+    """Compare the outputs of two models on the same inputs, with one gate."""
     parity = []
     for feeds in feeds_of_sizes:
         parity.append(compare(run(feeds), expected(feeds), shapes_of(feeds), tol))
@@ -61,7 +61,7 @@ def _compared(run: Run, expected: Run, feeds_of_sizes: Iterable[Named], tol: flo
 
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
-    """The graph; None for an opset that lora-fx does not read, if nothing is inserted."""
+    """Return the graph; None for an unsupported opset if no adapter is inserted."""
     from lora_fx.onnx.graph.graph import OnnxGraph
     from lora_fx.onnx.load import load
     from lora_fx.onnx.names import restore_weight_names
@@ -77,7 +77,7 @@ def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
 
 
 def _bound(options: RunOptions, graph: OnnxGraph) -> Adapter:
-    """The adapter in the keys and layouts of the graph."""
+    """Return the adapter with the keys and layouts of the graph."""
     from lora_fx.onnx.match import match
     from lora_fx.passes.find import find
 

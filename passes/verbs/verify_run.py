@@ -1,4 +1,4 @@
-"""verify, where models are run: on the same inputs, output by output; or does an adapter fit?"""
+"""verify by running both models on the same inputs, or by fitting an adapter to a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunOptions:
     provider: str
 
     def adapter_alone(self) -> Adapter | None:
-        """The adapter, given or read from a file; several adapters are refused."""
+        """Return the adapter, given or read from a file; raise for several adapters."""
         if is_path(self.adapter):
             return load_adapter(self.adapter)
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
@@ -80,7 +80,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
 
 
 def _opened(model: object) -> tuple[object, Sequence[str]]:
-    """An .onnx path, a module or a capture, and the notes from opening a model by its name."""
+    """Return an .onnx path, a module or a capture, and the notes from opening the model."""
     from lora_fx.fx.load.loaded_model import LoadedModel
     from lora_fx.passes.verbs.open import captured_of, opened
 
@@ -93,7 +93,7 @@ def _opened(model: object) -> tuple[object, Sequence[str]]:
 
 
 def gate_of(*sessions: RuntimeSession) -> float:
-    """The gate of the precision that files were written in, which export held them to."""
+    """Return the gate that export used for the precision of these files."""
     from lora_fx.onnx.precision import GATES, PRECISION
 
     gates = []
@@ -104,13 +104,13 @@ def gate_of(*sessions: RuntimeSession) -> float:
 
 
 def report_of(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
-    """The report of a verify that ran both models."""
+    """Make the report of a verify that ran both models."""
     ok = all(row.ok for row in parity) and not all(row.blank for row in parity)
     return Report("verify", ok, tuple(parity), (), tuple(notes))
 
 
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:
-    """The module that runs a model in eval mode, with an adapter where one is given."""
+    """Return the module that runs a model in eval mode, with an adapter if one is given."""
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.capture.root_module import unwrapped
     from lora_fx.fx.module.doubts import plain
@@ -155,7 +155,7 @@ def _fits(model: object, adapter: Adapter) -> Report:
 
 
 def is_path(value: object) -> TypeGuard[str | PathLike[str]]:
-    """Whether a model is given by a path or a name."""
+    """Whether a model is given as a path or a name."""
     return isinstance(value, (str, PathLike))
 
 

@@ -1,1 +1,1 @@
-"""Branches on the user's own live module, by hooks on its operations."""
+"""Branches on the user's own live module, which take effect when its operations run."""

@@ -39,7 +39,7 @@ from lora_fx.text import human
 
 
 class Attachment:
-    """An adapter on a live model. `attachment(model)` finds it.
+    """An adapter on a live model; `attachment(model)` returns it.
 
     Args:
         model: The user's module.
@@ -86,7 +86,7 @@ class Attachment:
     # --- on and off ------------------------------------------------------------------------------
 
     def install(self, updates: Updates) -> None:
-        """Put the forms of `updates` on the model; A and B take their values."""
+        """Give the model's modules the forms of `updates`; A and B become its parameters."""
         # first, since it may refuse: then the model is as before
         forms = self.planner.forms(updates, self.by_weight)
         self.remove()
@@ -106,7 +106,7 @@ class Attachment:
             raise
 
     def _register_factors(self, key: str, update: LowRank) -> None:
-        """Put A and B of an update into the tree, on the device of its weight."""
+        """Register A and B of an update in the module tree, on the device of its weight."""
         device = self._device_of(key)
         for slot in slots_of(key, update):
             module, leaf = owner(self.model, slot.name, create=lambda _: AdapterTensors())
@@ -116,7 +116,7 @@ class Attachment:
             module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
 
     def _device_of(self, key: str) -> torch.device:
-        """The device of the weight of a key; of a computed weight, the device of its parameters."""
+        """Return the device of a key's weight; for a computed weight, of its parameters."""
         name = base_name(key)
         if name.endswith("~"):
             name = self.found[key].sites[0].behind[0]
@@ -126,7 +126,7 @@ class Attachment:
         return next(tensor.device for tensor in tensors if tensor is not None)
 
     def _lives(self) -> Iterator[tuple[nn.Module, Live]]:
-        """Every module that gets its own class, with the state of that class."""
+        """Yield each module that gets a subclass, with the state for it."""
         root = self.model
         lives: dict[int, tuple[nn.Module, Live]] = {}
         for path, form in self.forms.items():
@@ -142,7 +142,7 @@ class Attachment:
         yield from lives.values()
 
     def _live(self, form: Form) -> Live:
-        """The state of a module that gets a form."""
+        """Return the state of a module that gets a form."""
         root = self.model
         weights = {
             leaf: (bound(program, root), where) for leaf, (program, where) in form.weights.items()
@@ -158,12 +158,12 @@ class Attachment:
         return Live(self.switch, weights, output, stacks)
 
     def _taken(self) -> set[str]:
-        """Names that the model's own tensors, children and attributes have."""
+        """Return the names of the model's own tensors, children and attributes."""
         model = self.model
         return {*model.__dict__, *model._parameters, *model._buffers, *model._modules}
 
     def remove(self) -> None:
-        """Take everything off again, A and B included; flags and trained tensors stay.
+        """Remove all forms, A and B; keep the requires_grad flags and the tensors trained whole.
 
         Raises:
             LoraFxError: Another tool has changed a module's class since.
@@ -184,7 +184,7 @@ class Attachment:
                     del module._modules[name]
 
     def uninstall(self) -> None:
-        """Restore the model to the state before attach, bit for bit.
+        """Restore the model to its state before attach, bit for bit.
 
         The flags and the tensors that were trained whole go back too.
         """
@@ -223,15 +223,15 @@ class Attachment:
         return self.planner.found
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """The trained parameters A and B of every key."""
+        """Return the parameters A and B of every key."""
         return tree_adapter.factor_pairs(tree_adapter.update_tensors(self.model, self.updates))
 
     def fill(self, updates: Updates) -> None:
-        """Write the values of `updates`, of the shapes installed, into their parameters."""
+        """Write the values of `updates` into the installed parameters of the same shapes."""
         tree_adapter.write_factors(self.model, {key: updates[key] for key in self.updates})
 
     def adapter(self) -> Adapter:
-        """The adapter as it is now, bound to this model's keys."""
+        """Return the current adapter, bound to this model's keys."""
         shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
         return tree_adapter.current_adapter(
             self.model, self.updates, shapes, self.metadata, self._sampled
@@ -273,7 +273,7 @@ class Attachment:
         self.check_base(adapter)
 
     def compile(self, *args: object, **kwargs: object) -> None:
-        """As the model's own; adapters of other ranks ≥ 2 and the same scale compile nothing."""
+        """Compile as the model does; adapters of other ranks ≥ 2 then need no new compilation."""
         model: Any = self.model
         # a compile of the user's class is not skipped
         user_class: Any = super(type(model), model)
@@ -285,7 +285,7 @@ class Attachment:
         self._sampled.check(adapter.metadata, self.model)
 
     def weight_form(self) -> list[str]:
-        """Notes on the weights that are computed as W + s·B·A, with the cost."""
+        """Return notes on the weights that are computed as W + s·B·A, with the cost."""
         reads = self._computed_reads()
         if not reads:
             return []
@@ -311,7 +311,7 @@ class Attachment:
         return lines
 
     def _computed_reads(self) -> list[tuple[str, str]]:
-        """(path, leaf) of every weight that is computed; a stack counts after its first read."""
+        """Return (path, leaf) of each computed weight; a stack counts once it has been formed."""
         reads: list[tuple[str, str]] = []
         for path, form in self.forms.items():
             if form.output:
@@ -343,7 +343,7 @@ class Attachment:
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """The Attachment of a model; raises LoraFxError where it has none."""
+    """Return the Attachment of a model; raise LoraFxError if the model has none."""
     attached = unwrapped(model).__dict__.get(REGISTRY)
     if not isinstance(attached, Attachment):
         raise LoraFxError(
@@ -359,14 +359,14 @@ def is_attached(model: object) -> TypeGuard[nn.Module]:
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """True for a norm that moves running statistics in train mode."""
+    """True for a norm that updates running statistics in train mode."""
     tracked = isinstance(module._buffers.get("running_mean"), torch.Tensor)
     return tracked and bool(getattr(module, "track_running_stats", True))
 
 
 @dataclass
 class Form:
-    """The form of one module: programs by leaf and where they apply, or a branch.
+    """The form of one module: programs for its weights, a branch on its output, or both.
 
     A leaf that is a stack of matrices has the branches of its products too.
     """
@@ -377,13 +377,13 @@ class Form:
 
 
 class Planner(Protocol):
-    """Decides the forms of a set of updates; see passes/verbs/attach_forms.py. Copies share it."""
+    """An object that chooses the forms for a set of updates; copies of a model share it."""
 
     found: Found
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
-        """The form of every module, by path; modules in `by_weight` get no branch."""
+        """Return the form of every module, by path; modules in `by_weight` get no branch."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Planner:
-        """The planner itself: the graph behind it is never changed."""
+        """Return the planner itself: its graph never changes."""
         return self

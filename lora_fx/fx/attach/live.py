@@ -1,4 +1,4 @@
-"""A live module that reads adapted weights or adds a branch: its class is swapped, nothing else.
+"""Live modules with a swapped class, which read adapted weights or add a branch to the output.
 
 The class becomes a subclass of the user's, by the same name, with
 
@@ -37,7 +37,7 @@ Forward = Callable[..., object]
 
 
 def _reader(leaf: str) -> property:
-    """A property in place of `module.leaf`: the stored parameter with its update."""
+    """Return a property for `module.leaf` that reads the stored parameter with its update."""
 
     def read(self: nn.Module) -> object:
         stored = self._parameters[leaf]
@@ -57,15 +57,15 @@ FLAT = property(
     lambda self: [getattr(self, name) for name in self._flat_weights_names],
     lambda self, _: self.__dict__.update(_flat_weights=_stored(self)),
 )
-"""A property in place of the list of weights that torch's recurrent modules hand to their op.
+"""A property for the list of weights that torch's recurrent modules pass to their op.
 
-They store that list anew when a weight has changed. Stored parameters are kept and not what was
-computed from them, since a computed tensor cannot be deep-copied.
+Recurrent modules store that list again when a weight has changed. The list then holds the stored
+parameters and no computed tensors, since a computed tensor cannot be deep-copied.
 """
 
 
 def _stored(module: nn.RNNBase) -> list[nn.Parameter | None]:
-    """The parameters of a recurrent module, in the order of its op."""
+    """Return the parameters of a recurrent module, in the order of its op."""
     return [module._parameters.get(name) for name in module._flat_weights_names]
 
 
@@ -119,7 +119,7 @@ def live_class(
     bracket: bool,
     frozen: bool,
 ) -> type[nn.Module]:
-    """The subclass of `base`; modules that need the same share it."""
+    """Return the subclass of `base`; modules with the same needs share one subclass."""
     names: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -143,7 +143,7 @@ def live_class(
 
 @functools.cache
 def _metaclass(base: type) -> Callable[..., type[nn.Module]]:
-    """A metaclass whose classes refuse to be pickled; copy and deepcopy never ask it."""
+    """Return a metaclass whose classes refuse to be pickled, but can be copied."""
     metaclass = type(base.__name__, (base,), {})
     copyreg.pickle(metaclass, _refuse_pickle)
     return metaclass
@@ -158,7 +158,7 @@ def _refuse_pickle(live: type) -> str:
 
 
 def swap(module: nn.Module, live: Live) -> type[nn.Module]:
-    """Give a module its subclass and its state; returns the new class.
+    """Give a module its subclass and its state; return the new class.
 
     Raises:
         LoraFxError: A class that cannot be subclassed, or one that computes the leaf itself.
@@ -190,7 +190,7 @@ def swap(module: nn.Module, live: Live) -> type[nn.Module]:
 
 
 def restore(module: nn.Module) -> None:
-    """Give a module its own class back, and undo everything else that `swap` did."""
+    """Give a module its own class back, and undo everything else that `swap` changed."""
     (module.__class__,) = type(module).__bases__
     module.__dict__.pop(STATE, None)
     if isinstance(module, nn.RNNBase):  # its references are to weights that were computed

@@ -1,4 +1,4 @@
-"""A read of a stack of matrices that adds a branch to each product."""
+"""The value of an adapted stack of matrices, which adds a branch to each of its products."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRODUCTS = {
     "_grouped_mm": 3,
     "grouped_mm_fallback": 3,
 }
-"""Names of products, and how many arguments they may have for a branch: the third is `offs`."""
+"""Names of products → the number of arguments that a branch supports; `offs` is the third."""
 
 
 METADATA = ("dtype", "device", "shape", "ndim", "dim", "size", "data_ptr")
@@ -37,7 +37,7 @@ METADATA = ("dtype", "device", "shape", "ndim", "dim", "size", "data_ptr")
 
 @dataclass(eq=False)
 class LiveStack:
-    """A read of W [experts, …] with an update: products with x get the branch of the update.
+    """An adapted stack W [experts, …] as it is read; a product with x adds the update's branch.
 
     torch hands over every op that takes one. A product may come after a transpose, or after data
     has picked matrices; whatever else takes a stack gets W + ΔW.
@@ -59,44 +59,44 @@ class LiveStack:
     picks: tuple[int | torch.Tensor, ...] = ()
 
     def view(self, w: torch.Tensor) -> torch.Tensor:
-        """A tensor [experts, …] as an op reads the stack."""
+        """Return a tensor [experts, …] with the picks and the transpose of this stack applied."""
         for ids in self.picks:
             w = w[ids]
         return w.mT if self.turned else w
 
     def formed(self) -> torch.Tensor:
-        """W + ΔW as an op reads it."""
+        """Return W + ΔW as an op reads the stack."""
         self.live.formed.add(self.leaf)
         return self.view(cast(torch.Tensor, self.live.weights[self.leaf][0](self.stored)))
 
     def transpose(self, *axes: int) -> torch.Tensor | LiveStack:
-        """The stack with two axes exchanged."""
+        """Return the stack with its two matrix axes exchanged; else transpose W + ΔW."""
         if self.picks or {axis % 3 for axis in axes} != {1, 2}:
             return self.formed().transpose(*axes)
         return replace(self, turned=not self.turned)
 
     def __getitem__(self, index: int | torch.Tensor) -> torch.Tensor | LiveStack:
-        """Matrices of the stack; anything else of W + ΔW."""
+        """Pick matrices by an index or ids; apply any other index to W + ΔW."""
         if self.picks or not isinstance(index, (int, torch.Tensor)):
             return self.formed()[index]
         return replace(self, picks=(index,))
 
     def __getattr__(self, name: str) -> object:
-        """An attribute of W + ΔW; an attribute that W has too is read from W."""
+        """Return an attribute of W + ΔW; METADATA such as the shape come from W."""
         if name in METADATA:
             return getattr(self.view(self.stored), name)
         return getattr(self.formed(), name)
 
     def __len__(self) -> int:
-        """The number of matrices."""
+        """Return the number of matrices."""
         return len(self.view(self.stored))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """The matrices of W + ΔW."""
+        """Iterate over the matrices of W + ΔW."""
         return iter(self.formed())
 
     def __matmul__(self, x: torch.Tensor) -> object:
-        """Every matrix times x."""
+        """Return every matrix times x."""
         return torch.matmul(self, x)  # type: ignore[arg-type]
 
     @classmethod
@@ -117,7 +117,7 @@ class LiveStack:
         return func(*args, **all_named)
 
     def product(self, func: Op, x: torch.Tensor, args: Sequence[object], named: Named) -> object:
-        """The op on W and x, plus the branch."""
+        """Run the op on W and x, and add the branch."""
         is_left = args[0] is self
         is_linear = func.__name__ == "linear"
 
@@ -140,7 +140,7 @@ class LiveStack:
 
 
 def _is_product(func: Op, count: int, named: Named) -> bool:
-    """Whether an op is a product, without arguments that a branch knows nothing of."""
+    """Whether an op is a product that a branch supports with these arguments."""
     if set(named) - {"offs"}:
         return False
     return count + len(named) <= PRODUCTS.get(func.__name__, 0)

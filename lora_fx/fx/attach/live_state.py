@@ -9,7 +9,7 @@ from lora_fx.fx.attach.recording import Bound
 
 @dataclass
 class ActiveAdapter:
-    """The switch that all modules of one model share; off gives the base model's numbers.
+    """The switch that all modules of one model share; off means the base model's numbers.
 
     Attributes:
         on: Whether the updates count.

@@ -1,4 +1,4 @@
-"""Whether a module's forward is just one op on its weight, read from the captured graph.
+"""The check, from the captured graph, that a module's forward is just one op on its weight.
 
 A branch beside the module, y + B(A x)·s, is the branch beside the op only where what comes in is
 the op's activation and what goes out is its result. Reshapes of leading axes on the way, as in
@@ -20,7 +20,7 @@ from lora_fx.ir.graph import Site
 
 
 def bodies_of(graph: fx.Graph) -> dict[str, set[fx.Node]]:
-    """Module call → the nodes that it made, with the nodes of the modules inside."""
+    """Return the nodes of each module call, with the nodes of inner modules."""
     bodies: dict[str, set[fx.Node]] = {}
     for node in graph.nodes:
         for call in node.meta.get("nn_module_stack", ()):
@@ -35,7 +35,7 @@ def is_one_op(
     states: Mapping[fx.Node, object],
     bodies: Mapping[str, set[fx.Node]],
 ) -> bool:
-    """True when the innermost module call that made `node` holds nothing else.
+    """True if the innermost module call around `node` holds nothing but this op and views.
 
     Args:
         site: The use.
@@ -65,7 +65,7 @@ def is_one_op(
 
 
 def _views_before(x: fx.Node, body: Collection[fx.Node]) -> list[fx.Node] | None:
-    """The views in a body that lead to x, the last first; None where something else does."""
+    """Return the views in a body before x, the last first; None if another op makes x."""
     views = []
     node = x
     while node in body:
@@ -78,7 +78,7 @@ def _views_before(x: fx.Node, body: Collection[fx.Node]) -> list[fx.Node] | None
 
 
 def _views_after(node: fx.Node, body: Collection[fx.Node]) -> list[fx.Node] | None:
-    """The views in a body that lead on from a node; None where something else reads it there."""
+    """Return the views in a body that follow a node; None if another op reads the node there."""
     views: list[fx.Node] = []
     last = node
     while any(user in body for user in last.users):
@@ -91,7 +91,7 @@ def _views_after(node: fx.Node, body: Collection[fx.Node]) -> list[fx.Node] | No
 
 
 def _keeps_last_axis(site: Site, first: fx.Node, last: fx.Node) -> bool:
-    """True when reshapes left the last axis alone, before and after a matmul of that axis."""
+    """True if reshapes around a matmul keep all axes but the last, on which the matmul acts."""
     if not isinstance(site.kind, Einsum) or site.kind.form != "right" or len(site.operand) != 2:
         return False
     x = shape_of(first)
@@ -107,7 +107,7 @@ def _keeps_last_axis(site: Site, first: fx.Node, last: fx.Node) -> bool:
 
 
 def takes_one_tensor(module: nn.Module) -> bool:
-    """True when forward takes one tensor and nothing else, by the class and not by an instance."""
+    """True if the class's forward takes one tensor only, and the instance does not replace it."""
     if "forward" in module.__dict__:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Targets of a model that cannot be captured whole: the partial graphs that dynamo sees.
+"""The targets of a model that cannot be captured whole, from dynamo's partial graphs.
 
 torch.compile runs the model once on the example inputs and hands every stretch between two
 breaks to a backend, with the live parameters among its inputs. Each stretch is captured like a
@@ -25,7 +25,7 @@ from lora_fx.ir.graph import Analysed, OtherReader, Parameter, Site
 
 
 class PartialGraphs(Analysed):
-    """The sites of several graphs of one model, as find reads them.
+    """The sites of several partial graphs of one model, in the form that find reads.
 
     Attributes:
         root: The model.
@@ -40,7 +40,7 @@ class PartialGraphs(Analysed):
         self.failed = tuple(failed)
 
     def sites(self) -> Sequence[Site]:
-        """Every use, in the order in which the stretches ran; none knows its module."""
+        """Return every use, in the order in which the graphs ran; none has a module path."""
         sites = []
         for i, graph in enumerate(self.graphs):
             for site in graph.sites():
@@ -52,7 +52,7 @@ class PartialGraphs(Analysed):
         return FxGraph(fx.Graph(), self.root).parameters()
 
     def other_readers(self) -> list[OtherReader]:
-        """Readers of parameters other than their sites, in any of the stretches."""
+        """Return the readers of parameters that are not sites, in all graphs."""
         readers: list[OtherReader] = []
         for graph in self.graphs:
             readers += graph.other_readers()
@@ -67,12 +67,12 @@ class PartialGraphs(Analysed):
         return flops
 
     def data_flops(self) -> int:
-        """FLOPs of the products of activations in all stretches."""
+        """Count the FLOPs of the products of activations in all graphs."""
         return sum(g.data_flops() for g in self.graphs)
 
 
 class _Stretch(OverTree):
-    """One partial graph as a module with the model's parameters; takes the other inputs."""
+    """One partial graph as a module; the model's parameters are its own, other inputs arguments."""
 
     def __init__(self, model: nn.Module, code: fx.GraphModule, names: Sequence[str | None]) -> None:
         super().__init__(model)
@@ -88,7 +88,7 @@ class _Stretch(OverTree):
 
 
 def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraphs:
-    """Run `call` (the model on its example inputs) once through dynamo, and read its graphs.
+    """Run `call` (the model on its example inputs) once through dynamo, and read the graphs.
 
     Args:
         model: The model, in the mode to look at; its parameters are recognised by identity.
@@ -131,7 +131,7 @@ def _graph_of(
     inputs: Sequence[object],
     names: Sequence[str | None],
 ) -> FxGraph:
-    """The graph of one stretch; `names` are the names of the inputs that are parameters."""
+    """Return the FxGraph of one partial graph; `names` has a name for each parameter input."""
     data = [operand for operand, name in zip(inputs, names, strict=True) if name is None]
     captured = Captured(_Stretch(model, code, names), tuple(data))
     return FxGraph(captured.traced(False, captured.named).graph, model)

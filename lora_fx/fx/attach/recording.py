@@ -27,7 +27,7 @@ from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Grouped
 
 INPUTS = 3
-"""A call brings the activation or the stored weight, the op's result, and the op of a stack."""
+"""The number of inputs of a call: the activation or stored weight, the result, a stack's op."""
 
 
 CONVS = (F.conv1d, F.conv2d, F.conv3d)
@@ -61,11 +61,11 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
 
 
 class Value(int):
-    """A value of a recording, which is its place in the list of values."""
+    """A value of a recording: its index in the list of values."""
 
 
 Step = tuple[str, tuple[int, ...], tuple[tuple[str, Any], ...]]
-"""A primitive, the places of its operands, and its attributes: programs are compared."""
+"""A primitive, the indices of its operands, and its attributes; hashable, to compare programs."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Bound:
-    """A program with the modules that hold its tensors, and attributes ready to be passed."""
+    """A program, ready to run: with the modules that hold its tensors."""
 
     places: tuple[tuple[nn.Module, str], ...]
     constants: tuple[float, ...]
@@ -99,7 +99,7 @@ class Bound:
 
 
 def bound(program: Program, root: nn.Module) -> Bound:
-    """The program with the modules under `root` that hold its tensors."""
+    """Bind a program to the modules under `root` that hold its tensors."""
     places = tuple(owner(root, name) for name in program.tensors)
     steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
     return Bound(places, program.constants, steps)
@@ -107,7 +107,7 @@ def bound(program: Program, root: nn.Module) -> Bound:
 
 @dataclass
 class Recorder:
-    """An Emitter whose values are places in a recording.
+    """An Emitter whose values are indices into a recording.
 
     Args:
         padding: The padding_idx of the site's lookup, which `like` keeps.
@@ -142,14 +142,14 @@ class Recorder:
         return self.op(site.op, x, w)  # with operands of its own: no primitive, so no output form
 
     def parameter(self, name: str, value: Array, role: Role) -> Value:
-        """A tensor of the adapter, found by its name at each call."""
+        """Record a tensor of the adapter, which each call looks up by its name."""
         entry = ("tensor", name)
         if entry in self.entries:
             return Value(self.entries.index(entry))
         return self._add(*entry)
 
     def program(self, result: Value) -> Program:
-        """The part of the recording that computes `result`.
+        """Return the part of the recording that computes `result`.
 
         Raises:
             LoraFxError: A primitive that PRIMS lacks.

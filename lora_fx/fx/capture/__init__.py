@@ -1,1 +1,1 @@
-"""Capture models as export graphs: tracing, its inputs and calls, decoders with a cache."""
+"""The capture of models as export graphs: tracing, inputs and calls, decoders with a cache."""

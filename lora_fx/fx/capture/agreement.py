@@ -1,4 +1,4 @@
-"""Agreement: a graph gives its model's numbers, on a call.
+"""The check that a graph gives the same numbers as its model on a call.
 
 Both sides draw the same random numbers, so that a train mode is compared too; a graph that draws
 others, or in another order, does not agree. The gate is relative to each output's largest value:
@@ -30,7 +30,7 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import Named
 
 SEEDS = 3
-"""How often the weights are moved to measure a graph's rounding."""
+"""The number of times that weights are moved, to measure a graph's rounding."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,13 @@ class Agreement:
         return interpreter.run(*leaves, enable_io_processing=False)
 
     def _epsilon(self) -> float:
-        """The widest epsilon of the narrow dtypes that the graph computes in; else 0."""
+        """Return the widest epsilon of the narrow dtypes in the graph; 0 if there are none."""
         values = (value(node) for node in self.graph.nodes)
         dtypes = {dtype_name(v.dtype) for v in values if isinstance(v, torch.Tensor)}
         return max((EPSILON.get(name, 0.0) for name in dtypes), default=0.0)
 
     def _rounding(self, named: Named, outputs: Outputs) -> Iterator[Mapping[str, float]]:
-        """Measure how far rounding moves the outputs: in fp64, then with randomly moved weights."""
+        """Yield how far rounding moves the outputs: in fp64, then with randomly moved weights."""
         kinds: list[Callable[..., OverTensors]] = [partial(_Moved, seed) for seed in range(SEEDS)]
         if not random_ops(self.graph):  # fp64 draws other numbers
             kinds.insert(0, _WideOver)
@@ -151,7 +151,7 @@ def _equal_to_the_bit(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _digest(outputs: Iterable[object]) -> bytes:
-    """A digest of the tensors among some outputs, bit for bit."""
+    """Return a digest of the bits of the tensors among some outputs."""
     digest = hashlib.sha256()
     for output in outputs:
         if isinstance(output, torch.Tensor):
@@ -161,7 +161,7 @@ def _digest(outputs: Iterable[object]) -> bytes:
 
 
 def sizes_of(named: Named) -> dict[str, tuple[int, ...]]:
-    """The shapes of a call's tensors, by the names of the leaves."""
+    """Return the shapes of a call's tensors, by the names of the leaves."""
     return {n: tuple(x.shape) for n, x in leaves_of(named) if isinstance(x, torch.Tensor)}
 
 
@@ -177,12 +177,12 @@ class _Moved(OverTensors):
         self.generator = torch.Generator().manual_seed(seed)
 
     def fetch_attr(self, target: str) -> Any:
-        """The tensor that the graph reads by this name, moved."""
+        """Return the tensor that the graph reads by this name, moved."""
         return nearby(super().fetch_attr(target), self.generator)
 
 
 def _arrays(outputs: Iterable[torch.Tensor]) -> dict[str, Array]:
-    """Outputs by their number, a complex one as pairs of numbers."""
+    """Return outputs as arrays by their number; complex ones become pairs of numbers."""
     arrays: dict[str, Array] = {}
     for i, output in enumerate(outputs):
         if output.is_complex():

@@ -1,4 +1,4 @@
-"""Copies of the nodes of a block, put in the place of the opaque nodes of later calls."""
+"""The copies of a block's nodes that replace the opaque nodes of later calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 class NotRepeated(Exception):
-    """Copies cannot be put into a graph; the model is traced without any."""
+    """The error of copies that do not fit into a graph; the model is then traced without copies."""
 
 
 def write_out(module: fx.GraphModule) -> None:
@@ -89,7 +89,7 @@ def _nodes_between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
 
 
 def _needs_no_copy(node: fx.Node) -> bool:
-    """Whether a later call goes without a copy of a node.
+    """Whether a later call needs no copy of a node.
 
     Numbers and the assertions about them are the same in every call, and marks are erased.
     """
@@ -101,7 +101,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _neighbours(node: fx.Node, block_outputs: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes whose tensors a node reads, without parameters, and the nodes that read it.
+    """Return the tensor nodes that a node reads, without parameters, and the nodes that read it.
 
     The readers of a parameter or of an output of the block are not counted.
     """
@@ -112,7 +112,7 @@ def _neighbours(node: fx.Node, block_outputs: Sequence[fx.Node]) -> set[fx.Node]
 
 
 def _copy_body(module: fx.GraphModule, node: fx.Node, copy: fx.Node) -> None:
-    """Give the copy of a node its own copy of a body, since passes edit the body for one call."""
+    """Give a copied node its own body, since passes edit a body for one call."""
     body = getattr(module, str(node.target), None)
     if isinstance(body, fx.GraphModule):
         name = f"{node.target}_{copy.name}"
@@ -121,7 +121,7 @@ def _copy_body(module: fx.GraphModule, node: fx.Node, copy: fx.Node) -> None:
 
 
 def _moved_stack(node: fx.Node, start: fx.Node, call: fx.Node) -> dict[str, tuple[str, object]]:
-    """The module stack of a copied node: the modules of the call, then the node's own."""
+    """Return the module stack of a copied node: the modules of the call, then the node's own."""
     node_stack = node.meta.get("nn_module_stack") or {}
     block_stack = start.meta.get("nn_module_stack") or {}
     call_stack = call.meta.get("nn_module_stack") or {}

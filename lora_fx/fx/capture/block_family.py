@@ -1,4 +1,4 @@
-"""Modules of one class and structure, and the calls of them that were traced."""
+"""Families of blocks: modules of one class and structure, with their traced calls."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lora_fx.fx.trees import LeafSpec, TreeSpec
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 CLASS = ""
-"""Stands for a module's class among the names of its attributes."""
+"""The attribute name under which a module's class is listed."""
 Place = tuple[str, str]
-"""(path in a block, attribute)."""
+"""The place of an attribute in a block: (path of the module, name of the attribute)."""
 Tokens = Mapping[Place, Token]
-"""Place → the token of the attribute that is there."""
+"""Place → the token of the attribute at this place."""
 
 
 @dataclass(eq=False)
 class Block:
-    """A module that others are like, with the modules in it by path."""
+    """A module of a family of similar modules, with its inner modules by path."""
 
     modules: dict[str, nn.Module]
     family: BlockFamily
@@ -34,7 +34,7 @@ class Block:
         return self.modules[""]
 
     def tensors(self) -> list[torch.Tensor]:
-        """Its parameters and buffers as they are now: a trace puts others in their place."""
+        """Return the current parameters and buffers, which a trace replaces by others."""
         tensors: list[torch.Tensor] = []
         for module in self.modules.values():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -43,7 +43,7 @@ class Block:
         return tensors
 
     def attributes(self) -> dict[Place, object]:
-        """The attributes of its modules, but for tensors, modules and hooks."""
+        """Return the attributes of the block's modules, except tensors, modules and hooks."""
         attributes: dict[Place, object] = {}
         for path, module in self.modules.items():
             for name, attribute in attributes_of_module(module).items():
@@ -51,18 +51,18 @@ class Block:
         return attributes
 
     def tokens(self, now: Snapshot) -> dict[Place, Token]:
-        """The tokens of its attributes, and of the classes of its modules."""
+        """Return the tokens of the block's attributes and of its modules' classes."""
         classes = {(path, CLASS): now.token(type(m)) for path, m in self.modules.items()}
         attributes = {place: now.token(x) for place, x in self.attributes().items()}
         return attributes | classes
 
     def state(self) -> list[object]:
-        """The objects that its modules hold, to see whether a call has replaced some of them."""
+        """Return the ids of what the modules hold, to see whether a call replaced anything."""
         attributes = self.attributes()
         return [*attributes, *map(id, attributes.values()), *map(id, self.tensors())]
 
     def is_as_compared(self) -> bool:
-        """Whether it still has the modules that it was compared with others by, and no hooks."""
+        """Whether the block still has the modules that were compared, and no hooks."""
         now = dict(self.top.named_modules(remove_duplicate=False))
         module_ids = [id(module) for module in now.values()]
         compared_ids = [id(module) for module in self.modules.values()]
@@ -114,20 +114,20 @@ class TracedCall:
     spec: TreeSpec = field(default_factory=LeafSpec)
 
     def reads(self, module: nn.Module, name: str) -> None:
-        """Record that the call read an attribute of a module."""
+        """Record that the call read an attribute of a module, if blocks differ in it."""
         for path, differing_name in self.block.family.differ:
             is_of_block = self.block.modules[path].__dict__ is module.__dict__
             if differing_name == name and is_of_block:
                 self.read.add((path, name))
 
     def holds_for(self, tokens: Tokens) -> bool:
-        """Whether all that the call may have read is unchanged in a block of these tokens."""
+        """Whether everything that the call may have read is the same in a block of these tokens."""
         unread = self.block.family.differ - self.read
         return differing_places(self.tokens, tokens) <= unread
 
 
 def differing_places(tokens: Tokens, others: Tokens) -> set[Place]:
-    """The places that have different tokens, or a token on one side only."""
+    """Return the places with different tokens, or with a token on one side only."""
     places = tokens.keys() ^ others.keys()
     for place in tokens.keys() & others.keys():
         if tokens[place] != others[place]:
@@ -136,7 +136,7 @@ def differing_places(tokens: Tokens, others: Tokens) -> set[Place]:
 
 
 def is_altered(modules: Mapping[str, nn.Module]) -> bool:
-    """Whether some module does more, or other things, than the forward of its class.
+    """Whether hooks or a replaced forward change what some module does.
 
     Hooks of the first module, whose path is empty, run outside of its forward.
     """

@@ -1,4 +1,4 @@
-"""The call of a captured model: its arguments by name, as flat leaves, and without caches."""
+"""The call of a captured model: arguments by name, as flat leaves, and outputs without caches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _EMPTY = inspect.Parameter.empty
 
 
 class Signature:
-    """The parameters of a forward, and how arguments given in any way are named.
+    """The parameters of a forward; `bind` names the arguments of a call.
 
-    Its `bind` uses plain loops only, so that torch.compile can trace it.
+    `bind` uses plain loops only, so that torch.compile can trace it.
     """
 
     def __init__(self, forward: Callable[..., Any] | inspect.Signature) -> None:
@@ -52,7 +52,7 @@ class Signature:
         self.required = [name for name in named if name not in self.defaults]
 
     def bind(self, args: Sequence[Any], kwargs: Named) -> dict[str, Any]:
-        """The arguments by name, in the order of the signature, without those at their defaults.
+        """Return the arguments by name, in the signature's order, without those that are defaults.
 
         Raises:
             TypeError: As the original would: an unknown, repeated or missing argument.
@@ -82,7 +82,7 @@ class Signature:
         return {name: named[name] for name in names if not self._is_default(name, named[name])}
 
     def _is_default(self, name: str, value: object) -> bool:
-        """Whether an argument is the plain value that the forward has without it."""
+        """Whether an argument is the plain value that the forward uses by default."""
         default = self.defaults.get(name, _EMPTY)
         if value is None:
             return default is None
@@ -100,7 +100,7 @@ class Signature:
 
 
 def without_cache(out: object, left_out: list[str] | None = None) -> object:
-    """A model's outputs without key-value caches of transformers, which are no tensors.
+    """Return a model's outputs without transformers' key-value caches, which are not tensors.
 
     Decoders return one with their default configuration, whether it is asked for or not. A plain
     dataclass is made known to torch, to which its tensors would be none.
@@ -132,7 +132,7 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
 
 
 def is_cache(value: object) -> bool:
-    """Whether this is a key-value cache of transformers, or one of its models' own kind."""
+    """Whether a value is a key-value cache of transformers or of one of its models."""
     for kind in type(value).__mro__:
         if kind.__module__.startswith("transformers.") and kind.__name__.endswith("Cache"):
             return True
@@ -140,7 +140,7 @@ def is_cache(value: object) -> bool:
 
 
 def in_separate_memory(leaves: Sequence[Any]) -> list[Any]:
-    """The leaves, with a copy where one tensor is given for two inputs, or is cut from a larger.
+    """Copy tensors that are given for two inputs, or that are cut from a larger tensor.
 
     torch.export would take the two (labels=input_ids) for one input, and the graph would mix them
     up. The steps of a cut, `ids[:, :16]`, would be sizes of their own, which other calls have not.
@@ -158,7 +158,7 @@ def in_separate_memory(leaves: Sequence[Any]) -> list[Any]:
 
 
 def _is_cut_or_expanded(tensor: torch.Tensor) -> bool:
-    """Whether the numbers of a tensor do not fill a span of memory, each once."""
+    """Whether a tensor does not fill its span of memory with each element once."""
     if tensor.layout is not torch.strided or not tensor.numel():
         return False
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -167,13 +167,13 @@ def _is_cut_or_expanded(tensor: torch.Tensor) -> bool:
 
 
 def leaves_of(named: Named) -> list[tuple[str, Any]]:
-    """Names and leaves, flattened: the argument's name, with `.i` for parts of a container."""
+    """Return (name, leaf) of all leaves: an argument's name, with `.i` for parts of a container."""
     leaves_with_paths, _ = tree_flatten_with_path(dict(named))
     return [(".".join(map(_key_text, path)), leaf) for path, leaf in leaves_with_paths]
 
 
 def _key_text(key: object) -> str:
-    """A step of a path into a tree: a key, an index or the name of a field."""
+    """Return a step of a path into a tree as text: a key, an index or a field's name."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -181,12 +181,12 @@ def _key_text(key: object) -> str:
 
 
 def leaf_names(named: Named) -> list[str]:
-    """The names of the flattened leaves."""
+    """Return the names of the flattened leaves."""
     return [name for name, _ in leaves_of(named)]
 
 
 def program_key(named: Named, leaves: Sequence[Any]) -> tuple[object, ...]:
-    """The key of the program that a call needs: names, structure, constants, dtypes and ranks."""
+    """Return the key of a call's program: names, structure, constants, dtypes and ranks."""
     key: list[object] = []
     for name, argument in named.items():
         key.append(name)
@@ -201,5 +201,5 @@ def program_key(named: Named, leaves: Sequence[Any]) -> tuple[object, ...]:
 
 
 def copied(named: Named) -> dict[str, Any]:
-    """The arguments with a copy of every tensor."""
+    """Return the arguments with a copy of every tensor."""
     return dict(tree_map_only(torch.Tensor, torch.clone, dict(named)))

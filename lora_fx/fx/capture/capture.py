@@ -1,4 +1,4 @@
-"""Capture: any traceable model as graphs, one program for each mode, dtype and set of arguments.
+"""Capture: any traceable model as graphs, one program for each mode, dtype and argument set.
 
 A `Captured` holds the weightless source, the skeleton and the programs traced so far. What was
 not traced yet is traced when it is first asked for.
@@ -49,7 +49,7 @@ from lora_fx.progress import stage
 from lora_fx.text import Json
 
 MOST_PATHS = 8
-"""Graphs of one call: a model that takes another path at every size is refused from then on."""
+"""The most graphs of one call; a model with more paths is refused from then on."""
 
 
 class Captured:
@@ -112,10 +112,10 @@ class Captured:
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
         self._digests: dict[str, dict[str, bytes]] = {}
         self.unproven: dict[str, Json] = {}
-        """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
+        """Sizes → a row of `unproven[]`, for sizes that a proof has to leave out."""
 
     def _bound(self, args: Sequence[object], kwargs: Named) -> dict[str, Any]:
-        """The example's arguments by name, no two of them in the same memory."""
+        """Return the example's arguments by name, each in its own memory."""
         try:
             named = self.signature.bind(tuple(args), dict(kwargs))
         except TypeError as e:
@@ -134,13 +134,13 @@ class Captured:
         return bound
 
     def __repr__(self) -> str:
-        """The model's class, and the signature with its dimensions."""
+        """Return the model's class, and the signature with its dimensions."""
         rows = self.inputs.to_json()
         inputs = ", ".join(f"{row['name']}: {row['dtype']} {row['shape']}" for row in rows)
         return f"{type(self).__name__}({type(self.model).__name__}, {inputs})"
 
     def fix_sizes(self) -> None:
-        """Trace from now on at the sizes of the example: half the time, where nothing else runs."""
+        """Trace at the example's sizes from now on, for callers that run no other sizes."""
         self.requested = {}
         self.inputs = self.inputs.with_dims({})
 
@@ -151,26 +151,26 @@ class Captured:
 
     @property
     def recorded(self) -> bool:
-        """Whether the eval graph is one recorded run, which has the branches of the base."""
+        """Whether the eval graph is one recorded run, on a path that the base's weights chose."""
         return any(pin.rung == "recorded" for pin in self.pinned)
 
     @property
     def recorded_in_training(self) -> bool:
-        """Whether a train graph was traced that is one recorded run, and is not the eval graph."""
+        """Whether there is a train graph, apart from the eval graph, that is one recorded run."""
         train_graph = self._graph_of_example(training=True)
         if train_graph is None or train_graph is self._graph_of_example(training=False):
             return False
         return any(pin.rung == "recorded" for pin in train_graph.pinned)
 
     def _graph_of_example(self, training: bool) -> Traced | None:
-        """The example's graph in a mode, where it was traced already."""
+        """Return the example's graph in a mode, if it is already traced."""
         key = (training, False, self.base_dtype, *self._example_key)
         tracings = self.tracings.get(key)
         return tracings[0] if tracings else None
 
     @property
     def ranges(self) -> tuple[Condition, ...]:
-        """The sizes, each once, at which the path that was captured is the one that is taken."""
+        """The conditions on sizes, each once, under which the captured path is taken."""
         conditions: dict[str, Condition] = {}
         for condition in self.traced(False, self.named).door.conditions:
             if condition.demanded and not any(condition.bounds()):
@@ -203,10 +203,10 @@ class Captured:
         return traced.constants | all_tensors(self.model) | traced.bodies
 
     def allows(self, training: bool, norm_stats: str = "frozen") -> None:
-        """Raise LoraFxError where a mode cannot be run: a file may hold the other one only."""
+        """Raise LoraFxError if a mode cannot run: a .pt2 file may hold only the other one."""
 
     def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
-        """A fresh copy of a mode's graph, as passes see it.
+        """Return a fresh copy of a mode's graph for passes.
 
         Args:
             training: The mode.
@@ -226,7 +226,7 @@ class Captured:
         *,
         portable: bool = False,
     ) -> Traced:
-        """The cleaned graph for a mode, a set of arguments, their sizes and a base dtype.
+        """Return the cleaned graph for a mode, arguments, their sizes and a base dtype.
 
         A portable one has its experts batched: see lora_fx.fx.capture.expert_forms.
 
@@ -264,7 +264,7 @@ class Captured:
     def _elsewhere(
         self, tracings: Sequence[Traced], named: Named, capture: Callable[..., Traced]
     ) -> Traced:
-        """The graph at sizes where those so far do not hold: another path of the model's code."""
+        """Return the graph at sizes where no graph so far is valid: another path of the code."""
         leaves = tree_leaves(dict(named))
         refusal = tracings[0].door.refused(leaves)
         assert refusal is not None
@@ -281,7 +281,7 @@ class Captured:
     def _may_have_a_path(self, door: Door, leaves: Sequence[Any]) -> bool:
         """Whether sizes that a condition refuses may take another path of the model.
 
-        Not where the model does not run, and not at sizes that nobody asked to be free.
+        False if the model itself refuses these sizes, or if a differing size was never free.
         """
         for name, fixed_sizes, leaf in zip(door.names, door.sizes, leaves, strict=True):
             for dim, size in enumerate(fixed_sizes or ()):
@@ -293,7 +293,7 @@ class Captured:
         return not broken or not all(condition.demanded for condition in broken)
 
     def paths(self, training: bool, dtype: torch.dtype | None) -> list[tuple[Named, Traced]]:
-        """The paths of the model's code that sizes decide, each with a call; the example's first.
+        """Return the paths that sizes decide, each with a call; the example's path comes first.
 
         From each one goes on outside each of its conditions and fixed sizes. Where a loop over the
         steps fixes a size, another one is fixed too, and not worth a place of its own.
@@ -320,12 +320,12 @@ class Captured:
         return paths
 
     def _fixes_others(self, traced: Traced, fixed_sizes: Mapping[Size, int]) -> bool:
-        """Whether a graph fixes a size at a number that is neither 1 nor the size in this call."""
+        """Whether a graph fixes a size at a number other than 1 and other than the given size."""
         numbers = traced.door.fixed(self.requested)
         return any(n != 1 and fixed_sizes.get(size) != n for size, n in numbers.items())
 
     def _call_beyond(self, condition: Condition, named: Named, door: Door) -> Named | None:
-        """A call like `named` that breaks a condition of a door and no other, at size 1 at last."""
+        """Return a call that breaks only this condition of a door; size 1 is tried last."""
         tensors = {name: x for name, x in leaves_of(named) if isinstance(x, torch.Tensor)}
         other_conditions = [c for c in door.conditions if c is not condition]
         dims = without_dims(self.requested, door.fixed(self.requested).keys() - condition.about)
@@ -356,7 +356,7 @@ class Captured:
         portable: bool,
         fixed: Collection[tuple[str, int]] = (),
     ) -> Traced:
-        """Capture a graph by the first rung of the ladder that takes the model."""
+        """Capture a graph in the first of several ways that works for the model."""
         source = self.source.in_dtype(dtype, self.base_dtype)
         dynamic = default_dynamic(describe(named))
         unknown = {name: dims for name, dims in dynamic.items() if name not in self.inputs.names}
@@ -376,7 +376,7 @@ class Captured:
     def _by_a_lower_rung(
         self, error: CaptureError, source: ModelSource, training: bool, named: Named
     ) -> Traced:
-        """Capture a model of which no export with free sizes was possible.
+        """Capture a model for which an export with free sizes failed.
 
         1. Where the model's own code raises the same, or no program can hold it, the error stands.
         2. An export of the path that a plain run takes, with free sizes.
@@ -408,7 +408,7 @@ class Captured:
     def _raises_too(
         self, error: CaptureError, source: ModelSource, training: bool, named: Named
     ) -> bool:
-        """Whether the model itself raises the error of its export, so that no capture can work."""
+        """Whether the model itself raises the error of its export, so that no capture works."""
         if source is self.source and self._has_values():
             model = self.model
             forward = hooked_forward(model)
@@ -420,7 +420,7 @@ class Captured:
             return raises_alike(entry, named, error.__cause__)
 
     def _plain_run(self, source: ModelSource, training: bool, named: Named) -> Traced | None:
-        """An export of the path that a model takes where nothing compiles it.
+        """Export the path that a model takes if nothing compiles it; None if that fails.
 
         Loops over the experts that values chose run over all of them. None where the graph is not
         the model then, or where that cannot be tried.
@@ -449,7 +449,7 @@ class Captured:
         return traced
 
     def _recorded_run(self, error: CaptureError, training: bool, named: Named, why: str) -> Traced:
-        """One recorded run; the error of the export where that is not to be had."""
+        """Record one run; raise the error of the export if that is not possible."""
         try:
             with as_it_was(self.model, training), torch.random.fork_rng(devices=[]):
                 entry = RootModule(self.model, self.signature, hooked_forward(self.model))
@@ -470,7 +470,7 @@ class Captured:
     def _holds_for_other_values(self, traced: Traced, named: Named) -> bool:
         """Whether a recorded graph gives the model's numbers on other inputs of its sizes.
 
-        They are drawn small, large and with the other sign too: branches go by such things.
+        Small, large and negated inputs are drawn too, since branches may depend on these.
         """
         inputs = describe(named)
         drawn = [sample_call(inputs, named, SIZES[0], seed) for seed in range(2)]
@@ -494,7 +494,7 @@ class Captured:
         named: Named,
         requested: Requested,
     ) -> Traced:
-        """Export a graph, again without copies of blocks where with them it is not the model."""
+        """Export a graph; export again without copied blocks if they differ from the model."""
         mode = "train" if training else "eval"
         with stage(f"capturing, {mode} mode"), as_it_was(source.module, training):
             try:
@@ -527,10 +527,10 @@ class Captured:
     def _is_the_model(
         self, traced: Traced, named: Named, training: bool, requested: Requested
     ) -> bool:
-        """Whether a graph with copies of blocks gives the model's numbers, where it is compared.
+        """Whether a graph with copies of blocks gives the model's numbers at all compared sizes.
 
-        That is at the example and at two sizes more; see lora_fx.fx.capture.drawn_calls. Where it
-        does not, no block is copied from then on.
+        The sizes are the example's and two more; see lora_fx.fx.capture.drawn_calls. After a
+        difference, no block is copied any more.
         """
         mode = "train" if training else "eval"
         agreement = replace(self._beside(traced, training), of=f"copied blocks, {mode} mode")
@@ -567,7 +567,7 @@ class Captured:
         return True
 
     def _beside(self, traced: Traced, training: bool | None) -> Agreement:
-        """The comparison of a graph with the model in a mode; None is the model's current mode."""
+        """Return the comparison of a graph with the model in a mode; None keeps the model's."""
         mode = self.model.training if training is None else training
         graph = traced.fx_graph(self.model, mode).graph  # which reads codes as numbers
 
@@ -583,7 +583,7 @@ class Captured:
         return all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
 
     def _name_constants(self, traced: Traced) -> None:
-        """Give the model's own tensors that a function closed over their names back."""
+        """Restore the names of the model's tensors that a function reads through its closure."""
         names: dict[int, str] = {}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             names[id(tensor)] = name
@@ -602,7 +602,7 @@ class Captured:
             node.target = renamed.get(str(node.target), node.target)
 
     def settle(self, idle: Collection[Condition]) -> None:
-        """Drop the idle ones of the doubtful conditions, and keep the others as conditions.
+        """Drop the doubtful conditions that are idle, and keep the other doubtful conditions.
 
         A condition is idle if the model also runs, with right results, at sizes that break it.
         """
@@ -620,7 +620,7 @@ class Captured:
         traced.door = replace(door, conditions=conditions)
 
     def bounded_inputs(self) -> Inputs:
-        """The signature with the integer limits that the eval graph shows."""
+        """Return the signature with the limits of integer inputs from the eval graph."""
         if not self._limits_known:
             traced = self.traced(False, self.named)
             specs = limits(self.inputs, traced.graph, traced.door)
@@ -629,14 +629,14 @@ class Captured:
         return self.inputs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        """Copy without the code and graphs, which are shared; later traces stay the copy's own."""
+        """Copy; code and graphs are shared, but later traces belong to the copy."""
         duplicate = copy.copy(self)
         duplicate.tracings = {key: list(tracings) for key, tracings in self.tracings.items()}
         return duplicate
 
 
 def _output_notes(traced: Traced, training: bool) -> list[str]:
-    """Notes on a graph's outputs: those left out, and those that are drawn at random."""
+    """Return notes on a graph's outputs: those left out, and those drawn at random."""
     why = "is left out: a key-value cache is not a tensor"
     notes = [f"the output {name!r} {why}" for name in traced.left_out]
     drawn = [] if training else random_ops(traced.graph)
@@ -650,7 +650,7 @@ def _output_notes(traced: Traced, training: bool) -> list[str]:
 
 
 def _first_parity(agreement: Agreement, calls: Iterable[Named]) -> Parity | None:
-    """The parity at the first call that the model takes; None where it takes none."""
+    """Return the parity at the first call that the model takes; None if it takes none."""
     for call in calls:
         parity = agreement.at(call)
         if parity is not None:

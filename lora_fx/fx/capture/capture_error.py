@@ -1,4 +1,4 @@
-"""Explain why a capture failed: the line of the user's code, the cause, and what to do."""
+"""The explanation of a failed capture: the line of the user's code, the cause, and what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _OF_SIZES = ("mat1 and mat2", "must match", "size mismatch", "shape", "Expected 
 
 
 def explain(error: Exception, name: str, training: bool) -> CaptureError:
-    """The error to raise: which line of the user's code it was, why, and what to do."""
+    """Return the error to raise: the line of the user's code, the cause, and what to do."""
     mode = "train" if training else "eval"
     where = _user_line(error) or f"{name}.forward"
     text = f"{type(error).__name__}: {error}"
@@ -54,7 +54,7 @@ def explain(error: Exception, name: str, training: bool) -> CaptureError:
 
 
 def _user_line(error: BaseException) -> str:
-    """file:line `code` of the innermost frame that is neither torch's nor ours."""
+    """Return file:line `code` of the innermost frame outside torch and lora-fx."""
     root = __file__.rpartition("/lora_fx/")[0]
     ours = ("<", *(f"{root}/{folder}/" for folder in ("lora_fx", "passes", "cli")))
     line = ""

@@ -1,4 +1,4 @@
-"""The cleaned graph of a program: leaves in, flat outputs out, over the names of the model."""
+"""The cleaned graph of a program: leaves in, flat outputs out, with the model's tensor names."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Pinned:
     rung: str = "pinned"
 
     def to_json(self) -> Json:
-        """One row of `pinned[]`."""
+        """Return one row of `pinned[]`."""
         return dict(vars(self))
 
     def __str__(self) -> str:
-        """The line for a report."""
+        """Return the line for a report."""
         return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
 
 
@@ -94,7 +94,7 @@ class Traced:
     analyses: dict[str, object] = field(default_factory=dict)
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
-        """A new copy over a tree that holds the tensors; all copies share the results of find."""
+        """Return a copy over a tree that holds the tensors; all copies share find's results."""
         graph = FxGraph(
             self.graph, root, training=training, bodies=self.bodies, constants=self.constants
         ).clone()
@@ -110,7 +110,7 @@ def clean_module(
     requested: Requested,
     log: GuardLog,
 ) -> Traced:
-    """A program as a flat graph whose placeholders are the leaves.
+    """Return a program as a flat graph whose placeholders are the leaves of a call.
 
     Args:
         module: The program's; it may have been edited.
@@ -143,7 +143,7 @@ def clean_module(
 
 
 def _fixed_sizes(shape: Shape | None) -> tuple[int | None, ...] | None:
-    """The fixed sizes of a leaf, with None for a free one; None for a leaf that is no tensor."""
+    """Return a leaf's sizes, with None for a free size; None for a leaf that is no tensor."""
     if shape is None:
         return None
     return tuple(size if isinstance(size, int) else None for size in shape)
@@ -152,7 +152,7 @@ def _fixed_sizes(shape: Shape | None) -> tuple[int | None, ...] | None:
 def constants_and_bodies(
     module: fx.GraphModule, graph: fx.Graph
 ) -> tuple[dict[str, torch.Tensor], dict[str, fx.GraphModule]]:
-    """The tensors that a graph reads, and the bodies of higher-order ops, by name."""
+    """Return the tensors that a graph reads, and the bodies of higher-order ops, by name."""
     constants: dict[str, torch.Tensor] = {}
     bodies: dict[str, fx.GraphModule] = {}
     for node in graph.find_nodes(op="get_attr"):
@@ -192,7 +192,7 @@ def match_places(graph: fx.Graph, leaves: Sequence[object]) -> None:
 
 
 def finish(graph: fx.Graph) -> None:
-    """The last steps of a graph that is otherwise clean."""
+    """Apply the last cleaning steps to a graph."""
     split_products(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
     _follow_device(graph)

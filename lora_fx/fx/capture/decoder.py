@@ -23,16 +23,16 @@ from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST
 
 ROWS = 2
-"""Rows of the example."""
+"""The number of rows in the example."""
 NOW = 5
-"""New tokens of the example."""
+"""The number of new tokens in the example."""
 BEFORE = 3
-"""Tokens in the cache of the example."""
+"""The number of tokens in the example's cache."""
 WORKS = "use a causal language model of transformers whose cache keeps every token"
 
 
 class Cached:
-    """The forward that replaces a decoder's; it is mixed in before the class of the model."""
+    """The forward of a decoder with a cache; a subclass mixes it in before the model's class."""
 
     def forward(
         self,
@@ -40,7 +40,7 @@ class Cached:
         attention_mask: torch.Tensor,
         past_key_values: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> dict[str, Any]:
-        """The logits of the new tokens, and the cache with these tokens in it.
+        """Return the logits of the new tokens, and the cache with these tokens appended.
 
         Positions count the tokens that the mask has, as generate does.
 
@@ -111,7 +111,7 @@ def decoder(
 
 
 def _example_call(model: Any, layers: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    """Random arguments of Cached's forward, with a fixed seed.
+    """Draw arguments for Cached's forward, with a fixed seed.
 
     Args:
         model: The decoder.
@@ -135,7 +135,7 @@ def _example_call(model: Any, layers: Sequence[tuple[int, int, int]]) -> dict[st
 
 
 def with_cache(model: nn.Module) -> nn.Module:
-    """A module of the same class name over the same modules and tensors, with Cached's forward."""
+    """Return a module with Cached's forward over the same tensors, under the same class name."""
     kind = type(type(model).__name__, (Cached, type(model)), {"__module__": __name__})
     cached: nn.Module = object.__new__(kind)
     cached.__dict__.update(model.__dict__)
@@ -143,7 +143,7 @@ def with_cache(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: Any) -> list[tuple[int, int, int]]:
-    """Heads, width of keys and width of values of every layer, from a run without weights."""
+    """Return heads, key width and value width of each layer, from a run without weights."""
     _check_decoder(model)
     name = type(model).__name__
     copied, mode = weightless(model)
@@ -172,7 +172,7 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
 
 
 def _check_decoder(model: Any) -> None:
-    """Refuse anything but a decoder of transformers with the forward of its class."""
+    """Raise for a model that is not a decoder of transformers with its class's forward."""
     name = type(model).__name__
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
@@ -192,18 +192,18 @@ def _check_decoder(model: Any) -> None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """The device of a model's inputs; captures of models without weights run on the CPU."""
+    """Return the device of a model's inputs; the CPU for a model without weights."""
     device = device_of(model)
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def _cache_name(forward: Any) -> str:
-    """The argument of a forward that takes the cache object."""
+    """Return the name of the forward's argument that takes the cache object."""
     if "cache" in inspect.signature(forward).parameters:
         return "cache"
     return "past_key_values"
 
 
 def _cache_of(out: Any) -> Any:
-    """The cache object of a model's output; the field has had two names."""
+    """Return the cache object of a model's output; its field has one of two names."""
     return getattr(out, "cache", None) or getattr(out, "past_key_values", None)

@@ -1,4 +1,4 @@
-"""The sizes that a program takes, and those that should be free."""
+"""The sizes that a program accepts, and the sizes that should be free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Requested = Mapping[str, Mapping[int, str]]
 
 @dataclass(frozen=True)
 class Door:
-    """The sizes that a program takes.
+    """The sizes that a program accepts.
 
     Attributes:
         names: Names of the leaves.
@@ -31,7 +31,7 @@ class Door:
     conditions: tuple[Condition, ...] = ()
 
     def refused(self, leaves: Sequence[Any]) -> SizeError | None:
-        """The error that names the input whose size does not fit; None where all do.
+        """Return the error for the first input whose size does not fit; None if all sizes fit.
 
         In plain loops, which torch.compile traces.
         """
@@ -50,7 +50,7 @@ class Door:
         return None
 
     def free(self, requested: Requested) -> dict[str, dict[int, str]]:
-        """Name of a tensor leaf → {dimension: symbol} of those that should be dynamic and are."""
+        """Return the requested dimensions that are dynamic, by tensor leaf, with their symbols."""
         free_dims: dict[str, dict[int, str]] = {}
         for name, fixed_sizes in zip(self.names, self.sizes, strict=True):
             if fixed_sizes is None:
@@ -62,7 +62,7 @@ class Door:
         return free_dims
 
     def fixed(self, requested: Requested) -> dict[Size, int]:
-        """The sizes that should be dynamic and are not."""
+        """Return the sizes that should be dynamic but are fixed."""
         fixed: dict[Size, int] = {}
         for name, fixed_sizes in zip(self.names, self.sizes, strict=True):
             for dim in requested.get(name, {}):
@@ -74,7 +74,7 @@ class Door:
         return fixed
 
     def check(self, leaves: Sequence[Any]) -> None:
-        """Raise the error of `refused` where there is one."""
+        """Raise the error of `refused`, if there is one."""
         error = self.refused(leaves)
         if error is not None:
             raise error
@@ -84,7 +84,7 @@ class Door:
         return self.refused(leaves) is None
 
     def given(self, condition: Condition, leaves: Sequence[Any]) -> dict[Size, int]:
-        """The sizes that a condition speaks of."""
+        """Return the current values of the sizes in a condition."""
         return {
             (name, dim): leaves[self.names.index(name)].shape[dim]
             for _, name, dim in condition.sizes
@@ -92,7 +92,7 @@ class Door:
 
 
 def dims_of_one(named: Named, requested: Requested) -> list[tuple[str, int]]:
-    """(leaf name, dimension) of those that should be dynamic and have size 1."""
+    """Return (leaf name, dimension) of the requested dimensions whose size is 1."""
     leaves = dict(leaves_of(named))
     dims_of_size_one: list[tuple[str, int]] = []
     for name, dims in requested.items():
@@ -106,7 +106,7 @@ def dims_of_one(named: Named, requested: Requested) -> list[tuple[str, int]]:
 
 
 def without_dims(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
-    """The requested dimensions without these, which become fixed."""
+    """Return the requested dimensions without the fixed ones."""
     remaining: dict[str, dict[int, str]] = {}
     for name, dims in requested.items():
         remaining[name] = {dim: symbol for dim, symbol in dims.items() if (name, dim) not in fixed}

@@ -1,4 +1,4 @@
-"""Calls beyond the example's sizes, at which a graph is compared with its model.
+"""Random calls at other sizes than the example's, to compare a graph with its model.
 
 A graph whose blocks were copied may be the model's at the example and nowhere else: a window or a
 clip of distances shows beyond its own length only. So two calls more are drawn. In one every free
@@ -23,15 +23,15 @@ from lora_fx.fx.trees import tree_map_only
 from lora_fx.inputs import BATCH, LARGEST_CUT, Inputs, Named
 
 TIMES = (4, 3, 2)
-"""A drawn size is so many times the example's: the first that graph and model take."""
+"""The factors to multiply the example's sizes by; the first that graph and model accept is used."""
 LONGEST = 1024
-"""No free size is drawn larger than this, or than the example's."""
+"""The largest size that is drawn, unless the example's is larger."""
 MOST_NUMBERS = 2**22
-"""Numbers in one input of a drawn call, where that is more than four times the example's."""
+"""The most elements in one input of a drawn call, unless four times the example's is more."""
 SMALL = 3
-"""A free size where the batch is large."""
+"""The size of lengths in a call with a large batch."""
 LARGE = 16.0
-"""Factor of the floats where the batch is large: a clip of values shows at large ones only."""
+"""The factor of floats in a call with a large batch: only large values show a clip."""
 aten = torch.ops.aten
 _SCALAR_COMPARES = ("lt", "le", "gt", "ge", "eq", "ne", "rsub", "remainder", "fmod", "floor_divide")
 _BOUNDED = ("clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold", "tril", "triu")
@@ -49,7 +49,7 @@ _COMPARES = {
 def drawn_calls(
     inputs: Inputs, named: Named, graph: fx.Graph, device: torch.device
 ) -> list[Iterator[Named]]:
-    """Calls at sizes other than the example's: two of them, each with variants to try in order.
+    """Return calls at two sizes other than the example's, each with variants to try in order.
 
     Args:
         inputs: The signature, with the limits and the free sizes of the graph.
@@ -93,7 +93,7 @@ def drawn_calls(
 def _multiples(
     sizes: Mapping[str, int], largest: Mapping[str, int], least: int = 0
 ) -> list[dict[str, int]]:
-    """Sizes several times as large, and no less than `least`: of each of TIMES."""
+    """Return sizes multiplied by each of TIMES, at least `least` and at most `largest`."""
     multiples: list[dict[str, int]] = []
     for times in TIMES:
         multiple: dict[str, int] = {}
@@ -104,7 +104,7 @@ def _multiples(
 
 
 def _example_sizes(inputs: Inputs) -> dict[str, int]:
-    """Symbol of a free size → the example's size."""
+    """Return the example's size of each free symbol."""
     sizes: dict[str, int] = {}
     for spec in inputs.specs:
         for dim, symbol in spec.dims.items():
@@ -114,7 +114,7 @@ def _example_sizes(inputs: Inputs) -> dict[str, int]:
 
 
 def _largest_sizes(inputs: Inputs, example: Mapping[str, int]) -> dict[str, int]:
-    """The largest value that each symbol may take."""
+    """Return the largest value that each symbol may take."""
     largest = {symbol: max(size, LONGEST) for symbol, size in example.items()}
     for condition in inputs.conditions:
         _, high = condition.bounds()
@@ -126,7 +126,7 @@ def _largest_sizes(inputs: Inputs, example: Mapping[str, int]) -> dict[str, int]
 
 
 def _numbers(graph: fx.Graph) -> list[int]:
-    """Whole numbers that positions may be compared with: windows, clips of distances."""
+    """Return whole numbers that positions may be compared with: windows, clips of distances."""
     numbers: list[int] = []
     for node in graph.nodes:
         if node.target not in _COMPARES:
@@ -140,7 +140,7 @@ def _numbers(graph: fx.Graph) -> list[int]:
 def _is_other(
     inputs: Inputs, sizes: Mapping[str, int], seen_shapes: set[tuple[tuple[int, ...], ...]]
 ) -> bool:
-    """Whether the nearest sizes that the graph takes are new, and not too large to run.
+    """Whether the nearest sizes that the graph accepts are new, and small enough to run.
 
     Args:
         inputs: The signature.
@@ -160,7 +160,7 @@ def _is_other(
 
 
 def _multiplied(named: Named, factor: float) -> Named:
-    """A call whose floating tensors are multiplied."""
+    """Return a call whose floating-point tensors are multiplied by a factor."""
 
     def times(tensor: torch.Tensor) -> torch.Tensor:
         return tensor * factor if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""The example's signature, and calls of other sizes that are drawn like it."""
+"""The example's signature, and random calls of other sizes that resemble the example."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _ID_LIKE = {*VIEWS} | aten_ops(
     "add.Tensor add_.Tensor sub.Tensor masked_fill.Scalar masked_fill_.Scalar where.self cat "
     "new_zeros copy_ clamp"
 )
-"""Ops whose results index the tables that their operands index."""
+"""Ops whose integer results index the same tables as their operands."""
 
 
 def describe(named: Named) -> Inputs:
-    """The signature of an example; integers take their limit from the example for now."""
+    """Return the signature of an example; integer limits come from the example's values."""
     leaves = leaves_of(named)
     return Inputs(tuple(_input(name, x) for name, x in leaves if isinstance(x, torch.Tensor)))
 
@@ -45,7 +45,7 @@ def _input(name: str, tensor: torch.Tensor) -> Input:
 
 
 def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
-    """The inputs with their limits.
+    """Return the inputs with limits from the graph.
 
     Integers stay below the rows of the tables that they index, sizes where the graph is true.
     """
@@ -64,7 +64,7 @@ def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
 
 
 def _rows_reached(place: fx.Node) -> list[int]:
-    """Rows of every lookup table whose ids come from an integer input through id-like ops."""
+    """Return the rows of each lookup table whose ids come from an input through id-like ops."""
     if not _is_whole(place):
         return []
 
@@ -81,7 +81,7 @@ def _rows_reached(place: fx.Node) -> list[int]:
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """True for a tensor of whole numbers or truths."""
+    """True for a tensor of integers or booleans."""
     dtype = dtype_of(node)
     return dtype is not None and not dtype.is_floating_point
 
@@ -94,7 +94,7 @@ def sample_call(
     arrays: Named | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Named arguments of one size: the example's structure and constants, sampled tensors.
+    """Draw the arguments of one size; structure and constants come from the example.
 
     Args:
         inputs: The signature, with the sizes and limits to draw from.
@@ -116,7 +116,7 @@ def sample_call(
 
 
 def filled(named: Named, arrays: Named, device: torch.device | None = None) -> dict[str, Any]:
-    """Named arguments again, their tensors from arrays by the names of the leaves."""
+    """Rebuild named arguments, with their tensors from arrays by leaf name."""
     leaves: list[Any] = []
     for name, leaf in leaves_of(named):
         if isinstance(leaf, torch.Tensor):

@@ -29,7 +29,7 @@ BATCHED = "batched_mm"
 
 
 def has_grouped(graph: fx.Graph) -> bool:
-    """True when a graph has a grouped product."""
+    """True if a graph has a grouped product."""
     rows = (row_of(node) for node in graph.nodes)
     return any(row is not None and row.op == GROUPED for row in rows)
 
@@ -67,7 +67,7 @@ def traceable_experts(model: nn.Module, *, portable: bool) -> Iterator[tuple[str
 
 
 def _is_aligned(experts: nn.Module) -> bool:
-    """True where the grouped product takes these matrices: in bfloat16 torch's kernel traces it.
+    """True if the grouped product supports these matrices, as torch's kernel traces it in bfloat16.
 
     Every row and column of such a matrix has to fill whole units of 16 bytes.
     """
@@ -81,7 +81,7 @@ def _is_aligned(experts: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """The places where a mask is true, as nonzero gives them.
+    """The places where a mask is true: a result of nonzero.
 
     Attributes:
         tensor: The result of nonzero, or the same squeezed.
@@ -94,7 +94,7 @@ class _Places:
     shape: list[int]
 
     def all_places(self) -> tuple[torch.Tensor, ...]:
-        """The number of every place of the mask, whether it is true there or not."""
+        """Return the index of every place of the mask, true or not."""
         device = self.mask.device
         return tuple(
             torch.tensor(i, device=device).reshape(self.shape) for i in range(self.mask.shape[0])
@@ -102,10 +102,10 @@ class _Places:
 
 
 class EveryTurn(TorchFunctionMode):
-    """A block in which a loop over the places where a mask is true runs over all of its places.
+    """A block in which a loop over the true places of a mask runs over all its places.
 
-    So do mixtures of experts that are written as a loop, `for expert in hit.nonzero()`: how many
-    turns there are depends on values, which no graph can hold. A turn for an expert without rows
+    Mixtures of experts may be written as such a loop, `for expert in hit.nonzero()`: the number of
+    turns depends on values, which no graph can hold. A turn for an expert without rows
     adds nothing; that it does not is for the caller to check.
 
     Attributes:
@@ -120,7 +120,7 @@ class EveryTurn(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function; the parts of a mask's places are the numbers of all places."""
+        """Run a function; unbinding the places of a mask gives the indices of all places."""
         if func in (torch.unbind, torch.Tensor.unbind) and args[1:] in ((), (0,)) and not kwargs:
             for places in self._places:
                 if args[0] is places.tensor:

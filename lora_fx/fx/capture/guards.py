@@ -1,4 +1,4 @@
-"""The guards of an export: the conditions on sizes that it assumed, and the lines that caused them.
+"""The guards of an export: the size conditions that it assumed, and the lines that caused them.
 
 torch keeps what it learnt in three places: asserts among the nodes, ranges of symbols, and
 placeholders that share a symbol. Where a guard came from decides what becomes of it:
@@ -32,7 +32,7 @@ UNKNOWN = "the model's arithmetic"
 
 @dataclass(frozen=True)
 class Guard:
-    """One condition that torch learnt: its expression, the op, and the line of code."""
+    """One condition that torch assumed: its expression, its kind, and the line of code."""
 
     expression: Any
     kind: str
@@ -46,7 +46,7 @@ class GuardLog:
         self.guards: dict[str, Guard] = {}
 
     def listening(self) -> contextlib.AbstractContextManager[None]:
-        """Within this block every guard of torch is written down.
+        """Return a block in which every guard of torch is logged.
 
         torch's deferred asserts name the call of the kernel that came last, not the line that
         asked, so its own log is read; without that log the lines are unknown and nothing else.
@@ -66,11 +66,11 @@ class GuardLog:
         return patched(kind, _log_guard=log)
 
     def of(self, text: str) -> Guard:
-        """The guard of an expression as torch prints it."""
+        """Return the guard of an expression, which is given as torch prints it."""
         return self.guards.get(text, Guard(None, BRANCH, UNKNOWN))
 
     def of_equal(self, symbols: set[object]) -> Guard:
-        """The guard of a line of Python that compared these sizes, or a required condition."""
+        """Return the guard of a line that compared these sizes, or the guard of a demand."""
         for guard in self.guards.values():
             if guard.kind != BRANCH or getattr(guard.expression, "rel_op", "") != "==":
                 continue
@@ -80,7 +80,7 @@ class GuardLog:
         return Guard(None, DEMAND, UNKNOWN)
 
     def of_bound(self, symbol: object, outside: int) -> Guard:
-        """The guard that keeps a symbol from a value."""
+        """Return the guard that excludes a value of a symbol."""
         for guard in self.guards.values():
             if getattr(guard.expression, "free_symbols", None) != {symbol}:
                 continue
@@ -97,14 +97,14 @@ _MACHINERY = (
     "/fx/experimental/recording.py",
 )
 _CHECKS = ("_check", "_check_with")
-"""Functions of torch/__init__.py by which code demands something of sizes."""
+"""Functions of torch/__init__.py by which code requires something of sizes."""
 _QUESTIONS = ("__bool__", "__int__", "__index__")
-"""Methods of a symbolic number by which Python looks at it."""
+"""Methods of a symbolic number by which Python reads its value."""
 _OURS = __file__.rpartition("/fx/capture/")[0]
 
 
 def _origin(frame: FrameType | None) -> tuple[str, str]:
-    """The kind of the guard that a stack of frames made, and the line of the user's code.
+    """Return the kind of the guard that a stack of frames caused, and the user's line.
 
     From the innermost frame outwards, torch's machinery left out, the kind is:
     1. a demand, where a check of torch's comes first;
@@ -134,14 +134,14 @@ def _file_of_torch(path: str) -> str:
 
 
 def _frames_within_export(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and its callers up to the exporter; callers of the exporter are not model code."""
+    """Yield a frame and its callers up to the exporter, whose callers are not model code."""
     while frame is not None and frame.f_code.co_filename != f"{_TORCH}/export/_trace.py":
         yield frame
         frame = frame.f_back
 
 
 def _line_of_user(inner: FrameType, outer: Iterator[FrameType]) -> str:
-    """The innermost line that is neither torch's nor ours; else the innermost of torch.nn's."""
+    """Return the innermost line outside torch and lora-fx; else the innermost line of torch.nn."""
     line_of_nn = ""
     for frame in chain([inner], outer):
         path = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""The sizes that an export holds for: conditions, fixed sizes, and conditions in doubt."""
+"""The sizes for which an export is valid: conditions, fixed sizes, and doubtful conditions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lora_fx.fx.symbolic_sizes import python_source
 aten = torch.ops.aten
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 Shape = list["int | torch.SymInt"]
-"""The sizes of a leaf as the export has them."""
+"""The sizes of a leaf, as the export has them."""
 
 
 def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: GuardLog) -> Learnt:
-    """Read what an export learnt about the sizes of its inputs; asserts on sizes leave the graph.
+    """Read what an export assumes about input sizes; remove its asserts on sizes from the graph.
 
     Args:
         program: The export.
@@ -56,7 +56,7 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
 
 @dataclass
 class Learnt:
-    """The sizes that an export holds for.
+    """The sizes for which an export is valid.
 
     Attributes:
         names: The names of the leaves.
@@ -77,14 +77,14 @@ class Learnt:
     fixed: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def find_symbols(self) -> None:
-        """Find the first leaf and dimension of each symbol that is a size by itself."""
+        """Find, for each symbol, the first leaf and dimension whose size is this symbol alone."""
         for leaf, shape in enumerate(self.sizes):
             for dim, size in enumerate(shape or ()):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     self.symbols.setdefault(size.node.expr, (leaf, dim))
 
     def read_asserts(self, graph: fx.Graph, places: Mapping[fx.Node, str]) -> None:
-        """Take the asserts that compare sizes of placeholders out of a graph, as conditions."""
+        """Move the asserts on the sizes of placeholders from the graph to the conditions."""
         for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
             guard = self.log.of(asserted_expression(node))
             condition = condition_of(node.args[0], places, guard)
@@ -93,7 +93,7 @@ class Learnt:
                 graph.erase_node(node)
 
     def add_condition(self, condition: Condition, guard: Guard) -> None:
-        """Put a condition among those that hold or those that a run decides; drop an idle one."""
+        """Add a condition to the conditions or to the doubtful ones; drop one that always holds."""
         holds = [condition.holds(dict.fromkeys(condition.about, n)) for n in condition.turns()]
         fails_at_one_only = len(condition.sizes) == 1 and not holds[0] and all(holds[1:])
         if fails_at_one_only:  # one text for it: the two modes of a model ask in different words
@@ -107,7 +107,7 @@ class Learnt:
             self.conditions.append(condition)
 
     def add_range(self, symbol: Any, bounds: Any) -> None:
-        """Turn the range of one symbol into conditions, or into a fixed size."""
+        """Turn the range of a symbol into conditions or a fixed size."""
         low = _number(bounds.lower)
         high = _number(bounds.upper)
         leaf, dim = place = self.symbols[symbol]
@@ -133,7 +133,7 @@ class Learnt:
         self.add_condition(Condition(text, sizes, guard.line, guard.kind == DEMAND), guard)
 
     def add_equations(self) -> None:
-        """Add the equation of a size that is not free: it equals others, or depends on them."""
+        """Add an equation for each size that equals other sizes or depends on them."""
         for leaf, shape in enumerate(self.sizes):
             for dim, size in enumerate(shape or ()):
                 if not isinstance(size, torch.SymInt):
@@ -148,7 +148,7 @@ class Learnt:
                     shape[dim] = hint(size)
 
     def _equation(self, leaf: int, dim: int, expression: Any) -> Condition | None:
-        """The condition that a size equals an expression; None where no text can say it."""
+        """Return the condition that a size equals an expression; None if no text can express it."""
         import sympy  # type: ignore[import-untyped]
 
         free_symbols = sorted(expression.free_symbols, key=str)
@@ -167,7 +167,7 @@ class Learnt:
         return Condition(text, tuple(sizes), guard.line, guard.kind == DEMAND)
 
     def add_squeezed(self, graph: fx.Graph) -> None:
-        """Add that a free size that is squeezed is not 1: there the result has another rank."""
+        """Add "not 1" as a condition for each free size that a squeeze may remove."""
         for node in graph.nodes:
             if node.target not in _SQUEEZES:
                 continue
@@ -179,7 +179,7 @@ class Learnt:
                     self.conditions.append(Condition("s0 != 1", sizes, line))
 
     def fix_only_sizes(self) -> None:
-        """Fix a size if an equation allows only one value, given the example's other sizes."""
+        """Fix a size if equations allow only one value, given the example's other sizes."""
         example_sizes: dict[Size, int] = {}
         for name, shape in zip(self.names, self.sizes, strict=True):
             for dim, size in enumerate(shape or ()):
@@ -203,14 +203,14 @@ class Learnt:
 
 
 def _number(end: Any) -> int | None:
-    """An end of a range; None if the range has no end."""
+    """Return a bound of a range as a number; None if the range has no bound."""
     if end.is_Integer and end < 1 << 31:
         return int(end)
     return None
 
 
 def _squeezed_sizes(node: fx.Node) -> list[int | torch.SymInt]:
-    """The sizes that a squeeze may remove; a squeeze without dimensions may remove any."""
+    """Return the sizes that a squeeze may remove; without dimensions, any size."""
     shape = shape_of(node.args[0])
     if not shape:
         return []
@@ -223,7 +223,7 @@ def _squeezed_sizes(node: fx.Node) -> list[int | torch.SymInt]:
 
 
 def _line_of(node: fx.Node) -> str:
-    """The innermost line of code in the stack trace of a node."""
+    """Return the innermost line of code in the stack trace of a node."""
     stack_lines = str(node.meta.get("stack_trace") or UNKNOWN).splitlines()
     file_lines = (line.strip() for line in reversed(stack_lines) if "File " in line)
     return next(file_lines, UNKNOWN).removeprefix("File ").replace('"', "")
@@ -234,21 +234,21 @@ def _is_equality(condition: Condition) -> bool:
 
 
 def _equates_sizes(condition: Condition) -> bool:
-    """Whether an equality says of two sizes no more than that they are one."""
+    """Whether an equality only says that two sizes are equal."""
     return bool(condition.equal_sizes(dict.fromkeys(condition.about, "n")))
 
 
 def _possible_sizes(
     size: Size, conditions: Sequence[Condition], example_sizes: Mapping[Size, int]
 ) -> Iterator[int]:
-    """The possible values of a size, given the example's other sizes."""
+    """Yield the possible values of a size, given the example's other sizes."""
     for number in range(1, SEARCHED):
         if broken(conditions, {**example_sizes, size: number}) is None:
             yield number
 
 
 def _distinct(conditions: Sequence[Condition]) -> list[Condition]:
-    """Each comparison once, the demanded one of two."""
+    """Return each comparison once; of two equal ones, keep the demanded one."""
     preferred: dict[tuple[object, ...], Condition] = {}
     for condition in sorted(conditions, key=lambda condition: not condition.demanded):
         preferred.setdefault((condition.text, condition.sizes), condition)

@@ -41,7 +41,7 @@ class ModelSource:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSource:
-        """Copy a model without its weights; where it cannot be copied, take it as it is."""
+        """Copy a model without its weights; use the model itself if it cannot be copied."""
         if isinstance(model, Called):
             bound_to = getattr(model.function, "__self__", None)
             if not isinstance(bound_to, nn.Module):
@@ -63,7 +63,7 @@ class ModelSource:
         return method
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
-        """The source with its floating tensors in another dtype.
+        """Return the source with its floating-point tensors in another dtype.
 
         A graph cannot be converted: both casts of an RMSNorm read float32, and only one of them
         follows the model. Traced again in the new dtype, the numbers are the original's.
@@ -83,7 +83,7 @@ class ModelSource:
 
 
 def hooked_forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward of a module, with the module's own hooks where it has some."""
+    """Return the forward of a module, with the module's own hooks if there are any."""
     if not (model._forward_pre_hooks or model._forward_hooks):
         return model.forward
     positional = Signature(model.forward).positional
@@ -98,7 +98,7 @@ def hooked_forward(model: nn.Module) -> Callable[..., Any]:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the first floating parameter that is not an adapter's."""
+    """Return the dtype of the first floating-point parameter that is not an adapter's."""
     for module in model.modules():
         if isinstance(module, AdapterTensors):
             continue
@@ -111,11 +111,12 @@ def base_dtype(model: nn.Module) -> torch.dtype | None:
 def weightless(
     model: nn.Module, dtype: torch.dtype | None = None, mode: FakeTensorMode | None = None
 ) -> tuple[nn.Module, FakeTensorMode]:
-    """A deep copy of the module whose tensors are fake, on the CPU where they were on meta.
+    """Return a copy of a module with fake tensors, and the mode of those tensors.
 
-    It has the code and none of the memory: with both graphs, 11 MiB for a model of 993 MiB. Every
-    capture traces it, so the user's module is never switched to train, and its batch norms keep
-    their statistics.
+    A fake tensor is on the device of its original, or on the CPU for a tensor on meta.
+    The copy has the code and none of the memory: with both graphs, 11 MiB for a model of 993 MiB.
+    Every capture traces it, so the user's module is never switched to train, and its batch norms
+    keep their statistics.
 
     Args:
         model: The module.

@@ -1,4 +1,4 @@
-"""Observing a model while it is traced: its graph has no hooks, modes or drawn numbers."""
+"""The observation of a model during a trace, whose graph loses hooks, modes and random numbers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_fx.patching import patched
 
 
 class _DrawnNumber(float):
-    """A random number that Python compares, drawn so that nothing is left out."""
+    """A drawn random number that Python compares, with a value that drops nothing."""
 
     def item(self) -> float:
-        """The number, as a tensor gives it."""
+        """Return the number, as a tensor's `item` does."""
         return float(self)
 
 
@@ -39,7 +39,7 @@ class EveryLayer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function; a lone number that is drawn is one that drops nothing."""
+        """Run a function; a single drawn number becomes one that drops nothing."""
         if func is torch.rand and len(args) == 1 and args[0] in ([], ()):
             self.notes[:] = ["no layer is dropped in train mode: a graph has all of them"]
             return _DrawnNumber(1.0)
@@ -62,7 +62,7 @@ class Observed:
 
 @contextlib.contextmanager
 def observing(model: nn.Module) -> Iterator[Observed]:
-    """A block that traces a model, and the observations, which are complete after it.
+    """A block that traces a model; it yields observations, which are complete after the block.
 
     A train mode that drops whole layers at random drops none: Wav2Vec2, BART and their like draw
     one number a layer and let Python compare it, which no graph can hold. (Stochastic depth by a
@@ -122,7 +122,7 @@ def _drawn_outside_torch(model: nn.Module) -> CaptureError:
 
 @contextlib.contextmanager
 def observing_modes(model: nn.Module) -> Iterator[list[type]]:
-    """A block that traces a model, and the classes of the modules that may depend on their mode.
+    """A block that traces a model; it yields the classes whose modules may depend on their mode.
 
     The list is complete after the block. A module may depend on its mode where it was asked for
     its `training`, which is a property for the time of the block, or where it does what it likes

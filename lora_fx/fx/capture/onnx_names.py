@@ -12,7 +12,7 @@ _CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
 
 
 def onnx_name(path: str) -> str:
-    """The name of an input or output in an ONNX file: dots stay where runtimes look for them.
+    """Return an input's or output's name in an ONNX file; dots stay only in names of a cache.
 
     >>> onnx_name("pair.0"), onnx_name("past_key_values.0.key")
     ('pair_0', 'past_key_values.0.key')
@@ -23,7 +23,7 @@ def onnx_name(path: str) -> str:
 
 
 def output_name(path: str) -> str:
-    """The name of a flat output: its field in a dict or output class, else output, output_1."""
+    """Return a flat output's name: its field in a dict or output class, else output, output_1."""
     name = path.lstrip(".")
     if name in ("", "0"):
         return "output"
@@ -33,7 +33,7 @@ def output_name(path: str) -> str:
 
 
 def onnx_conditions(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
-    """Conditions over the inputs' names in an ONNX file."""
+    """Return conditions with the inputs' names in an ONNX file."""
     renamed: list[Condition] = []
     for condition in conditions:
         sizes = tuple((symbol, onnx_name(name), dim) for symbol, name, dim in condition.sizes)
@@ -42,7 +42,7 @@ def onnx_conditions(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
 
 
 def symbols_of(free: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
-    """(ONNX input, dimension) → the name of one that stays free, as a Door gives them."""
+    """Return the symbol of each free dimension by (ONNX input, dimension)."""
     symbols: dict[tuple[str, int], str] = {}
     for name, dims in free.items():
         for dim, symbol in dims.items():

@@ -1,4 +1,4 @@
-"""Layers that other packages have quantised, as plain layers over the same codes.
+"""Layers that other packages have quantised, replaced by plain layers over the same codes.
 
 Tracing goes through none of them: bitsandbytes' parameters are lost under fake tensors, torchao's
 are subclasses, kernels of GPTQ and AWQ are calls into other libraries. So a capture is one of a
@@ -35,18 +35,18 @@ PACKAGES: Mapping[str, Mapping[str, object]] = {
     "awq": {"quant_method": "awq"},
     "compressed_tensors": {"quant_method": "compressed-tensors"},
 }
-"""Packages whose layers are known by their class → the layout, as config.json would name it."""
+"""Packages whose layers are recognised by class → their layout, as config.json names it."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""Beginnings of the names under which a module holds the hooks around its forward."""
+"""The prefixes of the attributes in which a module stores the hooks around its forward."""
 
 
 class PlainLinear(nn.Linear):
-    """A linear layer in the dtype of x; it trains in that which the quantised one computes in."""
+    """A linear layer in the dtype of x; in training it uses the quantised layer's compute dtype."""
 
     compute: torch.dtype | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x·W̃ᵀ + bias."""
+        """Return x·W̃ᵀ + bias."""
         dtype = x.dtype
         if self.training and self.compute is not None:
             dtype = self.compute
@@ -64,9 +64,9 @@ def _in(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, tuple[str, ...]]:
-    """(the model without layers of other packages, notes on them for the user).
+    """Return a model without layers of other packages, and notes on these layers for the user.
 
-    It is the model itself where it has none.
+    A model without such layers is returned itself.
 
     Args:
         model: The user's.
@@ -105,7 +105,7 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
 def _with_plain_layer(
     tree: nn.Module, path: str, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
 ) -> nn.Module:
-    """A tree in which a plain layer replaces one layer, or the whole tree.
+    """Replace one layer of a tree by a plain layer; return the tree, which may be that layer.
 
     Args:
         tree: The tree; edited.
@@ -138,7 +138,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _package(kind: type) -> str:
-    """The package of a class or of one of its bases."""
+    """Return the package of a class or of one of its bases."""
     packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
     for package in packages:
         if package in PACKAGES or package == "torchao":
@@ -160,7 +160,7 @@ def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.M
 
 
 def _dtype(layer: nn.Module, leaf: str, others: torch.dtype | None) -> torch.dtype:
-    """The dtype that a layer's numbers have before they meet x."""
+    """Return the dtype that a layer's numbers have before they are cast for x."""
     weight: Any = getattr(layer, leaf, None)
     state = getattr(weight, "quant_state", None)
     dtype = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
@@ -172,11 +172,11 @@ def _dtype(layer: nn.Module, leaf: str, others: torch.dtype | None) -> torch.dty
 
 Read = Callable[[], tuple[str, Quantised]]
 PACKS = "support_avx512bf16_for_cpu"
-"""An attribute of bitsandbytes' layers of 4 bits."""
+"""An attribute by which bitsandbytes' 4-bit layers may pack themselves for the CPU."""
 
 
 def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
-    """The parameters of a layer that hold codes, each with the function that reads them.
+    """Yield the parameters of a layer that hold codes, each with a function that reads the codes.
 
     Raises:
         LoraFxError: A layer whose forward is no more that of its class, which codes cannot keep.
@@ -205,7 +205,7 @@ def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
 def _config_of_package(
     layer: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> Mapping[str, object] | None:
-    """The config.json that would describe a layer's layout; None for a layer of no package."""
+    """Return the config.json entry for a layer's layout; None for a layer of no known package."""
     is_awq = "Awq" in type(layer).__name__  # gptqmodel's
     config = PACKAGES.get("awq" if is_awq else _package(type(layer)))
     if config is None and _is_compressed(parameters):
@@ -214,7 +214,7 @@ def _config_of_package(
 
 
 def _holds_codes(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether a layer of a package holds more than plain numbers."""
+    """Whether a package's layer holds more than plain numbers."""
     if _is_compressed(parameters) or "qweight" in layer._buffers:
         return True
     return not all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters.values())
@@ -232,7 +232,7 @@ def _has_foreign_forward(layer: nn.Module) -> bool:
 
 
 def _is_compressed(parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether these are the parameters of a layer of compressed-tensors."""
+    """Whether the parameters belong to a compressed-tensors layer."""
     if "weight_packed" in parameters:
         return True
     weight = parameters.get("weight")
@@ -254,7 +254,7 @@ def _of_state(path: str, layer: nn.Module, config: Mapping[str, object]) -> tupl
 
 
 def _tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
-    """The tensors that a layer's package would put into a file."""
+    """Return the tensors that a layer's package would save to a file."""
     weight: Any = layer._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
     if state is None and not isinstance(layer, nn.Embedding):
@@ -275,7 +275,7 @@ def _tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """True where bitsandbytes has put the weight into an order for this CPU, without gradient."""
+    """True if bitsandbytes has packed the weight for this CPU, which removes its gradient."""
     state = getattr(layer._parameters.get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
@@ -302,7 +302,7 @@ def keep_trainable(model: nn.Module) -> list[nn.Module]:
 
 
 def let_pack(layers: Iterable[nn.Module], *, packs: bool = True) -> None:
-    """Undo keep_trainable."""
+    """Allow packing again, or forbid it with packs=False."""
     for layer in layers:
         setattr(layer, PACKS, packs)
 

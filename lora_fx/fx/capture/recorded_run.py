@@ -1,4 +1,4 @@
-"""One run of a model on its real tensors, written down: the last rung of a capture."""
+"""The last way to capture a model: one recorded run on its real tensors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from lora_fx.inputs import Named
 
 
 def record(entry: RootModule, named: Named, why: str) -> Traced:
-    """One run of a model on its real tensors, written down: the last rung of a capture.
+    """Record one run of a model on its real tensors as a graph.
 
-    It holds for the sizes of the example, and for the branches that its values took: whatever
-    Python read of a tensor is a constant of the graph.
+    The graph is valid for the sizes of the example and for the branches that its values took:
+    every value that Python read from a tensor is a constant of the graph.
 
     Args:
         entry: The model with its values, in the mode to record; it stays as it is.
@@ -95,7 +95,7 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
 
 
 def _read_by_name(graph: fx.Graph, names: Iterable[str]) -> None:
-    """Turn the first placeholders of a graph into reads of the model's tensors of these names."""
+    """Turn a graph's first placeholders into reads of the model's tensors with these names."""
     places = graph.find_nodes(op="placeholder")
     for place, name in zip(places, names, strict=False):
         with graph.inserting_before(place):
@@ -107,7 +107,7 @@ def _read_by_name(graph: fx.Graph, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _scopes(model: nn.Module) -> Iterator[None]:
-    """Nodes get the stack of modules that they were made in, which make_fx leaves out."""
+    """A block in which new nodes get their module stack, which make_fx leaves out."""
     stack: dict[str, tuple[str, str]] = {}
 
     def enter(path: str, module: nn.Module, _args: object) -> None:

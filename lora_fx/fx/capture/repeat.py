@@ -1,4 +1,4 @@
-"""Blocks that repeat: a call of a block like one that was traced becomes a copy of its nodes.
+"""Repeated blocks: a call of a block like a traced one becomes a copy of the traced nodes.
 
 The layers of a Llama are one block eighty times, and torch.export traces each of them at some
 milliseconds a node. Here the first call of a block is traced as ever, between two marks, and a
@@ -55,18 +55,18 @@ for _name, _mark in (("start", START), ("end", END)):
     torch.library.impl(f"lora_fx::block_{_name}", _ALL, lambda _tensors, _key: None)
 
 FEWEST = 4
-"""Modules in a block, itself among them: a copy of fewer is no cheaper than its trace."""
+"""The fewest modules in a block, itself included; copying fewer saves no time."""
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _MISSING = object()
 
 
 _KEYS = count()
 _patterns: dict[int, TracedCall] = {}
-"""Patterns by key, while a model is traced: the opaque op has the shapes of their outputs."""
+"""The patterns of the current trace by key; the opaque op reads output shapes from them."""
 
 
 def _again(given: Sequence[torch.Tensor], key: int) -> list[torch.Tensor]:
-    """Empty tensors like the outputs of a pattern."""
+    """Return empty tensors like the outputs of a pattern."""
     return [
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         for x in _patterns[key].outputs
@@ -80,7 +80,7 @@ torch.library.register_autograd("lora_fx::block_again", lambda *_: (None, None))
 
 
 class Repeats:
-    """The blocks of a model that repeat, and the traces of them.
+    """The repeated blocks of a model, and their traced calls.
 
     Args:
         model: Its modules; their classes have other forwards while `watching`.
@@ -113,7 +113,7 @@ class Repeats:
         self._blocks = {id(block.top.__dict__): block for block in blocks}
 
     def _compare(self, family: BlockFamily) -> None:
-        """Find out where the blocks of a family do not all have the same."""
+        """Find the places in which the blocks of a family differ."""
         now = Snapshot(self._around)
         first_tokens, *later_tokens = [block.tokens(now) for block in family.blocks]
         for tokens in later_tokens:
@@ -127,7 +127,7 @@ class Repeats:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """A block that traces the model: calls of blocks like earlier ones are one node each."""
+        """A block that traces the model; a call of a block like an earlier one is a single node."""
         with self._patches as patches:
             for kind in dict.fromkeys(type(block.top) for block in self._blocks.values()):
                 patches.enter_context(patched(kind, forward=self._forward(kind.forward)))
@@ -141,7 +141,7 @@ class Repeats:
                         _patterns.pop(pattern.key, None)
 
     def _watched_attributes(self) -> set[tuple[type, str]]:
-        """(class, attribute) of objects that blocks do not share and whose reads can be seen."""
+        """Return (class, attribute) of the attributes that differ between blocks, if watchable."""
         watched: set[tuple[type, str]] = set()
         for family in self.families:
             for path, name in family.differ - family.fixed:
@@ -149,7 +149,7 @@ class Repeats:
         return watched
 
     def _attribute(self, name: str) -> property:
-        """An attribute that notes when it is read."""
+        """Return a property that records when an attribute is read."""
 
         def get(module: nn.Module) -> object:
             for pattern in self._open:
@@ -164,7 +164,7 @@ class Repeats:
         return property(get, put, lambda module: module.__dict__.pop(name))
 
     def _without_empty_cache(self, argument: Any) -> Any:
-        """None for an empty cache: it holds no values, and a cache is not an output."""
+        """Return None for an empty cache, which holds no values; other arguments are returned."""
         if not is_cache(argument):
             return argument
         parts_of_cache = (argument, *vars(argument).values())
@@ -178,7 +178,7 @@ class Repeats:
         return None
 
     def _forward(self, original: Callable[..., object]) -> Callable[..., object]:
-        """The forward of a class of blocks while the model is traced."""
+        """Return the forward of a class of blocks during a trace."""
 
         def forward(module: nn.Module, *args: object, **kwargs: object) -> object:
             if torch.compiler.is_dynamo_compiling():  # the body of a higher-order op
@@ -207,7 +207,7 @@ class Repeats:
         args: Sequence[object],
         kwargs: Mapping[str, object],
     ) -> object:
-        """Call a block: as a copy where a traced call is like this one, else traced as a pattern.
+        """Call a block: copy a traced call if one is the same; otherwise trace it as a pattern.
 
         A call that cannot be told from others is run as it is.
         """
@@ -230,7 +230,7 @@ class Repeats:
         return self._trace(pattern, run, args, kwargs)
 
     def _copy(self, pattern: TracedCall, block: Block, inputs: Sequence[torch.Tensor]) -> object:
-        """The outputs of one opaque node, in the tree of the pattern's."""
+        """Add one opaque node for a call; return its outputs in the tree of the pattern's."""
         self.copies += 1
         for outer in self._open:
             for path, name in pattern.read:
@@ -252,12 +252,12 @@ class Repeats:
         args: Sequence[object],
         kwargs: Mapping[str, object],
     ) -> object:
-        """Run a call between two marks; it is a pattern for others if it leaves nothing behind."""
+        """Run a call between two marks; keep it as a pattern if it has no side effects."""
         block = pattern.block
         inputs = pattern.inputs
 
         def left_behind() -> object:
-            """The present state of all that the call may change."""
+            """Return the present state of everything that the call may change."""
             snapshot = Snapshot(self._around)
             tokens = [snapshot.token(leaf) for leaf in tree_leaves((args, kwargs))]
             versions = [tensor._version for tensor in inputs]
@@ -286,7 +286,7 @@ class Repeats:
 
 
 def _families(model: nn.Module, modules: Sequence[nn.Module]) -> list[BlockFamily]:
-    """The modules of a model that are worth copying, grouped by structure."""
+    """Return the modules of a model that are worth copying, grouped by structure."""
     families: dict[object, BlockFamily] = {}
     for module in modules:
         below = dict(module.named_modules(remove_duplicate=False))
@@ -298,7 +298,7 @@ def _families(model: nn.Module, modules: Sequence[nn.Module]) -> list[BlockFamil
 
 
 def _structure(modules: Mapping[str, nn.Module]) -> object:
-    """The structure that blocks of one family share: classes, modes and tensors, by path."""
+    """Return the structure that blocks of a family share: classes, modes and tensors, by path."""
     structure: list[object] = []
     for path, module in modules.items():
         structure += [path, type(module), module.training]
@@ -308,7 +308,7 @@ def _structure(modules: Mapping[str, nn.Module]) -> object:
 
 
 def _form(tensor: torch.Tensor | None) -> object:
-    """The properties of a tensor that nodes computing with it depend on."""
+    """Return the properties of a tensor that nodes computed from it depend on."""
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
@@ -323,7 +323,7 @@ def _holds_tokens(layer: object) -> bool:
 def _described(
     leaves: Sequence[object], spec: object, inputs: Sequence[torch.Tensor], now: Snapshot
 ) -> list[object] | None:
-    """A description of the call of a block; None if the call cannot be told from others.
+    """Return a description of a block's call; None if calls cannot be compared.
 
     Args:
         leaves: The arguments.
@@ -354,12 +354,12 @@ def _described(
 
 
 def _sized(call: Sequence[object]) -> list[object]:
-    """A call with its sizes as torch knows them now: two that were apart may have become equal."""
+    """Return a call with its sizes as torch has them now, since two sizes may have become equal."""
     return [x.node.expr if isinstance(x, NUMBERS) else x for x in call]
 
 
 def _are_tracked(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the graph has a node for each of these tensors, which are as any other."""
+    """Whether all tensors are strided and have nodes in the graph."""
     mode = get_proxy_mode()
     if mode is None or any(tensor.layout is not torch.strided for tensor in tensors):
         return False
@@ -367,7 +367,7 @@ def _are_tracked(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _count_of_unbacked_sizes(tensors: Sequence[torch.Tensor]) -> int:
-    """The number of sizes in the trace so far that depend on values."""
+    """Return the number of sizes in the trace so far that depend on values."""
     env = getattr(detect_fake_mode(tensors), "shape_env", None)
     if env is None:
         return 0

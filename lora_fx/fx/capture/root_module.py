@@ -1,4 +1,4 @@
-"""The module that a capture traces: a model without its wrappers, or a function as a module."""
+"""The module that a capture traces: a model without wrappers, or a function as a module."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
 }
-"""Classes of torch whose modules call another one, by the name that they hold it under."""
+"""torch's wrapper classes → the name of the wrapped module in them."""
 
 
 def wrappers(model: object) -> Iterator[Any]:
-    """A model and the models that it wraps, innermost last; for a plain model only itself.
+    """Yield a model and the models that it wraps, the innermost last.
 
     A wrapper puts `_orig_mod.` or `module.` before every name, which is none of the model's.
     """
@@ -34,12 +34,12 @@ def wrappers(model: object) -> Iterator[Any]:
 
 
 def unwrapped(model: object) -> Any:
-    """The module that torch.compile or a parallel wrapper was given; anything else as it is."""
+    """Return the model inside torch.compile's or a parallel wrapper; other objects unchanged."""
     return [*wrappers(model)][-1]
 
 
 def as_module(model: object) -> nn.Module:
-    """The module whose forward a capture traces: the model, or one that calls it.
+    """Return the module whose forward a capture traces: the model, or a module that calls it.
 
     A bound method of a module becomes that module with this method as its forward. A function
     becomes a module that owns the modules and parameters its closure and globals name.
@@ -59,7 +59,7 @@ def as_module(model: object) -> nn.Module:
 
 
 class OverTree(nn.Module):
-    """Another forward over the tensors and modules of a source, under their names.
+    """A module with another forward over the tensors and modules of a source.
 
     Args:
         source: The module whose tree and mode it takes; None for a tree of its own.
@@ -74,7 +74,7 @@ class OverTree(nn.Module):
 
 
 class Called(OverTree):
-    """A function as a module; the modules that it closes over are its children."""
+    """A function as a module, with the modules of its closure and globals as children."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         bound_to = getattr(function, "__self__", None)

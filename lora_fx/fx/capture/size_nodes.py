@@ -1,4 +1,4 @@
-"""Nodes of a graph that compare sizes: read as conditions, written, and erased."""
+"""Nodes of a graph that compare sizes: reading them as conditions, writing and erasing them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LONGEST_TEXT = 4000
 
 
 def asserted_expression(node: fx.Node) -> str:
-    """The expression in the message of an assert."""
+    """Return the expression in the message of an assert."""
     if len(node.args) < 2:
         return ""
     after_start = str(node.args[1]).partition("for expression ")[2]
@@ -55,7 +55,7 @@ def asserted_expression(node: fx.Node) -> str:
 
 
 def condition_of(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition | None:
-    """The comparison that an assert's node computes; None where it is not one of sizes.
+    """Return the comparison of sizes that an assert's node computes; None for any other node.
 
     Args:
         test: The node.
@@ -76,7 +76,7 @@ def condition_of(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condi
 def _spell(
     node: Any, names: Mapping[fx.Node, str], symbols: dict[Size, str], negated: bool = False
 ) -> str:
-    """A comparison, or an expression of sizes, as text.
+    """Return a comparison, or an expression of sizes, as text.
 
     Args:
         node: The node that computes it, or a number.
@@ -110,7 +110,7 @@ def _spell(
 def put_asserts(
     graph: fx.Graph, places: Mapping[str, fx.Node], conditions: Sequence[Condition]
 ) -> None:
-    """Write conditions on sizes into a graph, where an export and torch's own loader see them.
+    """Write conditions on sizes into a graph as asserts, for an export and torch's own loader.
 
     Args:
         graph: The graph; edited.
@@ -139,7 +139,7 @@ def drop_layout(
     shapes: Mapping[str, Sequence[Any]],
     conditions: Sequence[Condition],
 ) -> None:
-    """Erase asserts that only a kernel's question about strides left, while a graph was exported.
+    """Erase asserts that exist only because a kernel asked about strides during an export.
 
     Where such a question mattered in the capture it is one of its conditions, whose asserts stay:
     torch has some of them in words of its own.
@@ -168,14 +168,14 @@ def drop_layout(
 
 
 def _canonical(test: Any) -> str:
-    """A comparison of symbols as text, one for all its spellings."""
+    """Return a comparison of symbols as text, the same for all its spellings."""
     if isinstance(test, torch.SymBool):
         return canonical(test.node.expr)
     return canonical(test)
 
 
 def constants_of(graph: fx.Graph) -> tuple[int, ...]:
-    """Numbers that sizes are compared, cut or divided with: proofs try both sides of each."""
+    """Return the numbers that sizes are compared, cut or divided with; proofs try both sides."""
     constants: set[int] = set()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor:
@@ -194,5 +194,5 @@ def constants_of(graph: fx.Graph) -> tuple[int, ...]:
 
 
 def _is_size(operand: object) -> bool:
-    """Whether an operand is a number of which something may hang that sizes 0 and 1 do not show."""
+    """Whether an operand is an integer, other than 0 and ±1, that may decide a path by sizes."""
     return type(operand) is int and 1 < abs(operand) < 1 << 31

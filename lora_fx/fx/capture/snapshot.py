@@ -1,4 +1,4 @@
-"""Snapshots: the state, at one moment, of the things that a module's code can reach, as tokens.
+"""Snapshots: tokens for the present state of everything that a module's code can reach.
 
 Blocks of one structure may differ by something that is no part of them: a counter in an object that
 all share or in their class, a closure, a global, a default argument, a context variable. Where two
@@ -40,16 +40,16 @@ STATEFUL = {
 """Modules of the standard library whose objects are containers."""
 OWN = {"_parameters", "_buffers", "_modules", "training"}
 ASKS_WHO = {"id", "hash", "globals", "_getframe", "currentframe"}
-"""Functions that can distinguish blocks, or read state that no token covers."""
+"""Names of functions that can tell blocks apart or read state that no token covers."""
 READS_ALL = {"vars", "__dict__"}
-"""Names of code that may read any attribute unseen."""
+"""Names in code that may read any attribute without being noticed."""
 MOST = 20_000
-"""Things that one snapshot looks at."""
+"""The most objects that one snapshot examines."""
 MOST_BYTES = 1 << 20
-"""Bytes of one array that a snapshot reads."""
+"""The most bytes of one array that a snapshot reads."""
 _SKIPPED = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
 _MAKING = {"__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights"}
-"""Methods of modules that no call of one runs."""
+"""Methods of modules that no call of a module runs."""
 Token = object
 
 
@@ -60,7 +60,7 @@ class Unseen:
 
 
 def attributes_of_module(module: nn.Module) -> dict[str, object]:
-    """The attributes of a module, but for its tensors, modules and hooks."""
+    """Return the attributes of a module, except tensors, modules and hooks."""
     attributes = {
         name: attribute
         for name, attribute in module.__dict__.items()
@@ -70,7 +70,7 @@ def attributes_of_module(module: nn.Module) -> dict[str, object]:
 
 
 class Snapshot:
-    """Tokens of things at one moment.
+    """The tokens of objects at one moment.
 
     Args:
         around: Ids of the modules that hold blocks, and of the blocks.
@@ -86,7 +86,7 @@ class Snapshot:
         self._alive: list[object] = []  # an id is a thing's own only as long as the thing lives
 
     def token(self, thing: Any) -> Token:
-        """The token of the present state of a thing."""
+        """Return the token for the present state of an object."""
         if isinstance(thing, (float, complex)):
             return type(thing), repr(thing)  # NaN equals itself, and 0.0 is not -0.0
         if isinstance(thing, PLAIN):
@@ -131,7 +131,7 @@ class Snapshot:
         return id(thing), self._thing(thing)
 
     def _module(self, module: nn.Module) -> Token:
-        """A module that does not belong to a block."""
+        """Return the token of a module that does not belong to a block."""
         modules = list(module.modules())
         if any(id(m) in self._around for m in modules):
             return Unseen()  # who has all blocks can tell them apart
@@ -144,7 +144,7 @@ class Snapshot:
         return id(module), tuple(states), self._all(tensors)
 
     def _class(self, kind: type) -> Token:
-        """The attributes of a class and its bases, without the attributes of library classes."""
+        """Return the tokens of the attributes of a class and its bases, without library classes."""
         skipped = _SKIPPED
         if issubclass(kind, nn.Module):
             skipped = _SKIPPED | _MAKING
@@ -156,7 +156,7 @@ class Snapshot:
         return tuple(tokens)
 
     def _code(self, thing: Any) -> Token:
-        """A function, or an object that holds one or several."""
+        """Return the token of a function, or of an object that holds functions."""
         if isinstance(thing, FunctionType):
             return self._function(thing)
         if isinstance(thing, MethodType):
@@ -179,7 +179,7 @@ class Snapshot:
         return self._thing(thing)
 
     def _function(self, function: FunctionType) -> Token:
-        """The values that a user's function holds or names; of a library's, the one it wraps."""
+        """Return tokens of what a user's function reads, or of what a library function wraps."""
         wrapped = getattr(function, "__wrapped__", None)
         if _is_library(function.__module__):
             return self.token(wrapped)
@@ -208,7 +208,7 @@ class Snapshot:
         return self._all((*read, globals_read))
 
     def _thing(self, thing: Any) -> Token:
-        """A thing that is no container, module, class or code."""
+        """Return the token of an object that is no container, module, class or code."""
         kind = type(thing)
         if isinstance(thing, ModuleType):
             return ()
@@ -234,14 +234,14 @@ class Snapshot:
         return self._items(_attributes(thing)), self._members(thing), self.token(kind)
 
     def _members(self, thing: Any) -> Token:
-        """The members of a deque, a Counter and their like."""
+        """Return the tokens of the members of a deque, a Counter and similar containers."""
         if type(thing).__module__ in ("collections", "_collections"):
             return self._all(thing)
         return ()
 
 
 def _bytes_of(thing: object) -> Token | None:
-    """The numbers of an array of numpy, of a bytearray, of ctypes; None for other things."""
+    """Return the bytes of a numpy array, a bytearray or a ctypes object; None for other objects."""
     if isinstance(thing, np.ndarray):
         if thing.dtype.hasobject or thing.nbytes > MOST_BYTES:
             return Unseen()
@@ -261,7 +261,7 @@ def _is_library(module: str | None) -> bool:
 
 
 def _is_code(thing: object) -> bool:
-    """Whether an object holds functions although it cannot be called."""
+    """Whether an object holds functions although it is not callable."""
     return isinstance(thing, (staticmethod, classmethod, property, functools.cached_property))
 
 
@@ -270,7 +270,7 @@ def _attributes(thing: object) -> dict[str, object]:
 
 
 def _slots(thing: object) -> dict[str, object]:
-    """The attributes of a thing in the slots of its classes."""
+    """Return the attributes of an object that are stored in slots."""
     names: list[str] = []
     for kind in type(thing).__mro__:
         slots = vars(kind).get("__slots__", ())
@@ -294,7 +294,7 @@ def _content(cell: Any) -> object:
 
 @functools.lru_cache(4096)
 def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """(global names, all names and words) of a function's code and of those in it."""
+    """Return (global names, all names and words) of a function's code and inner code."""
     global_names: set[str] = set()
     named: set[str] = set(code.co_names)
     for inner in _codes(code):
@@ -307,7 +307,7 @@ def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code, and the code of the functions in it."""
+    """Yield a function's code, and the code of the functions inside."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,4 +1,4 @@
-"""The weights of torchao's tensor classes (0.18), read from their arrays.
+"""The weights of torchao's tensor classes (0.18), which are read from their arrays.
 
     IntxUnpackedToInt8Tensor   qdata int8 in the shape of the weight, scale and zero_point a
                                number a block, block_size a number an axis
@@ -33,7 +33,7 @@ from lora_fx.ir.quantised import Quantised
 
 
 def torchao_weight(path: str, weight: Any) -> tuple[str, Quantised]:
-    """The format and the codes of a layer's weight.
+    """Return the format and the codes of a layer's weight.
 
     Args:
         path: That of the layer.
@@ -73,7 +73,7 @@ def torchao_weight(path: str, weight: Any) -> tuple[str, Quantised]:
 def affine(
     where: str, qdata: Array, scale: Array, zero_point: Array | None, block_size: Sequence[int]
 ) -> Quantised:
-    """A tensor of the first three classes.
+    """Return the codes of a tensor of the first three classes.
 
     Args:
         where: The name of the weight, for messages.
@@ -102,7 +102,7 @@ def nf4(
     mean: Array,
     levels: Array,
 ) -> Quantised:
-    """An NF4Tensor.
+    """Return the codes of an NF4Tensor.
 
     Args:
         where: The name of the weight, for messages.

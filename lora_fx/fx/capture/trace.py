@@ -1,4 +1,4 @@
-"""One torch.export of a model, cleaned into a flat graph over the names of its tensors."""
+"""One torch.export of a model, cleaned to a flat graph with the names of the model's tensors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def trace(entry: RootModule, named: Named, requested: Requested, *, repeat: bool
 
 
 def _trace_blocks(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
-    """Export with blocks that repeat traced once, or each for itself where that fails."""
+    """Export with repeated blocks traced once; trace every block if that fails."""
     if not repeat:
         return _export_once(entry, named, requested)
     repeats = Repeats(entry.source())
@@ -77,7 +77,7 @@ def _trace_blocks(entry: RootModule, named: Named, requested: Requested, *, repe
 
 
 def raises_alike(entry: RootModule, named: Named, error: BaseException | None) -> bool:
-    """Whether a model raises an error of its export where nothing traces it, too.
+    """Whether a model raises the error of its export even if nothing traces it.
 
     Every further try would take as long as an export.
 
@@ -141,10 +141,10 @@ def _export_once(entry: RootModule, named: Named, requested: Requested) -> Trace
 
 
 def _has_no_mode(program: ExportedProgram, graph: fx.Graph) -> bool:
-    """Whether nothing in a graph can be another in the other mode, if no module read its mode.
+    """Whether a graph is the same in both modes, given that no module read its mode.
 
-    What draws numbers may be a layer that a train mode drops, see `EveryLayer`; the bodies of
-    higher-order ops are traced by a compiler, whose reads are not seen.
+    An op that draws numbers may belong to a layer that a train mode drops, see `EveryLayer`. The
+    bodies of higher-order ops are traced by a compiler, whose reads of the mode are not seen.
     """
     has_bodies = any(isinstance(n.target, HigherOrderOperator) for n in program.graph.nodes)
     return not has_bodies and not random_ops(graph)
@@ -153,7 +153,7 @@ def _has_no_mode(program: ExportedProgram, graph: fx.Graph) -> bool:
 def export_program(
     module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...]
 ) -> ExportedProgram:
-    """torch.export, as every capture and every re-export is made.
+    """Call torch.export in the way of all captures and re-exports.
 
     strict=True takes twice the time, and captured no model that this does not. Deferred asserts
     leave the size checks in the graph as nodes, and a free batch keeps a cut such as `ids[:, :16]`
@@ -175,7 +175,7 @@ def export_program(
 
 
 def at_least_two(leaf: Any, dims: Mapping[int, str]) -> Any:
-    """A leaf whose every dynamic dimension of size 1 is doubled to 2."""
+    """Double each dynamic dimension of size 1 of a leaf."""
     for dim in dims:
         if dim < leaf.dim() and leaf.shape[dim] == 1:
             leaf = torch.cat([leaf, leaf], dim)
@@ -183,14 +183,14 @@ def at_least_two(leaf: Any, dims: Mapping[int, str]) -> Any:
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
-    """A block in which torch and the model warn of nothing; a failing capture prints its graph."""
+    """Return a block without warnings of torch or the model; a failing capture prints its graph."""
     loggers = (symbolic_sizes.LOGGER, fake_tensors.LOGGER)
     return silenced(contextlib.redirect_stderr, dict.fromkeys(loggers, logging.CRITICAL))
 
 
 @contextlib.contextmanager
 def recurrent_shapes() -> Iterator[None]:
-    """A block in which traces see LSTM and GRU as one op each, of any length.
+    """A block in which a trace has LSTM and GRU as one op each, of any length.
 
     torch's rule for a traced one runs every step of it in Python, which fixes the length.
     """

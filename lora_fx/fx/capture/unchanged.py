@@ -1,4 +1,4 @@
-"""A model is the same after a run or a trace as it was before."""
+"""Blocks after which a model is the same as before a run or a trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from lora_fx.patching import patched
 
 _IMMUTABLE = {bool, int, float, str, tuple, type(None)}
-"""Types of attributes that a run can only replace."""
+"""The types of attributes that a run can only replace, not change."""
 _ATTRIBUTES_OF_TORCH = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 
@@ -46,11 +46,12 @@ class _ModuleState:
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]:
-    """A block in which a model runs in a mode; it restores all state that a run may change.
+    """A block in which a model runs in a mode, and after which its state is restored.
 
-    That is every module's mode, its buffers, in place or replaced, its children, and the tensors
-    and plain values among its attributes. Hooks write such (weight_norm's weight), a trace would
-    leave fake ones, and BigBird takes other attention from the first short input on.
+    The state is every module's mode, its buffers, in place or replaced, its children, and the
+    tensors and plain values among its attributes. Hooks write attributes (weight_norm's weight), a
+    trace would leave fake tensors in them, and BigBird changes its attention for good at the first
+    short input.
 
     Args:
         model: The model.
@@ -82,7 +83,7 @@ def _replaceable_attributes(module: nn.Module) -> dict[str, object]:
 
 @contextlib.contextmanager
 def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """A block in which a model draws the same random numbers every time, and is as it was after."""
+    """A block in which a model draws the same random numbers each time; it restores the model."""
     uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count() if uses_cuda else 0)
     with as_it_was(model, training), torch.random.fork_rng(devices):
@@ -91,7 +92,7 @@ def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_dtypes() -> Iterator[None]:
-    """A block in which a module that is cast to the dtype that it has stays as it is.
+    """A block in which casting a module to the dtype that it already has changes nothing.
 
     torch puts new parameters in the place of those of a trace, and fails, since the trace has them.
     """
@@ -115,7 +116,7 @@ def same_dtypes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_attributes(model: nn.Module) -> Iterator[None]:
-    """A block in which torch.export traces a model whose attributes are the same things after it.
+    """A block in which torch.export keeps the model's attributes the same objects.
 
     torch.export puts copies of lists and dicts back, one for each module that has them. What
     several modules shared would be apart then: the next trace, or the user's own module, is
@@ -146,7 +147,7 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def _note_contents(thing: Any, contents: dict[int, tuple[Any, Any]]) -> None:
-    """Note the contents of lists and dicts, also nested ones: id → (the container, its content)."""
+    """Record the contents of lists and dicts, also nested: id → (the container, its content)."""
     is_container = type(thing) in _CONTAINERS
     if not (is_container or isinstance(thing, tuple)) or id(thing) in contents:
         return

@@ -1,4 +1,4 @@
-"""Attention ops of a graph: masks and repeated heads that an argument can replace."""
+"""Attention ops of a graph: masks and repeated heads that an op's argument can replace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ END = 9223372036854775807
 
 
 def give(node: fx.Node, **changes: object) -> None:
-    """Set arguments by their names in the op's schema; those after query, key, value by keyword."""
+    """Set arguments by their schema names; all after query, key and value become keywords."""
     slots = node.target._schema.arguments  # type: ignore[union-attr]
     arguments = {slot.name: argument(node, slot.name) for slot in slots} | changes
     defaults = {slot.name: slot.default_value for slot in slots[3:] if slot.has_default_value()}
@@ -35,7 +35,7 @@ def give(node: fx.Node, **changes: object) -> None:
 
 
 def plain_mask(node: fx.Node, form_of: Callable[[fx.Node], str]) -> bool:
-    """Replace a mask that is causal, or lets everything through, at every size; say if it was."""
+    """Replace a mask that is causal, or open, at every size; return whether it was replaced."""
     mask = argument(node, MASK)
     if not isinstance(mask, fx.Node) or argument(node, CAUSAL, False):
         return False
@@ -47,7 +47,7 @@ def plain_mask(node: fx.Node, form_of: Callable[[fx.Node], str]) -> bool:
 
 
 def shared_heads(node: fx.Node) -> bool:
-    """Let key and value heads be shared by the op where the graph repeats them; say if it did."""
+    """Let the op share key and value heads that the graph repeats; return whether it changed."""
     if argument(node, SHARED, False):
         return False
     keys = _repeated_heads(argument(node, "key"))
@@ -59,14 +59,14 @@ def shared_heads(node: fx.Node) -> bool:
 
 
 class _Repeated(NamedTuple):
-    """Heads [n, heads, length, width], and how often each is repeated."""
+    """Heads [n, heads, length, width], and how many times each is repeated."""
 
     heads: fx.Node
     times: int
 
 
 def _repeated_heads(node: Any) -> _Repeated | None:
-    """The heads k that a node repeats, in one of two forms; None for anything else.
+    """Return the heads k that a node repeats, in one of two forms; None for any other node.
 
     1. k.repeat_interleave(times, 1);
     2. k.unsqueeze(2).expand(n, heads, times, length, width).reshape(n, heads·times, …).
@@ -81,7 +81,7 @@ def _repeated_heads(node: Any) -> _Repeated | None:
 
 
 def _interleaved(node: fx.Node) -> _Repeated | None:
-    """The first form."""
+    """Match the first form, repeat_interleave."""
     heads = argument(node, "self")
     times = argument(node, "repeats")
     along_heads = argument(node, "dim") in (1, -3)
@@ -91,7 +91,7 @@ def _interleaved(node: fx.Node) -> _Repeated | None:
 
 
 def _expanded(node: fx.Node) -> _Repeated | None:
-    """The second form."""
+    """Match the second form, unsqueeze, expand and reshape."""
     expanded = unsliced(node.args[0])
     if not isinstance(expanded, fx.Node) or expanded.target is not aten.expand.default:
         return None
@@ -116,12 +116,12 @@ def _expanded(node: fx.Node) -> _Repeated | None:
 
 
 def sizes_of(node: object) -> tuple[str, ...]:
-    """The sizes of a node's tensor as text, symbols by their names; empty for anything else."""
+    """Return the sizes of a node's tensor as texts, with symbol names; empty for other nodes."""
     return tuple(str(size) for size in shape_of(node) or ())
 
 
 def unsliced(node: Any) -> Any:
-    """The input of a slice that keeps all of it; else the node itself."""
+    """Return the input of slices that keep everything; otherwise the node itself."""
     while isinstance(node, fx.Node) and is_full_slice(node):
         node = node.args[0]
     return node

@@ -1,4 +1,4 @@
-"""The nodes of inserted branches: their products x·aᵀ, and a function that makes more nodes."""
+"""The nodes of inserted branches: the products x·aᵀ, and a function that makes new nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Projection:
-    """One product x·aᵀ: `node` = matmul(x, permute(type_as(a, x))), a the get_attr of [rank, in].
+    """One product x·aᵀ: `node` = matmul(x, permute(type_as(a, x))), with a stored [rank, in].
 
     Several a's stand below each other where `share` has joined their products.
     """
@@ -32,7 +32,7 @@ class Projection:
 
 
 def projections(graph: fx.Graph) -> Iterator[Projection]:
-    """Every product of an activation with factors of branches, in the order of the graph."""
+    """Yield each product of an activation with factors of branches, in graph order."""
     for node in graph.nodes:
         x, transposed = operands(node, aten.matmul.default) or (None, None)
         cast, perm = operands(transposed, aten.permute.default) or (None, None)
@@ -46,7 +46,7 @@ def projections(graph: fx.Graph) -> Iterator[Projection]:
 
 
 def operands(node: object, target: object) -> tuple[Any, ...]:
-    """The arguments of a branch's node where it is this op and has no keywords; else nothing."""
+    """Return the arguments of a branch's node that calls this op without keywords; else nothing."""
     if not isinstance(node, fx.Node) or node.target is not target or not is_marked(node):
         return ()
     if node.kwargs:
@@ -55,8 +55,9 @@ def operands(node: object, target: object) -> tuple[Any, ...]:
 
 
 def maker(before: fx.Node, branch: fx.Node) -> Callable[..., fx.Node]:
-    """A function that makes nodes before a node, in its module and with the mark of a branch.
+    """Return a function that makes marked branch nodes before a node, in the node's module.
 
-    It takes an op or function, args and kwargs, or the name of a tensor alone: see make_marked.
+    The function takes an op or function with args and kwargs, or only a tensor's name: see
+    make_marked.
     """
     return partial(make_marked, before, before, branch.meta["custom"][MARK]["site"])

@@ -31,7 +31,7 @@ _SUFFIX = re.compile(r"_(g|v|orig)$")
 
 
 def effective_name(behind: tuple[str, ...]) -> str:
-    """The name of a weight that is computed from parameters, with the ~ of a computed weight.
+    """Return the name of a weight that is computed from parameters, which ends in ~.
 
     >>> effective_name(("lin.parametrizations.weight.original0",))
     'lin.weight~'
@@ -55,13 +55,13 @@ def effective_name(behind: tuple[str, ...]) -> str:
 
 
 class Namer:
-    """Gives computed weights their names, and the same name to equal computations."""
+    """Names computed weights; equal computations get the same name."""
 
     def __init__(self) -> None:
         self.recipes: dict[str, dict[str, int]] = {}  # by the name, in the order of the graph
 
     def __call__(self, weight: FxWeight) -> str:
-        """The parameter's name, or that of the computed weight."""
+        """Return the parameter's name, or the name of the computed weight."""
         if weight.name:
             return weight.name
         name = effective_name(weight.behind)
@@ -73,7 +73,7 @@ class Namer:
 
 
 def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
-    """The computation of a value as a text; equal computations have equal texts."""
+    """Return a value's computation as a text; equal computations have equal texts."""
     if node not in memo:
         if node.op == "call_function":
             arguments: object = fx.node.map_aggregate(
@@ -87,7 +87,7 @@ def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
 
 
 def evaluate(root: torch.nn.Module, flow: FxFlow, node: fx.Node) -> torch.Tensor:
-    """The value of a node that depends on parameters and constants only.
+    """Compute the value of a node that depends only on parameters and constants.
 
     Ops that edit intermediate values in place run as well; buffers are copied first.
     """
@@ -108,7 +108,7 @@ def evaluate(root: torch.nn.Module, flow: FxFlow, node: fx.Node) -> torch.Tensor
 
 
 def _computed(node: fx.Node, values: Mapping[fx.Node, Any], root: torch.nn.Module) -> Any:
-    """The value of one node, from those of the nodes before it and the tensors of the tree."""
+    """Compute the value of one node from earlier values and the tensors of the tree."""
     if node.target is getattr:
         return device_of(root)
     if node.op == "get_attr":
@@ -122,7 +122,7 @@ def _computed(node: fx.Node, values: Mapping[fx.Node, Any], root: torch.nn.Modul
 
 
 def _dependencies(node: fx.Node) -> set[fx.Node]:
-    """A node and all that its value depends on; a device is known without its tensor."""
+    """Return a node and all nodes that its value depends on; a device needs no tensor."""
 
     def operands(step: fx.Node) -> list[fx.Node]:
         return [] if step.target is getattr else step.all_input_nodes

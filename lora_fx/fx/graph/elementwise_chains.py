@@ -1,4 +1,4 @@
-"""Chains of elementwise steps: which cheap steps make a value, from what, and what autograd keeps.
+"""Chains of elementwise steps: the cheap steps behind a value, and what autograd keeps of them.
 
 A chain is a norm, an activation, a gate, with the casts and views around it. Running it again
 costs a pass over memory, which is little beside a matrix product; keeping its result and what its
@@ -47,7 +47,7 @@ PRODUCTS = aten_ops("mul.Tensor div.Tensor")
 
 
 CHEAP = VIEWS | CASTS | NOTHING | SUMS | INPUT | OUTPUT | PRODUCTS
-"""The sets are grouped by what an op keeps for backward: nothing, input, output, or factors."""
+"""The ops of a chain; the sets above differ in what an op keeps for backward."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Chain:
 def chain_of(
     x: fx.Node, differentiable: Mapping[fx.Node, bool], written: Collection[fx.Node]
 ) -> Chain | None:
-    """The steps to run again for x; None where that gains nothing.
+    """Return the steps to run again for x; None if that saves too little memory.
 
     Args:
         x: The value.
@@ -86,7 +86,7 @@ def chain_of(
 def _walk(
     x: fx.Node, differentiable: Mapping[fx.Node, bool], written: Collection[fx.Node], sums: bool
 ) -> Chain | None:
-    """The chain of every cheap node whose users are all among the steps.
+    """Return the chain of all cheap nodes before x whose users are all in the chain.
 
     Args:
         x: The value.
@@ -115,7 +115,7 @@ def _walk(
 
 
 def _cheap_steps(x: fx.Node, written: Collection[fx.Node], sums: bool) -> list[fx.Node]:
-    """The cheap nodes that make x and are read by each other alone, in the order of the graph."""
+    """Return the cheap nodes before x that only each other read, in graph order."""
 
     def viewed(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes[:1] if node.target in VIEWS else []
@@ -149,7 +149,7 @@ def _is_cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: boo
 
 
 def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node]:
-    """The operands and results of a cheap node that autograd keeps."""
+    """Return the operands and results of a cheap node that autograd keeps."""
     if not differentiable.get(node):
         return []
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
@@ -169,7 +169,7 @@ def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node
 
 
 def stored(node: fx.Node) -> fx.Node:
-    """The node whose memory holds a value, through views and casts to its own dtype."""
+    """Return the node whose memory holds a value, through views and casts to the same dtype."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return node
     source = node.args[0]
@@ -181,7 +181,7 @@ def stored(node: fx.Node) -> fx.Node:
 
 
 def nbytes(node: fx.Node) -> int:
-    """Bytes of a node's tensor at the example's sizes; 0 for anything else."""
+    """Return the bytes of a node's tensor at the example's sizes; 0 for any other node."""
     tensor = value(node)
     if not isinstance(tensor, torch.Tensor):
         return 0
@@ -189,7 +189,7 @@ def nbytes(node: fx.Node) -> int:
 
 
 def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool]:
-    """The nodes that a gradient may flow through: inputs, trained tensors, and their results.
+    """Return whether a gradient may flow through each node, by node.
 
     Args:
         graph: Nodes with the values that the capture saw.

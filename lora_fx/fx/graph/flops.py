@@ -1,4 +1,4 @@
-"""FLOPs of the products of a graph, at the example's sizes."""
+"""The FLOPs of a graph's products, at the example's sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
-    """FLOPs of one use: 2 · elements of the result · in.
+    """Count the FLOPs of one use: 2 · elements of the result · in.
 
     A recurrent weight runs once for every step and row, and lookups are free.
     """
@@ -49,7 +49,7 @@ def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
 
 
 def gathered(graph: fx.Graph, flow: FxFlow) -> dict[fx.Node, str]:
-    """Nodes that hold rows of one parameter, picked by numbers that a run computes.
+    """Return the nodes that hold rows of one parameter, picked by computed ids, with its name.
 
     Experts are picked so from their stack: the one float that such an op reads is the parameter.
     """
@@ -72,7 +72,10 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def data_flops(node: fx.Node) -> int:
-    """FLOPs of one product of activations, 0 for anything else; an einsum has every letter's."""
+    """Count the FLOPs of a product of activations; 0 for other nodes.
+
+    An einsum counts the sizes of all its letters.
+    """
     y = shape_of(node)
     if y is None:
         return 0
@@ -98,7 +101,7 @@ def data_flops(node: fx.Node) -> int:
 
 
 def _attention_flops(node: fx.Node) -> int:
-    """FLOPs of q·kᵀ and of softmax(q·kᵀ)·v: q [..., n, d], k [..., m, d], v [m, e]."""
+    """Count the FLOPs of q·kᵀ and softmax(q·kᵀ)·v: q [..., n, d], k [..., m, d], v [m, e]."""
     q, k, v = (shape_of(operand) or () for operand in node.args[:3])
     return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
 

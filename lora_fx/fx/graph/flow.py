@@ -1,4 +1,4 @@
-"""Data flow from parameters: which values of a graph are weights, and through which View.
+"""The data flow from parameters: which values of a graph are weights, and through which View.
 
 A weight is a parameter seen through views, or a *computed* weight: what other ops make of
 parameters and constants alone (weight_norm, a standardised kernel, a mask times a matrix). The
@@ -38,12 +38,12 @@ SHAPE_ONLY = {
     **dict.fromkeys(_LIKE_OPERAND_0.split(), 0),
     **dict.fromkeys(_LIKE_OPERAND_1.split(), 1),
 }
-"""Ops → the operand whose shape and dtype they read, and no element of it."""
+"""Ops → the operand of which they read only shape and dtype, no element."""
 
 
 @dataclass(frozen=True)
 class FxWeight:
-    """A value that is one weight seen through a View.
+    """A value in a graph that is one weight, seen through a View.
 
     Attributes:
         name: The parameter's first name; empty for a computed weight.
@@ -66,7 +66,7 @@ class FxWeight:
 
 @dataclass
 class FxFlow:
-    """Nodes that depend on parameters and constants only.
+    """The nodes that depend only on parameters and constants.
 
     Attributes:
         weights: Nodes that are one tensor derived from parameters.
@@ -81,7 +81,7 @@ class FxFlow:
     products: list[fx.Node] = field(default_factory=list)
 
     def fixed(self, node: fx.Node) -> bool:
-        """True when no input of the call decides the node's value."""
+        """True if no input of the call influences the node's value."""
         return node in self.behind or node in self.constants
 
 
@@ -128,7 +128,7 @@ def weight_flow(
 
 
 def _is_layer(flow: FxFlow, product: fx.Node) -> bool:
-    """True when data is made of a product, and no layer's weight is; bodies count as layers."""
+    """True if a product makes data and no layer's weight; bodies of ops count as layers."""
 
     def fixed_users(node: fx.Node) -> list[fx.Node]:
         return [user for user in node.users if user in flow.behind]
@@ -157,7 +157,7 @@ def _reads_as_weight(user: fx.Node, operand: fx.Node) -> bool:
 def _follow_tensor(
     flow: FxFlow, node: fx.Node, root: nn.Module | None, names: Mapping[str, str]
 ) -> None:
-    """Enter the tensor that a get_attr reads: a parameter of the tree, or a constant."""
+    """Record the tensor that a get_attr reads: a parameter of the tree, or a constant."""
     name = names.get(str(node.target))
     if name is None:
         flow.constants.add(node)
@@ -168,7 +168,7 @@ def _follow_tensor(
 
 
 def _follow_call(flow: FxFlow, node: fx.Node) -> None:
-    """Enter the result of an op: a constant, a view of a weight, a computed weight, or nothing."""
+    """Record an op's result: a constant, a view of a weight, a computed weight, or nothing."""
     if node.target is getattr:  # the device of an input
         flow.constants.add(node)
         return
@@ -209,7 +209,7 @@ def _enter(flow: FxFlow, node: fx.Node, weight: FxWeight | None) -> None:
 
 
 def _follow_computation(flow: FxFlow, node: fx.Node, from_parameters: list[fx.Node]) -> None:
-    """Enter the result of an op on parameters and constants alone, unless the op is a layer."""
+    """Record the result of an op on parameters and constants only, unless the op is a layer."""
     parameters: set[str] = set()
     for operand in from_parameters:
         parameters.update(flow.behind[operand])
@@ -231,7 +231,7 @@ def _follow_computation(flow: FxFlow, node: fx.Node, from_parameters: list[fx.No
 
 
 def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
-    """The weight that a node is where it only views `source`; None where it does more."""
+    """Return the weight of a node that only views `source`; None if the node does more."""
     if node.target in SPLITS and node.args[0] is source:
         return weight  # the getitem after it slices
     if node.target is DEQUANTISE:

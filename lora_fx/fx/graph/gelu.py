@@ -1,4 +1,4 @@
-"""GELU written out in elementwise steps, recognised by its values.
+"""GELU written out in elementwise steps, which is recognised by its values.
 
 Such a chain is x/2·(1 + F(r(x))), r = x/√2 for F = erf, and r = √(2/π)·(x + .044715·x³) for tanh
 (Hendrycks and Gimpel, arXiv 1606.08415), its factors in any order. It runs on numbers, and what
@@ -32,22 +32,22 @@ FUNCTIONS = aten_ops("tanh erf")
 
 
 POINTS = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
-"""Numbers on both sides of 0, up to where GELU is x, or 0."""
+"""Test points on both sides of 0, up to where GELU equals x or 0."""
 
 
 GELUS = {kind: F.gelu(POINTS, approximate=kind) for kind in ("none", "tanh")}
 
 
 CLOSE = 1e-7
-"""Constants of one formula are written with eight digits or more."""
+"""The tolerance of values: the constants of a formula are written with eight digits or more."""
 
 
 LONGEST = 26
-"""More nodes than any such chain has."""
+"""A limit above the number of nodes of any written-out GELU."""
 
 
 def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] | None:
-    """(x, approximate) where a node is the GELU of x in several steps; None where it is not.
+    """Return (x, approximate) if a node is the GELU of x in several steps; otherwise None.
 
     Args:
         node: A product or a sum.
@@ -75,7 +75,7 @@ def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] 
 def _computed(
     node: object, x: fx.Node, written: Collection[fx.Node]
 ) -> torch.Tensor | float | None:
-    """The values of a chain at POINTS in place of x; None if it reads anything else."""
+    """Compute a chain with POINTS in place of x; None if the chain reads anything else."""
     if node is x:
         return POINTS
     if isinstance(node, (int, float)):

@@ -1,4 +1,4 @@
-"""torch.fx as a Graph: weights found by data flow, branches inserted as marked ATen nodes."""
+"""torch.fx as a Graph: weights are found by data flow, branches inserted as marked ATen nodes."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ class FxGraph(Analysed):
         self._index: dict[str, fx.Node] = {}  # sites are nodes of the capture, which keep names
 
     def refresh(self) -> None:
-        """Read the tree's names again after tensors were added to it."""
+        """Read the tree's names again, after tensors were added to the tree."""
         self._names, self._aliases = named_tensors(self.root)
 
     def read_codes(self) -> bool:
-        """Read the tree's codes as numbers; returns whether the graph changed."""
+        """Dequantise the tree's codes in the graph; return whether the graph changed."""
         self.held = quantised_parameters.forms(self.root)
         if not self.held or not dequantise_nodes.read_codes(self.graph, self._names, self.held):
             return False
@@ -91,7 +91,7 @@ class FxGraph(Analysed):
     # --- reading ---------------------------------------------------------------------------------
 
     def parameters(self) -> Sequence[Parameter]:
-        """Every parameter of the tree under its first name, adapters' own left out.
+        """Return every parameter of the tree by its first name, without adapters' parameters.
 
         A computed weight follows the parameter that its computation starts from.
         """
@@ -118,7 +118,7 @@ class FxGraph(Analysed):
         return parameters
 
     def _computed_parameters(self) -> dict[str, dict[str, Parameter]]:
-        """Computed weights by name, under the parameter that the computation starts from."""
+        """Return the computed weights by name, per parameter that their computation starts from."""
         computed: dict[str, dict[str, Parameter]] = {}
         for site, _, weight in self._uses():
             if weight.name:
@@ -138,15 +138,15 @@ class FxGraph(Analysed):
         return computed
 
     def sites(self) -> Sequence[Site]:
-        """Every use of a weight, in execution order."""
+        """Return every use of a weight, in execution order."""
         return [site for site, _, _ in self._uses()]
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """The readers of a parameter other than its sites."""
+        """Return the readers of parameters that are not sites."""
         return other_readers(self.graph, self.flow(), self._uses(), self.bodies)
 
     def data_flops(self) -> int:
-        """FLOPs of the matmuls without a weight, and without rows gathered from a weight."""
+        """Count the FLOPs of matmuls without a weight and without rows gathered from a weight."""
         return sum(self._products().values()) - sum(self.gathered_flops().values())
 
     def gathered_flops(self) -> dict[str, int]:
@@ -160,7 +160,7 @@ class FxGraph(Analysed):
         return flops
 
     def _products(self) -> dict[fx.Node, int]:
-        """FLOPs of the products that are no site."""
+        """Return the FLOPs of each product that is not a site."""
         sites = {node for _, node, _ in self._uses()}
         products = {}
         for node in self.graph.nodes:
@@ -172,12 +172,12 @@ class FxGraph(Analysed):
         return products
 
     def adapted(self) -> frozenset[str]:
-        """The ids of sites that carry a branch, read from the marks of its nodes."""
+        """Return the ids of the sites with a branch, read from the marks of its nodes."""
         marked = filter(is_marked, self.graph.nodes)
         return frozenset(node.meta["custom"][MARK]["site"] for node in marked)
 
     def read(self, name: str) -> Array:
-        """A stored parameter as an array; a computed weight is computed."""
+        """Return a stored parameter as an array; compute a computed weight."""
         if name not in self._aliases:
             for site, _, weight in self._uses():
                 if site.parameter == name:
@@ -185,12 +185,12 @@ class FxGraph(Analysed):
         return to_numpy(quantised_parameters.numbers(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
-        """A function that gives the value as it was here: the storage may change before it runs."""
+        """Return a function that returns the present value, even if the storage changes later."""
         value = self.read(name)
         return lambda: value
 
     def flow(self) -> FxFlow:
-        """The nodes that depend only on parameters and constants."""
+        """Return the data flow of parameters and constants."""
         return self.kept("flow", lambda: weight_flow(self.graph, self.root, self._names))
 
     def _uses(self) -> Sequence[FxUse]:
@@ -211,18 +211,18 @@ class FxGraph(Analysed):
         return node
 
     def use(self, site: Site) -> ops.FxOperand:
-        """The op table's row for the operand of a site."""
+        """Return the op table's operand entry for a site."""
         node = self._at(site)
         row = ops.row_of(node)
         assert row is not None
         return next(use for use in row.uses(node) if use.weight == site.slot)
 
     def activation(self, site: Site) -> fx.Node:
-        """The operand of the site that is no weight, as it is now."""
+        """Return the current activation of a site, the operand that is not the weight."""
         return _node(ops.pick(self._at(site), self.use(site).x))
 
     def kept_activation(self, site: Site) -> fx.Node:
-        """The activation, or a copy of it where a train graph writes over it later.
+        """Return the activation, or a copy if a train graph later overwrites the activation.
 
         A frozen layer keeps no x for backward, so a model may; a branch keeps it for ∂L/∂a.
         """
@@ -239,11 +239,11 @@ class FxGraph(Analysed):
         return copy
 
     def weight(self, site: Site) -> fx.Node:
-        """The node at the start of the site's chain: a get_attr, or the weight's computation."""
+        """Return the first node of the site's chain: a get_attr, or the weight's computation."""
         return self._chain(site)[0]
 
     def picked(self, site: Site, e: object) -> fx.Node:
-        """The indices of the last gather on the way from the weight to the site."""
+        """Return the indices of the last gather between the weight and the site."""
         chain = self._chain(site)[1:]
         pick = next(node for node in chain if gather(node, shape_of(node.args[0]) or ()))
         ids = pick.args[-1]
@@ -252,7 +252,7 @@ class FxGraph(Analysed):
         return _node(ids)
 
     def output(self, site: Site) -> fx.Node:
-        """The result of the site's op; of an op with several results, the first."""
+        """Return the result of the site's op; the first result if there are several."""
         node = self._at(site)
         row = ops.row_of(node)
         if row is None or not row.first:
@@ -263,7 +263,7 @@ class FxGraph(Analysed):
         raise MistakeError(f"nothing reads the result of site {site.id!r}")
 
     def product(self, site: Site, e: Any) -> fx.Node | None:
-        """The result without its bias: the bias is subtracted again, so no product runs twice."""
+        """Return the result without its bias, which is subtracted so that no product runs twice."""
         node = self._at(site)
         y = self.output(site)
         row = ops.row_of(node)
@@ -283,14 +283,14 @@ class FxGraph(Analysed):
         return _node(e.op("add", negative, y))
 
     def emit(self, site: Site, *, before: bool = False) -> FxEmitter:
-        """An emitter at the site: after its node (branch) or before it (weight form)."""
+        """Return an emitter after the site's node (branch) or before it (weight form)."""
         self.changed()  # here once, and when the result is put in its place: not at every node
         return FxEmitter(self, site, self._at(site), before=before)
 
     def replace_output(self, site: Site, y: fx.Node) -> None:
-        """Let every user of the site read y, except the nodes of its own branch.
+        """Make every user of the site read y, except the nodes of the site's own branch.
 
-        Those read the old result: redirected as well, the sum would read itself.
+        The branch's nodes read the old result; otherwise the sum would read itself.
         """
         node = self.output(site)
         y.meta["val"] = node.meta.get("val")  # later sites read shapes from their operands
@@ -298,12 +298,12 @@ class FxGraph(Analysed):
         node.replace_all_uses_with(y, delete_user_cb=lambda user: not is_marked(user, site.id))
 
     def rebase(self, site: Site, w: fx.Node) -> None:
-        """Let the site read w through a copy of its own chain, which is part of the branch."""
+        """Make the site read w through a marked copy of its chain."""
         w.meta["val"] = self.weight(site).meta.get("val")  # what follows it reads shape and dtype
         self._replay(site, w, marked=True)
 
     def _replay(self, site: Site, start: fx.Node, *, marked: bool = False) -> None:
-        """Let the site read the result of a copy of its chain on `start`."""
+        """Make the site read the result of a copy of its chain that begins with `start`."""
         node, chain = self.places(site)
         copies = {chain[0]: start}
         with self.graph.inserting_before(node):
@@ -318,18 +318,18 @@ class FxGraph(Analysed):
         self.changed()
 
     def _chain(self, site: Site) -> list[fx.Node]:
-        """The nodes between the weight and the site, both ends included."""
+        """Return the nodes from the weight to the site's operand, both included."""
         chain = [_node(ops.pick(self._at(site), site.slot))]
         while chain[0].op != "get_attr" and chain[0].name != site.root:
             chain.insert(0, _node(chain[0].args[0]))
         return chain
 
     def places(self, site: Site) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """The site's node, and its weight's way to it, both ends included."""
+        """Return the site's node, and the nodes from the weight to its operand."""
         return self._at(site), tuple(self._chain(site))
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
-        """True when these sites are all that reads a parameter in this graph."""
+        """True if nothing but these sites reads a parameter in this graph."""
         site_slots = {(self._at(site), site.slot) for site in sites}
         chains: set[fx.Node] = set()
         for site in sites:
@@ -349,7 +349,7 @@ class FxGraph(Analysed):
         return True
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """Let sites read a value; if they need a separate constant, it is called `NAME_folded[_1]`.
+        """Make sites read a new value; return its name, `NAME_folded[_1]` for a separate constant.
 
         A parameter whose every use is among the sites is replaced under all its names.
         """
@@ -377,7 +377,7 @@ class FxGraph(Analysed):
         return folded_name
 
     def zero_points(self, site: Site) -> ZeroPoints | None:
-        """Those of codes [out, in] whose product in ONNX Runtime takes floats for them."""
+        """Return zero points that may be floats in ONNX Runtime, for codes [out, in]; else None."""
         name = site.parameter
         if name not in self._aliases:
             return None
@@ -398,7 +398,7 @@ class FxGraph(Analysed):
         return nbits_zero_points(name, scale, zero, (rows, columns), stored.bits, stored.block)
 
     def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
-        """Let all uses of a weight read its codes by other zero points; returns their name.
+        """Make all uses of a weight read its codes with other zero points; return their name.
 
         Raises:
             LoraFxError: A use that is none of these sites: the tree has one tensor for both.
@@ -418,7 +418,7 @@ class FxGraph(Analysed):
         return f"{name}_zero"
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
-        """Let sites read another stored tensor through their own copy of the chain."""
+        """Make sites read another stored tensor through their own copies of the chain."""
         for site in sites:
             with self.graph.inserting_before(self._at(site)):
                 start = self.graph.get_attr(stored)
@@ -426,7 +426,7 @@ class FxGraph(Analysed):
             self._replay(site, start)
 
     def clone(self) -> FxGraph:
-        """The same graph in new nodes, which keep their names; tensors and tree are shared."""
+        """Return a copy of the graph with the same node names; tensors and tree are shared."""
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -449,7 +449,7 @@ class FxGraph(Analysed):
         return clone
 
     def module(self) -> fx.GraphModule:
-        """The graph as a module that runs.
+        """Return the graph as a module that runs.
 
         It takes the inputs of the graph in their order, reads the tensors of the tree, and returns
         the outputs in a tuple. What passes do later to this graph does not reach it.
@@ -464,7 +464,7 @@ class FxGraph(Analysed):
 
 
 def replaced(args: Any, path: Sequence[int], value: Any) -> Any:
-    """The arguments with another value at a path."""
+    """Return arguments with the value at a path replaced."""
     if not path:
         return value
     position, *deeper = path
@@ -506,13 +506,13 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""The function that makes the node of each primitive of lora_fx.ir.emitter.Ops, except conv."""
+"""The function that makes the node for each primitive of lora_fx.ir.emitter.Ops, except conv."""
 
 
 class FxEmitter:
-    """Builds ATen nodes after a site's node or before it, each marked as part of its branch.
+    """Makes ATen nodes after or before a site's node, each marked as part of its branch.
 
-    They carry the module stack of their site, so that they land in the same block when blocks
+    The nodes carry the module stack of their site, so that they are in the same block when blocks
     become functions.
     """
 
@@ -538,7 +538,7 @@ class FxEmitter:
         return self._make(*PRIMS[prim](*xs, **attrs))
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:
-        """The site's own op on other operands, its attributes kept and its bias left out."""
+        """Add the site's own op on other operands, with its attributes and without its bias."""
         row = ops.row_of(self.node)
         assert row is not None
         use = self.owner.use(site)
@@ -554,7 +554,7 @@ class FxEmitter:
         return result
 
     def parameter(self, name: str, value: Array, role: Role) -> fx.Node:
-        """A get_attr of an adapter's tensor, registered once at its dotted name on the tree."""
+        """Add a get_attr of an adapter's tensor, and register the tensor on the tree once."""
         root = self.owner.root
         module, leaf = owner(root, name, create=lambda _: tensors.AdapterTensors())
         if leaf not in module._parameters:  # a later graph finds it there

@@ -1,4 +1,4 @@
-"""Find which storage a graph's ops change in place, and when."""
+"""The storage that a graph's ops change in place, and when."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Storage = frozenset["fx.Node | str"]
 
 
 _MAY_ALIAS = aten_ops("dropout type_as feature_dropout")
-"""Ops whose schema says nothing, and whose result can be their first operand itself."""
+"""Ops whose result may be their first operand, although their schema does not say so."""
 
 
 class Writes:
@@ -52,7 +52,7 @@ class Writes:
         return shared or frozenset((node,))
 
     def between(self, value: fx.Node, start: fx.Node, end: fx.Node | None = None) -> bool:
-        """Whether something writes to a value's storage after one node and before another."""
+        """Whether an op writes to a value's storage after one node and before another."""
         first = self.order[start]
         last = len(self.order) if end is None else self.order[end]
         storage = self.storage[value]
@@ -61,7 +61,7 @@ class Writes:
         )
 
     def ever(self) -> set[fx.Node]:
-        """Values that some op changes in place, and all values in the same storage."""
+        """Return the values that some op changes in place, and all values in the same storage."""
         changed = frozenset().union(*(storage for _, storage in self.writes))
         return {node for node, storage in self.storage.items() if storage & changed}
 
@@ -73,7 +73,7 @@ def _makes_separate_results(node: fx.Node) -> bool:
 
 
 def aliased_by(node: fx.Node) -> list[fx.Node]:
-    """The operands that a node's result may share storage with."""
+    """Return the operands whose storage a node's result may share."""
     if node.target in _MAY_ALIAS:
         return [operand for operand in node.args[:1] if isinstance(operand, fx.Node)]
     if node.op != "call_function" or not _may_alias(node.target):
@@ -82,12 +82,12 @@ def aliased_by(node: fx.Node) -> list[fx.Node]:
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
-    """The operands that a node changes in place."""
+    """Return the operands that a node changes in place."""
     return [operand for info, operand in _annotated(node) if info.is_write]
 
 
 def _annotated(node: fx.Node) -> list[tuple[Any, fx.Node]]:
-    """(the schema's alias info, operand) of operands that share a result's storage or change."""
+    """Return (alias info, operand) for the operands that the op's schema gives alias info."""
     if node.op != "call_function":
         return []
     annotated = []
@@ -103,7 +103,7 @@ def _annotated(node: fx.Node) -> list[tuple[Any, fx.Node]]:
 
 @functools.lru_cache(1024)
 def _annotations(target: Any) -> tuple[tuple[int, str, Any], ...]:
-    """(position, name, alias info) of the arguments for which an op's schema has alias info."""
+    """Return (position, name, alias info) of the arguments with alias info in an op's schema."""
     arguments = getattr(getattr(target, "_schema", None), "arguments", ())
     return tuple(
         (position, slot.name, slot.alias_info)
@@ -114,6 +114,6 @@ def _annotations(target: Any) -> tuple[tuple[int, str, Any], ...]:
 
 @functools.lru_cache(1024)
 def _may_alias(target: Any) -> bool:
-    """Whether an op's schema says that its result may share the storage of an operand."""
+    """Whether an op's result may share the storage of an operand, by the op's schema."""
     returns = getattr(getattr(target, "_schema", None), "returns", ())
     return any(result.alias_info for result in returns)

@@ -1,4 +1,4 @@
-"""Attention masks, recognised by the positions that they let through.
+"""The recognition of attention masks, by the positions that they allow.
 
 A mask that is made of sizes and constants alone runs at small sizes, and at such as are larger
 than all numbers in it together. The ops that may make one give whole numbers, truths and what
@@ -38,15 +38,15 @@ MASKING = {
 
 
 LOWEST = -1e30
-"""The limit below which a number that is added to a score removes the score."""
+"""The bound below which a number, added to a score, removes the score."""
 
 
 LARGEST = 2500
-"""A mask with larger numbers in it, such as a long window, stays as it is."""
+"""The largest number in a mask that is analysed; a mask with a longer window stays as it is."""
 
 
 def mask_form(mask: fx.Node, written: Collection[fx.Node]) -> str:
-    """The form of a mask: causal (j ≤ i, for a query i and a key j), open, or empty for others.
+    """Return the form of a mask: causal (key j ≤ query i), open, or empty for other masks.
 
     Args:
         mask: Truths, or what is added to scores.
@@ -75,7 +75,7 @@ def mask_form(mask: fx.Node, written: Collection[fx.Node]) -> str:
 
 
 def _forms(nodes: Sequence[fx.Node], lengths: Collection[Any], reach: int) -> set[str]:
-    """The forms of a mask at small sizes, and at such as are beyond all numbers in it.
+    """Return the forms of a mask at small sizes, and at sizes beyond all numbers in the mask.
 
     Args:
         nodes: What makes the mask, which is the last of them.
@@ -104,7 +104,7 @@ def _forms(nodes: Sequence[fx.Node], lengths: Collection[Any], reach: int) -> se
 
 
 def _largest(nodes: Sequence[fx.Node]) -> int:
-    """The farthest that a mask can look: the sum of the constants that its last node reads."""
+    """Return how far a mask can look: the sum of the constants that it depends on."""
     reach: dict[fx.Node, int] = {}
     for node in nodes:
         size = value(node)
@@ -126,7 +126,7 @@ def _is_size_or_device(node: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """The operands that decide the numbers of a node; not one of which it reads only the dtype."""
+    """Return the operands that decide a node's numbers, not those read for their dtype only."""
     if _is_size_or_device(node):
         return []
     operands = node.all_input_nodes
@@ -138,7 +138,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _form_at(nodes: Sequence[fx.Node], sizes: Mapping[object, int]) -> str:
-    """The form of the last of some nodes, run at sizes by their symbols; empty for any other."""
+    """Run the nodes of a mask at given sizes, and return the form of the result."""
     values: dict[fx.Node, Argument] = {}
 
     def read(arg: Any) -> Argument:
@@ -181,7 +181,7 @@ def _form_at(nodes: Sequence[fx.Node], sizes: Mapping[object, int]) -> str:
 
 
 def _is_exact(tensor: torch.Tensor) -> bool:
-    """Whether a float holds none of a tensor's numbers that it may have rounded."""
+    """Whether a tensor has no rounded numbers: integers, only 0 and 1, or 0 and removals."""
     if tensor.dtype in (torch.int32, torch.int64):
         return True
     only_truths = bool(((tensor == 0) | (tensor == 1)).all())
@@ -189,5 +189,5 @@ def _is_exact(tensor: torch.Tensor) -> bool:
 
 
 def _removes_or_adds_nothing(tensor: torch.Tensor) -> bool:
-    """Whether a tensor, added to scores, removes some of them and leaves the others."""
+    """Whether a tensor, added to scores, removes some scores and leaves the others unchanged."""
     return tensor.is_floating_point() and bool(((tensor == 0) | (tensor <= LOWEST)).all())

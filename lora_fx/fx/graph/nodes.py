@@ -1,4 +1,4 @@
-"""Read the nodes of an export graph: shapes, dtypes, arguments by schema name."""
+"""Readers of export graph nodes: shapes, dtypes, arguments by schema name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 def value(node: object) -> Any:
-    """The fake tensor of a node, or a tuple of them."""
+    """Return the fake tensor of a node, or a tuple of fake tensors."""
     if isinstance(node, Node):
         return node.meta.get("val")
     return node
 
 
 def shape_of(node: object) -> Shape | None:
-    """The sizes of a node's tensor, ints or SymInts; None for anything else."""
+    """Return the sizes of a node's tensor, as ints or SymInts; None for any other node."""
     tensor = value(node)
     if not isinstance(tensor, torch.Tensor):
         return None
@@ -32,7 +32,7 @@ def shape_of(node: object) -> Shape | None:
 
 
 def dtype_of(node: object) -> torch.dtype | None:
-    """The dtype of a node's tensor; None for anything else."""
+    """Return the dtype of a node's tensor; None for any other node."""
     tensor = value(node)
     if not isinstance(tensor, torch.Tensor):
         return None
@@ -40,7 +40,7 @@ def dtype_of(node: object) -> torch.dtype | None:
 
 
 def hint(size: Any) -> int:
-    """The number that a size is in the example; 2 for one that depends on a tensor's values."""
+    """Return a size's number in the example; 2 if it depends on a tensor's values."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     if size.node.hint is None:
@@ -49,24 +49,24 @@ def hint(size: Any) -> int:
 
 
 def plain(value: object) -> Any:
-    """A value of the capture as it is in the example: a size as its number."""
+    """Return a captured value as in the example: a symbolic size becomes its number."""
     if isinstance(value, torch.SymInt):
         return hint(value)
     return value
 
 
 def numel(shape: Shape) -> int:
-    """The number of elements at the example's sizes."""
+    """Return the number of elements at the example's sizes."""
     return math.prod(map(hint, shape))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype without its module: float32 for torch.float32."""
+    """Return the dtype's name without its module: float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def argument(node: Node, name: str, default: object = None) -> Any:
-    """An argument by its name in the op's schema, given by position or by keyword."""
+    """Return an argument by its schema name, whether given by position or by keyword."""
     for position, slot in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if slot.name != name:
             continue
@@ -79,12 +79,12 @@ def argument(node: Node, name: str, default: object = None) -> Any:
 
 
 def op_name(node: Node) -> str:
-    """The op without its namespace: linear for aten.linear.default."""
+    """Return the op's name without its namespace: linear for aten.linear.default."""
     return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
 
 
 def scopes_of(node: fx.Node) -> dict[str, str]:
-    """Path → class name of the modules in whose forward a node was made, the outermost first."""
+    """Return {path: class name} of the modules around a node, the outermost first."""
     scopes: dict[str, str] = {}
     for path_with_call, module_class in (node.meta.get("nn_module_stack") or {}).values():
         path, _, _ = str(path_with_call).partition("@")
@@ -95,18 +95,18 @@ def scopes_of(node: fx.Node) -> dict[str, str]:
 
 
 def scope_of(node: fx.Node) -> tuple[str, str]:
-    """Path and class name of the innermost module whose forward made the node."""
+    """Return path and class name of the innermost module whose forward made the node."""
     return next(reversed(scopes_of(node).items()), ("", ""))
 
 
 def block_of(node: fx.Node, blocks: Sequence[str]) -> str:
-    """The block among `blocks` whose forward made a node; empty for the rest of the model."""
+    """Return the block among `blocks` whose forward made a node; empty if there is none."""
     scopes = scopes_of(node)
     return next((block for block in blocks if block in scopes), "")
 
 
 def overloads(row: T, *names: str) -> dict[object, T]:
-    """One row of a table of ATen's ops for every overload of the ops by these names."""
+    """Return a table with this row for every overload of the named ATen ops."""
     rows: dict[object, T] = {}
     for name in names:
         packet = getattr(torch.ops.aten, name)
@@ -115,7 +115,7 @@ def overloads(row: T, *names: str) -> dict[object, T]:
 
 
 def aten_ops(names: str) -> set[object]:
-    """ATen's ops by these names: `add.Tensor`, or `relu` for relu.default."""
+    """Return the named ATen ops: `add.Tensor`, or `relu` for relu.default."""
     operators = set[object]()
     for name in names.split():
         op, _, overload = name.partition(".")
@@ -124,7 +124,7 @@ def aten_ops(names: str) -> set[object]:
 
 
 def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
-    """The nodes that a walk through a graph meets, nearest first, each once, with `start`."""
+    """Walk through a graph and yield each node once, nearest first, beginning with `start`."""
     visited = dict.fromkeys(start)
     queue = deque(visited)
     while queue:
@@ -137,7 +137,7 @@ def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator
 
 
 def replace_parts(node: Node, parts: Sequence[Node]) -> None:
-    """Replace the parts of a node's result by these nodes, and erase the node."""
+    """Replace the parts of a node's result by other nodes, and erase the node."""
     for user in list(node.users):
         user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
         node.graph.erase_node(user)
@@ -145,7 +145,7 @@ def replace_parts(node: Node, parts: Sequence[Node]) -> None:
 
 
 def random_ops(graph: fx.Graph) -> list[str]:
-    """The ops of a graph that draw random numbers; a dropout that is off draws none."""
+    """Return the ops of a graph that draw random numbers, without dropouts that are off."""
     switches = ("train", "training", "p", "dropout", "dropout_p")
     names: dict[str, None] = {}
     for node in graph.nodes:
@@ -157,20 +157,20 @@ def random_ops(graph: fx.Graph) -> list[str]:
 
 
 NO_GRAD = "lora_fx_no_grad"
-"""The key in the metadata of nodes that ran with gradients off."""
+"""The metadata key of nodes that run without gradients."""
 MARK = "lora_fx"
 
 
 def mark(node: fx.Node, site: str) -> None:
-    """Say in the metadata that a node belongs to the branch of a site.
+    """Mark a node, in its metadata, as part of the branch of a site.
 
-    Of a node's metadata torch keeps "custom" through save, load and a second export.
+    torch keeps the metadata field "custom" through save, load and a second export.
     """
     node.meta["custom"] = {**node.meta.get("custom", {}), MARK: {"site": site}}
 
 
 def unmark(node: fx.Node) -> None:
-    """Take the mark off a node again."""
+    """Remove the mark from a node."""
     custom = node.meta["custom"]
     node.meta["custom"] = {key: entry for key, entry in custom.items() if key != MARK}
 
@@ -178,7 +178,7 @@ def unmark(node: fx.Node) -> None:
 def make_marked(
     before: fx.Node, beside: fx.Node, site: str, target: Any, args: Any = None, kwargs: Any = None
 ) -> fx.Node:
-    """A new node of a site's branch: an op on `args`, or without them a read of a tensor.
+    """Make a node of a site's branch: an op on `args`, or, without `args`, a read of a tensor.
 
     Args:
         before: Where in the graph it stands.
@@ -203,7 +203,7 @@ def make_marked(
 
 
 def is_marked(node: fx.Node, site: str | None = None) -> bool:
-    """True for nodes that a pass emitted, for `site` or for any."""
+    """True for nodes that a pass emitted, for this `site` or for any site."""
     mark_of_node = node.meta.get("custom", {}).get(MARK)
     if mark_of_node is None:
         return False
@@ -211,12 +211,12 @@ def is_marked(node: fx.Node, site: str | None = None) -> bool:
 
 
 class OverTensors(fx.Interpreter):
-    """A graph over tensors by name, to run once: a GraphModule would be compiled first."""
+    """An interpreter over tensors by name, for one run without a compiled GraphModule."""
 
     def __init__(self, tensors: Mapping[str, Any], graph: fx.Graph) -> None:
         super().__init__(nn.Module(), graph=graph)
         self.tensors = tensors
 
     def fetch_attr(self, target: str) -> Any:
-        """The object that the graph reads by this name."""
+        """Return the object that the graph reads by this name."""
         return self.tensors[target]

@@ -69,7 +69,7 @@ class FxOp:
 
 
 def pick(node: Node, path: Path) -> Any:
-    """The argument at a path into node.args; None if there is none."""
+    """Return the argument at a path into node.args; None if there is none."""
     arg: object = node.args
     for position in path:
         if not isinstance(arg, (tuple, list)) or position >= len(arg):
@@ -79,7 +79,7 @@ def pick(node: Node, path: Path) -> Any:
 
 
 def slots(node: Node, operand: Node) -> list[Path]:
-    """Every path to an operand in a node's args; empty for one that only a keyword reads."""
+    """Return every path to an operand in a node's args; (-1,) stands for a keyword."""
 
     def inside(arg: object, path: Path) -> Iterator[Path]:
         if arg is operand:
@@ -101,7 +101,7 @@ def _linear(node: Node) -> Iterator[FxOperand]:
 
 
 def _product(node: Node, at: int) -> Iterator[FxOperand]:
-    """A product of the operands at `at` and behind it; before them stands what it is added to."""
+    """Yield both operands of a product, at `at` and `at + 1`, as possible weights."""
     left = shape_of(pick(node, (at,)))
     right = shape_of(pick(node, (at + 1,)))
     if left is None or right is None:
@@ -143,14 +143,14 @@ def _tensordot(node: Node) -> Iterator[FxOperand]:
 
 
 def n_axes(operand: object) -> int:
-    """The number of axes of an operand; 0 if it is not a tensor."""
+    """Return the number of axes of an operand; 0 if the operand is not a tensor."""
     return len(shape_of(operand) or ())
 
 
 def _dotted(
     left_axes: int, right_axes: int, left_dims: Sequence[int], right_dims: Sequence[int]
 ) -> list[str]:
-    """The terms of a sum over pairs of axes of two operands; the other axes stand in order.
+    """Return the einsum terms of a sum over pairs of axes of two operands.
 
     Args:
         left_axes: How many axes the left operand has.
@@ -168,7 +168,7 @@ def _dotted(
 
 
 def _contracted(node: Node, terms: list[str], paths: Sequence[Path]) -> Iterator[FxOperand]:
-    """The operands of a contraction, each of which may be the weight."""
+    """Yield each operand of a contraction as a possible weight."""
     gain = float(argument(node, "alpha", 1))
     for position, path in enumerate(paths):
         kind, refusal = contraction(terms, position)
@@ -222,7 +222,7 @@ def _grouped(node: Node) -> Iterator[FxOperand]:
 
 
 def _recurrent(node: Node) -> Iterator[FxOperand]:
-    """The matrices among the parameters of an LSTM, GRU or RNN, and of their cells."""
+    """Yield the weight matrices among the parameters of an LSTM, GRU, RNN, or of their cells."""
     slots_of_op = node.target._schema.arguments  # type: ignore[union-attr]
     for position, (slot, arg) in enumerate(zip(slots_of_op, node.args, strict=False)):
         if slot.name in ("w_ih", "w_hh"):
@@ -263,20 +263,20 @@ def _table() -> dict[object, FxOp]:
 
 OPS = _table()
 PRODUCTS = aten_ops("matmul mm bmm")
-"""Bare products. One of a constant and one parameter is a computed weight."""
+"""Plain products; a product of a constant and one parameter is a computed weight."""
 COMPUTING = aten_ops("mv inner tensordot addmv addbmm")
-"""Products that without an activation are a step of a computed weight, as in spectral_norm."""
+"""Products that, without an activation, compute a weight, as in spectral_norm."""
 DATA_OPS = {aten.scaled_dot_product_attention.default}
-"""Matmuls that no row adapts, counted as FLOPs between activations."""
+"""Products of activations only: they count as FLOPs, but have no row."""
 BY_NAME = {
     "transformers::grouped_mm_fallback": FxOp("grouped_mm", _grouped),
     "lora_fx::linear_in": FxOp("linear", _linear, bias=2),
 }
-"""Ops of libraries that need not be there: not installed, or not imported."""
+"""Ops of other libraries, by name, since these may not be installed or imported."""
 
 
 def row_of(node: Node) -> FxOp | None:
-    """The row of a node's op; None where the table has none."""
+    """Return the row of a node's op; None if the table has no row."""
     if node.op != "call_function":
         return None
     name = getattr(getattr(node.target, "_schema", None), "name", "")

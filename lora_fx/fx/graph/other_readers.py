@@ -1,4 +1,4 @@
-"""Find the readers of a weight that are not sites: an index, a norm, a sum, the model's output."""
+"""The readers of a weight that are not sites: an index, a norm, a sum, the model's output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_fx.ir.graph import OtherReader
 def other_readers(
     graph: fx.Graph, flow: FxFlow, weight_uses: Iterable[FxUse], bodies: Bodies
 ) -> list[OtherReader]:
-    """Every read of a parameter, or of a view of it, that is neither a view nor a site.
+    """Return every read of a parameter, or of its view, that is neither a view nor a site.
 
     Nodes on which no output and no side effect depends read nothing.
     """
@@ -51,7 +51,7 @@ def other_readers(
 
 
 def _only_views(node: fx.Node, operand: fx.Node, weight: FxWeight, flow: FxFlow) -> bool:
-    """Whether a node's result is the operand's weight again, seen through a view."""
+    """Whether a node's result is the operand's weight again, seen through another view."""
     result = flow.weights.get(node)
     return result is not None and result.name == weight.name and node.args[0] is operand
 
@@ -59,7 +59,7 @@ def _only_views(node: fx.Node, operand: fx.Node, weight: FxWeight, flow: FxFlow)
 def _in_bodies(
     bodies: Sequence[fx.GraphModule], position: int, weight: FxWeight
 ) -> Iterator[OtherReader]:
-    """The readers of a weight that is an operand of bodies, other than the products in them.
+    """Yield the readers of a weight in the bodies of a higher-order op, without its products.
 
     Args:
         bodies: What a higher-order op calls.

@@ -1,4 +1,4 @@
-"""The parts of a result that the rest of a graph reads apart, as the q, k and v of one product."""
+"""The parts of a result that a graph reads separately, such as q, k and v of one product."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from lora_fx.ir.graph import Kind
 aten = torch.ops.aten
 
 Part = tuple[str, int, int]
-"""The role of a part, and its half-open bounds along out."""
+"""The role of a part, and its half-open bounds along `out`."""
 
 
 CUTS = SPLITS | aten_ops("slice.Tensor select.int narrow")
 
 
 LIMIT = 8
-"""More parts than this are heads, or steps of a loop, and have no roles."""
+"""The most parts that have roles; more parts are heads, or steps of a loop."""
 
 
 LARGEST = 1 << 22
-"""Results of more elements are not cut up: their parts are found on a tensor of that size."""
+"""The most elements of a result whose parts are found; this takes a tensor of the same size."""
 
 
 def out_axis(kind: Kind) -> int | None:
-    """The axis of a result that is the weight's out; None if no single axis is."""
+    """Return the axis of a result that is the weight's `out`; None if no single axis is."""
     form = getattr(kind, "form", "")
     if form:
         return -1 if form == "right" else -2
@@ -48,9 +48,9 @@ def out_axis(kind: Kind) -> int | None:
 
 
 def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
-    """The parts of a node's result along one axis; one part where it is used as a whole.
+    """Return the parts of a node's result along one axis; one part if nothing cuts the result.
 
-    Empty where no role is proven, and where the parts are no regions of the weight.
+    Empty if no role is proven, or if the parts are not regions of the weight.
     """
     shape = tuple(hint(size) for size in shape_of(node) or ())
     if len(shape) < 2 or numel(shape) > LARGEST:
@@ -77,7 +77,7 @@ def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
 
 
 class _Read(NamedTuple):
-    """The range that one reader of a result reads along out: from start to stop."""
+    """The range along `out` that one reader of a result reads, from start to stop."""
 
     bounds: tuple[int, int]
     gapless: bool  # all of it, and not every second one
@@ -85,7 +85,7 @@ class _Read(NamedTuple):
 
 
 def _reads(node: fx.Node, shape: tuple[int, ...], axis: int) -> list[_Read]:
-    """The ranges that are read along one axis of a node's result, one for each way through views.
+    """Return the ranges that are read along one axis of a result, one per way through views.
 
     Each place along the axis gets its number, and the numbers go through the views that follow:
     what arrives at a node is the region that it reads.
@@ -106,9 +106,9 @@ def _reads(node: fx.Node, shape: tuple[int, ...], axis: int) -> list[_Read]:
 
 
 def _pieces(reads: Sequence[_Read]) -> dict[tuple[int, int], list[Step]] | None:
-    """The widest gapless regions that are read, in order, and the steps that read in each.
+    """Return the widest gapless ranges, in order, with the steps that read inside each.
 
-    None where something is read across them: heads are interleaved then.
+    None if a reader reads across them, as with interleaved heads.
     """
     regions = {read.bounds for read in reads if read.gapless}
     pieces: dict[tuple[int, int], list[Step]] = {}
@@ -129,7 +129,7 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 
 
 def _ways_out(node: fx.Node, numbers: Any) -> Iterator[tuple[torch.Tensor, Step]]:
-    """Every way out of a node: the numbers that arrive, and the first step that is no view."""
+    """Yield each way through views to another op: the numbers that arrive there, and that step."""
     for user in node.users:
         if not is_view(user):
             yield numbers, (user, node)

@@ -1,4 +1,4 @@
-"""Our passes in torch.fx's own pass manager."""
+"""The passes of lora-fx in torch.fx's own pass manager."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The roles that the data flow proves of results: q, k and v of attention, gate and up."""
+"""The roles of results that the data flow proves: q, k and v of attention, gate and up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_fx.ir.einsum import letters
 aten = torch.ops.aten
 
 Step = tuple[fx.Node, fx.Node]
-"""A node, and the one before it on the way."""
+"""A node, and the previous node on the way."""
 
 GATES = aten_ops("silu gelu relu sigmoid tanh")
 DATA_PRODUCTS = ops.PRODUCTS | aten_ops("baddbmm einsum")
@@ -33,11 +33,11 @@ TURNS = aten_ops("transpose.int permute t mT")
 
 
 FAR = 60
-"""Among so many nodes behind a part its role is looked for."""
+"""The number of nodes after a part in which its role is searched."""
 
 
 def roles_of(pieces: Sequence[Sequence[Step]]) -> list[str]:
-    """The roles of the parts of a result.
+    """Return the roles of the parts of a result.
 
     Args:
         pieces: For each part, the steps that read it.
@@ -51,7 +51,7 @@ def roles_of(pieces: Sequence[Sequence[Step]]) -> list[str]:
 
 
 def role_of(steps: Sequence[Step]) -> str:
-    """The role of a result in attention: the same in every product that it goes into."""
+    """Return the role of a result in attention, if all products that it enters agree."""
     roles = {_in_attention(product, operand) for product, operand in _products(steps)}
     if len(roles) != 1:
         return ""
@@ -59,7 +59,7 @@ def role_of(steps: Sequence[Step]) -> str:
 
 
 def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
-    """The first products of activations behind some nodes, and which operand leads there."""
+    """Yield the first products of activations after some nodes, with the operand's position."""
     queue = list(steps)
     visited = set[fx.Node]()
     while queue and len(visited) < FAR:
@@ -74,7 +74,7 @@ def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
 
 
 def _in_attention(node: fx.Node, operand: int) -> str:
-    """The role of an operand of a product in softmax(q kᵀ) v, with the factors in any order."""
+    """Return the role of a product's operand in softmax(q kᵀ) v; the factors have any order."""
     if node.target in ops.DATA_OPS:
         return "qkv"[operand] if operand in (0, 1, 2) else ""
     factors = _factors(node)
@@ -97,7 +97,7 @@ def _factors(node: fx.Node) -> Sequence[Any]:
 
 
 def _is_softmax(value: object) -> bool:
-    """Whether a value is a softmax, but for masks, dropout, casts and views."""
+    """Whether a value is a softmax, apart from masks, dropout, casts and views."""
     for _ in range(10):
         if not isinstance(value, fx.Node) or value.op != "call_function" or ops.row_of(value):
             return False
@@ -110,7 +110,7 @@ def _is_softmax(value: object) -> bool:
 
 
 def _factor_of_keys(node: fx.Node) -> int | None:
-    """The factor with the axis that a softmax of the product sums over: the factor of the keys."""
+    """Return the position of the keys: the factor with the axis that a softmax sums over."""
     softmax = _softmax_behind(node)
     if softmax is None:
         return None
@@ -124,7 +124,7 @@ def _factor_of_keys(node: fx.Node) -> int | None:
 
 
 def _softmax_behind(node: fx.Node) -> fx.Node | None:
-    """The nearest softmax that a product of activations goes into, its axes in their places."""
+    """Return the nearest softmax after a product of activations that keeps the axes in place."""
 
     def onwards(step: fx.Node) -> list[fx.Node]:
         users = step.users
@@ -138,7 +138,7 @@ def _softmax_behind(node: fx.Node) -> fx.Node | None:
 
 
 def _factor_with_axis(node: fx.Node, axis: int) -> int | None:
-    """The factor of a product that has one of the last two axes of the result."""
+    """Return the factor of a product that has one of the last two axes of the result."""
     if node.target is not aten.einsum.default:
         return 1 if axis == -1 else 0
     ranks = [ops.n_axes(factor) for factor in _factors(node)]
@@ -150,7 +150,7 @@ def _factor_with_axis(node: fx.Node, axis: int) -> int | None:
 
 
 def _is_data(node: fx.Node) -> bool:
-    """True for a product none of whose operands is read from the model, or a view of that."""
+    """True for a product whose operands are all computed, none of them a stored tensor's view."""
 
     def stored(value: object) -> bool:
         while isinstance(value, fx.Node) and is_view(value):

@@ -1,4 +1,4 @@
-"""Every use of a weight in a graph: the op table met with the data flow."""
+"""The uses of weights in a graph, from the op table and the data flow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lora_fx.ir.view import View
 
 aten = torch.ops.aten
 Bodies = Mapping[str, fx.GraphModule]
-"""The functions that higher-order ops call, by the name that a graph reads."""
+"""The functions that higher-order ops call, by the name that the graph reads."""
 
 
 FxUse = tuple[Site, fx.Node, FxWeight]
@@ -37,7 +37,7 @@ FxUse = tuple[Site, fx.Node, FxWeight]
 
 
 def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[FxUse]:
-    """Every use, in execution order. Marked nodes are left out: they belong to branches."""
+    """Yield every use in execution order, without marked nodes, which belong to branches."""
     namer = Namer()
     for node in graph.nodes:
         if node.op != "call_function" or is_marked(node):
@@ -52,7 +52,7 @@ def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[FxUse]:
 def _weight_operands(
     node: fx.Node, row: ops.FxOp | None, flow: FxFlow, bodies: Bodies
 ) -> list[tuple[ops.FxOperand, FxWeight]]:
-    """The operands of a node that are weights; one of them where the op has one weight only."""
+    """Return the weight operands of a node; one of them if the op takes one weight only."""
     if row is None:
         possible = body_uses(node, flow.weights, bodies)
     else:
@@ -108,7 +108,7 @@ def _site(
 
 
 def _result(node: fx.Node) -> fx.Node:
-    """The node that the rest of the graph reads: the site's node, or its sum with the branches."""
+    """Return the node that the rest of the graph reads: the site, or its sum with branches."""
     for user in node.users:
         if is_marked(user) and user.target is aten.add.Tensor and user.args[0] is node:
             return _result(user)
@@ -118,7 +118,7 @@ def _result(node: fx.Node) -> fx.Node:
 def body_uses(
     node: fx.Node, weights: Mapping[fx.Node, FxWeight], bodies_by_name: Bodies
 ) -> Iterator[ops.FxOperand]:
-    """Uses of a higher-order op's operands as weights, found in its bodies.
+    """Yield the operands of a higher-order op that its bodies use as weights.
 
     The ops are cond, while_loop, map. The parameter is an operand of the op, and the body says what
     it is for. An update goes to the operand, W + s·b·a, so the body does not change.
@@ -141,7 +141,7 @@ def body_uses(
 def body_operands(
     node: fx.Node, bodies_by_name: Bodies
 ) -> tuple[list[fx.GraphModule], list[ops.Path]]:
-    """The bodies of a higher-order op, and the paths to the operands of their placeholders."""
+    """Return the bodies of a higher-order op, and the paths to their placeholders' operands."""
     if not isinstance(node.target, HigherOrderOperator):
         return [], []
     bodies: list[fx.GraphModule] = []
@@ -163,7 +163,7 @@ def body_operands(
 def _uses_inside(
     body: fx.GraphModule, position: int, count: int, operand: fx.Node
 ) -> Iterator[tuple[Axes, int]]:
-    """The axes, in terms of the operand, and the FLOPs of each use of a body's placeholder."""
+    """Yield the axes, in the operand, and the FLOPs of each use of a body's placeholder."""
     placeholders = body.graph.find_nodes(op="placeholder")
     if len(placeholders) != count or shape_of(placeholders[position]) != shape_of(operand):
         return
@@ -178,6 +178,6 @@ def _uses_inside(
 
 
 def bodies_in(module: fx.GraphModule) -> dict[str, fx.GraphModule]:
-    """The bodies of the higher-order ops in a graph module, by the names that its graph reads."""
+    """Return the bodies of a graph module's higher-order ops, by the names that its graph reads."""
     children = module.named_children()
     return {name: child for name, child in children if isinstance(child, fx.GraphModule)}

@@ -24,14 +24,14 @@ aten = torch.ops.aten
 
 
 def static_shape(shape: Shape | None) -> tuple[int, ...] | None:
-    """A shape whose sizes are all numbers; None for another, and for none."""
+    """Return a shape whose sizes are all numbers; otherwise None."""
     if shape is None or not all(isinstance(size, int) for size in shape):
         return None
     return shape
 
 
 Rule = Callable[[Node, tuple[int, ...]], list[Step] | None]
-"""The steps of a view, from its node and the shape of its operand; None if it is not a view."""
+"""A function from a view's node and its operand's shape to the view's steps, or None."""
 
 
 def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Rule:
@@ -85,7 +85,7 @@ def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 
 def _selected(node: Node, shape: tuple[int, ...], index: int) -> list[Step]:
-    """The steps to one place along the op's axis, which the result lacks."""
+    """Return the steps to one place along the op's axis, which the result lacks."""
     axis = int(argument(node, "dim", 0)) % len(shape)
     index %= shape[axis]
     without_axis = shape[:axis] + shape[axis + 1 :]
@@ -93,7 +93,7 @@ def _selected(node: Node, shape: tuple[int, ...], index: int) -> list[Step]:
 
 
 def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    """One result of a split, chunk or unbind: the slice behind the sizes of those before it."""
+    """Return the steps to one result of a split, chunk or unbind."""
     parent, index = node.args
     if not isinstance(parent, Node) or not isinstance(index, int):
         return None
@@ -107,7 +107,7 @@ def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 
 def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    """A choice along the first axis by data, as a router makes it among stacked matrices.
+    """Return the step of a gather along the first axis by data, as in a mixture of experts.
 
     Without it, the experts of a mixture in batched form are no weights and go unreached.
     """
@@ -121,7 +121,7 @@ def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 
 def _is_list_of_ids(indices: object) -> bool:
-    """Whether an index is one tensor [n], for the first axis alone."""
+    """Whether an index is a single tensor [n], for the first axis only."""
     if not isinstance(indices, (tuple, list)) or len(indices) != 1:
         return False
     return isinstance(indices[0], Node) and len(shape_of(indices[0]) or ()) == 1

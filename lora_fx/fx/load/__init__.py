@@ -1,1 +1,1 @@
-"""Load modules: from factories, Hugging Face folders, timm, torchvision, and the demo."""
+"""The loading of models: factories, Hugging Face folders, timm, torchvision, and the demo."""

@@ -1,4 +1,4 @@
-"""Whether a config.json may reach the constructors of a library.
+"""The check of a config.json before the constructors of a library read it.
 
 A config is another's word, and constructors do as it says: they look names up on the Hub, open
 files, import classes, and build as many layers as it asks for. Its values are numbers, texts,
@@ -29,27 +29,27 @@ ORIGINS = {
     "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
     "_experts_implementation", "_experts_implementation_internal",
 }  # fmt: skip
-"""Fields that say where a model comes from or what its outputs mean. lora-fx reads those that it
-uses itself, and takes from the config what a constructor would follow."""
+"""Fields that say where a model comes from or what its outputs mean; they are not checked here.
+lora-fx reads those that it uses itself, and removes those that a constructor would follow."""
 TIMM = {"architecture", "backbone"}
-"""Fields that may hold a name of timm with its tag after a dot."""
+"""Fields that may hold a timm name with a tag after a dot."""
 PLACES = re.compile(
     r"(?:^|_)(?:paths?|files?|filename|dir|folder|urls?|uri|checkpoints?|repo|repo_id|hub_id)$"
 )
-"""Fields that always name a place, whatever their value."""
+"""Fields that always name a place, whatever their value is."""
 DEEPEST = 32
-"""Objects and lists in each other. Real configs have up to 6."""
+"""The deepest nesting of objects and lists; real configs have up to 6 levels."""
 LARGEST = 2**53
-"""The largest whole number that every reader of JSON has as it is."""
+"""The largest integer that every JSON reader reads exactly."""
 LAYERS = re.compile(
     r"(?:^|_)(?:layers?|(?<!max_)(?<!min_)depths?|(?:n|num)_\w*blocks|stages|levels|repeats|flows"
     r"|codebooks|quantizers|hidden_groups|attention_types)$|(?:^|_)num_blocks$"
 )
-"""Fields that say how often something is built."""
+"""Fields that set how many times something is built."""
 MOST_LAYERS = 1024
-"""The limit for a folder without weights. The deepest models of transformers have about 200."""
+"""The most layers for a folder without weights; the deepest transformers models have about 200."""
 SHARED_LAYERS = 64
-"""The limit of layers that may share tensors, as in ALBERT, if there are fewer tensors."""
+"""The allowed number of layers that share tensors, as in ALBERT, if there are fewer tensors."""
 LABELS = re.compile(r"(?:^|_)num_(?:labels|classes)$")
 MOST_LABELS = 1 << 17
 SIDES = re.compile(r"(?:^|_)(?:image|img|input)_size$")
@@ -69,11 +69,11 @@ _NAMES = {
         r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?::\w+)?|[A-Za-z_]\w*:[A-Za-z_]\w*)"
     ),
 }
-"""The kinds of things outside the config that a text can name."""
+"""The patterns of texts that name something outside the config, by kind."""
 
 
 def named_by(text: str, *, timm: bool = False) -> str:
-    """The kind of thing outside the config that a text names; empty if it names nothing.
+    """Return the kind of thing outside the config that a text names; empty if there is none.
 
     >>> named_by("hf-hub:org/model"), named_by("gelu")
     ('the name of another model', '')
@@ -87,7 +87,7 @@ def named_by(text: str, *, timm: bool = False) -> str:
 
 
 def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors | None) -> None:
-    """Refuse a config that names something else, or sizes that its weights do not have.
+    """Raise for a config that names something outside it, or sizes that the weights lack.
 
     Args:
         raw: What stands in it.
@@ -117,7 +117,7 @@ def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors 
 
 
 def _limits(tensors: Tensors | None) -> dict[re.Pattern[str], int]:
-    """Fields of sizes → the largest value of each, given the tensors of the weights."""
+    """Return the largest value for each kind of size field, given the tensors of the weights."""
     if not tensors:
         return {LAYERS: MOST_LAYERS, LABELS: MOST_LABELS, SIDES: LONGEST_SIDE}
     longest_dimension = max(max(tensor.shape, default=0) for tensor in tensors.values())
@@ -129,7 +129,7 @@ def _limits(tensors: Tensors | None) -> dict[re.Pattern[str], int]:
 
 
 def backbones(raw: JsonView) -> str:
-    """The names of timm that a config has, for messages: a library may look them up on the Hub."""
+    """Return the timm names in a config, for messages; a library may look them up on the Hub."""
     texts = []
     for place, key, leaf in _leaves(raw, "", "", 1):
         if key in TIMM and isinstance(leaf, str):
@@ -160,7 +160,7 @@ def _check_number(
 
 
 def _values(raw: JsonView, cls: type[object]) -> Iterator[tuple[str, str, object, bool]]:
-    """Each value of a config, with its place, the name of its field, and whether that is read."""
+    """Yield each value of a config with its place, its field's name, and whether code reads it."""
     for key, value in raw.items():
         if key in ORIGINS or (key == "pretrained_cfg" and cls.__name__.startswith("Timm")):
             continue
@@ -175,7 +175,7 @@ def _values(raw: JsonView, cls: type[object]) -> Iterator[tuple[str, str, object
 
 
 def _inner_class(key: str, value: object, cls: type[object]) -> type[object] | None:
-    """The class of a config within a config."""
+    """Return the class of a config inside a config; None if there is none."""
     if not isinstance(value, Mapping):
         return None
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -191,7 +191,7 @@ def _inner_class(key: str, value: object, cls: type[object]) -> type[object] | N
 
 
 def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[str, str, object]]:
-    """The values in objects and lists, each with its place and the name of its field."""
+    """Yield the values in objects and lists, each with its place and its field's name."""
     if depth > DEEPEST:
         raise LoraFxError(f"{place[:80]}: nested deeper than {DEEPEST}", "is the file damaged?")
     if isinstance(value, Mapping):
@@ -223,14 +223,14 @@ def _mentions(cls: type[object], key: str) -> bool:
 
 @functools.cache
 def _sources(folder: Path) -> tuple[str, str]:
-    """The sources of a family and of the shared code: of the configs, and of the models."""
+    """Return the source code of a family and the shared code, as (configs, models)."""
     configs = _source(folder, "configuration", "configuration_utils")
     models = _source(folder, "modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
     return configs, models
 
 
 def _source(folder: Path, kind: str, *shared: str) -> str:
-    """The files of one kind in a family's folder and in the shared folder, as one text."""
+    """Return the files of one kind, from a family's folder and the shared folder, as one text."""
     import transformers
 
     root = Path(transformers.__file__).parent
@@ -239,11 +239,11 @@ def _source(folder: Path, kind: str, *shared: str) -> str:
 
 
 FILES = re.compile(r"(?:^|_)(?:files?|paths?|dir|spm|vocab|merges|model)$")
-"""Fields of a tokenizer_config.json that can name a file to read."""
+"""Fields of a tokenizer_config.json that can name a file."""
 
 
 def check_tokenizer_config(folder: Path) -> None:
-    """Refuse a tokenizer whose config names a file beyond its folder.
+    """Raise for a tokenizer whose config names a file outside its folder.
 
     Configs that were saved elsewhere name files of that machine, which are not there and not read.
 

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 BATCH = 2
 LENGTH = 5
-"""Tokens of a text."""
+"""The number of tokens in a text."""
 SAMPLES = 4000
-"""Length of raw audio: a quarter of a second at 16 kHz."""
+"""The length of raw audio: a quarter of a second at 16 kHz."""
 FRAMES = 64
-"""Length of audio features where the config fixes none."""
+"""The length of audio features if the config fixes none."""
 MOST_VALUES = 1 << 25
-"""Numbers of an example input: two images of 2364 x 2364."""
+"""The most elements of an example input: two images of 2364 x 2364."""
 
 
 def examples(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Keyword arguments for one call of a transformers model, on the CPU.
+    """Make the keyword arguments for one call of a transformers model, on the CPU.
 
     Raises:
         LoraFxError: A main input whose size the config does not tell.
@@ -66,7 +66,7 @@ def examples(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first floating parameter; float32 where it has none."""
+    """Return the dtype of a module's first floating-point parameter; float32 if there is none."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             return parameter.dtype
@@ -74,7 +74,7 @@ def _floating_dtype(module: nn.Module) -> torch.dtype:
 
 
 def nested_configs(config: PreTrainedConfig | None) -> Iterator[PreTrainedConfig | None]:
-    """A config, and after it its sub-configs, each before its own."""
+    """Yield a config and its sub-configs, each before its own sub-configs."""
     yield config
     if not hasattr(config, "__dict__"):
         return
@@ -84,7 +84,7 @@ def nested_configs(config: PreTrainedConfig | None) -> Iterator[PreTrainedConfig
 
 
 def config_field(config: PreTrainedConfig | None, name: str) -> Any:
-    """A field of a config, else of the first of its sub-configs that has it; None if none has."""
+    """Return a field of a config, or of its first sub-config that has the field; else None."""
     for inner in nested_configs(config):
         value = getattr(inner, name, None)
         if value is not None:
@@ -93,7 +93,7 @@ def config_field(config: PreTrainedConfig | None, name: str) -> Any:
 
 
 def _vocabulary(module: PreTrainedModel) -> int:
-    """The number of ids that a model takes: the rows of its embedding, else from its config."""
+    """Return the number of ids: the rows of the input embedding, else the config's number."""
     rows: int | None = None
     with contextlib.suppress(NotImplementedError, AttributeError):
         rows = getattr(module.get_input_embeddings(), "num_embeddings", None)
@@ -107,7 +107,7 @@ def _decoder_vocabulary(config: PreTrainedConfig) -> int:
 
 
 def _ids(config: PreTrainedConfig, rows: int, seed: int) -> torch.Tensor:
-    """[2, 5] ids below `rows`, none of them special where others are left."""
+    """Draw ids [2, 5] below `rows`, without special ids if there are others."""
     special = {0, 1, 2, 3}  # of the many configs that do not list theirs
     for inner in nested_configs(config):
         for name, value in vars(inner).items():
@@ -128,7 +128,7 @@ def _needs_image(config: PreTrainedConfig) -> bool:
 
 
 def _image(config: PreTrainedConfig) -> tuple[int, ...]:
-    """[batch, channels, height, width] of images, [batch, frames, …] of videos."""
+    """Return [batch, channels, height, width] for images, [batch, frames, …] for videos."""
     size = config_field(config, "image_size") or 224
     if isinstance(size, Mapping):
         size = (size.get("height", 224), size.get("width", 224))
@@ -143,7 +143,7 @@ def _image(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _audio(config: PreTrainedConfig, main: str) -> tuple[int, ...]:
-    """The shape of raw audio (`input_values`) or of its features (`input_features`)."""
+    """Return the shape of raw audio (`input_values`) or its features (`input_features`)."""
     bins = config_field(config, "num_mel_bins")
     if main == "input_values":
         length = config_field(config, "max_length")
@@ -164,7 +164,7 @@ def _audio(config: PreTrainedConfig, main: str) -> tuple[int, ...]:
 
 
 def _floats(*shape: int) -> torch.Tensor:
-    """Noise of a shape, the same every time.
+    """Return noise of a shape, the same at each call.
 
     Raises:
         ValueError: It would have no numbers, or more than MOST_VALUES.

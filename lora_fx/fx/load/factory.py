@@ -1,4 +1,4 @@
-"""A user's factory: the function that builds a model and its example inputs."""
+"""A user's factory: a function that builds a model and its example inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def call_factory(spec: str) -> Result:
 
 
 def load_function(spec: str) -> Any:
-    """The function of `package.module:NAME` or `path/file.py:NAME`, such as a loss.
+    """Load the function `package.module:NAME` or `path/file.py:NAME`, such as a loss.
 
     Raises:
         LoraFxError: As call_factory; so does the function, where it raises.
@@ -64,14 +64,14 @@ def load_function(spec: str) -> Any:
 
 
 def call_function(spec: str) -> object:
-    """Call such a function without arguments, and return its result."""
+    """Call a function, given as in load_function, without arguments, and return its result."""
     with _named_by(spec) as function:
         return _run(spec, function)
 
 
 @contextlib.contextmanager
 def _named_by(spec: str) -> Iterator[Any]:
-    """A block with the object that a spec names; in it, modules of its folder can be imported."""
+    """A block with the object that a spec names; modules of its folder are importable inside."""
     where, _, name = spec.rpartition(":")
     is_file = where.endswith(".py")
     if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
@@ -91,7 +91,7 @@ def _named_by(spec: str) -> Iterator[Any]:
 
 
 def _attribute(module: object, path: str, where: str) -> object:
-    """The attribute of a module that a dotted path names.
+    """Return the attribute of a module that a dotted path names.
 
     Raises:
         LoraFxError: The module, or what it names on the way, has no such attribute.
@@ -111,7 +111,7 @@ def _attribute(module: object, path: str, where: str) -> object:
 
 
 def _from_name(name: str, folder: str) -> ModuleType:
-    """Import a module; one of the folder with a reserved name under another, as a file."""
+    """Import a module by name; a reserved name in the folder is run as a file instead."""
     first, _, inner = name.partition(".")
     file = Path(folder, f"{first}.py")
     package = Path(folder, first)
@@ -127,7 +127,7 @@ def _from_name(name: str, folder: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Run a file as a module whose name has a prefix, so that it hides no other module."""
+    """Run a file as a module with a prefixed name, so that it hides no other module."""
     name = f"lora_fx_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -161,14 +161,14 @@ def _run(what: str, call: Callable[[], object]) -> object:
 
 
 def _is_missing(module: str, error: BaseException) -> bool:
-    """Whether an error says that a module, or a package that it is in, is not there."""
+    """Whether an error says that a module, or a package around it, is missing."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return False
     return f"{module}.".startswith(f"{error.name}.")
 
 
 def _line_of(error: BaseException) -> str:
-    """file:line of the innermost frame of the user's own code, or an empty text."""
+    """Return file:line of the innermost frame of the user's code, or an empty text."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     ours = str(Path(__file__).parent.parent) + os.sep
@@ -182,7 +182,7 @@ def _line_of(error: BaseException) -> str:
 
 
 def _unpack(spec: str, result: object) -> Result:
-    """The model and the example inputs that a factory returned; missing ones are empty.
+    """Return the model and the example inputs from a factory's result; missing ones are empty.
 
     Raises:
         LoraFxError: It returned something else, or no inputs.

@@ -1,4 +1,4 @@
-"""Import modules from the folder of a user's factory; they never replace lora-fx's imports.
+"""Imports from the folder of a user's factory, which never replace the imports of lora-fx.
 
 The folder of a factory is importable while the factory is imported and called. A module there that
 has the name of one of Python's own, or of a library that lora-fx needs, is passed over: what is
@@ -37,7 +37,7 @@ def importable(folder: str) -> Iterator[None]:
 
 
 class _FolderFinder:
-    """Finds the modules of a folder before installed ones of the same name that are not needed."""
+    """A finder for a folder's modules, before installed modules that lora-fx does not need."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -45,7 +45,7 @@ class _FolderFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module of the folder; None if it does not exist or has a reserved name."""
+        """Return the module in the folder; None if it does not exist or has a reserved name."""
         if path is not None:  # a module inside a package
             return None
         spec = PathFinder.find_spec(name, [self.folder])
@@ -57,7 +57,7 @@ class _FolderFinder:
 
 
 def is_reserved(name: str, folder: str) -> bool:
-    """Whether a module is Python's or one of a library that lora-fx needs, and not the folder's."""
+    """Whether a name belongs to Python, or to a library outside the folder that lora-fx needs."""
     if name in sys.stdlib_module_names or name == __name__.partition(".")[0]:
         return True
     return _is_elsewhere(name, folder) and name in _needed()
@@ -83,7 +83,7 @@ def _is_elsewhere(name: str, folder: str) -> bool:
 
 @functools.cache
 def _needed() -> frozenset[str]:
-    """The modules of the distributions that lora-fx requires, extras and their needs included.
+    """Return the modules of all distributions that lora-fx requires, with extras and their needs.
 
     All that are installed, where lora-fx itself is not.
     """
@@ -99,7 +99,7 @@ def _needed() -> frozenset[str]:
 
 
 def _required_distributions() -> set[str] | None:
-    """lora-fx and all that it requires, and so on; None where lora-fx is not installed."""
+    """Return lora-fx and all distributions it requires; None if lora-fx is not installed."""
     pending = [DISTRIBUTION]
     required: set[str] = set()
     while pending:

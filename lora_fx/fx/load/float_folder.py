@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def float_model(
     cls: type[PreTrainedModel], config: PreTrainedConfig, path: Path, meta: bool, *, strict: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model of a class with the weights of a folder or file, and notes.
+    """Build a model of a class, with the weights of a folder or file; return notes too.
 
     Args:
         cls: The class.
@@ -54,7 +54,7 @@ def float_model(
 
 
 def on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """The model without weights, on the meta device."""
+    """Build the model without weights, on the meta device."""
     if config.dtype is None:  # as from_pretrained does: the first floating tensor decides
         with contextlib.suppress(LoraFxError), unsealed():  # no weights here is fine
             config.dtype = _first_floating_dtype(tensors(folder))
@@ -72,7 +72,7 @@ def _first_floating_dtype(stored: Tensors) -> torch.dtype | None:
 
 @unsealed()
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors, memory-mapped, so that only tensors that the model keeps are read."""
+    """Read all tensors, memory-mapped, so that only the tensors that the model keeps are loaded."""
     from safetensors.torch import load_file
 
     infos = tensors(path)
@@ -91,7 +91,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) -> tuple[str, ...]:
-    """Refuse weights that do not fit; say which are random.
+    """Raise for weights that do not fit; return notes on tensors that are random or not used.
 
     Args:
         module: The model as transformers loaded it.
@@ -128,5 +128,5 @@ def judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) 
 
 
 def misfit(what: str) -> LoraFxError:
-    """An error about weights that do not fit their model."""
+    """Return an error about weights that do not fit their model."""
     return LoraFxError(what, "is config.json the config of these weights?")

@@ -17,7 +17,7 @@ from lora_fx.fx.load.huggingface import quiet_transformers
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A folder's own tokenizer; nothing is downloaded, and no code of the folder is run.
+    """Load a folder's tokenizer; nothing is downloaded, and no code of the folder runs.
 
     Raises:
         LoraFxError: transformers cannot read it.
@@ -41,7 +41,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
-    """A folder's own tokenizer, padding to the longest text; nothing is downloaded."""
+    """Load a folder's tokenizer, padding to the longest text; nothing is downloaded."""
     tokenizer = read_tokenizer(folder)
 
     def run(texts: list[str]) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""Load a Hugging Face folder as a module with example inputs, offline and without its code.
+"""The loading of a Hugging Face folder as a module with example inputs, offline, without its code.
 
 transformers builds the class that config.json names; this file reads the weights itself, so that
 nothing in the folder decides which files are opened (adapters, pickles, kernels, Python code).
@@ -42,11 +42,11 @@ _IMPLEMENTATIONS = {
     "_attn_implementation": ("sdpa",),
     "_experts_implementation": ("batched_mm", "grouped_mm"),
 }
-"""Fields of a config → the values other than eager that they may have."""
+"""Fields of a config → the values that they may have besides eager."""
 
 
 def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> LoadedModel:
-    """The model of a folder.
+    """Load the model of a folder.
 
     Args:
         folder: Holds config.json, and the weights unless `weights` or `meta` is given.
@@ -90,7 +90,7 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
 
 
 def _stored_tensors(path: Path) -> Tensors | None:
-    """The tensors of the weights; None where there are none that can be read."""
+    """Return the tensors of the weights; None if none can be read."""
     try:
         return tensors(path)
     except LoraFxError:
@@ -101,7 +101,7 @@ def _stored_tensors(path: Path) -> Tensors | None:
 def _building(
     transformers: ModuleType, folder: Path, raw: JsonView, stored: Tensors | None
 ) -> Iterator[Metered]:
-    """A block in which transformers builds the model of a folder, and reaches nothing else.
+    """A block in which transformers builds the model of a folder and can open nothing else.
 
     Yields:
         What counts the tensors that are made.
@@ -155,7 +155,7 @@ def _unknown(transformers: ModuleType, folder: Path, raw: JsonView) -> LoraFxErr
 
 
 def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrainedConfig:
-    """The config as transformers reads it.
+    """Read the config with transformers.
 
     Raises:
         LoraFxError: transformers knows no such model, or has an error for the config.
@@ -176,7 +176,7 @@ def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrained
 
 
 def _architecture(transformers: ModuleType, folder: Path, raw: JsonView) -> type[PreTrainedModel]:
-    """The first class that a config names and transformers has.
+    """Return the first class that the config names and that transformers has.
 
     Raises:
         LoraFxError: It has none of them.
@@ -201,7 +201,7 @@ def _by_weights(
     stored: Tensors | None,
     meter: Metered,
 ) -> tuple[type[PreTrainedModel], tuple[str, ...]]:
-    """The class that the weights fit, where a config names none, and the note that says so.
+    """Return the class that the weights fit, for a config without a class, and a note.
 
     Raises:
         LoraFxError: transformers has none for this type of model, or the weights do not tell.
@@ -235,7 +235,7 @@ def _settle(
 
 
 def _switch_off_cache(module: nn.Module) -> None:
-    """A cache among the outputs is no tensor; generation graphs are another matter."""
+    """Switch off key-value caches, which are not tensors and so cannot be outputs."""
     for submodule in module.modules():
         config = getattr(submodule, "config", None)
         if getattr(config, "use_cache", None):
@@ -243,7 +243,7 @@ def _switch_off_cache(module: nn.Module) -> None:
 
 
 def _settle_padding(module: PreTrainedModel) -> tuple[str, ...]:
-    """Give a classifier without a padding token its end token or 0, and say so.
+    """Give a classifier without a padding token its end token or 0, and return a note.
 
     Classifiers of causal models refuse batches without a padding token.
     """
@@ -262,7 +262,7 @@ def _settle_padding(module: PreTrainedModel) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A block without logs, bars or warnings of transformers; important ones become notes."""
+    """A block without logs, bars or warnings of transformers; important warnings become notes."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Load models of timm and torchvision by name, with random weights or weights from a file."""
+"""Models of timm and torchvision by name, with random weights or weights from a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESERVED = ("timm", "torchvision")
 
 
 def library_model(text: str, library: str, name: str, file: Path | None, meta: bool) -> LoadedModel:
-    """A model of timm or torchvision, with the weights of a file or random ones.
+    """Build a model of timm or torchvision, with the weights of a file or random ones.
 
     Args:
         text: What the user named, for messages.
@@ -54,7 +54,7 @@ def library_model(text: str, library: str, name: str, file: Path | None, meta: b
 
 
 def _build(make: Callable[[], V], meta: bool) -> V:
-    """Build on the meta device; for real where the constructor reads values."""
+    """Build on the meta device, or with values if the constructor reads them."""
     if meta:
         with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
             return make()

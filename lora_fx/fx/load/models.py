@@ -1,4 +1,4 @@
-"""Load the MODEL that a user names on the command line: a module with example inputs.
+"""The loading of a MODEL, as a user names it, as a module with example inputs.
 
 Nothing is downloaded but what the prefix hf: names, pickles are read where they are trusted, as
 tensors alone, and no code is run but the user's own factory.
@@ -31,7 +31,7 @@ def load_model(
     trust: bool = False,
     device: str | None = None,
 ) -> LoadedModel:
-    """The model that `spec` names; random weights are the same in every run.
+    """Load the model that `spec` names; random weights are the same in every run.
 
     Args:
         spec: A Hugging Face folder, `hf:ORG/NAME[@REVISION]`, `package.module:FACTORY`,
@@ -103,11 +103,11 @@ REFUSED = {
     **dict.fromkeys(PICKLES, (_BARE, _BESIDE)),
     **dict.fromkeys((".npz", ".csv", ".jsonl"), ("data, not a model", "the model comes first")),
 }
-"""The ending of a file's name → the reason why it is not a model, and the hint."""
+"""The suffix of a file's name → the reason why it is not a model, and the hint."""
 
 
 def check_device(device: str | None) -> torch.device:
-    """The device of a name, tried; LoraFxError where it cannot be used."""
+    """Return the device of a name; raise LoraFxError if it cannot be used."""
     try:
         place = torch.device(device or "cpu")
         torch.empty(0, device=place)

@@ -1,4 +1,4 @@
-"""A model of transformers whose quantised weights stay the codes of its folder."""
+"""A transformers model whose quantised weights stay the codes of its folder."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
-"""Tensors of one expert of several, which the model stacks."""
+"""The names of tensors of single experts, which the model stacks."""
 
 
 def quantised_model(
     cls: type[PreTrainedModel], config: PreTrainedConfig, path: Path, raw: JsonView, meta: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """A model whose quantised weights stay the codes of its file.
+    """Build a model whose quantised weights stay the codes of its file.
 
     Neither the quantiser's package nor a copy of the weights as numbers is needed.
 
@@ -95,7 +95,7 @@ def quantised_model(
 def _expect_parameters(
     module: PreTrainedModel, weights: Mapping[str, QuantisedWeight], path: Path
 ) -> None:
-    """Refuse quantised weights that the model has no parameters for."""
+    """Raise for quantised weights without a parameter in the model."""
     names = {name for name, _ in module.named_parameters()}
     unmatched = sorted(weights.keys() - names)
     if unmatched:
@@ -108,7 +108,7 @@ def _expect_parameters(
 def _plain_state(
     path: Path, model_names: Mapping[str, str], plain_names: Set[str]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the file that are no part of a quantised weight, as the model names them."""
+    """Return the file's tensors that are not part of a quantised weight, by the model's names."""
     state = {}
     for file_name, tensor in read_state(path).items():
         name = model_names.get(file_name, file_name)
@@ -124,7 +124,7 @@ def _put_codes(
     path: Path,
     meta: bool,
 ) -> None:
-    """Put codes in the place of parameters; on the meta device only their kind and shape.
+    """Replace parameters by codes; on the meta device, only record kind and shape of the codes.
 
     The weights that the codes stand for have the dtype of the first floating tensor of `state`.
 
@@ -148,7 +148,7 @@ def _put_codes(
 
 
 def _is_conv1d(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is that of a Conv1D of transformers, stored [in, out]."""
+    """Whether a parameter belongs to a transformers Conv1D, which stores [in, out]."""
     layer = module.get_submodule(name.rpartition(".")[0])
     return type(layer).__name__ == "Conv1D"
 
@@ -156,7 +156,7 @@ def _is_conv1d(module: nn.Module, name: str) -> bool:
 def _check_codes(
     name: str, weight: QuantisedWeight, parameter: nn.Parameter, is_transposed: bool, path: Path
 ) -> None:
-    """Refuse codes whose shape differs from the parameter's, if the file has the shape."""
+    """Raise for codes whose shape differs from the parameter's, if the file tells the shape."""
     shape = parameter.shape
     expected = tuple(shape[::-1]) if is_transposed else tuple(shape)
     if weight.bits and weight.shape != expected:
@@ -166,7 +166,7 @@ def _check_codes(
 
 
 def _kind_of_codes(weight: QuantisedWeight) -> str:
-    """The kind of the codes of a weight, as in `LEVELS`; int4 … for whole numbers."""
+    """Return the kind of a weight's codes, a name in `LEVELS`, or int4 and so on."""
     kind = weight.format.rpartition(" ")[2]
     if kind in LEVELS:
         return kind
@@ -174,7 +174,7 @@ def _kind_of_codes(weight: QuantisedWeight) -> str:
 
 
 def _check_filled(module: nn.Module, path: Path) -> None:
-    """Refuse a model of whose parameters some got no tensor."""
+    """Raise for a model with parameters that got no tensor."""
     empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if empty:
         raise LoraFxError(
@@ -189,7 +189,7 @@ def _unused_names(
     model_names: Mapping[str, str],
     plain_names: Set[str],
 ) -> list[str]:
-    """Tensors of the file that are neither weights of the model nor a part of quantised ones."""
+    """Return the file's tensors that are neither the model's nor part of quantised weights."""
     layers = tuple(name.removesuffix("weight") for name in weights)
     unused = set()
     for file_name in stored:
@@ -206,7 +206,7 @@ def _unused_names(
 def _as_loaded(
     stored: Tensors, weights: Mapping[str, QuantisedWeight], raw: JsonView
 ) -> tuple[dict[str, QuantisedWeight], dict[str, str]]:
-    """Quantised weights as the model names and stacks them, and other names: file → model."""
+    """Return quantised weights by the model's names, stacked, and other names: file → model."""
     infos = dict(stored)
     any_info = next(iter(stored.values()), None)
     if any_info is not None:
@@ -226,12 +226,12 @@ def _as_loaded(
 
 
 def _read_stacked(name: str, members: Sequence[QuantisedWeight]) -> Quantised:
-    """The codes of a stack: the codes of its members, concatenated."""
+    """Read the codes of a stack, by concatenating its members' codes."""
     return below(name, [member.read() for member in members])
 
 
 def _without_parameters() -> contextlib.AbstractContextManager[None]:
-    """A block in which modules are built with their buffers, and with parameters on meta."""
+    """A block in which modules are built with buffers, but with parameters on meta."""
     plain = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -1,4 +1,4 @@
-"""A block in which the libraries that build models reach nothing but some folders."""
+"""A block in which the libraries that build models can open only some folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_fx.patching import patched
 
 @contextlib.contextmanager
 def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
-    """A block in which libraries reach nothing but some folders; see `sealed`.
+    """A block in which libraries can open only files of some folders; see `sealed`.
 
     torch.load is refused in it too. So is a client of the Hub, which reads the certificates of the
     machine as it is made, before it connects.
@@ -40,12 +40,12 @@ _patches_lock = threading.Lock()
 
 
 _blocks = [0]
-"""The patches of `_audited_calls`, and how many blocks need them: those of threads may overlap."""
+"""The number of active `_audited_calls` blocks, in a list; threads may overlap."""
 
 
 @contextlib.contextmanager
 def _audited_calls() -> Iterator[None]:
-    """A block in which torch.load, or what makes a client, raises an event first, in any thread."""
+    """A block in which torch.load and new Hub clients raise an audit event first, in any thread."""
     with _patches_lock:
         if not _blocks[0]:
             load = _audited(torch.load, TORCH_LOAD)
@@ -69,7 +69,7 @@ def _audited_calls() -> Iterator[None]:
 
 
 def _audited(plain: Callable[..., Any], event: str, *details: str) -> Callable[..., Any]:
-    """A function that raises an audit event, and then does as another."""
+    """Return a function that raises an audit event and then calls another function."""
 
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:

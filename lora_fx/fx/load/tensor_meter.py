@@ -1,4 +1,4 @@
-"""Limit the number and the bytes of the tensors that building a model may ask for."""
+"""The limit on the number and the bytes of the tensors that are made while a model is built."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lora_fx.fx.trees import tree_leaves, tree_map_only
 from lora_fx.text import human
 
 MOST_CALLS = 100_000
-"""Tensors that are made while a model without weights is built."""
+"""The most tensors that may be made while a model without weights is built."""
 SPARE_CALLS = 4000
 SPARE_BYTES = 1 << 27
-"""Calls and bytes for tensors that are not in the file, such as tables of positions or masks."""
+"""Spare bytes (and calls) for tensors that no file holds, such as tables of positions or masks."""
 _CONSTRUCTORS = frozenset({
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint,
     torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tril_indices,
@@ -28,11 +28,11 @@ _CONSTRUCTORS = frozenset({
 })  # fmt: skip
 """The functions that make a tensor of a given size."""
 FEW = 4096
-"""Elements of operands whose result is not looked at: a product of two has some millions."""
+"""The most operand elements whose result is not checked: two of them make some millions."""
 
 
 def _makes_anew(func: Callable[..., Any]) -> bool:
-    """Whether a function may take memory: none that works in place, or reads an attribute."""
+    """Whether a function may allocate memory: not in-place functions and attribute reads."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):
         return False
@@ -41,7 +41,7 @@ def _makes_anew(func: Callable[..., Any]) -> bool:
 
 
 def _operands(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in arguments or results, that are no views and have memory or would take some."""
+    """Yield the tensors in arguments or results, except views."""
     if isinstance(value, torch.Tensor):
         if not value._is_view():
             yield value
@@ -51,7 +51,7 @@ def _operands(value: object) -> Iterator[torch.Tensor]:
 
 
 def _size(values: tuple[object, ...]) -> int:
-    """The elements of arguments that have values."""
+    """Return the number of elements of arguments that have values."""
     size = 0
     for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor) and has_values(leaf):
@@ -60,12 +60,12 @@ def _size(values: tuple[object, ...]) -> int:
 
 
 def _as_shapes(values: Any) -> Any:
-    """Arguments with their tensors on the meta device."""
+    """Return arguments with their tensors on the meta device."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), values)
 
 
 class Metered(TorchFunctionMode):
-    """A block in which tensors are counted before they are made.
+    """A block in which tensors are counted before they are made, against limits.
 
     Args:
         where: The config, for messages.
@@ -86,7 +86,7 @@ class Metered(TorchFunctionMode):
 
     @contextlib.contextmanager
     def anew(self) -> Iterator[None]:
-        """A block whose tensors are counted by themselves, against the same bounds."""
+        """A block whose tensors are counted separately, against the same limits."""
         calls = self.calls
         size = self.bytes
         self.calls = 0
@@ -115,7 +115,7 @@ class Metered(TorchFunctionMode):
     def _look(
         self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
-        """Refuse a result that alone is larger than all may be, such as a product of two lines."""
+        """Raise for one result above the limit, such as the product of a column and a row."""
         try:
             result = func(*_as_shapes(args), **_as_shapes(keywords))
         except Exception:  # what reads values has no result on the meta device

@@ -1,4 +1,4 @@
-"""The class of a Hugging Face folder whose config.json names none: the one that its weights fit.
+"""The class of a Hugging Face folder whose config.json names none: the class its weights fit.
 
 Many classes of transformers share a `model_type`: the plain model, and one for each head. Each is
 built without memory, and the names and shapes of its parameters are held against those of the
@@ -40,14 +40,14 @@ Block = Callable[[], contextlib.AbstractContextManager[None]]
 PLAIN = "MODEL_MAPPING_NAMES"
 SEQUENCE = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 BUFFERS = r"(^|\.)(masked_bias|inv_freq|position_ids)$"
-"""The names of buffers that older versions of transformers wrote with the weights."""
+"""A pattern of buffers that older versions of transformers stored with the weights."""
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MASKED = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The fit of a folder's weights to a class.
+    """How well a folder's weights fit a class.
 
     Attributes:
         cls: The class.
@@ -67,7 +67,7 @@ class Fit:
 
     @property
     def is_exact(self) -> bool:
-        """True where weights and parameters are the same."""
+        """True if weights and parameters are the same."""
         return not (self.unused or self.missing or self.misshapen)
 
 
@@ -78,7 +78,7 @@ def class_of_weights(
     stored: Tensors | None,
     counted: Block,
 ) -> tuple[type[PreTrainedModel] | None, str]:
-    """The class and a note that says so; None where transformers has no class of the type.
+    """Return the class and a note; None if transformers has no class of this type.
 
     Args:
         transformers: The package.
@@ -129,7 +129,7 @@ def _fits(
     shapes: Shapes,
     counted: Block,
 ) -> list[Fit]:
-    """The fit of the weights to each class that can be built from the config."""
+    """Return the fit of the weights to each class that the config can build."""
     classes: dict[type[PreTrainedModel], None] = {}
     for table_classes in classes_by_table.values():
         classes.update(dict.fromkeys(table_classes))
@@ -145,7 +145,7 @@ def _fits(
 def _with_head(
     file: str, heads: Sequence[Fit], bodies: Sequence[Fit]
 ) -> tuple[type[PreTrainedModel], str]:
-    """The one class with a head that has every weight, and misses the fewest."""
+    """Return the single class with a head that has all weights and misses the fewest."""
     usable = [fit for fit in heads if not fit.unused]
     candidates = [fit for fit in usable if not fit.misshapen] or usable
     if not candidates:
@@ -169,7 +169,7 @@ def _with_head(
 
 
 def _distance(fit: Fit) -> tuple[int, int, int]:
-    """The distance of weights from a class: unused weights count most, missing ones least."""
+    """Return a distance of weights to a class; unused weights count most, missing ones least."""
     return len(fit.unused), len(fit.misshapen), len(fit.missing)
 
 
@@ -178,7 +178,7 @@ def _note(file: str, cls: type[PreTrainedModel], why: str) -> str:
 
 
 def class_names(transformers: ModuleType, model_type: str) -> dict[str, tuple[str, ...]]:
-    """Table of transformers → names of its classes for a model type; the plain model's is first."""
+    """Return the class names for a model type by transformers' tables, the plain model's first."""
     tables = vars(transformers.models.auto.modeling_auto)
     likely_first = [PLAIN, SEQUENCE]  # where heads fit alike
     for table in tables:
@@ -197,7 +197,7 @@ def class_names(transformers: ModuleType, model_type: str) -> dict[str, tuple[st
 def _classes(
     transformers: ModuleType, config: PreTrainedConfig
 ) -> dict[str, tuple[type[PreTrainedModel], ...]]:
-    """Table of transformers → its classes for a config's model type, as `class_names`."""
+    """Return the classes for a config's model type by transformers' tables, as `class_names`."""
     result = {}
     for table, names in class_names(transformers, config.model_type).items():
         classes = []
@@ -215,7 +215,7 @@ def _not_ruled_out(
     classes_by_table: Mapping[str, Sequence[type[PreTrainedModel]]],
     config: PreTrainedConfig,
 ) -> list[Fit]:
-    """The classes without those that the config rules out, of heads that have the same names.
+    """Return the fits without classes that the config rules out.
 
     A family with a head for masked tokens predicts next ones only as a decoder, and only the
     training of a sequence classifier writes a `problem_type`.
@@ -234,7 +234,7 @@ def _not_ruled_out(
 
 
 def _shapes(stored: Tensors, raw: JsonView) -> Shapes:
-    """Name in the loaded model → shape; empty if the tensor is stored as codes of another shape."""
+    """Return each tensor's shape by its name in the loaded model; empty for codes."""
     with unsealed():
         quantised = quantised_weights(stored, raw)
     quantised_layers = tuple(name.removesuffix("weight") for name in quantised)
@@ -256,7 +256,7 @@ def _shapes(stored: Tensors, raw: JsonView) -> Shapes:
 
 
 def _fit(module: PreTrainedModel, shapes: Shapes) -> Fit:
-    """Hold weights against a model on the meta device, as transformers' loader names them."""
+    """Compare weights with a model on the meta device, by the names that transformers loads."""
     cls = type(module)
     prefix = f"{cls.base_model_prefix}."
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -293,7 +293,7 @@ def _fit(module: PreTrainedModel, shapes: Shapes) -> Fit:
 
 
 def _without_strangers(fits: Sequence[Fit]) -> list[Fit]:
-    """The fits without weights that transformers ignores.
+    """Return the fits without the unused weights that transformers ignores.
 
     A weight that another class of the family uses does not pass: T5's encoder leaves out a decoder.
     """
@@ -307,6 +307,6 @@ def _without_strangers(fits: Sequence[Fit]) -> list[Fit]:
 
 
 def _without(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
-    """The names that no pattern of transformers lets pass."""
+    """Return the names that match none of the patterns."""
     forms = [re.compile(pattern) for pattern in patterns]
     return tuple(name for name in names if not any(form.search(name) for form in forms))

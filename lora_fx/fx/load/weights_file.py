@@ -1,4 +1,4 @@
-"""The tensors of a file as a module's weights: every name and shape must fit."""
+"""The tensors of a file as a module's weights; every name and shape must fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_fx.text import some
 
 
 def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
-    """Fill a module from a file of tensors; every name and shape must fit. Returns notes.
+    """Fill a module from a file of tensors; every name and shape must fit. Return notes.
 
     On the meta device the names and shapes are checked and nothing is read. Tied tensors need
     one of their names; counters of batches seen may be missing, as in older files.
@@ -59,7 +59,7 @@ def check_fit(
     where: str,
     optional: Iterable[str] = (),
 ) -> tuple[str, ...]:
-    """Check that the tensors of a file are all of the expected ones and no others.
+    """Check that the tensors of a file are exactly the expected ones; return notes on dtypes.
 
     No tensor is read.
 
@@ -123,7 +123,7 @@ def _some(names: list[str]) -> str:
 
 
 def _hint(file_names: set[str], expected: Mapping[str, object]) -> str:
-    """The hint, with the prefix that would make the names fit, if there is one."""
+    """Return the hint: if a prefix would make the names fit, name this prefix."""
     verb, prefix = lead_between(expected, file_names)
     if not verb:
         return "is it the state_dict of this model?"

@@ -1,1 +1,1 @@
-"""Lowering: replace one node by several simpler nodes, for passes and for the exporter."""
+"""Lowering: one node is replaced by several simpler nodes, for passes and for the exporter."""

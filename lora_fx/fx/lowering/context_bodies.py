@@ -1,4 +1,4 @@
-"""Bodies of no_grad and autocast, as nodes of the graph around them."""
+"""Bodies of no_grad and autocast, inlined into the graph around them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lora_fx.fx.trees import tree_leaves
 aten = torch.ops.aten
 higher = torch.ops.higher_order
 CHOSEN = ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
-"""Beginnings of ops whose dtype the model chose, whatever autocast would."""
+"""Prefixes of ops whose dtype the model chooses, so that autocast does not change it."""
 
 
 def inline_regions(module: fx.GraphModule, *, no_grad: bool = False) -> None:
     """Replace every call of a no_grad or autocast body by the body's own nodes.
 
-    What runs in them is the model's like everything else: its weights are targets. What the
-    regions did to gradients and dtypes is written out as detach and casts.
+    The weights in these bodies are targets like all others. The effect of the regions on gradients
+    and dtypes is written out as detach and casts.
     """
     for node in list(module.graph.nodes):
         if node.target is higher.wrap_with_set_grad_enabled:
@@ -47,7 +47,7 @@ def _inline(
     no_grad: bool,
     cast: torch.dtype | None,
 ) -> None:
-    """Put the nodes of a body, run on these arguments, in the place of the node that runs it."""
+    """Replace a node that runs a body by the body's nodes, run on these arguments."""
     graph = module.graph
     region = operator.attrgetter(str(body.target))(module)
     inline_regions(region, no_grad=no_grad)
@@ -75,7 +75,7 @@ def _inline(
 
 
 def without_grad_modes(graph: fx.Graph) -> None:
-    """Replace the switches of the gradient in a recorded run by detach.
+    """Replace the gradient switches in a recorded run by detach.
 
     Left in the graph, a switch would act on whatever runs after it, the user's code too.
     """
@@ -92,7 +92,7 @@ def without_grad_modes(graph: fx.Graph) -> None:
 
 
 def _erase_switches(graph: fx.Graph) -> dict[fx.Node, None]:
-    """Erase the switches of the gradient; returns the nodes that ran without, in order."""
+    """Erase the gradient switches; return the nodes that ran without gradients, in order."""
     region: dict[fx.Node, None] = {}
     enabled = True
     for node in list(graph.nodes):
@@ -106,7 +106,7 @@ def _erase_switches(graph: fx.Graph) -> dict[fx.Node, None]:
 
 
 def _detached(region: fx.Node, node: Any) -> Any:
-    """The value without its gradient; tensors of the model and numbers have none to lose."""
+    """Detach a value; stored tensors and other values are returned as they are."""
     if not isinstance(node, fx.Node) or node.op == "get_attr":
         return node
     val = value(node)
@@ -118,7 +118,7 @@ def _detached(region: fx.Node, node: Any) -> Any:
 
 
 def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
-    """Cast a node's floating operands as autocast did when the graph was recorded.
+    """Cast a node's floating-point operands as autocast did when the graph was recorded.
 
     Ops that autocast runs narrow have a narrow result of wider operands; those that it runs in
     fp32 have an fp32 result of narrow operands.
@@ -147,7 +147,7 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
 
 
 def _is_cast(operands: set[torch.dtype], result: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether autocast made this result of these operands, and not plain type promotion."""
+    """Whether autocast, not plain type promotion, gave this result dtype for these operands."""
     if operands == {result} or result not in (narrow, torch.float32):
         return False
     return result is not torch.float32 or torch.float32 not in operands

@@ -1,4 +1,4 @@
-"""A program decomposed by one node of every kind.
+"""The decomposition of a program by one example node of each kind.
 
 torch.export decomposes by running the whole program again with symbolic sizes, which is most of
 what an export costs. Layers are one block many times: nodes of one operator that read the same
@@ -30,7 +30,7 @@ from lora_fx.text import by_key
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
-"""Operator → its decomposition; operators that are not in it stay."""
+"""Operator → its decomposition; operators without an entry stay."""
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CHECKS = {
     aten._assert_scalar.default,
@@ -46,7 +46,7 @@ _decompose_all = ExportedProgram.run_decompositions
 
 
 def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
-    """The program as `program.run_decompositions(table)` makes it; edited where that is enough.
+    """Decompose a program as `run_decompositions` does, by editing nodes if that is enough.
 
     A program that writes in place, has bodies of its own, or sizes that depend on values is
     decomposed as a whole.
@@ -73,7 +73,7 @@ def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
 
 
 def stands_alone(node: fx.Node) -> bool:
-    """Whether the result of a node depends only on its operands."""
+    """Whether a node's result depends only on its operands."""
     if node.op != "call_function" or node.target in CHECKS:
         return True
     target: Any = node.target
@@ -94,7 +94,7 @@ def _reads_known_sizes(node: fx.Node) -> bool:
 
 
 def _parts_are_picked(node: fx.Node) -> bool:
-    """Whether a node gives one value, or several that are all read one by one."""
+    """Whether a node has one value, or several that are all read by getitem."""
     if not isinstance(value(node), (list, tuple)):
         return True
     return all(user.target is operator.getitem for user in node.users)
@@ -108,12 +108,12 @@ def _comes_apart(node: fx.Node, table: Table) -> bool:
 
 
 def _kind_of(node: fx.Node) -> Hashable:
-    """The same for nodes that come apart alike."""
+    """Return a key that is the same for nodes with the same decomposition."""
     return node.target, _visible((node.args, node.kwargs))
 
 
 def _visible(argument: object) -> Hashable:
-    """The features of an argument that a decomposition can see."""
+    """Return the features of an argument that a decomposition can see."""
     if isinstance(argument, fx.Node):
         return "node", _visible(value(argument))
     if isinstance(argument, torch.Tensor):
@@ -132,7 +132,7 @@ def _visible(argument: object) -> Hashable:
 
 @dataclass(frozen=True)
 class _Decomposition:
-    """A node come apart: its inputs, the nodes between them and its values, and its values."""
+    """A decomposed node: its inputs, the nodes from these to its values, and its values."""
 
     inputs: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
@@ -142,7 +142,7 @@ class _Decomposition:
 def _decompositions(
     nodes: Sequence[fx.Node], program: ExportedProgram, table: Table
 ) -> list[_Decomposition]:
-    """Decompose one program that has these nodes next to each other, each with its own inputs."""
+    """Decompose one program that holds these nodes side by side, each with its own inputs."""
     graph = fx.Graph()
     operands_of = [read_nodes(node) for node in nodes]
     placeholders_of: list[list[fx.Node]] = []
@@ -167,7 +167,7 @@ def _decompositions(
 
 
 def _cut(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[_Decomposition]:
-    """Cut a decomposed graph, which has all nodes next to each other, into the parts of each."""
+    """Cut a decomposed graph, which holds all nodes side by side, into a part per node."""
     inputs = iter(graph.find_nodes(op="placeholder"))
     results: Any = graph.output_node().args[0]
     outputs = iter(results)
@@ -180,7 +180,7 @@ def _cut(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[_Decomposition]:
 
 
 def _operand_of(graph: fx.Graph, placeholder: fx.Node, val: Any) -> Any:
-    """An input, as a node reads it; a number is the size of a tensor made for it."""
+    """Return an input in the form that a node reads; a number becomes the size of a tensor."""
     if isinstance(val, torch.Tensor):
         placeholder.meta["val"] = val
         return placeholder
@@ -189,7 +189,7 @@ def _operand_of(graph: fx.Graph, placeholder: fx.Node, val: Any) -> Any:
 
 
 def _tensors_of(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
-    """The tensors that a node gives, each as a node."""
+    """Return the tensors in a node's result, each as a node."""
     val = value(node)
     if isinstance(val, torch.Tensor):
         return [node]
@@ -199,7 +199,7 @@ def _tensors_of(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 def _between(
     graph: fx.Graph, first: Sequence[fx.Node], last: Sequence[fx.Node]
 ) -> tuple[fx.Node, ...]:
-    """The nodes from inputs to values, in order; sizes are found by what they are."""
+    """Return the nodes from inputs to values, in order, without nodes of sizes."""
 
     def inside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         return [n for n in nodes if n not in first and not isinstance(value(n), NUMBERS)]
@@ -234,7 +234,7 @@ def _replace(graph: fx.Graph, decompositions: Mapping[fx.Node, _Decomposition]) 
 def _copy_of(
     graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], sizes: dict[str, fx.Node]
 ) -> Any:
-    """The copy of a node of a decomposition; a size is computed once for all of them."""
+    """Return the copy of a decomposition's node; a size is computed once for all of them."""
     if node in copies:
         return copies[node]
     number = value(node)
@@ -253,7 +253,7 @@ def _copy_of(
 
 
 def _places_of_sizes(nodes: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
-    """Size → a tensor and a dimension that have it."""
+    """Return a tensor and a dimension for each size."""
     places: dict[str, tuple[fx.Node, int]] = {}
     for node in nodes:
         tensor = value(node)
@@ -264,7 +264,7 @@ def _places_of_sizes(nodes: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]
 
 
 def _sizes_are_available(decomposition: _Decomposition, graph: fx.Graph) -> bool:
-    """Whether every size that a decomposition reads is one of its inputs', or of the graph's."""
+    """Whether every size that a decomposition reads belongs to its inputs or to the graph's."""
     inputs = [*decomposition.inputs, *graph.find_nodes(op="placeholder")]
     available = _places_of_sizes(inputs)
 

@@ -1,4 +1,4 @@
-"""Ops that write in place, as ops that give a new value."""
+"""Ops that write in place, replaced by ops that return a new value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def without_writes(graph: fx.Graph) -> None:
-    """Let ops that write into a value nobody else reads afterwards give a new one.
+    """Replace ops that write into a value by functional ops, if nothing else reads it later.
 
     relu_ of a norm's result is relu of it. What something reads later by another name stays, as
     does an op that would round to the dtype of what it writes into.
@@ -52,7 +52,7 @@ def _rounds(node: fx.Node) -> bool:
 
 
 def _functional(target: Any) -> OpOverload | None:
-    """The functional form of an in-place op: aten.relu.default for aten.relu_.default."""
+    """Return the functional form of an in-place op: aten.relu.default for aten.relu_.default."""
     name = getattr(target, "_opname", "")
     if not name.endswith("_") or name.endswith("__"):
         return None

@@ -1,4 +1,4 @@
-"""A flat graph of tensors as a program for an exporter, without running it."""
+"""The conversion of a flat graph of tensors to a program, without running the graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_fx.fx.trees import tree_leaves
 def program_of(
     module: fx.GraphModule, inputs: Sequence[torch.Tensor], free: Sequence[Collection[int] | None]
 ) -> ExportedProgram | None:
-    """A flat graph of tensors as a program, without running it; None where that takes a run.
+    """Return a flat graph as a program without running it; None if that needs a run.
 
     Every node keeps the value that the capture gave it, and with it the capture's symbols. A
     module that was cast since, or code that was put in, has other values; a recorded run has none.
@@ -52,7 +52,7 @@ def program_of(
 
 
 def _has_values_of_one_trace(graph: fx.Graph) -> bool:
-    """Whether every node has the value of one trace, and depends only on its operands."""
+    """Whether all nodes have values of one trace, and depend only on their operands."""
     if not all(map(_has_value, graph.nodes)):
         return False
     leaves = tree_leaves([value(node) for node in graph.nodes])
@@ -61,7 +61,7 @@ def _has_values_of_one_trace(graph: fx.Graph) -> bool:
 
 
 def _unused_prefix(graph: fx.Graph) -> str:
-    """A beginning of names that no node's target has.
+    """Return a prefix that no node's target begins with.
 
     The exporter renames inputs one by one: none may be called as a tensor is.
     """
@@ -77,7 +77,7 @@ def _copy_state(
     copies: dict[fx.Node, fx.Node],
     prefix: str,
 ) -> dict[str, torch.Tensor]:
-    """Make an input of every tensor that nodes read; returns the tensors by name.
+    """Make an input for each tensor that nodes read; return the tensors by name.
 
     `copies` gets the input for each of these nodes; one tensor is one input.
     """
@@ -101,7 +101,7 @@ def _has_value(node: fx.Node) -> bool:
 
 
 def _stands_for(val: object, tensor: torch.Tensor, free: Collection[int] | None) -> bool:
-    """Whether a node can have a tensor like this as value; other sizes only if they are free."""
+    """Whether a tensor fits a node's value; other sizes fit only in free dimensions."""
     if not isinstance(val, torch.Tensor) or val.dtype != tensor.dtype or val.dim() != tensor.dim():
         return False
     for axis, (expected, size) in enumerate(zip(val.shape, tensor.shape, strict=True)):

@@ -1,4 +1,4 @@
-"""The nodes among a node's arguments, and nodes made with others in their place."""
+"""The nodes among a node's arguments, and copies of nodes with other arguments."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lora_fx.fx.trees import tree_leaves, tree_map_only
 
 
 def read_nodes(node: fx.Node) -> list[fx.Node]:
-    """The nodes among the arguments, repeated as often as they occur."""
+    """Return the nodes among the arguments, repeated as often as they occur."""
     leaves = tree_leaves((node.args, node.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 
 
 def call_with(node: fx.Node, operands: Iterator[Any]) -> Any:
-    """(args, kwargs) of a node with these operands in the places of the nodes that it reads."""
+    """Return (args, kwargs) of a node, with its argument nodes replaced by these operands."""
     return tree_map_only(fx.Node, lambda _: next(operands), (node.args, node.kwargs))
 
 
 def valued(graph: fx.Graph, val: object, target: Any, *call: Any) -> fx.Node:
-    """A new node with its value; `call` is its args and kwargs."""
+    """Make a node that has its value; `call` is its args and kwargs."""
     new = graph.call_function(target, *call)
     new.meta["val"] = val
     return new

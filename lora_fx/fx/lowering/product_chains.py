@@ -1,4 +1,4 @@
-"""Chains of products, written as products of two, which have rows in the op table.
+"""Chains of products, rewritten as products of two factors, which the op table supports.
 
 A chain is associative. It starts at its first activation and goes outwards, x, W₁, W₂ as
 (x W₁) W₂, so that each weight stands alone in one product with an activation.
@@ -19,7 +19,7 @@ CHAINS = aten_ops("linalg_multi_dot chain_matmul")
 
 
 def split_products(graph: fx.Graph) -> None:
-    """Rewrite every chain of a graph; torch may choose another order, so last bits may differ."""
+    """Rewrite every chain of a graph; last bits may differ, since torch may use another order."""
     activations: set[fx.Node] = set()
     for node in list(graph.nodes):
         reads_activation = any(operand in activations for operand in node.all_input_nodes)
@@ -35,7 +35,7 @@ def split_products(graph: fx.Graph) -> None:
 
 
 def _chain(node: fx.Node, activations: Collection[fx.Node]) -> fx.Node:
-    """The products of a chain's factors, from its first activation outwards."""
+    """Multiply a chain's factors, from its first activation outwards."""
     factors: Any = node.args[0]
     start = next(i for i, factor in enumerate(factors) if factor in activations)
     y: fx.Node = factors[start]
@@ -47,7 +47,7 @@ def _chain(node: fx.Node, activations: Collection[fx.Node]) -> fx.Node:
 
 
 def _product(node: fx.Node, *factors: fx.Node) -> fx.Node:
-    """A product in the place of a chain, in its scope."""
+    """Make a product at the place of a chain, in its scope."""
     product = node.graph.call_function(aten.matmul.default, factors)
     product.meta = {**node.meta, "val": aten.matmul.default(*map(value, factors))}
     return product

@@ -1,4 +1,4 @@
-"""A graph of tensors as a program: the signature that names its state, inputs and outputs."""
+"""A graph of tensors as a program, with the signature of its state, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_fx.fx.trees import tree_structure
 
 
 def name_outputs(program: ExportedProgram) -> None:
-    """Let the signature of a program name the outputs as the graph does."""
+    """Rename the outputs in a program's signature as the graph names them."""
     (outputs,) = program.graph.output_node().args
     signature = program.graph_signature
     named = []
@@ -37,7 +37,7 @@ def name_outputs(program: ExportedProgram) -> None:
 def signed(
     graph: fx.Graph, inputs: Sequence[fx.Node], state: Mapping[str, torch.Tensor]
 ) -> ExportedProgram:
-    """A graph of tensors as a program; the placeholders of its state stand before the inputs."""
+    """Return a graph as a program; the placeholders of its state come before its inputs."""
     outputs: Any = graph.output_node().args[0]
     state_specs = []
     placeholders = graph.find_nodes(op="placeholder")

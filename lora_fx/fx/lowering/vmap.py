@@ -1,4 +1,4 @@
-"""The operations of torch.vmap, as plain ones."""
+"""The operations of torch.vmap, replaced by plain operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.fx.proxy_tracing import make_fx
 
 
 def without_vmap(graph: fx.Graph) -> None:
-    """The plain operations that torch.vmap makes, instead of its own.
+    """Replace the operations of torch.vmap by the plain operations that they perform.
 
     A level of batching is entered and left by nodes without users, and what lies between holds
     there alone: no pass could move it, share it or drop it.
@@ -34,7 +34,7 @@ def without_vmap(graph: fx.Graph) -> None:
 
 
 def _replace_by_plain(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
-    """Trace the nodes of one vmap again below its levels, and replace them by the result."""
+    """Trace the nodes of one vmap again without its levels, and replace them by the result."""
     operands: dict[fx.Node, None] = {}
     for node in body:
         operands |= dict.fromkeys(node.all_input_nodes)

@@ -38,7 +38,7 @@ Inserter = Callable[[Updates, bool], Rewriter]
 
 
 DEFAULT = "default"
-"""Name of the adapter that insert makes."""
+"""The name of the adapter that insert makes."""
 
 
 class AdaptedModule(CapturedModule):
@@ -79,11 +79,11 @@ class AdaptedModule(CapturedModule):
         self._inserter(self._updates, training)(graph)
 
     def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Key → every tensor of its update by field: a and b, and a variant's own."""
+        """Return the tensors of each update by key and field: a, b, and further ones."""
         return update_tensors(self, self._updates)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """The trained tensors as groups for an optimizer: one for each learning rate.
+        """Return the trained tensors as groups for an optimizer, one for each learning rate.
 
         Args:
             lr: The rate of a, and of tensors trained whole; LoRA+ trains b faster.
@@ -103,16 +103,16 @@ class AdaptedModule(CapturedModule):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes of insert."""
+        """The notes of insert."""
         return self._notes
 
     @property
     def updates(self) -> Updates:
-        """Key → the update as it was inserted (ranks, alphas and layouts hold)."""
+        """Key → the update as inserted, for its rank, alpha and layout; its values may be old."""
         return self._updates
 
     def adapter(self, name: str | None = None) -> Adapter:
-        """The active adapter (or mix) as it is now, or a loaded one, bound to this model's keys.
+        """Return the active adapter or mix, or a loaded adapter, bound to this model's keys.
 
         Sharded tensors are gathered, so every process has to call it.
         """
@@ -126,16 +126,16 @@ class AdaptedModule(CapturedModule):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that are loaded."""
+        """The names of the loaded adapters."""
         return tuple(dict.fromkeys((*self._stored, *self._active)))
 
     @property
     def active(self) -> Mapping[str, float]:
-        """Name → weight of the adapters in the branches; empty for the base."""
+        """The weights of the active adapters by name; empty for the base."""
         return dict(self._active)
 
     def load_adapter(self, adapter: AdapterLike, name: str | None = None) -> None:
-        """Replace the active adapter, or load one under a name for `activate`; a path will do.
+        """Replace the active adapter, or load an adapter or path under a name for `activate`.
 
         Targets, ranks and alphas become those of `adapter`.
 
@@ -158,7 +158,7 @@ class AdaptedModule(CapturedModule):
         self._sampled.check(adapter.metadata, self)
 
     def activate(self, which: str | Mapping[str, float] | None) -> None:
-        """Let the branches hold an adapter, a weighted sum of several (exact), or none.
+        """Put an adapter, an exact weighted sum of adapters, or no adapter into the branches.
 
         A change that training made to the adapter so far active is kept under its name. A mix
         is for use: its tensors do not require grad.
@@ -178,7 +178,7 @@ class AdaptedModule(CapturedModule):
         self._active = weights
 
     def _put_weighted(self, weights: Mapping[str, float]) -> None:
-        """Put one adapter, or a mix of several, into the branches; a mix is not trained."""
+        """Put one adapter, or a mix of several, into the branches; a mix does not train."""
         adapters = [(self._stored[name], weight) for name, weight in weights.items()]
         is_plain = list(weights.values()) == [1.0]
         if is_plain:
@@ -190,7 +190,7 @@ class AdaptedModule(CapturedModule):
                 parameter_of(self, slot.name).requires_grad_(is_plain and slot.trained)
 
     def compile(self, *args: object, **kwargs: object) -> None:
-        """As nn.Module's; adapters of other ranks ≥ 2 and the same scale need no other compilation.
+        """Compile as nn.Module does; adapters of other ranks ≥ 2, same scale, compile nothing new.
 
         The scale is alpha/rank. `torch.compile(module)` compiles anew for every rank.
         """
@@ -207,7 +207,7 @@ class AdaptedModule(CapturedModule):
 
     @torch.no_grad()
     def _put(self, bound: Adapter) -> None:
-        """Put an adapter into the branches; equal shapes and scales keep the programs."""
+        """Put an adapter into the branches; the programs stay if shapes and scales are equal."""
         reshard(self)
         if frame(bound.lowrank) == frame(self._updates):
             self._updates = dict(bound.lowrank)
@@ -219,7 +219,7 @@ class AdaptedModule(CapturedModule):
         self._metadata = dict(bound.metadata)
 
     def _rebuild(self, updates: Updates) -> None:
-        """Replace the tensors of the branches by those of other shapes, and the programs."""
+        """Replace the branches' tensors by tensors of other shapes, and drop the programs."""
         refuse_shards(self)
         for key, update in self._updates.items():
             for slot in slots_of(key, update):

@@ -20,7 +20,7 @@ from lora_fx.text import Json, by_key, counted, html, human, short
 def adapted_report(
     root: nn.Module, updates: Updates, found: Found, also: tuple[str, ...], notes: tuple[str, ...]
 ) -> AdaptedReport:
-    """The report on a tree that holds the tensors of these updates."""
+    """Make the report on a tree that holds the tensors of these updates."""
     rows = []
     for key, update in updates.items():
         rank, alpha = asked(update)
@@ -38,7 +38,7 @@ def adapted_report(
 
 @dataclass(frozen=True)
 class AdaptedReport:
-    """The report of a model with an adapter; prints as text."""
+    """The report on a model with an adapter; it prints as text."""
 
     targets: tuple[tuple[str, int, float, int], ...]
     also_train: tuple[str, ...]
@@ -53,7 +53,7 @@ class AdaptedReport:
     __repr__ = short
 
     def _repr_html_(self) -> str:
-        """A table of what is adapted, for notebooks."""
+        """Return a table of the adapted targets, for notebooks."""
         rows = [("key", "rank", "alpha")]
         for key, rank, alpha, _ in self.targets:
             rows.append((key, str(rank), f"{alpha:g}"))
@@ -61,14 +61,14 @@ class AdaptedReport:
 
     @property
     def adapted_share(self) -> float:
-        """Share of the weight FLOPs that run through an adapted target."""
+        """The share of the weight FLOPs that run through an adapted target."""
         total = self.found.weight_flops
         if not total:
             return 0.0
         return sum(flops for *_, flops in self.targets) / total
 
     def to_json(self) -> Json:
-        """The parts of docs/json.md that an adapted module knows."""
+        """Return the fields of docs/json.md that concern an adapted module."""
         targets = [self.found[key].to_json(rank, alpha) for key, rank, alpha, _ in self.targets]
         return {
             **self.found.to_json(),
@@ -82,7 +82,7 @@ class AdaptedReport:
         }
 
     def __str__(self) -> str:
-        """A few lines."""
+        """Return the report as a few lines of text."""
         targets = counted(len(self.targets), "target")
         lines = [
             f"{targets} adapted ({self.adapted_share:.1%} of the weight FLOPs), "
@@ -104,7 +104,7 @@ class AdaptedReport:
 
 @dataclass(frozen=True)
 class Effect:
-    """The finding of the proof of effect.
+    """The result of the proof of effect.
 
     Attributes:
         dead: Key → the modes in which no gradient reaches it.
@@ -117,7 +117,7 @@ class Effect:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line."""
+        """Return the result as one line."""
         text = f"gradients reach every target in {' and '.join(self.modes) or 'no mode'}"
         dead = [f"{key} ({'/'.join(modes)})" for key, modes in self.dead.items()]
         if dead:

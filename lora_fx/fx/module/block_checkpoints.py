@@ -1,4 +1,4 @@
-"""Recomputation of blocks (activation checkpointing), by the names that transformers gave it.
+"""Recomputation of blocks (activation checkpointing), under the names that transformers uses.
 
 A block saves its inputs only and runs again in backward. The blocks are those that a module's
 programs call: children of its outermost ModuleLists and Sequentials. torch's non-reentrant form
@@ -22,18 +22,18 @@ from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.inputs import Named
 
 OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
-"""Options of torch.utils.checkpoint.checkpoint."""
+"""The accepted options of torch.utils.checkpoint.checkpoint."""
 
 
 @contextlib.contextmanager
 def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-    """A block of code that leaves the module's buffers alone: its norms have moved already."""
+    """A block that restores buffers in a recomputation, since its norms have moved already."""
     with as_it_was(block, None), inner:
         yield
 
 
 def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]:
-    """Torch's checkpoint with these options, to be called with (code, block, *values).
+    """Return torch's checkpoint with these options, as a function of (code, block, *values).
 
     Args:
         options: Some of OPTIONS.
@@ -61,10 +61,10 @@ def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]
 
 
 class Recomputing:
-    """Methods of a captured module; Trainer, accelerate and users of transformers call it."""
+    """The methods of a captured module that trainers call to recompute blocks."""
 
     def _blocks(self) -> dict[str, Any]:
-        """Path → the blocks that programs call."""
+        """Return the blocks that programs call, by path."""
         raise NotImplementedError
 
     def activation_checkpointing_enable(
@@ -75,7 +75,7 @@ class Recomputing:
         *,
         gradient_checkpointing_kwargs: Named | None = None,
     ) -> None:
-        """In train mode, save only the inputs of each block, and run it again in backward.
+        """In train mode, save only the inputs of each block, and run each block again in backward.
 
         Args:
             activation_checkpointing_kwargs: For torch.utils.checkpoint.checkpoint.
@@ -119,7 +119,7 @@ class Recomputing:
             block._again = checkpointer(options, offload=offload)
 
     def activation_checkpointing_disable(self) -> None:
-        """Save what each block computes, and run nothing twice."""
+        """Save what each block computes, so that no block runs twice."""
         for block in self._blocks().values():
             block.recompute = False
 
@@ -134,7 +134,7 @@ class Recomputing:
 
 
 def refuse_inlined(blocks: Named, inlined: set[str]) -> None:
-    """Raise LoraFxError for blocks that are to be recomputed and cannot be."""
+    """Raise LoraFxError for blocks that should be recomputed but are not separate functions."""
     stuck = [path for path in blocks if path in inlined]
     if stuck:
         raise LoraFxError(

@@ -1,4 +1,4 @@
-"""Decide by a run the questions about sizes that kernels asked while a model was captured."""
+"""The decision, by a run, of which size conditions of torch's kernels a graph really has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_fx.patching import patched
 
 
 def decide_doubts(module: CapturedModule) -> None:
-    """Find out which doubtful conditions of a capture matter, once.
+    """Find out once which doubtful conditions of a capture matter.
 
     The capture drops what torch's kernels asked for strides and for size 1. Here the user's module
     and the graph run where one does not hold; where they differ, it is a condition from then on.
@@ -47,7 +47,7 @@ def decide_doubts(module: CapturedModule) -> None:
 
 
 def _agrees(module: CapturedModule, named: Named) -> bool:
-    """Whether the user's module and the graph give the same at these arguments."""
+    """Whether the user's module and the graph give the same outputs for these arguments."""
     execution = execution_of(module)
     captured = execution.captured
     interpreted = replace(module._programs, codes={}, compiled={}, blocks=False, few=True)
@@ -74,7 +74,7 @@ def _is_near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def plain(captured: Captured) -> CapturedModule:
-    """The captured model as a module, with no adapter."""
+    """Return the captured model as a module without an adapter."""
     module = CapturedModule(captured)
     decide_doubts(module)
     return module

@@ -1,4 +1,4 @@
-"""Run a captured module inside lora-fx; its user needs none of this.
+"""The interface by which lora-fx runs a captured module; users do not need it.
 
 These are no members of the module: there they would be attributes of the user's model.
 """
@@ -22,7 +22,7 @@ from lora_fx.inputs import SIZES, Extents, Named
 
 
 class Execution:
-    """A captured module seen from within lora-fx."""
+    """A captured module as lora-fx uses it."""
 
     def __init__(self, module: CapturedModule) -> None:
         self._module = module
@@ -34,17 +34,17 @@ class Execution:
 
     @property
     def base_dtype(self) -> torch.dtype | None:
-        """The dtype of the first floating parameter: that of the programs to run."""
+        """The dtype of the first floating-point parameter, in which programs run."""
         return self._module._dtype
 
     @property
     def norm_stats(self) -> str:
-        """The behaviour of batch norms in train mode: frozen or update."""
+        """The treatment of norm statistics in train mode: frozen or update."""
         return self._module._norm_stats
 
     @property
     def not_one(self) -> frozenset[Size]:
-        """Input dimensions for which the captured graph does not hold at size 1."""
+        """The input dimensions for which the captured graph is not valid at size 1."""
         sizes = set[Size]()
         for condition in self._module.conditions():
             ones = dict.fromkeys(condition.about, 1)
@@ -53,7 +53,7 @@ class Execution:
         return frozenset(sizes)
 
     def sample(self, size: Extents = SIZES[0], arrays: Any = None, seed: int = 0) -> dict[str, Any]:
-        """Named arguments of one size, from the captured signature."""
+        """Draw named arguments of one size, by the captured signature."""
         captured = self.captured
         inputs = captured.bounded_inputs()
         device = tensors.device_of(self._module)
@@ -61,7 +61,7 @@ class Execution:
         return self.in_own_dtype(drawn)
 
     def in_own_dtype(self, named: Named | None = None) -> dict[str, Any]:
-        """Arguments of the capture, its example's if none, as `.to(dtype)` lets the module take."""
+        """Return arguments (the example by default) in the dtype that the module now has."""
         captured = self.captured
         arguments = dict(captured.named if named is None else named)
 
@@ -71,11 +71,11 @@ class Execution:
         return dict(tree_map_only(torch.Tensor, in_dtype, arguments))
 
     def run(self, named: Named) -> object:
-        """The module's outputs on named arguments."""
+        """Run the module on named arguments and return its outputs."""
         return self.captured.signature.call(self._module, named)
 
     def flat(self, named: Named) -> dict[str, Array]:
-        """Run on copies of named arguments; {output name: array} of the tensors that come out."""
+        """Run on copies of named arguments; return the output tensors as {name: array}."""
         # A model may write over what it gets, or count its calls in a buffer: both sides of a
         # comparison start alike.
         with torch.no_grad(), alike(self._module):
@@ -83,5 +83,5 @@ class Execution:
 
 
 def execution_of(module: CapturedModule) -> Execution:
-    """The module as lora-fx runs it."""
+    """Return the Execution of a module."""
     return Execution(module)

@@ -1,4 +1,4 @@
-"""The module that fold returns: the updates are in its weights."""
+"""The module that fold returns, whose weights contain the updates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_fx.fx.module.module import CapturedModule, Rewriter
 
 
 class FoldedModule(CapturedModule):
-    """A model with an adapter folded into its weights; eval mode only, no branches."""
+    """A model with an adapter folded into its weights: eval mode only, without branches."""
 
     def __init__(
         self, captured: Captured, tree: nn.Module, rewriter: Rewriter, adapter: Adapter
@@ -28,7 +28,7 @@ class FoldedModule(CapturedModule):
         self._rewriter = rewriter
         self.folded: tuple[Any, ...] = ()
         self.unrounded: dict[str, Callable[[], Array]] = {}
-        """Name of a tensor → its value before it was rounded to the model's dtype."""
+        """Name of a tensor → a function for its value before rounding to the model's dtype."""
         for name, full in adapter.full.items():
             parameter = dotted_names.parameter_of(self, name)
             value = tensors.from_numpy(full.value, like=parameter)
@@ -40,7 +40,7 @@ class FoldedModule(CapturedModule):
         self._rewriter(graph)
 
     def train(self, mode: bool = True) -> FoldedModule:
-        """A folded model has no train mode."""
+        """Raise for train mode, which a folded model does not have."""
         if mode:
             raise LoraFxError("a folded model is for inference only", "insert again to train")
         super().train(False)

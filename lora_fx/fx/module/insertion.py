@@ -1,4 +1,4 @@
-"""The record of what insert added to a module, for passes, proofs and files, not for its user.
+"""The record of what insert added to a module, for lora-fx itself and not for users.
 
 These are no members of the module: there they would be attributes of the user's model.
 """
@@ -21,7 +21,7 @@ from lora_fx.targets.found import Found
 
 
 class Insertion:
-    """The branches of an adapted module, and the facts about them."""
+    """The branches of an adapted module, and what is known about them."""
 
     def __init__(self, module: AdaptedModule) -> None:
         self._module = module
@@ -33,12 +33,12 @@ class Insertion:
 
     @property
     def also_train(self) -> tuple[str, ...]:
-        """First names of the tensors that are trained whole."""
+        """The first names of the tensors that are trained whole."""
         return self._module._also
 
     @property
     def effect(self) -> Effect | None:
-        """The finding of the proof of effect; None before it."""
+        """The result of the proof of effect; None before the proof."""
         return self._module._effect
 
     @effect.setter
@@ -46,11 +46,11 @@ class Insertion:
         self._module._effect = effect
 
     def say(self, *notes: str) -> None:
-        """Add notes, each once, for the report."""
+        """Add notes to the report, each once."""
         self._module._notes = tuple(dict.fromkeys((*self._module.notes, *notes)))
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Key → the tensors a and b that the branches of the active adapter read, as trained.
+        """Return the trained tensors a and b in the branches of the active adapter, by key.
 
         Updates of a variant that makes a and b of other tensors are left out; see `tensors` of the
         module.
@@ -58,7 +58,7 @@ class Insertion:
         return factor_pairs(self._module.tensors())
 
     def changes_anything(self) -> bool:
-        """False while every update is zero, as after insert, and no tensor is trained whole."""
+        """Return False if every update is zero, as after insert, and no tensor is whole."""
         if self.also_train:
             return True
         updates = self._module.updates
@@ -68,18 +68,18 @@ class Insertion:
         )
 
     def check_base(self, adapter: Adapter) -> None:
-        """Note for the report if an adapter says that it was trained on other weights."""
+        """Add a note to the report if an adapter says that it was trained on other weights."""
         self._module._sampled.check(adapter.metadata, self._module)
 
     def inserting(
         self, inserter: Inserter
     ) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Gives blocks in which other passes make the branches, for a run or two in all."""
+        """Return a maker of blocks in which another pass inserts branches, for few runs."""
         module = self._module
         programs = replace(module._programs, codes={}, compiled={}, blocks=False, few=True)
         return partial(patched, module, _inserter=inserter, _fast=None, _programs=programs)
 
 
 def insertion_of(module: AdaptedModule) -> Insertion:
-    """The record of what insert added to the module."""
+    """Return the record of what insert added to the module."""
     return Insertion(module)

@@ -1,4 +1,4 @@
-"""The module that insert returns: one skeleton, many programs.
+"""The module behind insert and fold: one skeleton of tensors, and many programs over it.
 
 A program is an eval or train graph, for one base dtype and one set of arguments, rewritten by the
 module's passes and compiled to plain functions over the skeleton. Programs that were not needed
@@ -42,9 +42,9 @@ from lora_fx.patching import patched
 
 Rewriter = Callable[[FxGraph], object]
 Program = tuple[str, Traced]
-"""The name of its code, and its origin: the sizes that it takes, the tree of its outputs."""
+"""A program: the name of its code, and its trace with accepted sizes and output tree."""
 Speedups = Callable[[Sequence[str]], list[Rewriter]]
-"""The passes that make train programs cheaper, for the paths of a module's blocks."""
+"""A function from the paths of blocks to the passes that make train programs cheaper."""
 
 
 # The weightless copy holds the model's code: the user's module with every tensor faked. Captures
@@ -52,14 +52,14 @@ Speedups = Callable[[Sequence[str]], list[Rewriter]]
 
 
 class Scope(nn.Module):
-    """One module of the skeleton; only outlined blocks are called."""
+    """One module of the skeleton; only a block with its own function can be called."""
 
     recompute = False
-    """Save this block's inputs only, and run it again in backward (torch.utils.checkpoint)."""
+    """Whether to save only this block's inputs and run it again in backward."""
     _again = staticmethod(checkpointer({}))
 
     def __getitem__(self, index: int | slice | str) -> Any:
-        """A child by position or name, or several, as Sequential and ModuleDict have it."""
+        """Return children by position, slice or name, as Sequential and ModuleDict do."""
         if isinstance(index, str):
             return self._modules[index]
         return list(self._modules.values())[index]
@@ -80,12 +80,12 @@ class Scope(nn.Module):
 
 @functools.cache
 def scope_class(name: str) -> type[Any]:
-    """A subclass of Scope by the name of the user's class, for printing and wrap policies."""
+    """Return a subclass of Scope with the user's class name, for printing and wrap policies."""
     return type(name, (Scope,), {"__module__": __name__})
 
 
 def blocks_of(root: nn.Module) -> dict[str, Scope]:
-    """Path → children of the outermost ModuleLists and Sequentials, each module once."""
+    """Return the children of the outermost ModuleLists and Sequentials, by path, each once."""
     blocks: dict[str, Scope] = {}
     for name, module in root.named_modules():
         # by name: tools such as FSDP2 make subclasses, and Sequential became a Scope here
@@ -101,7 +101,7 @@ def blocks_of(root: nn.Module) -> dict[str, Scope]:
 
 
 def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
-    """Raise for a tensor, or a child with tensors, that `root` or its code would hide."""
+    """Raise for a tensor, or a child with tensors, whose name `root` or its code uses."""
     tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     for name in dict.fromkeys(tensor.partition(".")[0] for tensor in tensors):
         if hasattr(root, name) or (name == "self" and name in tensors):
@@ -115,7 +115,7 @@ def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
 
 @dataclass
 class Programs:
-    """The code of a captured module; copies share it, later captures stay with their copy.
+    """The compiled code of a captured module; copies share code, but not later captures.
 
     Attributes:
         captured: Where graphs come from.
@@ -135,13 +135,13 @@ class Programs:
     inlined: set[str] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Programs:
-        """Shallow copies of the dictionaries."""
+        """Copy the dictionaries, but not what they hold."""
         compiled = {k: list(v) for k, v in self.compiled.items()}
         return replace(self, codes=dict(self.codes), compiled=compiled)
 
 
 class CapturedModule(Recomputing, Scope):
-    """A captured model as a module again: original names, signature and output type."""
+    """A captured model as a module with the original names, signature and output type."""
 
     _fast: Speedups | None = None
 
@@ -201,7 +201,7 @@ class CapturedModule(Recomputing, Scope):
     def graph(
         self, training: bool = False, *, portable: bool = False, named: Named | None = None
     ) -> FxGraph:
-        """The rewritten graph for a call, the captured one without `named`; passes may edit it.
+        """Return the rewritten graph for a call, or for the captured call; passes may edit it.
 
         A portable one has no op that only torch's own kernels or another library know.
         """
@@ -251,7 +251,7 @@ class CapturedModule(Recomputing, Scope):
         return ident, traced
 
     def _blocks(self) -> dict[str, Scope]:
-        """Path → the parts that programs call."""
+        """Return the blocks that programs call, by path."""
         blocks = blocks_of(self)
         for path, block in blocks.items():
             moves = self._norm_stats == "update" and next(block.buffers(), None) is not None
@@ -259,7 +259,7 @@ class CapturedModule(Recomputing, Scope):
         return blocks
 
     def _place_constants(self, graph: FxGraph, constants: Mapping[str, torch.Tensor]) -> None:
-        """Tensors that forward made become `_constN` buffers, equal ones once."""
+        """Store the tensors that forward makes as `_constN` buffers; equal ones share a buffer."""
         state = all_tensors(self)
         buffer_names: dict[str, str] = {}
         for name, tensor in constants.items():
@@ -276,7 +276,7 @@ class CapturedModule(Recomputing, Scope):
         graph.refresh()
 
     def _place_bodies(self, graph: FxGraph) -> None:
-        """Bodies of higher-order ops become attributes `_bodyN`; they hold no tensors."""
+        """Store the bodies of higher-order ops as attributes `_bodyN`; these hold no tensors."""
         names = {
             id(attribute): name
             for name, attribute in self.__dict__.items()
@@ -293,7 +293,7 @@ class CapturedModule(Recomputing, Scope):
         graph.bodies = bodies
 
     def _constant(self, value: torch.Tensor) -> str:
-        """The name of the buffer that holds a constant; an equal one is shared."""
+        """Return the name of the buffer for a constant; equal constants share a buffer."""
         constants = {
             name: buffer
             for name, buffer in self._buffers.items()
@@ -327,7 +327,7 @@ class CapturedModule(Recomputing, Scope):
         return result
 
     def _buffers_of_codes(self) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
-        """(module, name, buffer) of the scales, zeros and orders of quantised parameters."""
+        """Yield (module, name, buffer) of the scales, zeros and orders of quantised parameters."""
         for module in self.modules():
             for leaf in module.__dict__.get(codes.HELD, ()):
                 for part in codes.PARTS:
@@ -336,7 +336,7 @@ class CapturedModule(Recomputing, Scope):
                         yield module, name, module._buffers[name]
 
     def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> object:
-        """As nn.Module's; storage shared with the user's model is copied first."""
+        """Load as nn.Module does; copy the storage shared with the user's model first."""
         # copying in place would write through the shared storage into the user's model
         if self._shared:
             for parameter in self.parameters():
@@ -346,17 +346,17 @@ class CapturedModule(Recomputing, Scope):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def conditions(self, training: bool = False) -> tuple[Condition, ...]:
-        """The conditions on sizes under which the graph of the example is the model."""
+        """Return the size conditions under which the example's graph equals the model."""
         captured = self._programs.captured
         return captured.traced(training, captured.named, self._dtype).door.conditions
 
     def base(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which the module gives the unadapted numbers."""
+        """Return a block in which the module gives the unadapted model's numbers."""
         return patched(self, _adapted=False)
 
 
 def by_output(out: Any) -> dict[str, Array]:
-    """The tensors among a model's outputs, by name."""
+    """Return the tensors among a model's outputs, by output name."""
     return {
         output_name(path): to_numpy(leaf)
         for path, leaf in leaves_of({"": out})
@@ -365,10 +365,10 @@ def by_output(out: Any) -> dict[str, Array]:
 
 
 def with_signature(base: type[Any], captured: Captured) -> type[Any]:
-    """A subclass by the model's class name whose forward has the original signature."""
+    """Return a subclass with the model's class name and the signature of its forward."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The original call."""
+        """Call the captured program with the original arguments."""
         return self._run(args, kwargs)
 
     original = captured.signature.signature
@@ -387,7 +387,7 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
 
 
 def _face(model: nn.Module) -> dict[str, object]:
-    """The members that trainers read from a transformers model, if the user's class has them.
+    """Return the attributes that trainers read of a transformers model, if its class has them.
 
     Device and dtype are those of the parameters now; the config is the user's own object.
     """
@@ -405,7 +405,7 @@ def _face(model: nn.Module) -> dict[str, object]:
 
 
 def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:
-    """Raise, since a captured graph gives logits and has no key-value cache."""
+    """Raise, since a captured graph has no key-value cache to generate with."""
     raise LoraFxError(
         f"this {type(self).__name__} runs captured graphs, which have no key-value cache to "
         "generate with",

@@ -35,11 +35,11 @@ class Base:
 
     @property
     def said(self) -> tuple[str, ...]:
-        """Notes on adapters whose base is another than this one, or cannot be compared."""
+        """Notes on adapters that were trained on another base, or whose base cannot be compared."""
         return tuple(self._said.values())
 
     def check(self, metadata: Named, root: nn.Module, name: str = "the adapter") -> None:
-        """Compare the weights with those that an adapter says it was trained on, if it does.
+        """Compare the weights with the fingerprint in an adapter's metadata, if there is one.
 
         Args:
             metadata: The metadata of the adapter.
@@ -61,7 +61,7 @@ class Base:
             )
 
     def now(self, keys: Iterable[str], root: nn.Module) -> dict[str, Any]:
-        """{"base": fingerprint} of the weights of low-rank keys; empty where they have no values.
+        """Return {"base": fingerprint} of the adapted weights; empty if these have no values.
 
         Args:
             keys: The keys of the adapter.
@@ -93,7 +93,7 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
 
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
-    """The name, the shape, and both ends of a parameter; for codes, of their numbers."""
+    """Return name, shape, and first and last elements of a parameter; dequantise codes."""
     tensor: torch.Tensor = parameter_of(root, name)
     if is_sharded(tensor):
         raise LoraFxError(
@@ -109,7 +109,7 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
 
 
 def both_ends(tensor: torch.Tensor) -> Array:
-    """The first and the last elements of a tensor, as a fingerprint samples them."""
+    """Return the first and last elements of a tensor, as a fingerprint samples them."""
     flat = tensor.detach().reshape(-1)
     ends = [to_numpy(flat[end].clone()) for end in checkpoint_fingerprint.ends(len(flat))]
     return np.concatenate(ends)

@@ -1,4 +1,4 @@
-"""Running statistics in train graphs: frozen, they are used and not moved."""
+"""Running statistics in train graphs: if frozen, norms use them but do not update them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ aten = torch.ops.aten
 
 
 def freeze_norms(graph: fx.Graph) -> bool:
-    """Batch and instance norms with running statistics normalise by them and leave them alone.
+    """Make batch and instance norms use running statistics without updating them.
 
     The adapter then trains under the statistics that it will be served with. Counters of seen
     batches stop too. Returns whether anything changed.
@@ -28,7 +28,7 @@ def freeze_norms(graph: fx.Graph) -> bool:
 
 
 def _counts_batches(node: fx.Node) -> bool:
-    """Whether a node moves a norm's counter of seen batches."""
+    """Whether a node increments a norm's counter of seen batches."""
     if node.target not in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor):
         return False
     counter = node.args[0]

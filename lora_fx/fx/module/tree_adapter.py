@@ -1,4 +1,4 @@
-"""An adapter as tensors in a tree of modules, of lora-fx or of the user."""
+"""An adapter as tensors in a module tree, of lora-fx or of the user."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_fx.targets.found import Found
 
 
 def update_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Parameter]]:
-    """Key → the tensors of its update by field, where a tree holds them."""
+    """Return the tensors of each update in a tree, by key and field."""
     return {
         key: {slot.field: parameter_of(root, slot.name) for slot in slots_of(key, update)}
         for key, update in updates.items()
@@ -36,7 +36,7 @@ def update_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.
 def factor_pairs(
     tensors: Mapping[str, Mapping[str, nn.Parameter]],
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Key → the tensors a and b, of the updates that have them."""
+    """Return (a, b) by key, for updates that have both."""
     return {
         key: (by_field["a"], by_field["b"])
         for key, by_field in tensors.items()
@@ -45,7 +45,7 @@ def factor_pairs(
 
 
 def write_factors(root: nn.Module, updates: Updates) -> None:
-    """Write the values of updates into the tensors that a tree holds; another rank has new ones."""
+    """Write updates into a tree's tensors; a tensor of another rank gets a new parameter."""
     reshard(root)
     slots: list[FactorTensor] = []
     for key, update in updates.items():
@@ -81,7 +81,7 @@ def free_ranks(root: nn.Module, updates: Updates) -> None:
 
 
 def compile_ranks(root: nn.Module, updates: Updates) -> None:
-    """Let a module whose `compile` was called take other ranks without another compilation."""
+    """Let a compiled module take other ranks without another compilation."""
     free_ranks(root, updates)
     compiled: Any = root._compiled_call_impl
     root._compiled_call_impl = dynamo.with_free_parameters(compiled)
@@ -90,7 +90,7 @@ def compile_ranks(root: nn.Module, updates: Updates) -> None:
 def bound_for_loading(
     adapter: Adapter, found: Found, root: nn.Module, also: Collection[str], verb: str
 ) -> Adapter:
-    """An adapter that is to be loaded, bound to a model.
+    """Bind an adapter that is to be loaded to a model.
 
     Args:
         adapter: As it was read.
@@ -117,7 +117,7 @@ def bound_for_loading(
 def write_full_tensors(
     root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write the whole tensors of an adapter; tensors that it lacks get the model's own values."""
+    """Write the whole tensors of an adapter; missing ones get the model's original values."""
     first_names, _ = named_tensors(root)
     values = {first_names[key]: from_numpy(entry.value) for key, entry in adapter.full.items()}
     for name, original in originals.items():
@@ -131,7 +131,7 @@ def current_adapter(
     metadata: Named,
     base: Base,
 ) -> Adapter:
-    """The adapter with the values that the tensors of a tree have now.
+    """Return the adapter with the present values of the tensors in a tree.
 
     Sharded tensors are gathered, so every process has to call it.
 
@@ -161,7 +161,7 @@ def current_adapter(
 
 
 def changes_weight(update: LowRank, tensors: Mapping[str, nn.Parameter]) -> bool:
-    """Whether W' is other than W.
+    """Whether an update changes the weight.
 
     Args:
         update: The update as it was inserted.

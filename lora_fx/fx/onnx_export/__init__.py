@@ -1,1 +1,1 @@
-"""A captured module through torch's ONNX exporter."""
+"""The export of a captured module through torch's ONNX exporter."""

@@ -1,4 +1,4 @@
-"""Attention in the shapes that the exporter takes: four dimensions, and heads shared alike."""
+"""Attention in the shapes that the exporter supports: four dimensions, equally shared heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.fx.graph.nodes import argument, shape_of
 
 
 def rewrite_attention(graph: fx.Graph, node: fx.Node) -> None:
-    """The exporter wants four dimensions, and heads that keys and values share alike."""
+    """Rewrite an attention that lacks four dimensions or equally shared keys and values."""
     query, key, values = (shape_of(operand) for operand in node.args[:3])
     if query is None or key is None or values is None:
         return
@@ -24,7 +24,7 @@ def rewrite_attention(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
-    """Attention [n, d] or [batch, n, d] with the dimensions in front that the exporter wants."""
+    """Compute attention [n, d] or [batch, n, d] with leading dimensions, as the exporter needs."""
     missing = 4 - q.dim()
     q, k, v = (operand[(None,) * missing] for operand in (q, k, v))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, *rest, **named)
@@ -34,7 +34,7 @@ def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any)
 def attention_of_unlike_heads(
     q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **named: Any
 ) -> Tensor:
-    """Attention with key heads and value heads repeated as often as each needs."""
+    """Compute attention with key heads and value heads repeated as often as each needs."""
     k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
     return attention_in_four(q, k, v, *rest, **named)

@@ -1,4 +1,4 @@
-"""Ops of complex numbers as ops of pairs: the exporter has no others, and lacks these ops."""
+"""Ops of complex numbers as ops of pairs, since the exporter supports no complex form of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def _of_pairs(op: Any) -> Callable[..., Tensor]:
-    """unsqueeze, select or expand of the pairs that a complex tensor is."""
+    """Return unsqueeze, select or expand for a complex tensor stored as pairs."""
 
     def of_pairs(x: Tensor, where: int | Sequence[int], *arguments: object) -> Tensor:
         # `where` is an axis, or the sizes of an expand; pairs have one axis more, at the end
@@ -33,7 +33,7 @@ OF_PAIRS: dict[object, Callable[..., Tensor]] = {
 
 
 def rewrite_complex(graph: fx.Graph, node: fx.Node) -> None:
-    """Let an op of complex numbers be one of pairs."""
+    """Replace an op of complex numbers by an op of pairs."""
     result = value(node)
     if isinstance(result, Tensor) and result.is_complex():
         node.target = OF_PAIRS[node.target]

@@ -1,4 +1,4 @@
-"""Let the exporter do work that is equal for many nodes only once."""
+"""Shortcuts for the exporter, which do work that is equal for many nodes only once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_fx.patching import patched
 
 
 def decomposed_by_kind() -> contextlib.AbstractContextManager[None]:
-    """A block in which a program is decomposed by one node of every kind."""
+    """Return a block in which programs are decomposed by one example node of each kind."""
     return patched(ExportedProgram, run_decompositions=lowered)
 
 
@@ -32,7 +32,7 @@ SHORTCUTS = (
 
 @contextlib.contextmanager
 def repeating() -> Iterator[None]:
-    """A block in which the exporter does once what it would do for every node."""
+    """A block in which the exporter does equal work once instead of once per node."""
     with table_read_once(), contextlib.ExitStack() as shortcuts:
         for shortcut in SHORTCUTS:
             # what a version of torch or onnxscript lacks goes the long way

@@ -1,4 +1,4 @@
-"""A captured graph as one of tensors only, with names for its inputs and outputs."""
+"""A captured graph of tensors only, with names for its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flat_program(
     all_outputs: bool = True,
     named: Named | None = None,
 ) -> tuple[fx.GraphModule, list[str], list[str]]:
-    """A GraphModule of tensors only, and the names of its inputs and outputs.
+    """Return a GraphModule of tensors only, and the names of its inputs and outputs.
 
     Constants of the call become constants of the graph.
 
@@ -45,7 +45,7 @@ def flat_program(
 
 
 def _keep_tensor_inputs(graph: fx.Graph, names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
-    """Put the arguments that are no tensors into a graph; returns the names of the others."""
+    """Put arguments that are not tensors into a graph; return the names of the tensor arguments."""
     tensor_names = []
     placeholders = graph.find_nodes(op="placeholder")
     for placeholder, name, leaf in zip(placeholders, names, leaves, strict=False):
@@ -58,7 +58,7 @@ def _keep_tensor_inputs(graph: fx.Graph, names: Sequence[str], leaves: Sequence[
 
 
 def _flatten_outputs(graph: fx.Graph, traced: Traced, all_outputs: bool) -> list[str]:
-    """Let a graph give its outputs as one tuple; returns their names."""
+    """Make a graph return its outputs as one tuple; return their names."""
     output = graph.output_node()
     leaves = list(tree_leaves(output.args[0]))
     paths = output_paths(traced.out_spec, len(leaves))
@@ -77,7 +77,7 @@ def _is_tensor(leaf: object) -> bool:
 
 
 def output_paths(spec: Any, count: int) -> list[str]:
-    """The dotted paths of an output's leaves.
+    """Return the dotted paths of an output's leaves.
 
     An output class of transformers may give its fields back in another order than they came in.
     """

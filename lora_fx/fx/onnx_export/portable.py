@@ -1,4 +1,4 @@
-"""Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.
+"""Exact rewrites of ops that torch's exporter lacks or that ONNX Runtime computes badly.
 
 Each rule rewrites one node in place. The larger ones have files of their own; the others are:
 
@@ -40,7 +40,7 @@ SPLITS = (aten.chunk.default, aten.split.Tensor)
 
 
 def make_portable(graph: fx.Graph) -> None:
-    """Rewrites the nodes of an eval graph in place; it has to be traced again afterwards."""
+    """Rewrite the nodes of an eval graph in place; the graph has to be traced again afterwards."""
     without_writes(graph)
     for node in list(graph.nodes):
         rewrite = _REWRITES.get(node.target)
@@ -61,7 +61,7 @@ def rewrite_rsub(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def erase_checks(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase the asserts of a check of values, so that their operands become dead."""
+    """Erase the asserts behind a check of values, so that their operands are dead code."""
     dependents = list(reached([node], lambda n: n.users))
     numbers = (bool, int, torch.SymBool, torch.SymInt)
     for dependent in dependents:
@@ -74,7 +74,7 @@ def erase_checks(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def rewrite_pooled_mean(graph: fx.Graph, node: fx.Node) -> None:
-    """Let a pooled mean with one output an axis be a mean over these axes."""
+    """Replace a pooled mean with one output per axis by a mean over these axes."""
     output_size = argument(node, "output_size")
     sizes = output_size if isinstance(output_size, (list, tuple)) else [output_size]
     if all(type(size) is int and size == 1 for size in sizes):
@@ -84,7 +84,7 @@ def rewrite_pooled_mean(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def mend_squeeze(graph: fx.Graph, node: fx.Node) -> None:
-    """Let a squeeze drop only the dimensions whose size is 1; without one it is left out."""
+    """Make a squeeze drop only dimensions of size 1; erase a squeeze without any."""
     x = node.args[0]
     dims: Any = node.args[1]
     if not isinstance(x, fx.Node):
@@ -105,7 +105,7 @@ def mend_squeeze(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def rewrite_split(graph: fx.Graph, node: fx.Node) -> None:
-    """Cut the parts of a split or chunk along a free dimension one by one."""
+    """Replace a split or chunk along a free dimension by slices, one per part."""
     dim = argument(node, "dim")
     parts = value(node)
     if all(isinstance(part.shape[dim], int) for part in parts):
@@ -118,7 +118,7 @@ def rewrite_split(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def parts_along(x: Tensor, count: int, dim: int, size: int, in_chunks: bool) -> list[Tensor]:
-    """The parts of aten.split.Tensor, or of aten.chunk, whose number is known, as slices.
+    """Return the parts of aten.split.Tensor or aten.chunk as slices, for a known number of parts.
 
     A slice ends where x does; and the last of these parts need not be the last of a longer x.
     """

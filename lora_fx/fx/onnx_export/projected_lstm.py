@@ -1,4 +1,4 @@
-"""A projected LSTM, h = P·(o⊙tanh c), as plain LSTMs, exactly.
+"""A projected LSTM, h = P·(o⊙tanh c), computed exactly by plain LSTMs.
 
 It is a plain LSTM whose recurrent weight is W_hh·P, with P after it:
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def rewrite_lstm(graph: fx.Graph, node: fx.Node) -> None:
-    """Let an LSTM with projections be plain ones; it has one parameter more a direction."""
+    """Replace an LSTM with projections, which has one more parameter per direction."""
     per_direction = 5 if argument(node, "has_biases") else 3
     directions = 2 if argument(node, "bidirectional") else 1
     count = per_direction * directions * argument(node, "num_layers")
@@ -37,7 +37,7 @@ def projected_lstm(
     layers: int,
     *options: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """aten.lstm.input with projections, in eval mode, by LSTMs without: (output, h, c).
+    """Compute aten.lstm.input with projections, in eval mode, by plain LSTMs: (output, h, c).
 
     The options are aten's: dropout, train, bidirectional, batch_first.
     """
@@ -68,7 +68,7 @@ def projected_lstm(
 def _one_direction(
     x: Tensor, h: Tensor, c: Tensor, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer in one direction; x is [time, batch, in]."""
+    """Compute one layer in one direction; x is [time, batch, in]."""
     w_ih, w_hh, *biases, projection = params
     is_first = torch.arange(x.shape[0], device=x.device) == 0
     first = is_first.to(x.dtype)[:, None, None]

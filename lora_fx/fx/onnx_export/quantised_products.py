@@ -1,4 +1,4 @@
-"""Products with quantised weights as operators of ONNX Runtime, over the same bytes.
+"""Products with quantised weights as operators of ONNX Runtime, with the same bytes of codes.
 
 MatMulNBits takes integer codes, MatMulBnb4 codes that are places of a table. Whatever else reads
 such a weight gets numbers by plain ops.
@@ -22,14 +22,14 @@ PRODUCTS: dict[object, tuple[int, int, int | None, bool]] = {
     aten.mm.default: (0, 1, None, True),
     aten.addmm.default: (1, 2, 0, True),
 }
-"""Product → the places of x, of W and of the bias, and whether it reads W [in, out]."""
+"""Product → the positions of x, W and bias, and whether the product reads W as [in, out]."""
 WITHOUT_PRODUCT = ("fp8", "torchao_nf4", "ocp_fp4")
-"""Formats that ONNX Runtime has no product for."""
+"""The formats for which ONNX Runtime has no product."""
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default}
 
 
 def rewrite_dequantise(graph: fx.Graph, node: fx.Node) -> None:
-    """Let products of a quantised matrix be the runtime's own; other readers get numbers."""
+    """Replace products of quantised matrices by the runtime's; dequantise for other readers."""
     args: Any = node.args
     codes, scale, zero, order, shape, kind, block, turned, _ = args
     node.target = dequantised
@@ -57,7 +57,7 @@ def _has_product(kind: str, shape: Sequence[int], block: int) -> bool:
 
 
 def _readings(node: fx.Node, turned: bool) -> Iterator[tuple[fx.Node, bool]]:
-    """A weight and its transposes, each with whether its rows, [out, in], are read [in, out]."""
+    """Yield a weight and its transposes, each with whether it is read as [in, out]."""
     yield node, turned
     for user in list(node.users):
         if user.target in TRANSPOSES:
@@ -65,7 +65,7 @@ def _readings(node: fx.Node, turned: bool) -> Iterator[tuple[fx.Node, bool]]:
 
 
 def _takes_codes(product: fx.Node, weight: fx.Node, is_in_out: bool) -> bool:
-    """Whether a product is x·Wᵀ + bias of this weight, by no other factor."""
+    """Whether a product is x·Wᵀ + bias of this weight, without other factors."""
     x_at, weight_at, bias_at, reads_in_out = PRODUCTS[product.target]
     if reads_in_out is not is_in_out or product.args[weight_at] is not weight:
         return False
@@ -85,7 +85,7 @@ def product_of_codes(
     block: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """x·Wᵀ + bias by an operator of ONNX Runtime, in float32, for codes of W [out, in]."""
+    """Compute x·Wᵀ + bias by an ONNX Runtime operator, in float32, for codes of W [out, in]."""
     out, inner = sizes
     attributes: dict[str, Any] = {"K": inner, "N": out, "block_size": block}
     if kind in LEVELS:

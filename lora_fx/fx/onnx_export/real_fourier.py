@@ -17,7 +17,7 @@ from lora_fx.fx.graph.nodes import argument, hint, value
 aten = torch.ops.aten
 TRANSFORMS = (aten.fft_fftn.default, aten.fft_fft.default)
 LONGEST = 4096
-"""A transform of more points stays one: its table of waves would be too large."""
+"""The most points of a transform that is rewritten; its table of waves grows with the square."""
 
 
 def rewrite_fourier(graph: fx.Graph, node: fx.Node) -> None:
@@ -43,7 +43,7 @@ def _pads_or_scales(transform: fx.Node) -> bool:
 
 
 def _axes(dims: Any, count: int) -> Any:
-    """The axes of a transform, as aten's `dim` gives them: all, one, or a list."""
+    """Return the axes of a transform as a list; aten's `dim` is None, one axis, or a list."""
     if dims is None:
         return list(range(count))
     if isinstance(dims, int):
@@ -52,7 +52,7 @@ def _axes(dims: Any, count: int) -> Any:
 
 
 def real_fourier(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """The real part of the discrete Fourier transform of a real x over some axes."""
+    """Compute the real part of the discrete Fourier transform of a real x over some axes."""
     real = x
     imaginary: Tensor | None = None
     for axis in dims:
@@ -71,7 +71,7 @@ def real_fourier(x: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def _waves(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of 2π·jk/n, their phases within half a turn, where floats are finest."""
+    """Return cosines and sines of 2π·jk/n, with phases within half a turn for exact floats."""
     k = torch.arange(x.shape[axis], device=x.device)
     n = torch.full((), x.shape[axis], device=x.device)  # the exporter takes no symbol in % and >
     turns = torch.outer(k, k) % n

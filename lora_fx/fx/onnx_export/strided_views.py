@@ -1,4 +1,4 @@
-"""Views by strides of storage whose order differs from the order of its dimensions.
+"""as_strided views of tensors whose storage order differs from the order of their dimensions.
 
 The exporter takes storage to be in the order of the dimensions: of a transposed tensor it reads
 other numbers. So the dimensions are put into the order of the storage first.
@@ -15,7 +15,7 @@ from lora_fx.fx.graph.nodes import argument, hint, value
 
 
 def rewrite_strided_view(graph: fx.Graph, node: fx.Node) -> None:
-    """Rewrite a view of storage that is dense, though not in the order of its dimensions."""
+    """Rewrite an as_strided of a dense tensor if its storage has another order or an offset."""
     x = node.args[0]
     stored = value(x) if isinstance(x, fx.Node) else None
     if not isinstance(stored, Tensor) or stored.layout != torch.strided:
@@ -42,9 +42,9 @@ def rewrite_strided_view(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _dense_order(stored: Tensor) -> list[int] | None:
-    """The dimensions in the order of the storage, the slowest first.
+    """Return the dimensions in storage order, the slowest first; None if not dense.
 
-    None for a view with gaps, or of numbers that are read twice.
+    A view with gaps, or with elements that are read twice, is not dense.
     """
     sizes = [hint(size) for size in stored.shape]
     strides = [hint(stride) for stride in stored.stride()]
@@ -62,6 +62,6 @@ def _dense_order(stored: Tensor) -> list[int] | None:
 def in_storage(
     x: Tensor, order: Sequence[int], size: Sequence[int], stride: Sequence[int], first: int
 ) -> Tensor:
-    """A view by strides of a tensor whose dimensions have this order in its storage."""
+    """Compute as_strided of a tensor whose storage has its dimensions in this order."""
     stored: Tensor = x.permute(*order).clone(memory_format=torch.contiguous_format)
     return torch.as_strided(stored, list(size), list(stride), first)

@@ -1,4 +1,4 @@
-"""A captured module's eval program through torch's ONNX exporter, as an onnx_ir model."""
+"""The export of a captured module's eval program to an onnx_ir model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def to_onnx(
     *,
     repeat: bool = True,
 ) -> Any:
-    """The eval program of a module without branches as an onnx_ir.Model, by the model's own names.
+    """Export a module without branches to an onnx_ir.Model, with the model's own names.
 
     Args:
         module: A module in eval mode.
@@ -97,7 +97,7 @@ def _refuse_random_ops(graph: FxGraph) -> None:
 
 
 def _representative(module: CapturedModule, free: Mapping[str, Collection[int]]) -> list[Tensor]:
-    """The tensors whose sizes a program is traced again with: the example's, where they will do.
+    """Return tensors of the sizes at which a program is traced again: the example's if possible.
 
     The capture knows what is true at those sizes. At smaller ones an inner size, a length after
     strides, may be 1: torch then takes it for one that is repeated, and writes shapes into the file
@@ -122,7 +122,7 @@ def _has_free_size_of_one(leaf_of: Mapping[str, Any], free: Mapping[str, Collect
 
 
 def _lifted(graph: FxGraph, target: Target) -> Tensor:
-    """Let the uses of a weight read an input in its place; returns the weight's value."""
+    """Make the uses of a weight read a new input; return the weight's value."""
     # a copy: an export takes one tensor for one value, wherever it meets it
     weight = from_numpy(graph.read(target.parameter.name).copy())
     inputs = graph.graph.find_nodes(op="placeholder")
@@ -134,7 +134,7 @@ def _lifted(graph: FxGraph, target: Target) -> Tensor:
 
 
 def _store_lifted(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
-    """Make initialisers of the last inputs, which are lifted weights."""
+    """Turn the last inputs, which are lifted weights, into initialisers."""
     import onnx_ir as ir
 
     graph = model.graph

@@ -1,4 +1,4 @@
-"""A program through torch's ONNX exporter, as an onnx_ir model."""
+"""The translation of a program to an onnx_ir model by torch's ONNX exporter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_fx.progress import stage
 
 OPSET = 20
 LEAST = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
-"""Levels of the exporter's loggers; it also prints progress and warns about its own parts."""
+"""The levels of the exporter's loggers, which silence most of its messages."""
 
 
 def translated(
@@ -38,7 +38,7 @@ def translated(
     *,
     repeat: bool = True,
 ) -> Any:
-    """A program as an onnx_ir.Model.
+    """Translate a program to an onnx_ir.Model.
 
     Args:
         program: Makes the program.
@@ -79,7 +79,7 @@ def translated(
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The first of the causes of an exporter's error, which names the operator."""
+    """Return the innermost cause of an exporter's error, which names the operator."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -87,7 +87,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def weights_apart(weights: Collection[str]) -> Iterator[None]:
-    """A block that leaves weights as they are: nothing is computed from them or joined with them.
+    """A block in which weights stay unchanged: no folding, fusing or joining.
 
     The exporter would multiply batch norms into convolutions, compute what reads small weights
     and constants, and store weights once that are equal; adapters of the model would no longer fit

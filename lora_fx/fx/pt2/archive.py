@@ -1,4 +1,4 @@
-"""The .pt2 archive, read by hand: checked JSON members and raw tensors, and no pickle unasked.
+"""The .pt2 archive: checked JSON members and raw tensors; pickles are read only if trusted.
 
 `torch.export.load` runs what a file's pickles say (sample inputs, pickled weights). Here the zip
 is opened by Python's own module, sample inputs are left alone, and tensors are built from raw
@@ -30,7 +30,7 @@ BROKEN = "the file is damaged or was not written by torch.export.save"
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The place of a tensor in an archive.
+    """The location of a tensor in an archive.
 
     Attributes:
         member: The member that holds its bytes.
@@ -71,12 +71,12 @@ class Archive:
 
     @property
     def members(self) -> list[str]:
-        """Names below the root folder."""
+        """The names of the members below the root folder."""
         return [member.removeprefix(self.root) for member in self.zip.namelist()]
 
     @property
     def programs(self) -> list[str]:
-        """Names of the programs, as models/NAME.json."""
+        """The names of the programs, NAME in models/NAME.json."""
         names = []
         for member in self.members:
             if member.startswith("models/") and member.endswith(".json"):
@@ -84,11 +84,11 @@ class Archive:
         return names
 
     def bad(self, text: str, hint: str = BROKEN) -> LoraFxError:
-        """An error about this file."""
+        """Return an error about this file."""
         return LoraFxError(f"{self.path}: {text}", hint)
 
     def read(self, member: str) -> bytearray:
-        """A member's bytes, checksum compared."""
+        """Read a member's bytes, and check its checksum and length."""
         try:
             info = self.zip.getinfo(self.root + member)
             with self.zip.open(info) as file:
@@ -102,11 +102,11 @@ class Archive:
         return data
 
     def json(self, member: str) -> Json:
-        """A member as a JSON object."""
+        """Read a member as a JSON object."""
         return json_object(bytes(self.read(member)), f"{self.path}: {member}", hint=BROKEN)
 
     def state(self, folder: str, program: str, kind: str) -> dict[str, torch.Tensor]:
-        """{name: tensor} of one program; equal bytes read in equal ways are one tensor.
+        """Return {name: tensor} of one program; equal views of equal bytes are one tensor.
 
         Args:
             folder: data/weights/ or data/constants/.
@@ -130,7 +130,7 @@ class Archive:
         return result
 
     def _tensor(self, folder: str, name: str, row: JsonView) -> torch.Tensor:
-        """The tensor that a row of a program's table describes."""
+        """Return the tensor that a row of a program's table describes."""
         file = row["path_name"]
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):
             raise self.bad(f"{name!r} is in {file!r}, which cannot be the name of a member")
@@ -163,7 +163,7 @@ class Archive:
         return self.tensors[key]
 
     def _view(self, name: str, place: TensorPlace) -> torch.Tensor:
-        """The tensor at a place: a view of its member's bytes, whose bounds are checked."""
+        """Return the tensor at a place, as a view of its member's bytes, with checked bounds."""
         sizes = place.sizes
         strides = place.strides
         dtype = place.dtype
@@ -194,7 +194,7 @@ class Archive:
         return self._raw[place.member].view(dtype).as_strided(sizes, strides, place.offset)
 
     def _pickled(self, member: str, name: str, is_parameter: bool) -> torch.Tensor:
-        """A pickled tensor, which is read where pickles are trusted, as tensors alone."""
+        """Read a pickled tensor with weights_only=True; raise if pickles are not trusted."""
         if not self.trust:
             raise self.bad(
                 f"{member} ({name!r}) is a pickle, which can run code, and is not read",
@@ -216,7 +216,7 @@ class Archive:
 
 
 def _whole_number(value: Any) -> int:
-    """The whole number of {"as_int": n}; anything else is refused."""
+    """Return n of {"as_int": n}; raise for anything else."""
     number = value["as_int"]
     if type(number) is not int or not 0 <= number < 1 << 62:
         raise ValueError(f"{number!r} is not a size")
@@ -244,7 +244,7 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
 
 
 def _open_zip(path: str) -> zipfile.ZipFile:
-    """The zip of a path; its file is closed when the zip is no longer used."""
+    """Open the zip of a path; the file is closed when the zip is no longer used."""
     file = open_input(path)
     try:
         opened = zipfile.ZipFile(file)
@@ -258,7 +258,7 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 def _check_members(archive: Archive) -> None:
-    """Refuse a zip that is not a .pt2 archive: one folder, no compressed members."""
+    """Raise for a zip that is not a .pt2 archive: one root folder, uncompressed members."""
     infos = archive.zip.infolist()
     members = [info.filename for info in infos]
     if "serialized_exported_program.json" in members:
@@ -277,7 +277,7 @@ def _check_members(archive: Archive) -> None:
 
 
 def _check_format(archive: Archive) -> None:
-    """Refuse another format, version or byte order than is read.
+    """Raise for a format, version or byte order that is not supported.
 
     Members are read only after `_check_members`: a compressed one may be a bomb.
     """

@@ -1,4 +1,4 @@
-"""A model that is only a file: a Captured whose programs come from a .pt2 file.
+"""A Captured for a model that is only a .pt2 file, which holds its programs.
 
 It has no source, so no other mode, dtype or set of arguments can be traced. Where a file of ours
 has branches, the graphs here are those of the model without them, and `adapter` is what they held.
@@ -99,7 +99,7 @@ class FileCaptured(Captured):
             raise archive.bad(f"{MANIFEST} is wrong: {type(e).__name__} {e}") from e
 
     def _read(self, manifest: JsonView) -> None:
-        """Take from the programs and the manifest the call, the adapter and the modules."""
+        """Read the call, the adapter and the modules from the programs and the manifest."""
         if manifest:
             check_format(manifest, f"{self.path}: its manifest", FORMAT)
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
@@ -113,11 +113,11 @@ class FileCaptured(Captured):
 
     @property
     def _example_program(self) -> LoadedProgram:
-        """The program whose example is the file's."""
+        """The program whose example is the file's example."""
         return self._loaded.get("model") or next(iter(self._loaded.values()))
 
     def _read_call(self, manifest: JsonView) -> None:
-        """Take the programs of each mode, the signature and the example."""
+        """Read the programs of each mode, the signature and the example."""
         programs = self._loaded
         named = dict(self._example_program.named)
         signature = plain_signature(named)  # of a file without a manifest
@@ -140,7 +140,7 @@ class FileCaptured(Captured):
         }
 
     def _read_tensors(self, manifest: JsonView) -> None:
-        """Take the adapter, and the modules that hold the other tensors."""
+        """Read the adapter, and the modules that hold the other tensors."""
         programs = self._loaded.values()
         state: dict[str, torch.Tensor] = {}
         for loaded in programs:
@@ -167,7 +167,7 @@ class FileCaptured(Captured):
         self.base_dtype = base_dtype(self.model)
 
     def _describe(self, manifest: JsonView, dynamic: Dynamic | None, static: Sequence[str]) -> None:
-        """Read from the manifest and the programs which sizes are free, and their conditions.
+        """Read from manifest and programs which sizes are free, and the conditions on sizes.
 
         Raises:
             LoraFxError: `dynamic` names a dimension that the programs fix.
@@ -203,7 +203,7 @@ class FileCaptured(Captured):
         self._has_manifest = bool(manifest)
 
     def _free_dimensions(self, rows: JsonView) -> dict[str, dict[int, str]]:
-        """{input: {dimension: symbol}} of the sizes that the programs leave open.
+        """Return {input: {dimension: symbol}} of the sizes that the programs leave free.
 
         A symbol is what the manifest calls it, else its name by default, else the batch's where
         it is equal to the first size of the first input, else torch's name.
@@ -260,7 +260,7 @@ class FileCaptured(Captured):
         *,
         portable: bool = False,
     ) -> Traced:
-        """The file's graph for a mode and sizes, or one of the other mode: see `allows`."""
+        """Return the file's graph for a mode and sizes; the other mode's if `allows` permits."""
         if portable:
             raise LoraFxError(
                 f"{self.path} holds a grouped product of experts, for which ONNX has no operator",
@@ -284,7 +284,7 @@ class FileCaptured(Captured):
         return self._trace_of(names[0])
 
     def _expect_same_call(self, named: JsonView) -> None:
-        """Refuse other arguments than the programs were exported with."""
+        """Raise for other arguments than the programs were exported with."""
         example_key = program_key(self.named, tree_leaves(dict(self.named)))
         key = program_key(named, tree_leaves(dict(named)))
         if key != example_key:
@@ -295,7 +295,7 @@ class FileCaptured(Captured):
             )
 
     def _trace_of(self, name: str) -> Traced:
-        """A program of the file as a capture traces it: without branches, its sizes guarded."""
+        """Return a program of the file as a Traced, without branches and with its conditions."""
         if (name,) in self.tracings:
             return self.tracings[name,][0]
         loaded = self._loaded[name]
@@ -316,11 +316,11 @@ class FileCaptured(Captured):
 
     @property
     def recorded(self) -> bool:
-        """False: there is no live model to compare it with, as the notes say."""
+        """False, since there is no live model to compare a recorded run with."""
         return False
 
     def plain(self) -> FileCaptured:
-        """This model without the adapter that its file holds."""
+        """Return this model without the adapter in its file."""
         other = copy.deepcopy(self)
         other.adapter = None
         return other
@@ -329,7 +329,7 @@ class FileCaptured(Captured):
 def _programs_by_manifest(
     manifest: JsonView, programs: Mapping[str, LoadedProgram]
 ) -> dict[bool, list[str]]:
-    """{training: names of its programs}, as a manifest says."""
+    """Return {training: program names}, from a manifest."""
     by_mode: dict[bool, list[str]] = {}
     for name, mode in manifest["programs"].items():
         if name in programs:
@@ -338,7 +338,7 @@ def _programs_by_manifest(
 
 
 def _programs_by_operators(programs: Mapping[str, LoadedProgram]) -> dict[bool, list[str]]:
-    """{training: names of its programs}, found from the operators of their graphs."""
+    """Return {training: program names}, from the operators of the graphs."""
     modes = {name: mode_of(loaded.program.graph_module.graph) for name, loaded in programs.items()}
     return {training: [name] for training, name in pick_programs(modes).items()}
 
@@ -353,7 +353,7 @@ def is_program(model: object) -> TypeGuard[str | PathLike[str]]:
 
 
 def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileCaptured:
-    """The capture that a .pt2 file is: `lora_fx.capture("x.pt2")`.
+    """Open a .pt2 file as a capture, as `lora_fx.capture("x.pt2")` does.
 
     Args:
         path: A file of `torch.export.save`, or of `save_program`.
@@ -368,7 +368,7 @@ def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileC
 
 
 def strip_branches(graph: fx.Graph) -> None:
-    """Remove the branches of insert: a marked sum of a value and a branch becomes that value."""
+    """Remove insert's branches: the marked sum of a value and a branch becomes that value."""
     sums = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
     for node in filter(is_marked, sums):
         output, branch = node.args[:2]

@@ -1,4 +1,4 @@
-"""The manifest of our own .pt2 files: the call, the programs and the adapter, as JSON."""
+"""The manifest in our own .pt2 files: the call, the programs and the adapter, as JSON."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lora_fx.inputs import Input
 from lora_fx.text import Json, JsonView
 
 FORMAT = 2
-"""That of a file with several programs of one mode, of which sizes choose; others have 1."""
+"""The format of a file with several programs per mode, chosen by sizes; other files have 1."""
 MODES = {False: "eval", True: "train"}
-"""Training or not → the name of the mode in a manifest."""
+"""Whether a program is for training → the name of its mode in a manifest."""
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
@@ -68,13 +68,13 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
 
 
 def _input_row(spec: Input) -> Json:
-    """The free dimensions of an input, and the bound of its values."""
+    """Return the free dimensions of an input, and the limit of its values."""
     symbols = {str(dimension): symbol for dimension, symbol in spec.dims.items()}
     return {"dims": symbols, "high": spec.high}
 
 
 def _adapter_rows(module: AdaptedModule) -> Json:
-    """The updates of a module's adapter by key, and the tensors that are trained whole."""
+    """Return the updates of a module's adapter by key, and the tensors that are trained whole."""
     targets = insertion_of(module).found
     updates = {}
     for key, update in module.updates.items():
@@ -99,7 +99,7 @@ def _adapter_rows(module: AdaptedModule) -> Json:
 def read_adapter(
     manifest: JsonView, state: Mapping[str, torch.Tensor], file: str
 ) -> Adapter | None:
-    """The adapter of a file's manifest, its tensors taken from `state`; None without one.
+    """Return the adapter of a manifest, with tensors from `state`; None without an adapter.
 
     Raises:
         LoraFxError: An update of a variant that is not known here, or ranks that do not fit.
@@ -130,7 +130,7 @@ def read_adapter(
 
 
 def _array(state: Mapping[str, torch.Tensor], name: str) -> Array:
-    """The values of a tensor, floats as fp32; zeros for one without values."""
+    """Return a tensor's values, with floats as fp32; zeros for a tensor without values."""
     tensor = state[name].detach()
     if tensor.device.type == "meta":
         tensor = torch.zeros(tensor.shape)
@@ -140,7 +140,7 @@ def _array(state: Mapping[str, torch.Tensor], name: str) -> Array:
 
 
 def adapter_names(manifest: JsonView) -> frozenset[str]:
-    """Names of the low-rank tensors in a file."""
+    """Return the names of the low-rank tensors in a file."""
     names: set[str] = set()
     fields = fields_of_files()
     adapter = manifest.get("adapter") or {"updates": {}}
@@ -150,12 +150,12 @@ def adapter_names(manifest: JsonView) -> frozenset[str]:
 
 
 def is_constant(value: object) -> bool:
-    """True for arguments that a program has built in."""
+    """True for an argument that is built into a program as a constant."""
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _parameter_row(parameter: inspect.Parameter) -> Json:
-    """A parameter as JSON; a default that is no constant is written as None."""
+    """Return a parameter as JSON; a default that is not a constant becomes None."""
     row: Json = {"name": parameter.name, "kind": parameter.kind.name}
     if is_constant(parameter.default):
         row["default"] = parameter.default
@@ -165,7 +165,7 @@ def _parameter_row(parameter: inspect.Parameter) -> Json:
 
 
 def read_signature(rows: list[JsonView]) -> inspect.Signature:
-    """The signature that `make_manifest` wrote."""
+    """Read the signature that `make_manifest` wrote."""
     parameters = []
     for row in rows:
         kind = inspect._ParameterKind[row["kind"]]
@@ -175,7 +175,7 @@ def read_signature(rows: list[JsonView]) -> inspect.Signature:
 
 
 def _argument_tree(value: object) -> object:
-    """The tree of a call: tensors by {"tensor": true}, containers and constants as they are."""
+    """Return the tree of a call: {"tensor": true} for tensors, containers, and constants."""
     if isinstance(value, torch.Tensor):
         return {"tensor": True}
     if isinstance(value, dict):
@@ -191,7 +191,7 @@ def _argument_tree(value: object) -> object:
 
 
 def read_arguments(tree: Any, tensors: list[torch.Tensor]) -> Any:
-    """The tree with example tensors in their places; takes them off `tensors`."""
+    """Return the tree with example tensors in their places; remove these from `tensors`."""
     ((kind, inner),) = tree.items()
     if kind == "tensor":
         return tensors.pop(0)
@@ -205,7 +205,7 @@ def read_arguments(tree: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _plain(value: object) -> Any:
-    """The part of some metadata that JSON can hold."""
+    """Return the part of some metadata that JSON can hold."""
     if isinstance(value, Mapping):
         fields = {}
         for key, inner in value.items():

@@ -1,4 +1,4 @@
-"""The call of a program in a file: the arguments that it was exported with, and no others."""
+"""The call of a program in a file, with just the arguments that it was exported with."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NO_SOURCE = (
 
 
 class FileSignature(Signature):
-    """A Signature of the held arguments only; another call is one LoraFxError that names them."""
+    """A Signature of a file's arguments only; any other call raises a LoraFxError with them."""
 
     def __init__(self, path: str, signature: inspect.Signature) -> None:
         super().__init__(signature)
         self.path = path
 
     def bind(self, args: Sequence[object], kwargs: JsonView) -> Json:
-        """As Signature's; an unknown argument that is None is taken as left out."""
+        """Bind as Signature does, but drop unknown arguments that are None."""
         keywords = {}
         for name, value in kwargs.items():
             if value is not None or name in self.keywords:
@@ -40,7 +40,7 @@ class FileSignature(Signature):
 
 
 def plain_signature(named: JsonView) -> inspect.Signature:
-    """The signature of a call, from its arguments only."""
+    """Return the signature of a call, from its arguments only."""
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in named
     ]
@@ -48,7 +48,7 @@ def plain_signature(named: JsonView) -> inspect.Signature:
 
 
 def signature_of_call(full: inspect.Signature, named: JsonView) -> inspect.Signature:
-    """The part of a signature that the arguments of a call fill.
+    """Return the part of a signature that the arguments of a call use.
 
     1. A parameter without an argument is left out.
     2. A parameter behind one that was left out is passed by keyword only.
@@ -79,13 +79,13 @@ def signature_of_call(full: inspect.Signature, named: JsonView) -> inspect.Signa
 
 
 def _parameter(name: str, kind: Any, argument: object) -> inspect.Parameter:
-    """The parameter of an argument that a file holds; a constant is its own default."""
+    """Return the parameter for an argument in a file; a constant is its own default."""
     default = argument if is_constant(argument) else inspect.Parameter.empty
     return inspect.Parameter(name, kind, default=default)
 
 
 def call_text(named: JsonView) -> str:
-    """A call as text: `(ids: int64 of 2 dimensions, scale=2.0)`."""
+    """Return a call as text: `(ids: int64 of 2 dimensions, scale=2.0)`."""
     texts = []
     for name, argument in named.items():
         if isinstance(argument, torch.Tensor):

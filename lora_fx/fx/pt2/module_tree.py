@@ -1,4 +1,4 @@
-"""The modules that hold the tensors of a file's programs."""
+"""The module tree that holds the tensors of a file's programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.fx.pt2.program import LoadedProgram
 
 
 def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset()) -> nn.Module:
-    """The modules that hold the tensors of a file's programs, under their names.
+    """Build the module tree that holds the tensors of a file's programs under their names.
 
     Args:
         programs: Their tensors are joined; one tensor under two names stays one.
@@ -49,7 +49,7 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
 
 
 def _class_names(programs: Sequence[LoadedProgram]) -> dict[str, str]:
-    """Path of a module → name of its class, as the first node that was made in it says."""
+    """Return the class name of each module by path, from the first node made in the module."""
     classes = {"": "Program"}
     for loaded in reversed(programs):
         for node in reversed(loaded.program.graph.nodes):
@@ -58,6 +58,6 @@ def _class_names(programs: Sequence[LoadedProgram]) -> dict[str, str]:
 
 
 def _has_only_numbers(module: nn.Module) -> bool:
-    """Whether a module has children, and their names are numbers, as those of a list are."""
+    """Whether a module has children whose names are all numbers, as a list has."""
     names = list(module._modules)
     return bool(names) and all(name.isdigit() for name in names)

@@ -1,4 +1,4 @@
-"""The trees of a program's arguments and outputs, of dicts, lists and tuples only."""
+"""The trees of a program's arguments and outputs, made of dicts, lists and tuples only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAF: Json = {"type": None, "context": None, "children_spec": []}
 
 
 def plain_tree(text: str, fields: Mapping[str, list[str]], where: str) -> str:
-    """A tree of arguments or outputs with classes replaced by dicts and tuples.
+    """Return a tree of arguments or outputs with its classes replaced by dicts and tuples.
 
     A class whose names are known (an output class of transformers, a named tuple) becomes a dict
     of them, so nothing needs to be imported to call the program.
@@ -45,7 +45,7 @@ def _plain(tree: JsonView, fields: Mapping[str, list[str]], where: str) -> Any:
 
 
 def _child_names(kind: str, context: Any, fields: Mapping[str, list[str]]) -> Any:
-    """The names that a container has for its children, in whatever form its type keeps them.
+    """Return the names of a container's children, from what its type stores.
 
     Args:
         kind: The container's type.
@@ -64,7 +64,7 @@ def _child_names(kind: str, context: Any, fields: Mapping[str, list[str]]) -> An
 
 
 def named_children(names: Any, children: Sequence[Json]) -> Json | None:
-    """A container as a dict of its children; None if its type stores no names of children."""
+    """Return a container as a dict of its children; None if there are no names for these."""
     if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
         names = names[0]  # a dataclass: its fields, and those that are None
     if not isinstance(names, (list, tuple)) or len(names) != len(children):
@@ -75,7 +75,7 @@ def named_children(names: Any, children: Sequence[Json]) -> Json | None:
 
 
 def plain_spec(spec: Any) -> Json:
-    """A tree of outputs as torch writes it, of dicts, lists and tuples only."""
+    """Return torch's tree of outputs with dicts, lists and tuples only."""
     if spec.is_leaf():
         return LEAF
     children = [plain_spec(child) for child in spec.children()]

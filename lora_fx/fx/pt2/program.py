@@ -1,4 +1,4 @@
-"""The programs of a .pt2 file: deserialised from checked JSON, their call, and the manifest."""
+"""The programs of a .pt2 file: read from checked JSON, with their tensors and example call."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
 
 
 def _example(program: ExportedProgram, data: JsonView) -> Json:
-    """Arguments by name: tensors as the program's own example was sized, constants as they are."""
+    """Return example arguments by name: tensors of the exported sizes, and constants."""
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     leaves = []
     for row in program.graph_signature.input_specs:
@@ -97,7 +97,7 @@ def _example(program: ExportedProgram, data: JsonView) -> Json:
 
 
 def example_of(place: torch.Tensor) -> torch.Tensor:
-    """A tensor as large as the program's example: noise, or 0, 1, 0, 1 … of whole numbers."""
+    """Return a tensor of the example's size: noise for floats, 0, 1, 0, 1 … for integers."""
     shape = [hint(size) for size in place.shape]
     if place.dtype.is_floating_point or place.dtype.is_complex:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -107,7 +107,7 @@ def example_of(place: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_places(program: ExportedProgram) -> list[torch.Tensor]:
-    """The fake tensors of a program's tensor inputs, in order."""
+    """Return the fake tensors of a program's tensor inputs, in order."""
     input_names = set()
     for row in program.graph_signature.input_specs:
         if row.kind.name == "USER_INPUT":

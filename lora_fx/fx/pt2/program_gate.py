@@ -1,4 +1,4 @@
-"""The JSON of a program, checked before torch's deserialiser sees it.
+"""The check of a program's JSON before torch's deserialiser reads it.
 
 torch evaluates a program's text in three places: size expressions go through `sympy.sympify`
 (eval), operator names are looked up in all of torch, and names of values become Python code when
@@ -85,7 +85,7 @@ def clean_program(data: Json, where: str) -> Json:
 
 
 def _check_values(value: object, where: str) -> None:
-    """Check every field of the objects in a value; takes unknown metadata out of them."""
+    """Check all fields in a value, at any depth; remove unknown metadata."""
     if isinstance(value, list):
         for entry in value:
             _check_values(entry, where)
@@ -101,7 +101,7 @@ def _check_values(value: object, where: str) -> None:
 
 
 def _texts_of_metadata(metadata: Json) -> Json:
-    """The texts of a node's metadata that are read; torch would import modules named by others."""
+    """Return the texts of metadata that lora-fx reads; others could make torch import modules."""
     texts = {}
     for key, value in metadata.items():
         if key in KEPT and isinstance(value, str):
@@ -110,7 +110,7 @@ def _texts_of_metadata(metadata: Json) -> Json:
 
 
 def _check_field(key: str, value: object, where: str) -> None:
-    """Refuse a field that torch would evaluate as more than a size, an operator or a name."""
+    """Raise for a field that torch would evaluate as more than a size, an operator or a name."""
     if key == "expr_str":
         check_expression(value, where)
     elif key in ("target", "as_operator"):
@@ -132,7 +132,7 @@ def _check_name(value: object, where: str) -> None:
 
 
 def check_operator(target: object, where: str) -> None:
-    """Refuse every operator but aten's, symbolic arithmetic, a few of control flow, and ours."""
+    """Raise for an operator other than aten's, symbolic arithmetic, some control flow, and ours."""
     if target in SYMBOLIC or target in NESTED or target in OURS:
         return
     if isinstance(target, str) and _is_aten(target):

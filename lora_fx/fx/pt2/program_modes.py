@@ -1,4 +1,4 @@
-"""Find the mode that a graph was exported in, from ops that behave differently in training."""
+"""The mode that a graph was exported in, found from ops that behave differently in training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NORMS = ("batch_norm", "instance_norm")
 
 FLAGS = ("train", "training", "use_input_stats")
 NAMES = {False: ("model", "eval"), True: ("train", "training")}
-"""Training or not → names of programs that say so."""
+"""Whether a program is for training → the program names that say so."""
 
 
 @dataclass(frozen=True)
 class Modal:
-    """A node whose operator behaves otherwise in the other mode.
+    """A node whose operator behaves differently in the other mode.
 
     Attributes:
         op: dropout, batch_norm …
@@ -37,7 +37,7 @@ class Modal:
 
 
 def modal_nodes(graph: fx.Graph) -> list[Modal]:
-    """Every node of a graph that depends on the mode, dropout of probability 0 left out."""
+    """Return each node of a graph that depends on the mode, except dropouts of probability 0."""
     modals = []
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
@@ -49,7 +49,7 @@ def modal_nodes(graph: fx.Graph) -> list[Modal]:
 
 
 def _modal(node: fx.Node, operator: OpOverload) -> Modal | None:
-    """The way in which a node depends on the mode; None if it does not."""
+    """Return how a node depends on the mode; None if it does not."""
     name = operator._schema.name.partition("::")[2].rstrip("_")
     if name == "bernoulli":
         return Modal(name, scope_of(node)[0], training=True)
@@ -75,7 +75,7 @@ def _is_idle(node: fx.Node, arguments: Iterable[str], norm: bool) -> bool:
 
 
 def mode_of(graph: fx.Graph) -> bool | None:
-    """True for a train graph, False for an eval graph, None where both modes agree."""
+    """Return True for a train graph, False for an eval graph, None if both modes are equal."""
     modals = modal_nodes(graph)
     if not modals:
         return None
@@ -83,7 +83,7 @@ def mode_of(graph: fx.Graph) -> bool | None:
 
 
 def pick_programs(modes: Mapping[str, bool | None]) -> dict[bool, str]:
-    """{training: name of the program for it}, from the modes of a file's programs.
+    """Return {training: program name}, from the modes of a file's programs.
 
     A program that is the same in both modes serves both. Where several fit, the first is:
     1. one of this mode before one that serves both;
@@ -108,7 +108,7 @@ def _rank_of_name(name: str, training: bool) -> int:
 
 
 def modals_text(modals: Iterable[Modal]) -> str:
-    """The operators by name and place, once each, for a message."""
+    """Return the operators by name and place, each once, for a message."""
     texts = []
     for op, places in by_key((modal.op, modal.where) for modal in modals).items():
         text = op

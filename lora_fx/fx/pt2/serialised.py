@@ -1,4 +1,4 @@
-"""The JSON and the bytes in a .pt2 archive: the facade of `torch._export.serde` and its packager.
+"""The JSON and the bytes in a .pt2 archive: a facade of `torch._export.serde` and its packager.
 
 Tried with torch 2.13 and 2.15.
 """
@@ -27,14 +27,14 @@ from lora_fx.text import Json, JsonView
 
 
 def json_of(program: ExportedProgram) -> bytes:
-    """The JSON of a program, without its tensors."""
+    """Return the JSON of a program, without its tensors."""
     return serialize(program).exported_program
 
 
 def program_of_json(
     data: JsonView, weights: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
 ) -> ExportedProgram:
-    """The program of its JSON and its tensors.
+    """Build a program from its JSON and its tensors.
 
     Args:
         data: The JSON; nothing in it is run, and it has to be checked before.
@@ -49,7 +49,7 @@ def program_of_json(
 
 
 def table_of(tensors: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> Json:
-    """The table with the place and form of each tensor in an archive.
+    """Return the table of the tensors in an archive: the place and form of each.
 
     Args:
         tensors: The tensors by name.
@@ -69,7 +69,7 @@ def table_of(tensors: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> J
 
 
 def dtype_of_code(code: Any) -> torch.dtype:
-    """The dtype for a number in a table.
+    """Return the dtype for a number in a table.
 
     Raises:
         KeyError, TypeError: It stands for none.
@@ -79,5 +79,5 @@ def dtype_of_code(code: Any) -> torch.dtype:
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """The bytes of the whole storage of a tensor, none for one without values."""
+    """Return the bytes of a tensor's whole storage; none for a tensor without values."""
     return _get_raw_tensor_bytes(tensor)

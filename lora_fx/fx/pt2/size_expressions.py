@@ -1,4 +1,4 @@
-"""Whether the text of a size is arithmetic of sizes: torch evaluates it as Python code."""
+"""The check that a size's text is only arithmetic, since torch evaluates it as Python code."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEXTS = {
     "Integer": re.compile(r"-?\d{1,20}"),
     "Float": re.compile(r"-?\d{0,40}\.?\d{0,40}(e[+-]?\d{1,3})?"),  # an exponent is written out
 }
-"""Functions that take a text → the texts that are allowed."""
+"""Functions that take a text → a pattern of the allowed texts."""
 MOST_TERMS = 2_000
-"""Monomials of a size whose products and powers are multiplied out, as torch does to compare it.
-`(s0 + … + s200)**64` would have 10^60 of them."""
+"""The most terms of a size when its products and powers are multiplied out, as torch does.
+`(s0 + … + s200)**64` would have 10^60 terms."""
 MOST_BITS = 20_000
-"""Bits of the largest number of a size that is multiplied out."""
+"""The most bits of a number in a size that is multiplied out."""
 MOST_DIGITS = 1_000
-"""Of an option of a function, such as the precision of a Float."""
+"""The largest value of a function's option, such as the precision of a Float."""
 NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Call, ast.keyword,
     ast.Name, ast.Constant, ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
@@ -41,7 +41,7 @@ NODES = (
 
 
 def refused_text(where: str, what: str) -> LoraFxError:
-    """An error about a text that could run code."""
+    """Return an error about a text that could run code."""
     return LoraFxError(
         f"{where} holds {what}, which could run code and is not opened",
         "open only files that you trust; a program that torch.export.save wrote is accepted",
@@ -49,7 +49,7 @@ def refused_text(where: str, what: str) -> LoraFxError:
 
 
 def check_expression(text: object, where: str) -> None:
-    """Refuse a size expression that is more than arithmetic of sizes.
+    """Raise for a size expression that is more than arithmetic of sizes.
 
     >>> check_expression("Mul(Integer(5), Symbol('s28', positive=True, integer=True))", "f")
     >>> check_expression("(s0 + 1) // 2", "f")
@@ -77,7 +77,7 @@ def check_expression(text: object, where: str) -> None:
 
 
 def _is_arithmetic(tree: ast.Expression) -> bool:
-    """Whether an expression has nothing but sizes, numbers, operators and functions of sizes."""
+    """Whether an expression holds only sizes, numbers, operators and functions of sizes."""
     part_of_call: set[int] = set()  # names of functions, and the texts that these take
     for node in ast.walk(tree):  # a call comes before what it is called with
         if not isinstance(node, NODES) or isinstance(node, ast.MatMult):
@@ -98,7 +98,7 @@ def _is_arithmetic(tree: ast.Expression) -> bool:
 
 
 def _texts_of_call(call: ast.Call, function: str) -> Iterator[ast.Constant]:
-    """The texts among the arguments of a call that its function may take."""
+    """Yield the texts among a call's arguments that its function may take."""
     if function not in TEXTS:
         return
     for argument in call.args:
@@ -116,13 +116,13 @@ def _is_size(node: ast.Name | ast.Constant) -> bool:
 
 
 class _TooLarge(ValueError):
-    """A size of more than MOST_TERMS or MOST_BITS."""
+    """The error of a size with more than MOST_TERMS or MOST_BITS."""
 
 
 def _multiplied_out(node: ast.expr) -> tuple[int, int]:
-    """The terms of an expression, products and powers multiplied out, and bits of its numbers.
+    """Return the terms of an expression when multiplied out, and the bits of its numbers.
 
-    What is no sum, product or power is one term, whose operands are looked at by themselves.
+    An expression other than a sum, product or power is one term; its operands are checked alone.
     """
     operation, operands = _operation(node)
     sizes = [_multiplied_out(operand) for operand in operands]
@@ -151,7 +151,7 @@ def _multiplied_out(node: ast.expr) -> tuple[int, int]:
 
 
 def _bits_of_number(number: float) -> int:
-    """The bits of a number: 64 for a float.
+    """Return the bits of a number; 64 for a float.
 
     Raises:
         _TooLarge: A whole number of more than 64 bits, or an infinite float.
@@ -166,7 +166,7 @@ def _bits_of_number(number: float) -> int:
 
 
 def _operation(node: ast.expr) -> tuple[str, list[ast.expr]]:
-    """The name of the operation of an expression, and its operands."""
+    """Return the name of an expression's operation, and its operands."""
     match node:
         case ast.BinOp(left, operator, right):
             return type(operator).__name__, [left, right]
@@ -185,7 +185,7 @@ def _operation(node: ast.expr) -> tuple[str, list[ast.expr]]:
 
 
 def _numbers(node: ast.AST) -> list[float]:
-    """The numbers in an expression."""
+    """Return the numbers in an expression."""
     numbers = []
     for inner in ast.walk(node):
         if not isinstance(inner, ast.Constant) or isinstance(inner.value, bool):
@@ -203,7 +203,7 @@ def _is_power(node: ast.AST) -> bool:
 
 
 def _is_small_power(power: ast.AST) -> bool:
-    """Whether a power holds no other power, and its exponent no product and no number above 64.
+    """Whether a power's base has no power, and its exponent no product or number above 64.
 
     Nested powers of numbers take forever.
     """

@@ -1,4 +1,4 @@
-"""Writing a .pt2 archive: several programs over one set of weights, and no pickle."""
+"""The writing of a .pt2 archive: several programs over one set of weights, without pickles."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from lora_fx.inputs import Named
 from lora_fx.text import Json
 
 Paths = Sequence[tuple[Named, Traced]]
-"""The paths of the model's code in a mode, each with a call that takes it; the example's first."""
+"""The paths of a mode, each with a call that takes this path; the example's path comes first."""
 NAMES = {False: "model", True: "train"}
 ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
-"""The class that torch records for a graph's root; files name the user's own class instead."""
+"""The class that torch records as a graph's root; files name the user's class instead."""
 
 
 def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Paths]) -> None:
-    """Write the programs of a module: for each mode (training or not) one for each path."""
+    """Write the programs of a module: one for each mode (training or not) and path."""
     traced_programs: dict[str, tuple[bool, Traced]] = {}
     exported_programs: dict[str, tuple[ExportedProgram, str]] = {}
     for training, paths in modes.items():
@@ -64,7 +64,7 @@ def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Path
 
 
 class _Store:
-    """Raw bytes of tensors, each storage once for all programs."""
+    """The raw bytes of tensors, with each storage written once for all programs."""
 
     def __init__(self, archive: PT2ArchiveWriter) -> None:
         self.archive = archive
@@ -74,7 +74,7 @@ class _Store:
     def table(
         self, kind: str, prefix: str, program: str, tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write the bytes that are new, and the program's table of names."""
+        """Write new bytes, and the program's table of tensors."""
         files = {}
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor) or type(tensor.data) is not torch.Tensor:
@@ -87,7 +87,7 @@ class _Store:
         self.archive.write_string(f"data/{kind}/{program}_{kind}_config.json", config)
 
     def _file(self, kind: str, prefix: str, tensor: torch.Tensor) -> str:
-        """The member that holds the bytes of a tensor's storage; written on first sight."""
+        """Return the member that holds a tensor's storage; write the member at the first call."""
         address = tensor.untyped_storage().data_ptr()
         if not address:  # each empty storage is one of its own
             address = -1 - len(self.files)
@@ -103,7 +103,7 @@ class _Store:
 def _export(
     module: CapturedModule, training: bool, named: Named, traced: Traced
 ) -> tuple[ExportedProgram, str]:
-    """The program of one mode and path, and its plain tree of outputs."""
+    """Export the program of one mode and path; return it with its plain tree of outputs."""
     graph = module.graph(training, portable=True, named=named)
     flat, names, _ = flat_program(module, graph.graph, traced)
     _keep_volatile(flat, module)
@@ -136,7 +136,7 @@ def _export(
 
 
 def _keep_volatile(flat: nn.Module, module: nn.Module) -> None:
-    """Buffers that state_dict leaves out stay such; a GraphModule forgets it."""
+    """Keep buffers out of state_dict if they were; a GraphModule forgets this."""
     originals = dict(module.named_modules())
     for path, submodule in flat.named_modules():
         volatile = getattr(originals.get(path), "_non_persistent_buffers_set", ())
@@ -144,7 +144,7 @@ def _keep_volatile(flat: nn.Module, module: nn.Module) -> None:
 
 
 def _json(program: ExportedProgram, spec: str, module: CapturedModule) -> bytes:
-    """models/NAME.json: with the module's outputs, without paths of this machine."""
+    """Return models/NAME.json with the module's outputs and without this machine's paths."""
     class_name = type(module).__name__
 
     def strip(row: Json) -> Json:
@@ -162,7 +162,7 @@ def _json(program: ExportedProgram, spec: str, module: CapturedModule) -> bytes:
 
 
 def _portable_metadata(metadata: Json, class_name: str) -> Json:
-    """The modules that made a node, the root under its own class's name, and our mark."""
+    """Return the modules behind a node, with the user's class as root, and our branch mark."""
     portable = {}
     stack = (metadata.get("nn_module_stack") or "").replace(ENTRY, class_name)
     if stack:

@@ -1,1 +1,1 @@
-"""Training: the loop, its objective, optimiser, state, processes and report."""
+"""Training: the loop, its objective, optimizer, state, processes and report."""

@@ -26,23 +26,23 @@ from lora_fx.files.strict_json import json_object
 from lora_fx.text import Json, JsonView
 
 MAX_TEMPLATE = 1 << 17
-"""Characters of the longest template; gpt-oss has 17,000."""
+"""The most characters of a template; gpt-oss has 17,000."""
 SECONDS = 0.8
-"""Processor time for all lines; a template takes less than 50 ms to compile."""
+"""The CPU seconds for all lines together; a template takes less than 50 ms to compile."""
 OF_A_LINE = 0.02
-"""Additional CPU seconds for each line; a line takes a millisecond."""
+"""The additional CPU seconds for each line; a line takes a millisecond."""
 MEGABYTES = 128
-"""Memory that rendering may take in addition to the libraries."""
+"""The memory that rendering may take in addition to the libraries."""
 CHARACTERS = 1 << 20
-"""Characters that a line may be rendered to, in addition to a multiple of its own length."""
+"""The characters of a rendered line that are allowed in addition to TIMES its own length."""
 TIMES = 20
-"""The factor by which a rendered line may be longer than its characters."""
+"""The factor by which a rendered line may be longer than the line itself."""
 _HINT = "write the turns as the model's chat template wants them"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the spans of it that the assistant generates."""
+    """A conversation as text, and the spans of this text that the assistant generates."""
 
     text: str
     spans: Sequence[tuple[int, int]]
@@ -50,7 +50,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template, and where it is from.
+    """A chat template, and the folder that it comes from.
 
     Attributes:
         text: In Jinja, as transformers extends it.
@@ -65,7 +65,7 @@ class ChatTemplate:
     marked: bool
 
     def render(self, lines: Mapping[str, JsonView]) -> dict[str, Rendered]:
-        """The conversations of a data file.
+        """Render the conversations of a data file, in a separate process.
 
         Args:
             lines: By file and number of the line: objects with `messages` and `tools`.
@@ -107,7 +107,7 @@ class ChatTemplate:
         return rendered
 
     def _killed(self, where: str, code: int, err: str) -> LoraFxError:
-        """The error for a process that ended before a line was rendered."""
+        """Return the error for a process that ended before a line was rendered."""
         if code == -signal.SIGALRM:
             why = f"takes more than {SECONDS} s of CPU time"
         else:
@@ -123,7 +123,7 @@ class ChatTemplate:
 
 
 def main() -> None:
-    """Render the conversations of standard input, a line of JSON each, within the limits."""
+    """Render the conversations of standard input, as one line of JSON each, within the limits."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     job = json.load(sys.stdin)
@@ -157,7 +157,7 @@ def _answer(text: str, spans: Sequence[tuple[int, int]], most: int) -> Json:
 
 
 def _end_after(seconds: float) -> None:
-    """Let SIGALRM end this process once it has had so much processor time.
+    """End this process by SIGALRM when it has used this CPU time.
 
     `setitimer` counts the ticks of the kernel at which this process runs, of which a busy machine
     misses most: it was late by 2 s. A timer of the process's own clock counts what it had.
@@ -175,7 +175,7 @@ def _end_after(seconds: float) -> None:
 
 
 def _limit(seconds: float) -> None:
-    """End this process after so much processor time, and let it have no more than MEGABYTES."""
+    """Limit the CPU time of this process, and limit its further memory to MEGABYTES."""
     _end_after(seconds)
     pages = Path("/proc/self/statm")
     if pages.exists():  # Linux alone counts address space as it is taken

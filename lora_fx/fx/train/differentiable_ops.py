@@ -1,4 +1,4 @@
-"""Operators whose gradient the exporter has no operator for, by others that autograd can follow."""
+"""Operators that autograd can follow, in place of those whose gradient the exporter lacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: object) -> Tensor:
-    """The product of a dimension, or of all, by halves."""
+    """Multiply the elements of a dimension, or all elements, by halves."""
     if dim is None:
         x = x.flatten()
         dim = 0
@@ -30,7 +30,7 @@ def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: objec
 
 
 def products(x: Tensor, dim: int, **_: object) -> Tensor:
-    """The products of all elements up to each, by doubling how far they reach."""
+    """Compute cumulative products along a dimension, in steps that double their reach."""
     x = x.movedim(dim, 0)
     reach = 1
     while reach < len(x):
@@ -42,7 +42,7 @@ def products(x: Tensor, dim: int, **_: object) -> Tensor:
 def bags(
     w: Tensor, ids: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *options: Any
 ) -> tuple[Tensor, None, None, None]:
-    """The sums, means or maxima of the rows of bags; a bag ends where the next one starts.
+    """Compute sums, means or maxima of the rows of bags; each bag ends where the next starts.
 
     The options are aten's: sparse, per_sample_weights, include_last_offset, padding_idx.
     """
@@ -69,12 +69,12 @@ def bags(
 
 
 def adaptive_maxima(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, None]:
-    """The maxima of the given number of windows, one axis after the other; no indices."""
+    """Compute the maxima of the given number of windows, axis by axis, without indices."""
     return _by_axes(lambda part, axis: part.max(axis)[0], x, sizes), None
 
 
 def _by_axes(reduce: Callable[[Tensor, int], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Reduce the number of windows in `sizes`, one axis after the other."""
+    """Reduce `sizes` windows along the last axes, axis by axis."""
     for axis, count in enumerate(sizes, x.dim() - len(sizes)):
         length = x.shape[axis]
         windows = []
@@ -94,7 +94,7 @@ def pooled(
     padding: Sequence[int] = (0,),
     *options: Any,
 ) -> Tensor:
-    """Pool windows of three axes as windows of two, and then of the third.
+    """Pool windows over three axes: first over two axes, then over the third.
 
     The options are what the pool of two axes takes: the dilation of a maximum goes by axes as well,
     and a divisor is one of the whole window.
@@ -122,12 +122,12 @@ def pooled(
 
 
 def _three(values: Sequence[int]) -> list[int]:
-    """A number for each of three axes; a single number is used for all."""
+    """Return a number for each of three axes; a single number applies to all three."""
     return [*values] * (3 // len(values))
 
 
 def samples(x: Tensor, *options: Any) -> Tensor:
-    """The samples of planes; samples of volumes stay one operator."""
+    """Sample planes by differentiable ops; samples of volumes stay one operator."""
     sample: Any = aten.grid_sampler
     if x.dim() == 4:
         sample = decomposition_table[aten.grid_sampler_2d.default]
@@ -135,20 +135,20 @@ def samples(x: Tensor, *options: Any) -> Tensor:
 
 
 def distances(a: Tensor, b: Tensor, p: float = 2.0, _: int | None = None) -> Tensor:
-    """The distance of every row of a from every row of b; its gradient at 0 is 0."""
+    """Compute the distance of each row of a to each row of b; its gradient at 0 is 0."""
     norm: Callable[..., Tensor] = torch.linalg.vector_norm
     return norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
 
 
 def scattered(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """The elements of the source, in their order, at the places of the mask."""
+    """Put the elements of the source, in order, at the true places of the mask."""
     x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]
     before = mask.flatten().cumsum(0).reshape(x.shape) - 1
     return torch.where(mask, source.flatten()[before.clamp(min=0)], x)
 
 
 def windows(x: Tensor, dim: int, size: int, step: int) -> Tensor:
-    """Tensor.unfold by int64 places: torch's gradient has int32, which ScatterND does not take."""
+    """Compute Tensor.unfold with int64 indices, since ScatterND does not take torch's int32."""
     starts = torch.arange(0, x.shape[dim] - size + 1, step, device=x.device)
     places = starts[:, None] + torch.arange(size, device=x.device)
     return x.movedim(dim, -1)[..., places].movedim(-2, dim % x.dim())

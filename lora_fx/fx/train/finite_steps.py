@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite: the error names it, before any weight moves."""
+"""The check that a step's loss and gradients are finite, before any weight changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.fx.module.insertion import insertion_of
 
 
 def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> None:
-    """Stop before the optimizer moves anything.
+    """Raise if a step's loss or gradients are not finite, before the optimizer changes anything.
 
     Args:
         model: The model after backward.
@@ -41,7 +41,7 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
 
 
 def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
-    """(its name as text, gradient): A and B of every target, then tensors trained whole."""
+    """Yield (name as text, gradient): A and B of every target, then tensors trained whole."""
     factors: set[int] = set()
     for key, pair in insertion_of(model).slots().items():
         for side, parameter in zip("AB", pair, strict=True):
@@ -54,7 +54,7 @@ def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
-    """The error of a run that was stopped."""
+    """Return the error of a run that is stopped because of a value that is not finite."""
     return LoraFxError(
         f"step {step}: the {what} is {value}; {where}",
         "lower --lr, or check the data",

@@ -1,4 +1,4 @@
-"""Sizes that stay free while a step is traced."""
+"""The check that free sizes stay free while a step is traced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_fx.patching import patched
 
 aten = torch.ops.aten
 UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-"""Recurrences, whose gradient is one of a number of steps."""
+"""Recurrent ops, whose gradient torch traces for a fixed number of steps."""
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def sizes_stay_free(
 
 
 def _fixed_size(name: str, axis: int, graph: fx.Graph) -> LoraFxError:
-    """The error of a free dimension that an operator's gradient fixes."""
+    """Return the error for a free dimension that an operator's gradient fixes."""
     recurrences = sorted({str(node.target) for node in graph.nodes if node.target in UNROLLED})
     operators = ", ".join(recurrences) or "an operator's gradient"
     return LoraFxError(

@@ -1,4 +1,4 @@
-"""Gradients that the exporter has no operator for, or a wrong one, by others."""
+"""Gradients that the exporter lacks or translates wrongly, computed by other operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def nll_loss(x: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The loss of labels, and how many count.
+    """Return the loss of labels, and the number of labels that count.
 
     The exporter's own forgets how many, so that a mean has the gradient of a sum. ONNX counts an
     index below 0 from the end, where torch refuses it: it becomes one that ONNX refuses too.
@@ -29,7 +29,7 @@ def nll_loss(x: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 def convolution_backward(
     dy: Tensor, x: Tensor, w: Tensor, _: object, *attributes: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of a convolution of any kind by convolutions: (∂x, ∂w, ∂bias).
+    """Return the gradients (∂x, ∂w, ∂bias) of any convolution, computed by convolutions.
 
     ∂x is the other kind of convolution of ∂y. ∂w is one in which the batch is summed over as
     channels are, stride and dilation trading places; each group of channels is a group.
@@ -82,7 +82,7 @@ def average_backward(
     counted: bool,
     divisor: int | None,
 ) -> Tensor:
-    """The gradient of an average over windows: each gives its share to every place of it."""
+    """Return the gradient of an average pool: each window gives its share to all its elements."""
     stride = stride or kernel
     ones = torch.ones((1, 1, *kernel), device=x.device)
     places = torch.ones((1, 1, *x.shape[-2:]), device=x.device)
@@ -112,4 +112,4 @@ OWN: Table = {
     aten.convolution_backward.default: convolution_backward,
     aten.avg_pool2d_backward.default: average_backward,
 }
-"""Operator → its decomposition: the exporter has no such operator, or a wrong one."""
+"""The decompositions of gradient operators that the exporter lacks or translates wrongly."""

@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face's Trainer that hold the adapter, as PEFT's do."""
+"""Checkpoints of Hugging Face's Trainer that hold the adapter, as those of PEFT do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class AdapterCheckpoints:
-    """To be mixed into Trainer or its like: `class Mine(AdapterCheckpoints, Trainer)`.
+    """A mixin for Trainer and its subclasses: `class Mine(AdapterCheckpoints, Trainer)`.
 
     The model is what insert returned, or one that attach changed. Every checkpoint is an adapter
     folder in PEFT's format beside Trainer's own files, and resuming and `load_best_model_at_end`

@@ -1,4 +1,4 @@
-"""Data of a causal language model: lines of JSON as ids, attention mask and labels.
+"""The data of a causal language model: lines of JSON as ids, attention mask and labels.
 
 A line is one of three forms, and a file has one of them:
 
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 LONGEST = 1024
-"""The most tokens of a line by default."""
+"""The most tokens of a line, by default."""
 
 
 def language_table(
     path: str, module: nn.Module, folder: Path, max_length: int | None
 ) -> tuple[Table, list[str]] | None:
-    """The table of a .jsonl file, padded on the right, and notes.
+    """Read a .jsonl file as a table, padded on the right; return notes too.
 
     Args:
         path: The file.
@@ -102,7 +102,7 @@ def language_table(
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of the file: its place, its ids, and which of them are trained on."""
+    """A line of the file: its place, its ids, and which ids are trained on."""
 
     where: str
     ids: list[int]
@@ -110,7 +110,7 @@ class _Line:
 
 
 def _refuse_no_argument(module: nn.Module, where: str, row: JsonView) -> None:
-    """Raise for a line in no form whose names are no arguments of the model either."""
+    """Raise for a line that has no known form and no argument of the model."""
     if set(row) & set(signature(module.forward).parameters):
         return
     names = some([repr(name) for name in row], 8) or "nothing"
@@ -132,7 +132,7 @@ def _refuse_other_form(where: str, form: tuple[str, ...], first: tuple[str, ...]
 def _refuse_unknown_token(
     where: str, ids: list[int], size: int, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Raise for an id that the model's embedding, of `size` rows, has no row for."""
+    """Raise for an id that has no row in the model's embedding of `size` rows."""
     top = max(ids)
     if top >= size:
         raise LoraFxError(
@@ -143,7 +143,7 @@ def _refuse_unknown_token(
 
 
 def _longest(module: nn.Module, max_length: int | None) -> int:
-    """The most tokens of a line."""
+    """Return the most tokens of a line: the option's or the default, within the model's limit."""
     config: PreTrainedConfig = module.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     longest = max_length or LONGEST
@@ -154,9 +154,9 @@ def _longest(module: nn.Module, max_length: int | None) -> int:
 
 @contextlib.contextmanager
 def _no_panic(where: str, folder: Path) -> Iterator[None]:
-    """A block in which a panic of the package tokenizers is an error of the line.
+    """A block in which a panic of the tokenizers package becomes an error for the line.
 
-    It is no Exception of Python's: a pattern of a tokenizer.json that tries too long ends in one.
+    A panic is not a Python Exception; a pattern in tokenizer.json that runs too long causes one.
     """
     try:
         yield
@@ -175,7 +175,7 @@ def _lines(wheres: list[str]) -> str:
 
 
 def _is_causal(module: nn.Module, folder: Path, path: str, row: JsonView) -> bool:
-    """Whether it predicts next tokens; raises where the data is for such a model alone."""
+    """Whether the model predicts next tokens; raise if the data needs such a model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     kind = type(module).__name__
@@ -201,7 +201,7 @@ def _is_causal(module: nn.Module, folder: Path, path: str, row: JsonView) -> boo
 
 
 def _padded(path: str, lines: list[_Line], longest: int, what: str) -> tuple[Table, list[str]]:
-    """The columns, of lines that still have a label after they were cut, and notes."""
+    """Return the columns of all lines with a label after cutting, and notes."""
     labelled = [line for line in lines if any(line.trained[1:longest])]
     if not labelled:
         raise LoraFxError(

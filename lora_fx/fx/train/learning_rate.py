@@ -31,14 +31,14 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
     "constant_with_warmup": _constant,
     "inverse_sqrt": _inverse_sqrt,
 }
-"""The share of the rate after the warm-up, by transformers' names, of (step, warm-up, steps)."""
+"""The schedules by name: functions of (step, warm-up, steps) that return the rate's share."""
 
 
 def factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
-    """The share of the learning rate at a step, counted from 0.
+    """Return the share of the learning rate at a step, counted from 0.
 
-    transformers' own after the warm-up. In it a step has the share that the next one has there,
-    where the first step moves nothing.
+    After the warm-up, the share is that of transformers. In the warm-up, a step has the share that
+    transformers gives the next step, since its first step has rate 0.
     """
     rise = 0 if schedule == "constant" else math.ceil(steps * warmup)
     if step < rise:
@@ -47,5 +47,5 @@ def factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> fl
 
 
 def _done(step: int, rise: int, steps: int) -> float:
-    """The share of the steps after the warm-up that come before this step."""
+    """Return the share of the steps after the warm-up that come before this step."""
     return (step - rise) / max(1, steps - rise)

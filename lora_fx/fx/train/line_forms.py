@@ -13,7 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def form_of(where: str, row: JsonView) -> tuple[str, ...]:
-    """The form of a line; empty if it has none. A complete form is preferred to a part of one.
+    """Return the form of a line, preferring a complete form; empty if the line has none.
 
     Tables of several forms have null for what a row lacks, and some keep a conversation's first
     turn as its prompt.
@@ -36,12 +36,12 @@ def form_of(where: str, row: JsonView) -> tuple[str, ...]:
 
 
 def in_words(form: tuple[str, ...]) -> str:
-    """A form as messages name it: 'prompt' with 'completion'."""
+    """Return a form as messages name it: 'prompt' with 'completion'."""
     return " with ".join(map(repr, form))
 
 
 def text_of(row: Mapping[str, object], name: str, where: str) -> str:
-    """The text of a row under a name.
+    """Return the text of a row under a name.
 
     Raises:
         LoraFxError: It is something else.
@@ -57,7 +57,7 @@ def text_of(row: Mapping[str, object], name: str, where: str) -> str:
 
 
 def conversation_of(where: str, row: JsonView) -> Json:
-    """The checked turns of a line and its tools; null values of a turn are left out."""
+    """Return the checked turns of a line and its tools, without null values in the turns."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
         shown = one_line(json.dumps(turns, ensure_ascii=False), 60)
@@ -74,7 +74,7 @@ def conversation_of(where: str, row: JsonView) -> Json:
 
 
 def _check_turn(where: str, turn: object) -> None:
-    """Raise for a turn without a known role, or without a text where it calls no tools."""
+    """Raise for a turn with an unknown role, or without a text unless it calls tools."""
     role = turn.get("role") if isinstance(turn, dict) else None
     if not isinstance(turn, dict) or role not in ROLES:
         raise LoraFxError(

@@ -1,4 +1,4 @@
-"""Tokens of a line of language data, and which of them are trained on."""
+"""The tokens of a line of language data, and which of them are trained on."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 Encoded = tuple[list[int], list[bool]]
-"""Ids, and which of them are trained on."""
+"""Token ids, and for each id whether it is trained on."""
 
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""The mark of the assistant's tokens in a chat template."""
+"""The pattern by which a chat template marks the assistant's tokens."""
 
 
 Encode = Callable[[str, JsonView, list[str]], Encoded]
-"""Encodes a line: (its place, the line, the places of lines with merged tokens)."""
+"""A function that encodes a line, given (its place, the line, the places of merged lines)."""
 
 
 def encoder(
@@ -36,7 +36,7 @@ def encoder(
     path: str,
     rows: Sequence[tuple[str, JsonView]],
 ) -> tuple[Encode, str]:
-    """The function that encodes a line, and a text on which tokens it trains."""
+    """Return the function that encodes a line, and a text that says which tokens it trains."""
     if form != ("messages",):
         what = "every token" if form == ("text",) else "the completions' tokens"
         end = tokenizer.eos_token or ""
@@ -64,7 +64,7 @@ def encoder(
 def _plain(
     tokenizer: PreTrainedTokenizerBase, end: str, where: str, row: JsonView, merged: list[str]
 ) -> Encoded:
-    """A text, or a prompt with its completion."""
+    """Encode a text, or a prompt with its completion."""
     is_text = row.get("text") is not None or "prompt" not in row
     prompt = "" if is_text else text_of(row, "prompt", where)
     name = "text" if is_text else "completion"
@@ -95,7 +95,7 @@ def _chat(
     row: JsonView,
     merged: list[str],
 ) -> Encoded:
-    """A rendered conversation; a token is trained on where a span of the assistant's reaches it."""
+    """Encode a rendered conversation; tokens that overlap the assistant's spans are trained on."""
     out = tokenizer(rendered[where].text, add_special_tokens=False)
     ids: list[int] = out["input_ids"]
     if not is_marked:

@@ -1,4 +1,4 @@
-"""A plain training loop: an optimizer and its schedule, validation, the best adapter kept."""
+"""The training loop: an optimizer and its schedule, validation, and the best adapter kept."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ NO_VALIDATION = (
     "no validation data: overfitting would not be seen, and the last adapter is kept, not the best"
 )
 Progress = Callable[[int, int, float], None]
-"""A function that is called with the step, the steps in all, and the loss."""
+"""A function that is called with the step, the number of steps, and the loss."""
 APART = 1_000_003
-"""The distance of the seeds of two processes, whose dropout must differ."""
+"""The difference between the seeds of two processes, so that their dropouts differ."""
 
 
 def fit(
@@ -48,7 +48,7 @@ def fit(
     saving: Saving | None = None,
     world: Processes = ALONE,
 ) -> TrainReport:
-    """Train a model's adapter; afterwards it holds the best one by validation loss.
+    """Train a model's adapter; afterwards the model holds the best one by validation loss.
 
     Args:
         model: From insert; only what requires grad moves.
@@ -58,8 +58,8 @@ def fit(
         settings: Steps, learning rate and so on.
         progress: Called as (step, steps, loss).
         saving: A state to go on from, and where to keep one.
-        world: The processes that share the run, from `train_processes.processes`. Each calls fit
-            with the same model and data.
+        world: The processes that share the run, from `lora_fx.fx.train.processes`. Each one
+            calls fit with the same model and data.
 
     Raises:
         LoraFxError: A column that the model does not take, patience without validation, a state
@@ -108,7 +108,7 @@ def fit(
 
 
 def _refuse_patience(settings: Settings) -> None:
-    """Raise where patience waits for validations that do not take place."""
+    """Raise for a patience, which waits for validations, if there are no held-out examples."""
     if settings.patience is not None:
         raise LoraFxError(
             f"patience {settings.patience} needs held-out examples, but there are none",
@@ -117,7 +117,7 @@ def _refuse_patience(settings: Settings) -> None:
 
 
 def _refuse_moving_statistics(model: AdaptedModule, saving: Saving, parts: int) -> None:
-    """Raise where running statistics move, and a batch is cut up or a state is kept."""
+    """Raise if running statistics update while a batch is split or a state is saved."""
     if execution_of(model).norm_stats != "update":
         return
     if parts != 1 or saving.folder or saving.resume:
@@ -129,7 +129,7 @@ def _refuse_moving_statistics(model: AdaptedModule, saving: Saving, parts: int) 
 
 
 def part_rows(model: AdaptedModule, batch_size: int, parts: int) -> int:
-    """The number of rows that run at the same time in a step, which the user's memory must hold.
+    """Return the number of rows that run at the same time in a step, for memory.
 
     Args:
         model: The model.
@@ -140,14 +140,14 @@ def part_rows(model: AdaptedModule, batch_size: int, parts: int) -> int:
 
 
 def _least_rows(model: AdaptedModule) -> int:
-    """The fewest rows that the model's graph takes."""
+    """Return the fewest rows that the model's graph accepts."""
     is_fixed = any(axis == 0 for _, axis in execution_of(model).not_one)
     return 2 if is_fixed else 1
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The training loop; the state that changes is in a Trail and in the model."""
+    """The training loop; the changing state is in a Trail and in the model."""
 
     objective: Objective
     optimizer: Optimizer
@@ -158,7 +158,7 @@ class _Run:
     rows: int  # of held-out examples that run at a time
 
     def start(self) -> Trail:
-        """The start of the run: the state that it resumes, or the time before its first step."""
+        """Return the progress at the start: of the resumed state, or of a new run."""
         if self.saving.resume:
             trail = state.load(self.saving.resume, self.optimizer, self.facts, self.world)
             trail.report.resumed = trail.step
@@ -170,7 +170,7 @@ class _Run:
         return trail
 
     def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
-        """Take the steps that are left."""
+        """Take the remaining steps."""
         settings = self.optimizer.settings
         steps = self.optimizer.steps
         report = trail.report
@@ -188,7 +188,7 @@ class _Run:
             trail.at = 0
 
     def _validate_and_save(self, trail: Trail) -> bool:
-        """Validate and save if this step requires it; returns whether the run ends with it."""
+        """Validate and save if this step requires it; return whether the run ends here."""
         steps = self.optimizer.steps
         checks = self.optimizer.settings.checks
         is_last = trail.step == steps
@@ -204,7 +204,7 @@ class _Run:
         return ends
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
-        """Take the validation loss; keep the adapter where it is the lowest, or end the run."""
+        """Compute the validation loss, keep the adapter if it is the lowest, check patience."""
         report = trail.report
         value = self.objective.mean(held_out, self.rows, self.world)
         report.validation[trail.step] = value
@@ -221,10 +221,10 @@ class _Run:
             report.stopped = trail.step
 
     def _take(self, batch: Table, step: int) -> float:
-        """Take a step, counted from 1; returns the batch's loss before it.
+        """Take a step, counted from 1; return the batch's loss before the step.
 
-        It is the same for any number of processes and parts, up to rounding. A part's loss is a
-        mean over `objective.weight(part)` items, so its share of the batch's loss, and of its
+        The step is the same for any number of processes and parts, up to rounding. A part's loss
+        is a mean over `objective.weight(part)` items, so its share of the batch's loss, and of its
         gradient, is that weight over the weight of the whole batch.
 
         Raises:
@@ -252,7 +252,7 @@ class _Run:
         return value
 
     def _parts(self, batch: Table) -> Iterator[tuple[Table, float]]:
-        """This process's parts of a batch and their shares of its loss; empty ones left out."""
+        """Yield this process's parts of a batch with their shares of its loss; skip empty ones."""
         parts = self.optimizer.settings.accumulate
         count = self.world.size * parts
         batch_weight = self.objective.weight(batch)

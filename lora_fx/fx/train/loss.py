@@ -1,4 +1,4 @@
-"""Losses of the training loop: the model's own, cross entropy, squared error, or a function."""
+"""The losses of the training loop: the model's own, cross entropy, squared error, a function."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_fx.fx.trees import tree_leaves
 
 UNLABELLED = "name it with --label; language models take text, prompt and completion, or messages"
 IGNORED = -100
-"""A label that torch's cross entropy leaves out."""
+"""The label that torch's cross entropy ignores."""
 Loss = Callable[[Any, torch.Tensor | None], torch.Tensor]
 
 
 def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) -> tuple[Loss, str]:
-    """(loss, argument that carries the labels into the model; empty where the loss takes them).
+    """Return the loss, and the model's argument for labels; empty if the loss takes the labels.
 
     `ce` is the model's own loss where it takes the label column as an argument and returns one.
     """
@@ -59,7 +59,7 @@ def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
-    """The axis of scores that has the classes, the last or the second; None where neither fits.
+    """Return the axis of classes in scores, the last or the second; None if unclear.
 
     Tokens have [rows, tokens, classes] for [rows, tokens]; pixels and the like have
     [rows, classes, height, width] for [rows, height, width], or for [rows, 1, height, width].
@@ -85,7 +85,7 @@ def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
 
 
 def classes_last(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The scores with their classes in the last axis.
+    """Return the scores with the classes in the last axis.
 
     Raises:
         LoraFxError: There is no score for every label, or the shapes fit both ways.
@@ -103,7 +103,7 @@ def classes_last(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def scores_of(out: object) -> torch.Tensor:
-    """`.logits`, else the first tensor that comes out.
+    """Return the output's `.logits`, else its first tensor.
 
     Raises:
         LoraFxError: That is a single number, as of (loss, logits).
@@ -120,14 +120,14 @@ def scores_of(out: object) -> torch.Tensor:
 
 
 def field_of(out: object, name: str) -> object:
-    """An output's field, of a mapping or an object; None where it has none."""
+    """Return a field of an output, a mapping or an object; None if there is no such field."""
     if isinstance(out, Mapping):
         return out.get(name)
     return getattr(out, name, None)
 
 
 def check_whole(labels: torch.Tensor) -> None:
-    """Refuse labels that are fractions; classes are whole numbers."""
+    """Raise for labels that are fractions, since classes are integers."""
     if labels.is_floating_point() and has_values(labels):
         raise LoraFxError(
             f"the labels are fractions such as {float(labels.flatten()[0]):g}; ce needs classes",
@@ -136,7 +136,7 @@ def check_whole(labels: torch.Tensor) -> None:
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
-    """Refuse labels that are not classes of the model; -100 means "ignore"."""
+    """Raise for labels that are not classes of the model; -100 means "ignore"."""
     if not has_values(labels):
         return
     check_whole(labels)

@@ -1,4 +1,4 @@
-"""The loss of a batch in parts: the weight of each part, so that their sum is the batch's loss."""
+"""The loss of a batch that runs in parts: each part's weight, so that their sum is exact."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNKNOWN = (
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss that a run makes small.
+    """The loss that a run minimises.
 
     Args:
         model: The model.
@@ -53,7 +53,7 @@ class Objective:
     half: bool = False
 
     def weight(self, batch: Table) -> int:
-        """Over how many items the loss of a batch is a mean."""
+        """Return the number of items over which the loss of a batch is a mean."""
         labels = batch.columns.get(batch.label)
         if self.counts == "examples" or labels is None:
             return len(batch)
@@ -62,7 +62,7 @@ class Objective:
         return int((labels != IGNORED).sum())
 
     def loss(self, batch: Table) -> torch.Tensor:
-        """The mean loss, with its graph, in the mode that the model is in."""
+        """Return the mean loss of a batch, with its autograd graph, in the model's current mode."""
         labels = batch.columns.get(batch.label)
         device = device_of(self.model)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
@@ -73,7 +73,7 @@ class Objective:
 
     @torch.no_grad()
     def mean(self, table: Table, batch_size: int, world: Processes = ALONE) -> float:
-        """Mean loss over a table, in eval mode; the processes share the batches."""
+        """Return the mean loss over a table, in eval mode; the processes share the batches."""
         self.model.eval()
         total = 0.0
         weight = 0.0
@@ -91,14 +91,14 @@ class Objective:
 def objective(
     model: AdaptedModule, training: Table | Buckets, loss: str | Loss, half: bool, rows: int = ROWS
 ) -> tuple[Objective, list[str]]:
-    """The loss that a run makes small, and warnings.
+    """Return the loss that a run minimises, and warnings.
 
     Args:
         model: The model.
         training: The data that it is asked about.
         loss: As in fit.
         half: Whether products run in bfloat16.
-        rows: How many rows run at a time; see lora_fx.fx.train.reduction.few.
+        rows: How many rows run at a time; see lora_fx.fx.train.reduction.question_rows.
 
     Raises:
         LoraFxError: A column that the model does not take, or a label that is no class of it.
@@ -133,7 +133,7 @@ def _refuse_unknown_columns(model: AdaptedModule, training: Table | Buckets) -> 
 
 
 def _heed_classes(model: AdaptedModule, training: Table | Buckets, rows: int) -> list[str]:
-    """Check one label an example against the model's scores, before any step; returns warnings."""
+    """Check one label per example against the model's scores before any step; return warnings."""
     tables = training.tables if isinstance(training, Buckets) else [training]
     needed = training.label in execution_of(model).captured.signature.required
     if needed or tables[0].columns.get(training.label, np.zeros(())).ndim != 1:

@@ -1,4 +1,4 @@
-"""The optimizer of a run, and its learning rate."""
+"""The optimizer of a run, with its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Optimizer:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """The tensors that it moves."""
+        """The tensors that the optimizer updates."""
         return list(self.named.values())
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to None."""
         self._inner.zero_grad()
 
     def take(self, step: int) -> None:
-        """Take a step, counted from 1, with the gradients as they are."""
+        """Take a step, counted from 1, with the present gradients."""
         share = factor(step - 1, self.steps, self.settings.warmup, self.settings.schedule)
         for group, peak in zip(self._inner.param_groups, self._peaks, strict=True):
             group["lr"] = peak * share
@@ -51,11 +51,11 @@ class Optimizer:
 
     @property
     def moved(self) -> list[str]:
-        """Names of the tensors with moments: all that ever had a gradient."""
+        """The names of the tensors with moments, which are all that ever had a gradient."""
         return [name for name, p in self.named.items() if self._inner.state.get(p)]
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """`NAME/exp_avg` … of every tensor that has moved."""
+        """Return the moments of all tensors that have some, as `NAME/exp_avg` and so on."""
         moments: dict[str, torch.Tensor] = {}
         for name in self.moved:
             state = self._inner.state[self.named[name]]
@@ -64,12 +64,12 @@ class Optimizer:
         return moments
 
     def like(self, name: str) -> dict[str, torch.Tensor]:
-        """A tensor of the shape, dtype and device of each moment of one tensor, by field."""
+        """Return, for each moment of a tensor, a tensor with its shape, dtype and device."""
         parameter = self.named[name]
         is_fused = self._inner.defaults.get("fused")
         step = torch.zeros((), device=parameter.device if is_fused else "cpu")
         return {field: step if field == "step" else parameter for field in self.fields}
 
     def put(self, name: str, moments: dict[str, torch.Tensor]) -> None:
-        """Go on from such moments of one tensor, by field."""
+        """Set the moments of one tensor, by field."""
         self._inner.state[self.named[name]] = dict(moments)

@@ -14,18 +14,18 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import variant_of
 
 STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
-"""Optimizer → the state that it keeps for a tensor."""
+"""Optimizer → the suffixes of the states that it keeps for a tensor."""
 
 
 BETAS = (0.9, 0.999)
-"""The shares of the moments that AdamW keeps, as torch has them by default."""
+"""AdamW's betas: the shares of the old moments in the new ones, torch's default."""
 EPS = 1e-8
-"""The number that AdamW adds to a divisor, as torch has it by default."""
+"""The epsilon that AdamW adds to a divisor, torch's default."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """The optimizer's part of a step.
+    """The optimizer's part of a training step.
 
     Attributes:
         optimizer: adamw or sgd.
@@ -45,7 +45,7 @@ class Update:
         lr: Tensor,
         step: Tensor,
     ) -> list[Tensor]:
-        """The tensors and states of all slots after a step, flat, in their order.
+        """Return the tensors and states of all slots after a step, flat, slot by slot.
 
         Args:
             slots: The tensors that are trained.
@@ -77,7 +77,7 @@ class Update:
         return updated
 
     def _clipped(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients, shortened together to the norm `clip` where they are longer."""
+        """Scale the gradients so that their common norm is at most `clip`."""
         norm = torch.stack([(g * g).sum() for g in gradients]).sum().sqrt()
         share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
         return [g * share for g in gradients]
@@ -85,7 +85,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Slot:
-    """One trained tensor of a step.
+    """One trained tensor of a step in a file.
 
     Attributes:
         name: Its name in the file.
@@ -106,7 +106,7 @@ class Slot:
 
 
 def slots_in(updates: Mapping[str, LowRank], names: Mapping[str, tuple[str, str]]) -> list[Slot]:
-    """The slots of updates by key, for the names of their A and B in the file."""
+    """Make the slots of updates by key, for the names of their A and B in the file."""
     slots = []
     for key, update in updates.items():
         rates = variant_of(update).rates(1.0)

@@ -1,4 +1,4 @@
-"""One run in several processes: torch.distributed, as torchrun and accelerate launch start it.
+"""One run in several processes, by torch.distributed, as torchrun or accelerate starts them.
 
 Every process reads the same data and takes its share of each batch. Before tensors are summed, all
 processes exchange one short message that says whether each of them is well. A process that fails
@@ -20,16 +20,16 @@ from lora_fx.errors import LoraFxError, one_line
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""Environment variables of torchrun, then of MPI, which accelerate uses on CPUs."""
+"""The variables of a process's local rank: of torchrun, then of MPI, for accelerate on CPUs."""
 
 
 class Elsewhere(LoraFxError):
-    """Another process failed; it says why, in its own error."""
+    """The error that another process failed, which prints the reason itself."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the processes of the run, and their communication."""
+    """This process within a run of several, and its communication with the others."""
 
     rank: int = 0
     size: int = 1
@@ -37,11 +37,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def total(self, a: float = 0.0, b: float = 0.0) -> tuple[float, float]:
-        """Sums of two numbers over all processes.
+        """Return the sums of two numbers over all processes.
 
         Raises:
             Elsewhere: Another process failed.
@@ -57,7 +57,7 @@ class Processes:
         return a, b
 
     def _message(self, code: int, a: float, b: float) -> tuple[list[int], float, float]:
-        """The exit code of every process, 0 for those that are well, and two sums."""
+        """Return the exit code of each process (0 if it has not failed), and two sums."""
         message = torch.zeros(self.size + 2, dtype=torch.float64)
         message[self.rank], message[-2], message[-1] = code, a, b
         _together(message)
@@ -65,7 +65,7 @@ class Processes:
         return [int(c) for c in codes], a, b
 
     def failed(self, code: int) -> tuple[int, int]:
-        """Tell the others that this process failed; (rank, code) of the first that did."""
+        """Tell other processes that this one failed; return (rank, code) of the first failure."""
         try:
             codes, _, _ = self._message(code, 0.0, 0.0)
         except LoraFxError:
@@ -75,7 +75,7 @@ class Processes:
     def add(self, tensors: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> None:
         """Set `like[i].grad` to the sum of `tensors[i]` over all processes.
 
-        None counts as zero, and is the sum where every process has None.
+        None counts as zero; the sum is None if every process has None.
         """
         if self.size == 1:
             return
@@ -91,7 +91,7 @@ class Processes:
             p.grad = part.view_as(p).to(p.dtype) if some else None
 
     def gathered(self, data: torch.Tensor) -> list[torch.Tensor]:
-        """A CPU tensor of every process, all of one shape and dtype."""
+        """Gather a CPU tensor of the same shape and dtype from every process."""
         if self.size == 1:
             return [data]
         self.total()
@@ -100,7 +100,7 @@ class Processes:
         return found
 
     def same(self, what: Mapping[str, bytes]) -> None:
-        """Raise where a digest is not the same in every process.
+        """Raise if a digest is not the same in every process.
 
         Args:
             what: Digests of equal length by what they are of, in words.
@@ -129,7 +129,7 @@ def _together(tensor: torch.Tensor) -> None:
 
 
 def found_processes(environ: Mapping[str, str]) -> Processes:
-    """This process, by the variables that a launcher set; ALONE without."""
+    """Return this process, from the variables of a launcher; ALONE without a launcher."""
 
     def number(names: Sequence[str], default: int) -> int:
         for name in filter(environ.__contains__, names):
@@ -166,7 +166,7 @@ def one_by_accelerate() -> bool:
 
 @contextlib.contextmanager
 def processes(cuda: bool = False) -> Iterator[Processes]:
-    """The processes that a launcher started, connected; ALONE where it started one.
+    """Connect the processes that a launcher started; yield ALONE for a single process.
 
     Args:
         cuda: Whether gradients lie on GPUs.

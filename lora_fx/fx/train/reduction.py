@@ -1,4 +1,4 @@
-"""Find which mean a model's own loss is, by running it on two rows of 16 tokens.
+"""The kind of mean that a model's own loss is, found by running it on two rows of 16 tokens.
 
     loss = Σ w[row, token] · CE(scores[row, token], label[row, token])
 
@@ -25,17 +25,17 @@ from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.fx.train.loss import IGNORED, class_axis, field_of, scores_of
 
 ROWS = 2
-"""Rows of the data that a question about a model takes, whatever a batch has."""
+"""The number of rows for the runs that find out a loss, whatever a batch has."""
 TOKENS = 16
-"""Tokens of a row that it takes."""
+"""The number of tokens per row in these runs."""
 VALUE_GATE = 1e-3
-"""The largest relative error of a loss that counts as equal; models in bfloat16 round it so far."""
+"""The largest relative error of an equal loss, since models in bfloat16 round that much."""
 GRADIENT_GATE = 2e-2
-"""The same for its gradient, relative to the largest; two answers differ by 10 % or more."""
+"""The same for the gradient, relative to its largest; two answers differ by 10 % or more."""
 
 
 def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, object]:
-    """A batch as the model's arguments, on its device; its labels only where the model has them."""
+    """Return a batch as the model's arguments, on its device; labels only if `own` is given."""
     device = device_of(model)
     return {
         name: from_numpy(column).to(device)
@@ -45,7 +45,7 @@ def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, ob
 
 
 def question_rows(model: AdaptedModule, table: Table, rows: int) -> Table:
-    """The first two rows of a table, cut to 16 tokens in the dimensions that the model has free.
+    """Return two rows of a table, with free token dimensions cut to 16 tokens.
 
     Args:
         model: The model.
@@ -74,7 +74,7 @@ def question_rows(model: AdaptedModule, table: Table, rows: int) -> Table:
 
 
 def _cut(column: Array, axes: Iterable[int], lengths: set[int], start: int) -> Array:
-    """A column cut to 16 tokens, from `start` on, in the axes that have a length of tokens."""
+    """Cut a column to 16 tokens from `start` on, in axes whose size counts tokens."""
     for axis in axes:
         size = column.shape[axis] if axis < column.ndim else 0
         if size in lengths and size > TOKENS:
@@ -84,7 +84,7 @@ def _cut(column: Array, axes: Iterable[int], lengths: set[int], start: int) -> A
 
 
 def _lengths(batch: Table, free: Mapping[str, tuple[int, ...]]) -> set[int]:
-    """The sizes that count tokens: those of free second dimensions, and of labels of their own."""
+    """Return the sizes that count tokens, of free second dimensions and of separate labels."""
     lengths = {
         column.shape[1]
         for name, column in batch.columns.items()
@@ -101,7 +101,7 @@ def _lengths(batch: Table, free: Mapping[str, tuple[int, ...]]) -> set[int]:
 
 
 def _start(mask: Array | None) -> int:
-    """The first token that every row attends to, where rows are padded on the left."""
+    """Return the first token that all rows attend to, if rows are padded on the left."""
     if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub":
         return 0
     return int((mask != 0).argmax(1).max(initial=0))
@@ -109,7 +109,7 @@ def _start(mask: Array | None) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """One mean that a loss may be.
+    """A mean that a loss may be.
 
     Attributes:
         counts: labels, next (labels but an example's first) or examples.
@@ -122,7 +122,7 @@ class Answer:
     by_row: bool
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Such a mean, of scores [rows, tokens, classes] and labels [rows, tokens]."""
+        """Compute this mean from scores [rows, tokens, classes] and labels [rows, tokens]."""
         labels = labels[:, self.shift :]
         scores = scores[:, : labels.shape[1]]
         counted = (labels != IGNORED).float()
@@ -143,13 +143,13 @@ ANSWERS = (
 
 
 def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
-    """The items that the model's own loss is a mean over; empty where it is no such mean.
+    """Return the items over which the model's own loss is a mean; empty if it is none of these.
 
     Args:
         model: The model.
         table: The data.
         own: The argument that carries the labels into the model.
-        rows: As in few.
+        rows: As in question_rows.
     """
     model.eval()
     question = question_rows(model, table, rows)
@@ -161,7 +161,7 @@ def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
 
 
 def _answer(model: AdaptedModule, batch: Table, own: str) -> str:
-    """The items of the answer that fits the loss of these examples under labels of our own."""
+    """Return the items of the answer that fits the model's loss, under labels chosen here."""
     question = _unlike(np.asarray(batch.columns[batch.label]))
     with torch.enable_grad():
         columns = {**batch.columns, batch.label: question}
@@ -187,14 +187,14 @@ def _answer(model: AdaptedModule, batch: Table, own: str) -> str:
 
 
 def _by_token(scores: Tensor, axis: int) -> Tensor:
-    """Scores, or their gradient, as [rows, tokens, classes] in float32."""
+    """Return scores, or their gradient, as [rows, tokens, classes] in float32."""
     return scores.detach().movedim(axis, -1).flatten(1, -2).float()
 
 
 def _unlike(labels: Array) -> Array:
-    """Labels for every token of the first row and for few of the others.
+    """Return labels for every token of the first row and for few tokens of the other rows.
 
-    What is ignored gets a class that the data has.
+    Ignored labels get a class that the data has.
     """
     classes = labels[labels != IGNORED]
     lowest = classes.min(initial=None) if classes.size else 0
@@ -204,7 +204,7 @@ def _unlike(labels: Array) -> Array:
 
 
 def _gradient(loss: Tensor, scores: Iterable[Tensor]) -> Tensor | None:
-    """∂loss/∂scores; None where the loss is not made of these scores."""
+    """Return ∂loss/∂scores; None if the loss does not depend on these scores."""
     if not loss.requires_grad:
         return None
     return torch.autograd.grad(loss, tuple(scores), allow_unused=True)[0]
@@ -213,7 +213,7 @@ def _gradient(loss: Tensor, scores: Iterable[Tensor]) -> Tensor | None:
 def _fits(
     answer: Answer, scores: Tensor, labels: Tensor, loss: Tensor, gradient: Tensor | None
 ) -> bool:
-    """Whether a loss has the value and the gradient of an answer."""
+    """Whether a loss has the value and the gradient that an answer predicts."""
     with torch.enable_grad():
         value = answer.loss(scores, labels)
         expected = _gradient(value, [scores])

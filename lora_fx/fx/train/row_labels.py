@@ -1,4 +1,4 @@
-"""One label a row, and whether a model of transformers has a head that predicts one."""
+"""The check of one label per row against the head of a transformers model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROW_HEADS = (
     "AUDIO_CLASSIFICATION", "TIME_SERIES_CLASSIFICATION", "AUDIO_XVECTOR", "MULTIPLE_CHOICE",
     "NEXT_SENTENCE_PREDICTION",
 )  # fmt: skip
-"""Tables of transformers whose classes score a row."""
+"""The tables of transformers whose classes score a whole row."""
 OTHER_HEADS = {
     "CAUSAL_LM": "scores the next token at every token",
     "MASKED_LM": "scores the vocabulary at every token",
@@ -31,13 +31,13 @@ OTHER_HEADS = {
     "SEMANTIC_SEGMENTATION": "scores classes at every pixel",
     "PRETRAINING": "has the heads of its pretraining",
 }
-"""Tables of the other heads, and what their classes do."""
+"""The tables of other heads, and what their classes do."""
 POSITIONS = "QUESTION_ANSWERING"
-"""The one among them for which a number a row has a meaning: a token's place."""
+"""The only other head for which one number per row has a meaning: a token's position."""
 
 
 def refuse_row_labels(table: Table, module: nn.Module, path: str, folder: Path | None) -> None:
-    """Raise where a column has one label a row, and the model's class scores something else.
+    """Raise if a column has one label per row but the model's class scores something else.
 
     Args:
         table: The examples.
@@ -71,7 +71,7 @@ def refuse_row_labels(table: Table, module: nn.Module, path: str, folder: Path |
 
 
 def _task(classes: Mapping[str, Sequence[str]], name: str) -> str | None:
-    """The task of a class; empty for a plain model, None for one that may score rows."""
+    """Return the task of a class; empty for a plain model, None if it may score rows."""
 
     def is_among(task: str) -> bool:
         return name in classes.get(f"MODEL_FOR_{task}_MAPPING_NAMES", ())
@@ -85,7 +85,7 @@ def _task(classes: Mapping[str, Sequence[str]], name: str) -> str | None:
 
 
 def _way_on(task: str, classifiers: Sequence[str], folder: Path | None) -> str:
-    """The hint: data for what the model does, or a head for the data."""
+    """Return the hint: other data for this model, or a head for this data."""
     hints = []
     if task == "CAUSAL_LM":
         hints.append('leave --label out, and give .jsonl with "text", or "prompt" and "completion"')

@@ -1,4 +1,4 @@
-"""The facts of a run: model, data and settings, so that no other run goes on from its state.
+"""The facts of a run (model, data, settings), which a resumed state must share.
 
 Facts are JSON, two levels deep: part → what → a short text or number. Of weights that are not
 trained both ends of each tensor count, as in `lora_fx.checkpoint.provenance`; of data every byte.
@@ -38,7 +38,7 @@ def facts_of(
     optimizer: Optimizer,
     processes: int,
 ) -> Facts:
-    """The facts of a run, before or after any step of it."""
+    """Return the facts of a run, which are the same before and after any step."""
     settings = asdict(optimizer.settings)
     del settings["epochs"]
     return {
@@ -55,7 +55,7 @@ def facts_of(
 
 
 def _model(model: AdaptedModule) -> dict[str, Any]:
-    """The facts of a model: its updates, what is trained, and what is not."""
+    """Return the facts of a model: its updates, trained tensors, graph and frozen weights."""
     facts: dict[str, Any] = {}
     for key, update in model.updates.items():
         rank, alpha = asked(update)
@@ -75,7 +75,7 @@ def _model(model: AdaptedModule) -> dict[str, Any]:
 
 
 def differences(state: Named, run: Facts) -> list[str]:
-    """Differences between a state's facts and a run's, in words; most telling first."""
+    """Return the differences between a state's facts and a run's, in words."""
     lines = []
     for part, facts in run.items():
         state_facts = state.get(part)
@@ -90,7 +90,7 @@ def differences(state: Named, run: Facts) -> list[str]:
 
 
 def _difference(state: Any, run: Any) -> str:
-    """Two facts in words; of two hashes only that they differ."""
+    """Return two facts in words; for two hashes, only say that they differ."""
     if isinstance(state, str) and isinstance(run, str) and len(state) == len(run) == 64:
         return "another"
     before, now = ("none" if fact is None else str(fact) for fact in (state, run))
@@ -98,7 +98,7 @@ def _difference(state: Any, run: Any) -> str:
 
 
 def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
-    """Digests, by sha256, of what every process of a run must have in common, by names in words."""
+    """Return sha256 digests, by name, of what all processes of a run must have in common."""
     trained = [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
@@ -108,13 +108,13 @@ def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
 
 
 def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash of both ends of each tensor."""
+    """Return a hash of the first and last elements of each tensor."""
     samples = ((name, tuple(tensor.shape), both_ends(tensor)) for name, tensor in tensors)
     return str(fingerprint(samples)["sample"])
 
 
 def _data(data: Table | Buckets | None) -> str:
-    """Number of examples and a hash of every byte, by column."""
+    """Return the number of examples and a hash of every byte, by column."""
     if data is None:
         return "none"
     content = hashlib.sha256(json.dumps([data.label]).encode())
@@ -128,7 +128,7 @@ def _data(data: Table | Buckets | None) -> str:
 
 
 def _function(function: Loss) -> str:
-    """A function's name and a hash of its text."""
+    """Return a function's name and a hash of its source."""
     name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
     try:
         text = inspect.getsource(function)

@@ -1,7 +1,7 @@
-"""Dropout by an input, seed.
+"""Dropout that an input, the seed, determines.
 
-What is dropped depends on it, on the place and on which dropout it is, by whole numbers below a
-prime, so that torch and every runtime drop the same.
+The dropped elements depend on the seed, on the position and on the dropout, by integers below a
+prime, so that torch and every runtime drop the same elements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PRIME = 2**31 - 1
 
 
 def seed_dropouts(graph: fx.Graph) -> bool:
-    """Let the dropouts of a graph draw by an input; False where it has none."""
+    """Make the dropouts of a graph depend on a new input, the seed; False if there are none."""
     dropouts = [node for node in graph.nodes if _drops(node)]
     if not dropouts:
         return False
@@ -38,7 +38,7 @@ def seed_dropouts(graph: fx.Graph) -> bool:
 
 
 def _seed_attention(node: fx.Node, seed: fx.Node, which: int) -> None:
-    """Let an attention that drops weights draw by an input."""
+    """Make the dropout of an attention's weights depend on the seed."""
     mask = argument(node, "attn_mask")
     p = argument(node, "dropout_p")
     named = {name: argument(node, name) for name in ("is_causal", "scale", "enable_gqa")}
@@ -55,7 +55,7 @@ def _drops(node: fx.Node) -> bool:
 
 
 def dropped(x: Tensor, p: float, seed: Tensor, which: int) -> Tensor:
-    """Dropout of x: a share p of it is zero, the rest is divided by 1 − p."""
+    """Drop a share p of x, by the seed; divide the rest by 1 − p."""
     place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
     salt = (seed % PRIME * 48271 + which * 69621 + 1) % PRIME
     number = (place % PRIME * 16807 + salt) % PRIME
@@ -74,7 +74,7 @@ def attention_with_dropout(
     which: int,
     **named: Any,
 ) -> Tensor:
-    """Attention whose weights are dropped."""
+    """Compute attention with dropout of its weights, by the seed."""
     if named.get("enable_gqa"):
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)

@@ -1,4 +1,4 @@
-"""Settings of a run, and where it keeps its state."""
+"""The settings of a run, and the folder of its saved state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of `fit`. `steps` overrides `epochs`; validation runs `checks` times.
+    """The settings of `fit`; `steps` overrides `epochs`, and validation runs `checks` times.
 
     Args:
         epochs: Passes over the training data.
@@ -49,7 +49,7 @@ class Settings:
     optimizer: str = "adamw_torch"
 
     def __post_init__(self) -> None:
-        """Refuse a name that is not known."""
+        """Raise for an unknown schedule or optimizer."""
         _expect("schedule", self.schedule, list(SCHEDULES))
         _expect("optimizer", self.optimizer, list(OPTIMIZERS))
 
@@ -61,7 +61,7 @@ def _expect(kind: str, name: str, names: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Saving:
-    """The folder where a run keeps its state, and the state that it resumes.
+    """The folder in which a run saves its state, and the state that the run resumes.
 
     Args:
         folder: The folder that is written, and replaced; None for none.

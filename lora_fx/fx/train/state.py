@@ -1,4 +1,4 @@
-"""Save how far a run is, and resume another run from this state.
+"""The saved state of a run, from which another run resumes.
 
 A state is all that a later run needs to go on as if nothing had happened:
 
@@ -61,23 +61,23 @@ class Trail:
 
 
 COUNTS = ("step", "epoch", "at", "waited")
-"""The numbers of a Trail, by which a state has them too."""
+"""The numbers of a Trail that a state stores under the same names."""
 
 
 def snapshot(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """A copy of what is trained."""
+    """Copy the trained tensors."""
     return {name: parameter.detach().clone() for name, parameter in optimizer.named.items()}
 
 
 @torch.no_grad()
 def set_trained(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
-    """Set what is trained."""
+    """Write values into the trained tensors."""
     for name, parameter in optimizer.named.items():
         parameter.copy_(values[name])
 
 
 def save(to: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes) -> None:
-    """Write the state of a run; every process calls it, the first one writes.
+    """Write the state of a run; every process calls this, and the first one writes.
 
     States beyond the limit are removed, the oldest first, when the new one is on disk.
 
@@ -106,7 +106,7 @@ def save(to: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Pr
 
 
 def _random_state(optimizer: Optimizer) -> torch.Tensor:
-    """Torch's random numbers in this process: the CPU's, then the GPU's."""
+    """Return the states of torch's random generators in this process: CPU, then GPU."""
     device = optimizer.trained[0].device
     states = [torch.get_rng_state()]
     if device.type == "cuda":
@@ -115,7 +115,7 @@ def _random_state(optimizer: Optimizer) -> torch.Tensor:
 
 
 def _words_of(trail: Trail, optimizer: Optimizer, facts: Facts) -> dict[str, Any]:
-    """The part of a state that is JSON."""
+    """Return the part of a state that is stored as JSON."""
     report = trail.report
     return {
         **{name: getattr(trail, name) for name in COUNTS},
@@ -132,7 +132,7 @@ def _words_of(trail: Trail, optimizer: Optimizer, facts: Facts) -> dict[str, Any
 def _tensors_of(
     trail: Trail, optimizer: Optimizer, random_states: Sequence[torch.Tensor]
 ) -> dict[str, Array]:
-    """The part of a state that is tensors."""
+    """Return the part of a state that is stored as tensors."""
     tensors: dict[str, Array] = {"losses": np.array(trail.report.losses, np.float64)}
     for rank, state in enumerate(random_states):
         tensors[f"rng/{rank}"] = to_numpy(state)
@@ -146,7 +146,7 @@ def _tensors_of(
 
 
 def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> Trail:
-    """Set a run to a state, random numbers too.
+    """Set a run to a saved state, with its random generators; return the progress.
 
     Raises:
         LoraFxError: There is no state, it is damaged, or it is of another model, other data or
@@ -194,7 +194,7 @@ def _refuse_other_run(folder: str, state: object, run: Facts) -> None:
 
 
 def _set_random_state(optimizer: Optimizer, state: torch.Tensor) -> None:
-    """Set torch's random numbers in this process, as _random_state gives them."""
+    """Set the states of torch's random generators, as _random_state returned them."""
     cpu_size = torch.get_rng_state().numel()
     torch.set_rng_state(state[:cpu_size])
     device = optimizer.trained[0].device
@@ -203,7 +203,7 @@ def _set_random_state(optimizer: Optimizer, state: torch.Tensor) -> None:
 
 
 def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimizer) -> Trail:
-    """The progress of the run of a state; trained tensors keep their current values.
+    """Read the progress of a state's run; the trained tensors are not changed.
 
     Raises:
         LookupError, TypeError, ValueError: The state is damaged.
@@ -229,7 +229,7 @@ def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimize
 
 
 def _like(name: str, like: torch.Tensor, tensors: dict[str, Array], where: str) -> torch.Tensor:
-    """A tensor of a state, which has the shape and the dtype of another, on its device."""
+    """Return a tensor of a state, checked for the shape and dtype of `like`, on its device."""
     tensor = _tensor(name, tensors, where)
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise LoraFxError(

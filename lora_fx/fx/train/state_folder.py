@@ -1,4 +1,4 @@
-"""A run's state on disk: a folder of state.json and state.safetensors, replaced as a whole.
+"""The folder of a run's state: state.json and state.safetensors, replaced together.
 
 Numbers that JSON would round are tensors; floats in JSON are written so that they come back the
 same. Nothing is unpickled.
@@ -24,7 +24,7 @@ STEP = re.compile(r"checkpoint-\d+")
 
 
 def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | None = None) -> None:
-    """Refuse, before any work, a folder that no state can be written to.
+    """Raise, before any work, for a folder that no state can be written to.
 
     Args:
         folder: To be made.
@@ -49,7 +49,7 @@ def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | No
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The states in a folder of several, the oldest first."""
+    """Return the states in a folder of checkpoints, the oldest first."""
     states = [
         path for path in folder.glob("*") if STEP.fullmatch(path.name) and (path / WORDS).is_file()
     ]
@@ -57,7 +57,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(folder: str) -> int | None:
-    """The step of a state; None where there is none."""
+    """Return the step of a state; None if there is no state."""
     try:
         return int(read_folder(folder)[0]["step"])
     except (LoraFxError, LookupError, TypeError, ValueError):
@@ -65,7 +65,7 @@ def step_of(folder: str) -> int | None:
 
 
 def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """A state's JSON and tensors; the last one's of a folder of several.
+    """Read a state's JSON and tensors; of several states in a folder, the last.
 
     Raises:
         LoraFxError: There is none, or it is damaged or of another version.

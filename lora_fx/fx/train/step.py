@@ -1,4 +1,4 @@
-"""One training step as a graph: the loss, its gradients, and what the optimizer makes of them.
+"""One training step as a graph: the loss, its gradients, and the optimizer's update.
 
     batch, labels, lr, t, A, B, m, v   →   loss, A', B', m', v'
 
@@ -67,7 +67,7 @@ class _Operands:
     moments: list[list[Tensor]]
 
     def fields(self) -> tuple[Any, ...]:
-        """All of them, in the order in which the file has them."""
+        """Return all operands, in the order of the file."""
         return self.frozen, self.batch, self.labels, self.numbers, self.matrices, self.moments
 
 
@@ -80,7 +80,7 @@ def step_of(
     *,
     repeat: bool,
 ) -> Any:
-    """Trace a step of a train graph whose scales are in B, as an onnx_ir.Model.
+    """Trace a step of a train graph, whose B contain the scales, as an onnx_ir.Model.
 
     Args:
         graph: The train program.
@@ -130,19 +130,19 @@ def step_of(
 
 
 def _tensors_read(flat: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors that a graph reads, by their names in the module."""
+    """Return the tensors that a graph reads, by their names in the module."""
     names = [str(node.target) for node in flat.graph.find_nodes(op="get_attr")]
     return {name: operator.attrgetter(name)(flat) for name in names}
 
 
 def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name → the first name of the same tensor: a tied one is one."""
+    """Return the first name of each tensor by any name, so that a tied tensor has one."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
 
 
 def _fakes_of(graph: fx.Graph) -> FakeTensorMode:
-    """The mode of a graph's inputs, or a new one."""
+    """Return the fake mode of a graph's inputs, or a new one."""
     inputs = graph.find_nodes(op="placeholder")
     fakes = detect_fake_mode([value(node) for node in inputs])
     if fakes is None:  # a loss may hold tensors that have values
@@ -184,7 +184,7 @@ def _step(
     frozen_names: Sequence[str],
     tree: TreeSpec,
 ) -> Callable[..., tuple[Any, ...]]:
-    """The step as a function of the leaves of its operands.
+    """Return the step as a function of the leaves of its operands.
 
     Args:
         graph: The train program.
@@ -228,7 +228,7 @@ def _traced(
     fakes: FakeTensorMode,
     free: contextlib.AbstractContextManager[None],
 ) -> fx.GraphModule:
-    """The step as a graph of operators that the exporter has."""
+    """Trace the step to a graph of operators that the exporter can translate."""
     table: Table = {**decompositions(OPSET), **OWN}
     unfused = torch.backends.mkldnn.flags(enabled=False)  # a fused LSTM has no other form
     attention_apart = sdpa_kernel(SDPBackend.MATH)
@@ -256,7 +256,7 @@ def _traced(
 def _names(
     graph: TrainGraph, slots: Sequence[Slot], update: Update, *, has_labels: bool
 ) -> tuple[list[str], list[str]]:
-    """The names of a step's inputs and outputs in the file."""
+    """Return the names of a step's inputs and outputs in the file."""
     trained = [slot.name for slot in slots if slot.trained]
     states = STATES[update.optimizer]
     inputs = list(graph.names)
@@ -277,7 +277,7 @@ def _names(
 def _place_constants(
     module: fx.GraphModule, before: fx.Node, fakes: FakeTensorMode
 ) -> dict[str, Tensor]:
-    """Make inputs of the tensors that a loss holds, such as weights of classes, before a node.
+    """Turn tensors that a loss holds, such as class weights, into inputs before a node.
 
     Returns them by the names that they have in the file.
     """
@@ -299,14 +299,14 @@ def _place_constants(
 
 
 class _OnTensors(OverTensors):
-    """A graph run on tensors by name, by ops that have a gradient."""
+    """An interpreter over tensors by name that uses ops with a gradient."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(DIFFERENTIABLE.get(target, target), args, kwargs)
 
 
 def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
-    """The fake tensor of an input: as the capture saw it, or of the sizes of its value."""
+    """Return the fake tensor of an input: the captured one, or one of the value's sizes."""
     if getattr(val, "fake_mode", None) is fakes:
         return val  # type: ignore[no-any-return]
     return fakes.from_tensor(val, static_shapes=True)

@@ -1,4 +1,4 @@
-"""Optimizers of torch by transformers' names."""
+"""The optimizers of torch by the names that transformers uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from lora_fx.text import Json
 
 OptimizerRow = tuple[Callable[..., torch.optim.Optimizer], Json, tuple[str, ...]]
-"""A class of torch, its arguments, and what it holds of a tensor; `step` is a number."""
+"""A torch class, its arguments, and its states for a tensor, of which `step` is a number."""
 
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
@@ -19,4 +19,4 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "rmsprop": (torch.optim.RMSprop, {}, ("square_avg", "step")),
     "adagrad": (torch.optim.Adagrad, {}, ("sum", "step")),
 }
-"""Optimizers by transformers' names, with the values that its Trainer gives them."""
+"""The optimizers by transformers' names, with the settings of its Trainer."""

@@ -26,7 +26,7 @@ from lora_fx.patching import patched
 
 @dataclass(frozen=True)
 class TrainGraph:
-    """The train program of a module as a flat graph of tensors, and the loss of what it gives.
+    """The train program of a module as a flat graph of tensors, with the loss of its outputs.
 
     Attributes:
         module: The module that holds the tensors.
@@ -47,7 +47,7 @@ class TrainGraph:
     seeded: bool
 
     def loss(self, run: fx.Interpreter, inputs: Sequence[Any], labels: Any) -> Tensor:
-        """The loss of a run, with its graph."""
+        """Run the graph and return the loss, with its autograd graph."""
         out = run.run(*inputs, enable_io_processing=False)
         return self.compute(tree_unflatten(list(out), self.traced.out_spec), labels)
 
@@ -60,7 +60,7 @@ def train_graph(
     *,
     unit: bool = False,
 ) -> TrainGraph:
-    """The train program for a call.
+    """Make the train program for a call.
 
     Args:
         module: The module that insert returned.

@@ -1,4 +1,4 @@
-"""The report of a run: losses by step, what was kept, and a verdict in one line."""
+"""The report of a run: losses by step, the kept step, and a verdict in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.text import Json, short
 
 @dataclass
 class TrainReport:
-    """Losses by step, and what was kept: the adapter in the model is that of `best_step`.
+    """The losses of a run by step, and the kept step: the model's adapter is of `best_step`.
 
     `before` is the validation loss before the first step, None without validation.
     `stopped` is the step at which patience ended the run, or None where it went to its end.
@@ -30,14 +30,14 @@ class TrainReport:
 
     @property
     def verdict(self) -> str:
-        """Whether the validation loss rose, in one line that names the step that was kept."""
+        """One line that says whether the validation loss rose, and which step was kept."""
         line = verdict(self.validation, self.best_step)
         if self.stopped is None:
             return line
         return f"{line}; patience ended at step {self.stopped}"
 
     def __str__(self) -> str:
-        """The step that was kept, the step at which the run was resumed, and the verdict."""
+        """Return the kept step, the step of a resume, and the verdict."""
         best = self.validation.get(self.best_step)
         text = f"kept step {self.best_step} of {len(self.losses)}"
         if best is not None:
@@ -47,7 +47,7 @@ class TrainReport:
         return f"{text}\n{self.verdict}"
 
     def to_json(self) -> Json:
-        """The fields of report files."""
+        """Return the fields of report files."""
         validation = {str(step): round(loss, 6) for step, loss in self.validation.items()}
         return {
             "losses": [round(loss, 6) for loss in self.losses],
@@ -60,7 +60,7 @@ class TrainReport:
         }
 
     def to_csv(self) -> str:
-        """A line of step, loss and validation for every step; step 0 is before the first one."""
+        """Return a line of step, loss and validation for each step; step 0 is before the first."""
         validation = {0: self.before, **self.validation}
         lines = [CURVE]
         if validation[0] is not None:
@@ -71,7 +71,7 @@ class TrainReport:
 
 
 def verdict(validation: Mapping[int, float], kept: int) -> str:
-    """One line on overfitting.
+    """Return one line on overfitting.
 
     Args:
         validation: Step → loss, in the order of the steps.
@@ -95,7 +95,7 @@ def verdict(validation: Mapping[int, float], kept: int) -> str:
 
 
 def _change(old: float, new: float) -> str:
-    """The size of a change in per cent; as a number where the old value is not above zero."""
+    """Return a change in per cent; as a number if the old value is not above zero."""
     if old <= 0:
         return f"{abs(new - old):.3g}"
     share = 100 * abs(new - old) / old
