@@ -49,7 +49,7 @@ class Beside(contextlib.ExitStack):
         return inode_of(self.target) == main_inode
 
     def token(self, target: Path) -> str:
-        """The token of an output's temporary folder: the main one's, where it lies beside it."""
+        """Return the token of an output's temporary folder: the main one's if in one folder."""
         if self.temporary is None:
             return secrets.token_hex(4)
         main_holder = self.temporary.parent

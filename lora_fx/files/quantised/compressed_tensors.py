@@ -33,7 +33,7 @@ INTEGERS = ("int8", "int32", "int64")
 
 
 def altered(config: JsonView) -> str:
-    """Why a quantization_config stores other weights than the model's; empty if it does not."""
+    """Return why a quantization_config's weights are not the model's; empty if they are."""
     for name in ("transform_config", "sparsity_config"):
         if config.get(name):
             return f"config.json has a {name}, so the stored weights are not the model's weights"
