@@ -88,7 +88,7 @@ class Found:
 
     @property
     def flops(self) -> dict[str, int]:
-        """FLOPs of one forward that targets reach, that no branch does, and between activations."""
+        """FLOPs of one forward: of targets, refused and unreached weights, and pure activations."""
         return {
             "reached": sum(target.flops for target in self.targets),
             "refused": sum(refusal.flops for refusal in self.refusals),
