@@ -182,7 +182,7 @@ class Found:
         )
 
     def _refusal_lines(self) -> list[str]:
-        """Lines on refusals: one for all that take branches, and one for each reason of others."""
+        """Lines on refusals: one for weights with branches, then one for each other reason."""
         lines = []
         only_branches = []
         refused = []

@@ -136,7 +136,7 @@ class _Writer:
         return bool(in_out) and all(in_out)
 
     def _set_start(self) -> None:
-        """Set how training started, where that changed the base; embeddings keep theirs."""
+        """Set the config's init if it changed the base of linear layers; skip embeddings."""
         starts = {
             key: self.updates[key].mutated
             for key, form in self.peft_forms.items()
