@@ -98,7 +98,7 @@ FILL = 100.0
 def fills(ours: Array, theirs: Array) -> Array:
     """Return where both arrays have the fill value of a mask.
 
-    It is the same in both, and far beyond all that differs: beside it no difference is seen.
+    The fill value is the same in both, and far larger than all values that differ.
     """
     if ours.shape != theirs.shape:
         return np.zeros(theirs.shape, bool)
@@ -267,9 +267,9 @@ def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bo
 class Choice:
     """Integers or booleans that a run chose, and the floats by name that it chose among.
 
-    One of another run is the same choice where these floats are the same but for rounding, and
-    where what it chose differs only among numbers that are as near one another. Floats that are
-    constants of one run may be missing there.
+    A choice of another run is the same choice if its floats are equal up to rounding, and if the
+    chosen values differ only among numbers that are equal up to that rounding. Floats that are
+    constants in one run may be missing there.
     """
 
     value: Array
@@ -302,7 +302,7 @@ class Choice:
     def lists_boxes(self) -> bool:
         """Whether this is ONNX's list of kept boxes, for one image and class.
 
-        That is [kept, 3], image, class and box, of boxes [1, n, 4] and scores [1, 1, n].
+        The list is [kept, 3] (image, class, box), for boxes [1, n, 4] and scores [1, 1, n].
         """
         shapes = [values.shape for values in self.among.values()]
         if self.value.ndim != 2 or self.value.shape[1] != 3 or len(shapes) != 2:
@@ -417,9 +417,9 @@ def wide_gate(
 ) -> Gate:
     """Return the gate of a float32 output.
 
-    One whose largest number is tiny, as the end of a sigmoid is, may differ by SMALLEST, which is
-    more than the ceiling beside it. A quarter of the adapter's effect keeps that from hiding a lost
-    or a wrong fold.
+    An output whose largest number is tiny, such as the tail of a sigmoid, may differ by SMALLEST,
+    which is above its ceiling. A limit of a quarter of the adapter's effect keeps that from hiding
+    a lost or a wrong fold.
     """
     top = largest(expected)
     most = SMALLEST / top if top else 0.0

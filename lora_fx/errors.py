@@ -337,7 +337,7 @@ def explained(
 ) -> Iterator[None]:
     """A block whose OSErrors become LoraFxErrors.
 
-    They name their own file, or `path` where they have none.
+    Each error names its own file, or `path` if it has none.
 
     Args:
         path: The file or folder that is worked on.

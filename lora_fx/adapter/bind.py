@@ -19,11 +19,11 @@ from lora_fx.targets.target import Target, check_disjoint
 from lora_fx.text import Json, JsonView, near, some
 
 OTHER_READERS = "other_readers"
-"""The metadata field that lists other operations (no matmuls) that read an updated tensor."""
+"""The metadata field that lists operations that read an updated tensor without the update."""
 
 
 def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
-    """Return the adapter's metadata with the other operations that read its updated tensors.
+    """Return the adapter's metadata with the operations that read tensors without the updates.
 
     Args:
         found: The model's targets; targets of a checkpoint, whose readers nobody knows, change

@@ -355,7 +355,7 @@ LAYOUTS = {
     "sglang": ExpertLayout(apart=True, split=True, server="sglang"),
     "sglang-3d": ExpertLayout(split=True, server="sglang"),
 }
-"""The layouts by their `convert --format` names; every other format is a PEFT file."""
+"""The layouts by their `convert --format` names; in all other respects they are PEFT files."""
 
 
 def laid(

@@ -104,7 +104,7 @@ def _possible_names(module: str, lows: Updates) -> set[str]:
 
 
 def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]:
-    """Return every assignment of parameters to the updates, and one axis order, that fits."""
+    """Yield every assignment of parameters to the updates, and one axis order, that fits."""
     for names in permutations(sorted(_possible_names(module, lows)), len(lows)):
         if not _keeps_known_names(lows, names):
             continue

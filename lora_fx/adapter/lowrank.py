@@ -67,7 +67,7 @@ class LowRank:
     def __setstate__(self, state: Mapping[str, object]) -> None:
         """Restore a pickle; an old one lacks `variant_tensors` and has QA-LoRA's group as a field.
 
-        One that is older than `origin` has its facts as fields.
+        A pickle from before `origin` has the facts of `origin` as fields.
         """
         fields: dict[str, Any] = dict(state)
         group = fields.pop("group", 0)
@@ -93,7 +93,7 @@ class LowRank:
     @property
     @np.errstate(over="ignore", invalid="ignore")
     def norm(self) -> float:
-        """Return ‖s·BA‖ in Frobenius norm without forming BA: its square is s² Σ (AAᵀ ∘ BᵀB)."""
+        """‖s·BA‖ in Frobenius norm, without forming BA: its square is s² Σ (AAᵀ ∘ BᵀB)."""
         a = self.a.astype(np.float64)
         b = self.b.astype(np.float64)
         a_gram = a @ np.swapaxes(a, -1, -2)

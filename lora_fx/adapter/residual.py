@@ -93,7 +93,7 @@ def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
 def start_of_weight(weight: Array, rank: int, start: str, where: str = "") -> tuple[Array, Array]:
     """Return the part's factors [out, rank] and [rank, in] in fp64; for OLoRA without the factor s.
 
-    One side is orthonormal: the left one of OLoRA, that of the smaller side of the others.
+    One factor is orthonormal: the left one for OLoRA, else the one of the smaller side.
 
     Args:
         weight: W [out, in] in fp64.

@@ -1,4 +1,4 @@
-"""Recognise the base of an adapter by a sample of the weights that the adapter changes.
+"""The recognition of an adapter's base by a sample of the weights that the adapter changes.
 
 metadata["base"] of an adapter is {"version", "dtype", "names", "sample"}. `sample` is the sha256
 over the parameters of all low-rank keys, in the order of their `names`: name, shape, and the

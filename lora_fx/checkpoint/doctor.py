@@ -189,7 +189,7 @@ def _report(
 def _merge_findings(
     pair: Pair, findings: Sequence[Finding], plan: MergePlan | LoraFxError
 ) -> Iterator[Finding]:
-    """Return the reasons why merge refuses the pair, now or after the other findings are fixed."""
+    """Yield the reasons why merge refuses the pair, now or after the other findings are fixed."""
     errors = [
         finding for finding in findings if finding.severity == ERROR and finding.check not in VALUES
     ]

@@ -342,7 +342,7 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
 def _notes(
     rows: Sequence[Extracted], tensor_uses: Mapping[str, TensorUse], left_out: Sequence[str]
 ) -> Iterator[str]:
-    """Return notes on updates that keep little of Δ, on tied tables and on vectors left out."""
+    """Yield notes on updates that keep little of Δ, on tied tables and on vectors left out."""
     for row in rows:
         share = 1 - row.relative**2
         if not row.enough:

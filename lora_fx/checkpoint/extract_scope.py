@@ -1,4 +1,4 @@
-"""Choose the tensors of two checkpoints to compare, and refuse those that do not fit."""
+"""The choice of tensors to compare in two checkpoints, and the refusal of unfit ones."""
 
 from __future__ import annotations
 

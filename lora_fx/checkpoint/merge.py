@@ -1,4 +1,4 @@
-"""merge: fold adapters into a checkpoint tensor by tensor, and check the result before renaming it.
+"""merge: stream a checkpoint with adapters folded in, and check the output before its final name.
 
 W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything else byte for byte.
 """

@@ -37,7 +37,7 @@ _WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 _OTHER_ENDINGS = (".bin", ".onnx")
-"""Suffixes removed from names besides those of formats; a version (llama-3.2) is no suffix."""
+"""Suffixes removed from names, in addition to suffixes of formats (llama-3.2 has none)."""
 
 
 @dataclass(frozen=True)

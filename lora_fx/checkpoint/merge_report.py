@@ -35,7 +35,7 @@ def report_of(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Repo
 
 
 def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[str]:
-    """Return warnings on tensors whose dtype or codes keep too little of their updates."""
+    """Yield warnings on tensors whose dtype or codes keep too little of their updates."""
     rounded: list[str] = []
     int8: list[str] = []
     requantised: list[str] = []
@@ -62,7 +62,7 @@ def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[
 
 
 def _output_warnings(plan: MergePlan) -> Iterator[str]:
-    """Return warnings on unexpected facts about the output's files and config."""
+    """Yield warnings on unexpected facts about the output's files and config."""
     if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
         yield f"{plan.base.path}: its weights are pickles; the output's weights are safetensors"
     _, not_copied = plan.base.companions()

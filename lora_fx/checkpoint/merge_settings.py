@@ -101,4 +101,4 @@ class MergeOptions:
 
 
 LENIENT = MergeOptions(untie=True, again=True, any_base=True, other_readers=True)
-"""Options for a merge that is only planned; they accept everything that an option can accept."""
+"""Options for a merge that is only planned, with four refusals turned off."""

@@ -41,7 +41,7 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return len(self.head) + sum(slot.stop - slot.start for slot in self.slots)
 
 

@@ -48,7 +48,7 @@ ROWS = 4
 def prove(
     plan: MergePlan, out: Checkpoint, *, rows: int | None = ROWS, threads: int = 1
 ) -> Iterator[Difference]:
-    """Return the differences between a merged checkpoint and its plan.
+    """Yield the differences between a merged checkpoint and its plan.
 
     Args:
         plan: The plan of the merge.
@@ -141,7 +141,7 @@ def _recomputed(
 
 
 def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]]:
-    """Return the ranges of rows to recompute: all, or some single rows, the same in every run."""
+    """Yield the ranges of rows to recompute: all, or some single rows, the same in every run."""
     assert change.fold is not None
     matrix = change.fold.matrix
     if rows is None or rows >= matrix.rows:

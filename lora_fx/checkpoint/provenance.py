@@ -80,7 +80,7 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def _hashed(entry: Entry) -> Iterator[tuple[str, Any]]:
-    """Return the fields of an update that go into its adapter's hash, in order."""
+    """Yield the fields of an update that go into its adapter's hash, in order."""
     for name in _HASHED[type(entry)]:
         yield name, getattr(entry, name)
     if isinstance(entry, LowRank):

@@ -104,7 +104,7 @@ class _Assigned:
 def _assigned(records: Sequence[JsonView], adapters: Sequence[WeightedAdapter]) -> _Assigned:
     """Assign adapters to the recorded merges by their hashes.
 
-    One that is recorded several times and given once is the one of all these records.
+    An adapter that is recorded several times and given once is used for all these records.
     """
     stages: list[list[WeightedAdapter]] = [[] for _ in records]
     recorded: list[Recorded] = []

@@ -28,7 +28,7 @@ from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Region
 
 BLOCK = 1 << 19
-"""Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock
+"""The elements of a block. Fewer fit a core's cache better, but threads then wait for Python's lock
 after every few microseconds: with 2¹⁶ two threads were no faster than one."""
 
 
@@ -233,7 +233,7 @@ def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
 
 
 def _cast(change: Change, dtype: Floating) -> Change:
-    """A change with all of its arrays cast to `dtype`, without copies where possible."""
+    """Return a change with all its arrays cast to `dtype`, without copies if possible."""
     arrays: dict[str, Any] = {}
     for name, value in vars(change).items():
         if isinstance(value, np.ndarray):

@@ -82,7 +82,7 @@ class Renaming:
         return self.prefix.back(name)
 
     def tellers(self, names: Iterable[str]) -> tuple[bool, bool]:
-        """Whether an adapter has names that only the file has, and that only the model has."""
+        """Return (has names only of the file, has names only of the model) for an adapter."""
         prefixed = [self.prefixed(name) for name in names]
         names_file = any(name in self._model_names for name in prefixed)
         names_model = any(name in self.loaded for name in prefixed)

@@ -107,7 +107,7 @@ def by_other_stacks(kind: WeightKind, evidence: Evidence) -> bool | None:
 def by_same_part(name: str, kind: WeightKind, evidence: Evidence) -> bool | None:
     """Return the order of the matrices in one part of the model; None as in `by_same_kind`.
 
-    Those with names of Conv1D layers tell nothing of the others, and the other way round.
+    Matrices with names of Conv1D layers are no evidence for other matrices, and vice versa.
     """
     has_conv1d_name = is_conv1d_name(name)
 

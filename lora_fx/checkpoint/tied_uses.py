@@ -87,9 +87,9 @@ def tie_and_names(base: Checkpoint, keys: Iterable[str]) -> tuple[Tie | None, Te
 def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -> None:
     """Raise if an update is for one use of a tensor that may be both table and head.
 
-    That is a table of all tokens of a model that generates and stores no head, or stores the table
-    more than once, under names that are not known here; or a head beside which nothing else has
-    a row for every token.
+    Such a tensor is the token table of a generating model, under unknown names, if the model
+    stores no head or stores the table more than once; or a head, if no other tensor has a row for
+    every token.
     """
     config = base.config()
     is_untied = says_tied(config) is False

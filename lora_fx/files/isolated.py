@@ -1,7 +1,7 @@
 """Subprocesses of lora-fx, which import nothing from the current folder.
 
-That may be a folder of somebody else's files, with a click.py in it. Without -P Python makes it the
-first place of imports, and with -P an empty entry of PYTHONPATH still stands for it.
+The current folder may hold somebody else's files, such as a click.py. Without -P Python imports
+from it first, and even with -P an empty entry of PYTHONPATH means the current folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 PYTHON = (sys.executable, "-P")
-"""The command that starts Python for a subprocess, without its arguments."""
+"""The start of a subprocess command: Python without the current folder in its import path."""
 
 
 def environment() -> dict[str, str]:

@@ -75,7 +75,7 @@ def _acquire(lock: Path, target: Path) -> int | None:
 
 @contextlib.contextmanager
 def _marked(lock: Path, target: Path) -> Iterator[None]:
-    """Lock without flock: create the file and write the host and the process into it."""
+    """A block that holds the lock without flock: a file that names the host and the process."""
     from filelock import SoftFileLock, Timeout
 
     marker = SoftFileLock(lock, timeout=0)

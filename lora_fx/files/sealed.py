@@ -124,7 +124,7 @@ class _Sealed(Boundary):
 
     @functools.cached_property
     def _libraries(self) -> frozenset[str]:
-        """Return the folders of installed libraries and their data."""
+        """The folders of installed libraries and their data."""
         places = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path} - {""}
         for name, module in list(sys.modules.items()):
             if "." not in name and hasattr(module, "__path__"):  # installed apart from the others

@@ -57,7 +57,7 @@ def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
 
 
 def _keys_of_large_integers(value: object, key: str = "it") -> Iterator[str]:
-    """Return the keys whose values hold a whole number of more than 64 bits."""
+    """Yield the keys whose values hold a whole number of more than 64 bits."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _keys_of_large_integers(item, one_line(repr(name), 80))

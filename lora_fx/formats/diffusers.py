@@ -254,7 +254,7 @@ class _Configs:
         return alpha, variant
 
     def notes(self) -> Iterator[str]:
-        """Return notes on alpha patterns that match no module, or that several patterns match."""
+        """Yield notes on alpha patterns that match no module, or that several patterns match."""
         for pattern in self.alphas.values():
             yield from pattern.notes()
 

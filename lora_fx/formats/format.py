@@ -101,16 +101,16 @@ class Format(Protocol):
     def detect(self, seen: FileHead) -> bool:
         """Whether a file is of this format, decided from its content and never from its name.
 
-        It is asked of files with the magic, or of safetensors files where the format has none; one
-        of another package, only of files that no format of lora-fx's own knows. Two formats that
-        both say True are an error, so be strict.
+        lora-fx calls this for files with the magic, or for safetensors files if the format has no
+        magic. Formats of other packages get only files that no format of lora-fx detects. It is an
+        error if two formats return True, so be strict.
         """
         return self.magic is not None
 
     def resembles(self, seen: FileHead) -> bool:
         """Whether a file that no format detects looks like this format but is incomplete.
 
-        Then `read` gets it, and says what is missing.
+        In that case `read` is called, and its error says what is missing.
         """
         return False
 

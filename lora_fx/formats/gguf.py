@@ -331,7 +331,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
 
 
 def _one_alpha(alphas: Iterable[float]) -> float:
-    """Return the file's alpha: the most frequent nonzero one that fp32 stores exactly; else 1."""
+    """Return the file's alpha: the most frequent nonzero one in fp32's range; else 1."""
     usable = Counter(alpha for alpha in alphas if 1e-30 < abs(alpha) < 1e30)  # 0 would mean s = 1
     if not usable:
         return 1.0
@@ -353,7 +353,7 @@ def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
 
 
 def _pieces(key: str, update: LowRank, names: LlamaCppNames, file: File) -> Iterator[_Piece]:
-    """Return the pieces of llama.cpp tensors that an update makes.
+    """Yield the pieces of llama.cpp tensors that an update makes.
 
     1. The embedding and the head are tensors by themselves.
     2. A fused stack of gate and up goes into the two halves.

@@ -60,7 +60,7 @@ def entry_points() -> dict[str, EntryPoint]:
 
 
 def _points() -> Iterator[EntryPoint]:
-    """Return the entry points of the group; the first one of a package that is found repeatedly."""
+    """Yield the entry points of the group; the first one of a package that is found repeatedly."""
     from importlib import metadata  # an import of 20 ms, which few need
 
     packages = set[str]()

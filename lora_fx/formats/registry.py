@@ -110,7 +110,7 @@ class Registry(Mapping[str, Format]):
 
     @functools.cached_property
     def _imports(self) -> tuple[list[Format], list[LoraFxError]]:
-        """Return the formats of other packages, and the errors of those that cannot be imported."""
+        """The formats of other packages, and the errors of those that cannot be imported."""
         formats: list[Format] = []
         failures: list[LoraFxError] = []
         for name in self._points:
@@ -218,13 +218,13 @@ def files_of(formats: Collection[Format]) -> tuple[str, ...]:
 
 
 def pickles_of(formats: Collection[Format]) -> Iterator[str]:
-    """Return the names of the pickles that folders of these formats can have."""
+    """Yield the names of the pickles that folders of these formats can have."""
     for format in formats:
         yield from format.pickles
 
 
 def suffixes_of(formats: Collection[Format]) -> Iterator[str]:
-    """Return the file suffixes of these formats, in order."""
+    """Yield the file suffixes of these formats, in order."""
     for format in formats:
         yield from format.suffixes
 

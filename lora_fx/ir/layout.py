@@ -103,7 +103,7 @@ class Layout:
 
     @property
     def _matrix_axes(self) -> tuple[int, ...]:
-        """Return the axes of `shape` in the order [*batch, out, in]."""
+        """The axes of `shape` in the order [*batch, out, in]."""
         return self.batch + self.out + self.in_
 
     @property

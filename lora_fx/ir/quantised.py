@@ -245,7 +245,7 @@ class ZeroPoints:
     def moved(self, delta: Array) -> Array:
         """Return the zero points of W + Δ, Δ [rows, blocks], in the dtype of the scales.
 
-        They are infinite where Δ is not 0 and the scale is.
+        A zero point is infinite where the scale is 0 and Δ is not.
         """
         scale = self.scale.astype(np.float64)
         zero = self.zero.astype(np.float64)

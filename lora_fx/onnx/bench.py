@@ -1,7 +1,7 @@
 """Latency of .onnx files: interleaved sessions on the same inputs; the first file runs twice.
 
-One thread unless more are asked for, so that the process's CPU time is the model's. Every sample
-is the mean of so many runs that it lasts about 5 ms.
+The default is one thread, so that the process's CPU time is the model's. Every sample is the mean
+of several runs, which together last about 5 ms.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def unround(
 ) -> frozenset[str]:
     """Replace weights that were rounded to bfloat16 by their exact float32 values.
 
-    A weight that does not hold those numbers, as stored or transposed, is left as it is.
+    A weight is left unchanged if neither it nor its transpose is the rounding of the exact values.
 
     Args:
         model: Of a bfloat16 model, widened; edited in place.

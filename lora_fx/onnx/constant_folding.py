@@ -16,10 +16,10 @@ from lora_fx.onnx.names import FOLDED_FROM
 def unfolded(weights: Collection[str]) -> Callable[[ir.Node], bool | None]:
     """Return a rule on whether onnxscript may fold a node (None: its own rule decides).
 
-    It computes from tensors of up to 8,192 elements whatever it can, and an update of a weight
-    would miss the rows that were looked up, or the part that was cut out. So small weights stay
-    as large ones do: products, lookups and views of them are nodes, and only what is the one
-    reader of a weight may be turned.
+    onnxscript folds everything that depends on tensors of up to 8,192 elements, and an update of
+    a weight would then miss folded rows or slices. So small weights are treated as large ones:
+    their products, lookups and views stay nodes, and a weight may be transposed only for its only
+    reader.
     """
     names = set(weights)
 

@@ -31,7 +31,7 @@ MAX_NODES = 200_000
 """The most nodes of a model after its functions are inlined."""
 INLINED = 20_000
 """Nodes that inlining may make of any file, in addition to TIMES the file's own nodes. Sixteen
-functions that call each other twice are 131,070 nodes, in a file of four kilobytes."""
+functions that each call the next one twice are 131,070 nodes, in a file of four kilobytes."""
 TIMES = 20
 WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
 """Messages that are frequent and contain no tensor."""

@@ -34,7 +34,7 @@ def mask_by_infinity(model: ir.Model) -> None:
 
 
 def _masked_sum(node: ir.Node) -> Sequence[ir.Value | None]:
-    """Yield the terms of the Add in IsNaN(Softmax(Add(scores, mask))); none for other nodes."""
+    """Return the terms of the Add in IsNaN(Softmax(Add(scores, mask))); none for other nodes."""
     if node.op_type != "IsNaN":
         return ()
     softmax = made_by(node.inputs[0], "Softmax")

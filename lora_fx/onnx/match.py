@@ -90,7 +90,7 @@ def match(
 def _notes_of_derived_constants(graph: OnnxGraph, changed: Collection[str]) -> list[str]:
     """Return notes on constants that another exporter computed from a weight that changes.
 
-    Its metadata may tell; else equal rows do, of a weight that onnxscript would fold.
+    The evidence is its metadata, or equal rows in a weight that onnxscript would fold.
     """
     notes = []
     for name in graph.flow.stores:

@@ -1,8 +1,8 @@
 """The interface to private modules of onnxscript: its rules and its constant folding.
 
 Both run inside torch's exporter and inside our optimisation, and lack the options that are needed
-here. So each function gives a block in which one of their functions is replaced, and put back after
-it. onnxscript is imported on first use. Tried with onnxscript 0.7.
+here. So each function returns a block in which one function of onnxscript is replaced temporarily.
+onnxscript is imported on first use. Tried with onnxscript 0.7.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 def exact_constants() -> contextlib.AbstractContextManager[None]:
     """A block in which onnxscript's rules take a constant for 0 or 1 only if it is exactly that.
 
-    Unasked they compare to 1e-8 and to a share of 1e-5: `x / (norm + 1e-8)` would be `x / norm`,
-    which is NaN for x = 0, and a factor of 1.000005 would be lost.
+    By default the rules compare with tolerances 1e-8 (absolute) and 1e-5 (relative):
+    `x / (norm + 1e-8)` would be `x / norm`, which is NaN for x = 0, and a factor of 1.000005 would
+    be lost.
     """
     from onnxscript.rewriter import _matcher
 

@@ -110,7 +110,7 @@ class RowAdapters(OnnxEmitter):
     def _positions(self, batch: str) -> ir.Value:
         """Return the number of positions of a row, as [1].
 
-        They are counted on the tokens, else on the first input without its last axis.
+        Positions are counted in the tokens, else in the first input without its last axis.
         """
         graph_inputs = self.owner.model.graph.inputs
         inputs = [value for value in graph_inputs if value.shape and str(value.shape[0]) == batch]

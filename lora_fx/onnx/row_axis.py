@@ -82,7 +82,7 @@ Rule = Callable[[NodeRows], RowAxis | None]
 def _aligned(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
     """Return the row position in a result whose operands are aligned at their last axis.
 
-    Their batch axes have one size, so one that is exact makes the others exact.
+    The batch axes of all operands have one size, so one exact axis makes the others exact.
 
     Args:
         operands: The rows and the rank of each.

@@ -213,7 +213,7 @@ class BatchEmitter(OnnxEmitter):
         return self.call("Reshape", delta, shape, **keep_zeros(self.owner))
 
     def _scaled(self, value: ir.Value, like: ir.Value | None = None) -> ir.Value:
-        """A value [batch, …, …] times the weight of each row, in the dtype of `like` or its own."""
+        """Multiply a value [batch, …, …] by each row's weight, in the dtype of `like`, if given."""
         if self.adapters.scales is None:
             return value
         factor = self.call("Reshape", self.adapters.scales, self._ints(-1, 1, 1))

@@ -56,7 +56,7 @@ def _input(node: ort.NodeArg) -> Input:
 
 
 def feeds_of_sizes(inputs: Inputs, user_arrays: Named) -> Iterator[dict[str, Array]]:
-    """Return feeds for every size with different shapes; for one size if a user gives arrays."""
+    """Yield feeds for every size with different shapes; for one size if a user gives arrays."""
     tried_shapes: list[dict[str, tuple[int, ...]]] = []
     for size in SIZES[:1] if user_arrays else inputs.checks:
         feeds = {**inputs.sample(size), **user_arrays}

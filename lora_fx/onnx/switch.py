@@ -1,6 +1,6 @@
 """Replacement of insert's factors by the factors of a switchable graph.
 
-They are inputs with defaults, or initialisers of a fixed rank.
+The new factors are inputs with defaults, or initialisers of a fixed rank.
 """
 
 from __future__ import annotations

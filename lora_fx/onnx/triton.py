@@ -43,7 +43,7 @@ class Repository:
 
     @property
     def home(self) -> Path:
-        """DIR/NAME."""
+        """The folder DIR/NAME."""
         return self.folder / self.name
 
     def existing(self) -> Config | None:
@@ -211,7 +211,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _versions(home: Path) -> Iterator[int]:
-    """Return the version numbers of folders; the server reads leading digits, `2b` as 2."""
+    """Yield the version numbers of folders; the server reads leading digits, `2b` as 2."""
     for path in home.iterdir():
         digits = re.match(r"\d+", path.name)
         if digits and path.is_dir():

@@ -21,7 +21,7 @@ class Fact(NamedTuple):
 
 
 def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
-    """Return the numbers of the strip, the most important first."""
+    """Yield the numbers of the strip, the most important first."""
     if isinstance(result.get("tensors"), int):
         unequal = result["tensors"] - result["equal"]
         yield Fact("Tensors that differ", number(unequal), "", unequal == 0)
@@ -61,7 +61,7 @@ def _ranks_text(rows: list[Row]) -> str:
 
 
 def _sizes(result: JsonView) -> Iterator[Fact]:
-    """Return the numbers of what is trained, adapted and written."""
+    """Yield the numbers of what is trained, adapted and written."""
     trained = result.get("trained")
     frozen = result.get("frozen")
     if isinstance(trained, int) and isinstance(frozen, int):

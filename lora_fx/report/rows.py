@@ -51,7 +51,7 @@ class Row:
 def rows_of(result: JsonView) -> list[Row]:
     """Return a row for every target of a result, in the model's order.
 
-    That is the graph's for targets; tensors of files and updates of adapters lie by letters.
+    Targets are in the order of the graph; tensors of files and updates of adapters, by name.
     """
     rows: dict[str, Row] = {}
     flops = result.get("flops") or {}
@@ -143,8 +143,8 @@ def _add_new_rank(row: Row, entry: JsonView) -> None:
 def _add_adapters(rows: dict[str, Row], result: JsonView) -> None:
     """Read the files of the adapters into the rows of their keys.
 
-    That is the row of the same key, else of the same path, else the only one of a nearby path,
-    else a new one.
+    The row of an update is the row of the same key, else of the same path, else the only row of a
+    nearby path, else a new row.
     """
     paths = {key: _path(key) for key in rows}
     keys_by_path = {path: key for key, path in paths.items()}

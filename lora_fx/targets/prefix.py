@@ -41,7 +41,7 @@ class Prefix:
 def common_prefix(foreign: Iterable[str], known: Iterable[str]) -> Prefix:
     """Return the prefix that turns the most foreign names into known ones.
 
-    There is none where a name is known as it is, or where two prefixes explain as many names.
+    The prefix is empty if a name is known unchanged, or if two prefixes explain equally many names.
     """
     counts = Counter(foreign)
     known = frozenset(known)

@@ -40,7 +40,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks under a budget.
+    """Ranks that were chosen for a budget.
 
     Attributes:
         rows: One for each target, with rank 0 where it is left out.

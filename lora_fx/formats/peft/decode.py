@@ -53,7 +53,7 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
 
 
 def _notes_on_missing_modules(source: PeftFile, entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Return a note on each module in modules_to_save of which the file has no tensor.
+    """Yield a note on each module in modules_to_save of which the file has no tensor.
 
     A model has one of the heads that PEFT lists for its task. The others are missing rightly, and
     so are all of them where the config lists no module itself.

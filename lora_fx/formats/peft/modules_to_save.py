@@ -89,7 +89,7 @@ def _is_inside(module: str, modules: Iterable[str]) -> bool:
 
 
 def partly_held(modules: Iterable[str], full: Mapping[str, Full]) -> Iterator[str]:
-    """Return notes on saved modules of which the adapter may hold only some tensors."""
+    """Yield notes on saved modules of which the adapter may hold only some tensors."""
     for module in modules:
         start = f"{module}."
         leaves = sorted(key.removeprefix(start) for key in full if key.startswith(start))

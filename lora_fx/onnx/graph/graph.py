@@ -116,7 +116,7 @@ class OnnxGraph(Analysed):
     def reader(self, name: str) -> Callable[[], Array]:
         """Return a function that reads the value.
 
-        It maps a tensor of a data file anew each time, so that nothing keeps it in memory.
+        The function maps a tensor of a data file again at each call, so that no memory is kept.
         """
         tensor = self.flow.tensor(name)
         if isinstance(tensor, ir.ExternalTensor) and tensor.size:
@@ -279,7 +279,7 @@ class OnnxGraph(Analysed):
             self.rebase(site, self.flow.stores[stored])
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """Let sites read a value from a new constant with the name `NAME_folded[_1]`."""
+        """Let sites read a value, stored in the tensor or, if others read that, in a new one."""
         if self.covers(name, sites):
             tensor = as_tensor(value, str(self.flow.tensor(name).name))
             self.flow.put(name, tensor)  # the flow stays what it is: nothing to drop

@@ -27,7 +27,7 @@ def shape_of(value: ir.Value | None) -> Shape | None:
 
 
 def values_of(model: ir.Model) -> list[ir.Value]:
-    """Yield all inputs, initialisers and node results, bodies included."""
+    """Return all inputs, initialisers and node results, bodies included."""
     values: dict[ir.Value, None] = {}
     for graph in model.graphs():
         values |= dict.fromkeys(graph.inputs)
