@@ -1,4 +1,4 @@
-"""Blocks in which library code has no network, or restricted access to files.
+"""Blocks that restrict library code: its network access, pickles, and file access.
 
 Constructors of transformers and timm look names up on the Hub, with the user's token, and open the
 files that a config names; a download writes where the Hub says. Python raises an audit event before

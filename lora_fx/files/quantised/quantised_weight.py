@@ -54,7 +54,7 @@ values in fp32, and what was added to the values.
 
 
 class Recoding(NamedTuple):
-    """How to requantise a weight.
+    """The functions and facts to requantise a weight.
 
     Attributes:
         recode: Quantises rows anew.

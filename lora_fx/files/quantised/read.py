@@ -1,4 +1,4 @@
-"""Find the quantised weights of a checkpoint and their formats, and read them.
+"""The quantised weights of a checkpoint: how they are found, and how each format is read.
 
 The tensors beside a weight say that it is quantised, and `quantization_config` of config.json in
 which layout. Shapes and bits come from headers, and where a format keeps them in a small tensor

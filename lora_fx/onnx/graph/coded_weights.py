@@ -30,7 +30,7 @@ NO_PLACE = "the weight is quantised, and {} leaves no place to add a branch to i
 
 @dataclass(frozen=True)
 class Codes:
-    """How to decode the integers of a weight.
+    """The meaning of a weight's integers: operator, bits, and whether the scale is applied.
 
     Attributes:
         format: The operator that decodes them, or `int8 cast` and its like.
