@@ -30,7 +30,7 @@ _NAMES = {
     "lora_fx.passes.verbs.plan": ("plan",),
     "lora_fx.passes.verbs.verify": ("verify",),
 }
-"""Module → the names that are imported from it on first use."""
+"""A module → the names that are imported from it on first use."""
 __all__ = [
     "AdaptedModule",
     "Adapter",

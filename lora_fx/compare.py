@@ -1,4 +1,4 @@
-"""Compare two outputs, and check the difference against gates.
+"""The comparison of two runs' outputs, with gates for the allowed difference.
 
 rel(a, b) = max|a − b| / max|b| per output; NaN, Inf on one side or max|b| = 0 is a failure.
 """
@@ -21,35 +21,35 @@ from lora_fx.errors import LoraFxError, NoEffectError, visible
 from lora_fx.text import Json, JsonView, html, short, strict_json
 
 Outputs = Mapping[str, Array]
-"""The outputs of a run, by name."""
+"""The outputs of a run by name."""
 Sizes = Mapping[str, tuple[int, ...]]
-"""The shapes of inputs, by name."""
+"""The shapes of inputs by name."""
 FOLD_TOL = 1e-6
-"""fold against insert, fp32, tiny models."""
+"""The gate for fold against insert: fp32, tiny models."""
 ORT_TOL = 2e-6
-"""ONNX Runtime against torch, fp32, tiny models."""
+"""The gate for ONNX Runtime against torch: fp32, tiny models."""
 CEILING = 1e-3
-"""No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
+"""The widest gate for fp32: a larger difference is never only rounding."""
 STEPS = 8 * 2.0**-7
 """The gate for activations that become 8-bit codes: eight steps of such a code."""
 COARSE = 4 * STEPS
-"""The ceiling there, since a rounding moves codes by whole steps."""
+"""The widest gate for such activations, because rounding moves codes by whole steps."""
 MASK = 1e4
-"""From here on, and so far beyond all that differs, an output's number is that of a mask."""
+"""The least magnitude of a mask's number; it must also exceed all differing numbers by as much."""
 SIGMOID_STEP = 2.0**-24
-"""The absolute error of ONNX Runtime's sigmoid, however small its result is."""
+"""The absolute error of ONNX Runtime's sigmoid, for small results too."""
 SMALLEST = 16 * SIGMOID_STEP
-"""The most that so small an output may differ by."""
+"""The largest allowed difference for an output with only tiny numbers."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
-"""The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
+"""The epsilons of the dtypes in which outputs or adapted weights are rounded."""
 
 
 _OF_BLOCK = re.compile(r"(present|past_key_values|(\w+_)?(hidden_states|attentions))\.\d+(\.|$)")
-"""Outputs that the blocks of a stack give, by the names that transformers has for them."""
+"""The pattern of outputs that each block of a stack gives, by their transformers names."""
 
 
 def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """max|a − b| / max|b|, without the numbers of masks; infinite where the comparison fails.
+    """Return max|a − b| / max|b| without mask values; infinite if the comparison fails.
 
     >>> rel([1.0, 2.0], [1.0, 4.0])
     0.5
@@ -90,15 +90,15 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 
 BOXES_AT_ONCE = 256
-"""Boxes whose overlaps with all that are kept are in memory at a time."""
+"""The number of boxes whose overlaps with all kept boxes are in memory at a time."""
 FILL = 100.0
-"""How far a number that masks are filled with, such as -1e9, is beyond all that is compared."""
+"""The ratio by which a mask's fill value, such as -1e9, exceeds all compared values."""
 
 
 def fills(ours: Array, theirs: Array) -> Array:
-    """Where two arrays have the number that a mask is filled with.
+    """Return where both arrays have the fill value of a mask.
 
-    It is the same in both, and far beyond all that differs: beside it no difference is seen.
+    The fill value is the same in both, and far larger than all values that differ.
     """
     if ours.shape != theirs.shape:
         return np.zeros(theirs.shape, bool)
@@ -108,7 +108,7 @@ def fills(ours: Array, theirs: Array) -> Array:
 
 
 def without(values: Array, places: Array) -> Array:
-    """Values with 0 in some places, where the shapes are the same."""
+    """Return values with 0 at some places, if the shapes are the same."""
     if values.shape != places.shape or not places.any():
         return values
     return np.where(places, values.dtype.type(0), values)
@@ -121,7 +121,7 @@ def tied(
     tol: float = CEILING,
     top: float | None = None,
 ) -> bool:
-    """Whether two choices differ only among numbers that are near one another, or not at all.
+    """Whether two choices are equal, or differ only among numbers that are close together.
 
     Args:
         ours: Indices, or the booleans of a comparison.
@@ -149,7 +149,7 @@ def tied(
 
 
 def _compared_alike(ours: Array, theirs: Array, among: Sequence[Array], near: float) -> bool:
-    """Whether the booleans of a comparison turned only where the two sides are near each other."""
+    """Whether booleans of a comparison differ only where the compared numbers are close."""
     values = among[0].astype(np.float64)
     if len(among) == 1:
         if values.shape != theirs.shape:
@@ -164,7 +164,7 @@ def _compared_alike(ours: Array, theirs: Array, among: Sequence[Array], near: fl
 
 
 def _picked_alike(ours: Array, theirs: Array, values: Array, axis: int, near: float) -> bool:
-    """Whether indices along one axis, kept or reduced, pick values that are near each other."""
+    """Whether indices along one axis, kept or reduced, select values that are close."""
     for reduced in (False, True):
         with contextlib.suppress(ValueError, IndexError):  # indices of another axis
             our_indices = np.expand_dims(ours, axis) if reduced else ours
@@ -178,7 +178,7 @@ def _picked_alike(ours: Array, theirs: Array, values: Array, axis: int, near: fl
 
 
 def _suppressed_alike(ours: Array, theirs: Array, among: Sequence[Array], tol: float) -> bool:
-    """Whether two are what non-maximum suppression keeps of boxes, with near-equal scores turned.
+    """Whether both are valid results of non-maximum suppression, up to close scores.
 
     How many are kept may differ: of two boxes that overlap the first suppresses the other, and what
     that one would have suppressed stays. Both have the order of the scores, and there is an overlap
@@ -198,7 +198,7 @@ def _suppressed_alike(ours: Array, theirs: Array, among: Sequence[Array], tol: f
 def _bounds_of_overlaps(
     boxes: Array, scores: Array, picks: Array, near: float
 ) -> tuple[float, float]:
-    """The largest overlap of boxes that are kept, and the least by which another is suppressed.
+    """Return the largest overlap of kept boxes, and the least that explains a suppressed one.
 
     No overlap is between them where the boxes are not in the order of their scores, or are none.
 
@@ -232,7 +232,7 @@ def _bounds_of_overlaps(
 
 
 def _overlaps(boxes: Array, others: Array) -> Array:
-    """Intersection over union of every box with each of others."""
+    """Return the intersection over union of every box with each of the others."""
     lower = np.maximum(boxes[:, None, :2], others[:, :2])
     upper = np.minimum(boxes[:, None, 2:], others[:, 2:])
     intersection = (upper - lower).clip(0).prod(-1)
@@ -247,7 +247,7 @@ def _areas(boxes: Array) -> Array:
 
 
 def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bool:
-    """Whether numbers that were put into classes changed theirs for the next at its border.
+    """Whether numbers changed their class only to the next one, and close to its border.
 
     Classes are codes or buckets, which grow with the number. Their borders are not known: all that
     crossed one lies near it.
@@ -265,18 +265,18 @@ def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bo
 
 @dataclass(frozen=True)
 class Choice:
-    """Integers or booleans that were chosen, and the floats that they were chosen among, by name.
+    """Integers or booleans that a run chose, and the floats by name that it chose among.
 
-    One of another run is the same choice where these floats are the same but for rounding, and
-    where what it chose differs only among numbers that are as near one another. Floats that are
-    constants of one run may be missing there.
+    A choice of another run is the same choice if its floats are equal up to rounding, and if the
+    chosen values differ only among numbers that are equal up to that rounding. Floats that are
+    constants in one run may be missing there.
     """
 
     value: Array
     among: Outputs
 
     def apart(self, other: Choice) -> float:
-        """How far apart the floats of the same choice are; infinite where it is another."""
+        """Return the difference of two choices' floats; infinite if they are different choices."""
         if self.lists_boxes or other.lists_boxes:
             return self.boxes_alone().apart(other.boxes_alone())
         if self.value.ndim != other.value.ndim or not self.among or not other.among:
@@ -300,9 +300,9 @@ class Choice:
 
     @property
     def lists_boxes(self) -> bool:
-        """Whether it is what ONNX keeps of the boxes of one image and class.
+        """Whether this is ONNX's list of kept boxes, for one image and class.
 
-        That is [kept, 3], image, class and box, of boxes [1, n, 4] and scores [1, 1, n].
+        The list is [kept, 3] (image, class, box), for boxes [1, n, 4] and scores [1, 1, n].
         """
         shapes = [values.shape for values in self.among.values()]
         if self.value.ndim != 2 or self.value.shape[1] != 3 or len(shapes) != 2:
@@ -311,7 +311,7 @@ class Choice:
         return boxes == (1, scores[-1], 4) and scores[:-1] == (1, 1)
 
     def boxes_alone(self) -> Choice:
-        """What torch has in its place: [kept], of boxes [n, 4] and scores [n]."""
+        """Return the choice in torch's form: [kept], of boxes [n, 4] and scores [n]."""
         if not self.lists_boxes:
             return self
         boxes, scores = self.among
@@ -319,7 +319,7 @@ class Choice:
         return Choice(self.value[:, 2], floats)
 
     def pairs(self, other: Choice) -> dict[str, str]:
-        """Float of the other → the one that is nearest, of those that are the same."""
+        """Return a float of the other choice → the nearest equal float of this choice."""
         if self.lists_boxes or other.lists_boxes:
             return self.boxes_alone().pairs(other.boxes_alone())
         nearest_of = {}
@@ -332,7 +332,7 @@ class Choice:
 
 
 def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
-    """The name of the choice that is the same in another run, or nothing.
+    """Return the name of the same choice in another run, or an empty text.
 
     Of several among the same floats, such as two thresholds, it is that with the fewest turned.
     """
@@ -352,12 +352,12 @@ def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
 
 
 def _most(value: Array) -> float:
-    """The most by which rounding moves an array of this dtype."""
+    """Return the most by which rounding changes an array of this dtype."""
     return max(CEILING, 32 * EPSILON.get(value.dtype.name, 0.0))
 
 
 def _distance(ours: Array, theirs: Array) -> float:
-    """As rel, but for the numbers of masks, and 0 where all are zero."""
+    """Return `rel` without mask values; 0 for equal arrays."""
     if np.array_equal(ours, theirs):
         return 0.0
     masked = fills(ours, theirs)
@@ -365,7 +365,7 @@ def _distance(ours: Array, theirs: Array) -> float:
 
 
 class Gate(NamedTuple):
-    """The largest allowed differences.
+    """The allowed differences of one output.
 
     Attributes:
         first: Without a question.
@@ -381,7 +381,7 @@ class Gate(NamedTuple):
 def gates_of(
     expected: Outputs, ceiling: float = CEILING, base: Callable[[], Outputs] | None = None
 ) -> dict[str, Gate]:
-    """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype.
+    """Return the base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype.
 
     Args:
         expected: The outputs that a run has to give.
@@ -404,7 +404,7 @@ def _output(run: Callable[[], Outputs], name: str) -> Array:
 
 
 def largest(values: npt.ArrayLike) -> float:
-    """The largest finite number of an output, without its sign."""
+    """Return the largest finite magnitude in an output."""
     numbers = widened(np.asarray(values))
     return float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0))
 
@@ -415,11 +415,11 @@ def wide_gate(
     base: Callable[[], npt.ArrayLike] | None = None,
     ceiling: float = CEILING,
 ) -> Gate:
-    """The gate of an output in float32.
+    """Return the gate of a float32 output.
 
-    One whose largest number is tiny, as the end of a sigmoid is, may differ by SMALLEST, which is
-    more than the ceiling beside it. A quarter of the adapter's effect keeps that from hiding a lost
-    or a wrong fold.
+    An output whose largest number is tiny, such as the tail of a sigmoid, may differ by SMALLEST,
+    which is above its ceiling. A limit of a quarter of the adapter's effect keeps that from hiding
+    a lost or a wrong fold.
     """
     top = largest(expected)
     most = SMALLEST / top if top else 0.0
@@ -432,7 +432,7 @@ def wide_gate(
 
 
 def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.ArrayLike) -> Gate:
-    """The gate where an output or an adapted weight has so wide an epsilon: 8 of it, at most 32.
+    """Return the gate for a narrow dtype: 8 epsilons, and at most 32.
 
     Half the adapter's effect keeps a lost fold from passing as rounding, down to 4 epsilons, where
     no output of that dtype can tell the two apart.
@@ -459,17 +459,17 @@ class Parity:
 
     @property
     def ok(self) -> bool:
-        """Within the gate."""
+        """True if the difference is within the gate."""
         return self.rel <= self.tol
 
     def to_json(self) -> Json:
-        """One row of `parity[]`; an infinite difference is null."""
+        """Return one row of `parity[]`; an infinite difference is null."""
         row: Json = strict_json({**vars(self), "sizes": dict(self.sizes), "ok": self.ok})
         return row
 
 
 def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:
-    """{input: shape} for a report; of a cache the first input only, which the others are like."""
+    """Return {input: shape} for a report; of a cache only the first input, since all are alike."""
     shown = "past_key_values.0.key"
     return {
         name: array.shape
@@ -479,7 +479,7 @@ def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:
 
 
 def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
-    """The shapes of inputs for people.
+    """Return the shapes of inputs as text for people.
 
     >>> sizes_text({"x": (2, 5), "mask": (2,)})
     'x [2, 5], mask [2]'
@@ -491,7 +491,7 @@ def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
 def compare(
     ours: Outputs, reference: Outputs, sizes: Sizes, tol: float | Mapping[str, float], of: str = ""
 ) -> Parity:
-    """The output that comes nearest to its gate, or exceeds it most, at one size."""
+    """Compare outputs at one size; return the one nearest to its gate, or furthest above it."""
     worst = Parity(sizes, math.inf, math.inf, 0.0, "", of)
     worst_share = -math.inf
     all_zero = not any(map(np.any, reference.values()))
@@ -512,7 +512,7 @@ def compare(
 
 
 def _largest_gap(ours: Array, reference: Array) -> float:
-    """max|a − b|; infinite where the shapes differ."""
+    """Return max|a − b|; infinite if the shapes differ."""
     a = widened(np.asarray(ours))
     b = widened(np.asarray(reference))
     if a.shape != b.shape:
@@ -522,7 +522,7 @@ def _largest_gap(ours: Array, reference: Array) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a verb; `bool(report)` is True if every check passed."""
+    """The result of a command; `bool(report)` is True if every check passed."""
 
     command: str
     ok: bool
@@ -534,11 +534,11 @@ class Report:
     __repr__ = short
 
     def __bool__(self) -> bool:
-        """True when everything held."""
+        """True if every check passed."""
         return self.ok
 
     def _repr_html_(self) -> str:
-        """The answer, and what was compared, for notebooks."""
+        """The result and the comparisons, for notebooks."""
         head = ("of", "sizes", "rel", "gate", "ok")
         rows = []
         for row in self.parity:
@@ -548,7 +548,7 @@ class Report:
         return html(f"{self.command}: {'ok' if self.ok else 'FAILED'}", [head, *rows])
 
     def to_json(self) -> Json:
-        """The JSON fields of docs/json.md that this verb fills."""
+        """Return the JSON fields of docs/json.md that this command fills."""
         return {
             "command": self.command,
             "ok": self.ok,
@@ -559,7 +559,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        """A few lines for people."""
+        """A few lines of text for people."""
         lines = [f"{self.command}: {'ok' if self.ok else 'FAILED'}"]
         for unproven in self.details.get("unproven", ()):
             lines.append(f"  not proven at {sizes_text(unproven['sizes'])}: {unproven['reason']}")
@@ -576,7 +576,7 @@ class Report:
 
 
 def _parity_text(row: Parity) -> str:
-    """One comparison in a line for people."""
+    """Return one comparison as a line for people."""
     if not row.ok:
         verdict = "over the gate"
     elif row.blank:
@@ -596,7 +596,7 @@ def compare_fairly(
     *,
     of: str = "",
 ) -> Parity:
-    """Compare; where a first gate is exceeded, gates become 4 × `own` + 1e-7, up to their most.
+    """Compare; if a first gate is exceeded, widen gates to 4 × `own` + 1e-7, at most to `most`.
 
     `own` tells how far rounding alone moves each output of the reference: at least so far, then at
     least so far … It may take long, and is asked no further than until the gates are met. What the
@@ -618,7 +618,7 @@ def compare_fairly(
 
 
 def wider_gates(gates: Mapping[str, Gate], rounding: Mapping[str, float]) -> dict[str, float]:
-    """The gates where rounding alone moves outputs so far; see compare_fairly."""
+    """Return gates that allow for measured rounding; see compare_fairly."""
     largest_rounding = max(rounding.values(), default=0.0)
     wider = {}
     for name, gate in gates.items():
@@ -632,7 +632,7 @@ def wider_gates(gates: Mapping[str, Gate], rounding: Mapping[str, float]) -> dic
 def _of_telling_outputs(
     parity: Parity, ours: Outputs, reference: Outputs, gates: Mapping[str, float]
 ) -> Parity:
-    """The comparison of the outputs that tell something about the adapter, of one that passed."""
+    """Compare only outputs that show the adapter's effect, after all outputs passed."""
     telling = {
         name: values
         for name, values in reference.items()
@@ -644,7 +644,7 @@ def _of_telling_outputs(
 
 
 def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
-    """Update the largest difference so far of each output, in place; returns it."""
+    """Update the largest difference so far of each output, in place; return it."""
     for name, value in values.items():
         difference = rel(value, exact[name])
         if math.isfinite(difference):
@@ -655,7 +655,7 @@ def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, 
 
 
 def demand(parity: Sequence[Parity], what: str) -> None:
-    """Raise unless something was compared and every gate was met; then nothing is written."""
+    """Raise unless something was compared and every gate was met; nothing is written then."""
     if not parity:
         raise LoraFxError(
             "no size could be compared: the inputs have size 1, which the model refuses",

@@ -1,4 +1,4 @@
-"""Conditions on the sizes of inputs: the set of sizes that a capture is true for.
+"""Conditions on input sizes: the sizes for which a captured graph is valid.
 
 A condition is a comparison of whole-number arithmetic over sizes, written as text over short names,
 as in `a <= 7` where a is dimension 1 of x. Files hold that text, so it is read by a parser of its
@@ -24,16 +24,16 @@ Size = tuple[str, int]
 
 
 class SizeError(LoraFxError, ValueError):
-    """A size that the model, or the graph captured of it, does not take."""
+    """An input size that the model, or its captured graph, does not accept."""
 
 
 SEARCHED = 4096
-"""The largest size that the range of a comparison is looked for at."""
+"""The largest size that is tried to find the range of a comparison."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A comparison that some sizes have to satisfy.
+    """A comparison that some input sizes must satisfy.
 
     Attributes:
         text: The comparison, over the names in `sizes`.
@@ -48,7 +48,7 @@ class Condition:
     demanded: bool = False
 
     def holds(self, values: Mapping[Size, int]) -> bool:
-        """Whether the sizes satisfy it; sizes without a value make it true."""
+        """Whether the sizes satisfy the condition; it holds if one of its sizes has no value."""
         by_name = {}
         for name, input_name, dimension in self.sizes:
             if (input_name, dimension) not in values:
@@ -58,11 +58,11 @@ class Condition:
 
     @property
     def about(self) -> frozenset[Size]:
-        """The sizes that the condition is about."""
+        """The sizes that the condition depends on."""
         return frozenset((input_name, dimension) for _, input_name, dimension in self.sizes)
 
     def __str__(self) -> str:
-        """The comparison with every size by its input, and the line."""
+        """The comparison with each size as an input's dimension, and the line of code."""
         text = self._spelled()
         if self.in_tokens:
             text += f", {self.in_tokens}"
@@ -72,7 +72,7 @@ class Condition:
 
     @property
     def in_tokens(self) -> str:
-        """The bound of the length of token ids in words, "at most 512 tokens"; empty for others."""
+        """The bound on token ids in words, "at most 512 tokens"; empty for other conditions."""
         if self.about not in ({("input_ids", 1)}, {("decoder_input_ids", 1)}):
             return ""
         low, high = self.bounds()
@@ -86,7 +86,7 @@ class Condition:
         return f"{' and '.join(ends)} tokens"
 
     def _spelled(self) -> str:
-        """The comparison with every size as `input[dimension]`."""
+        """Return the comparison with every size as `input[dimension]`."""
         bound = self._as_bound()
         if bound is not None:
             return bound
@@ -98,7 +98,7 @@ class Condition:
         return ast.unparse(tree)
 
     def _as_bound(self) -> str | None:
-        """A computed comparison as the one bound of one size that it comes to; None for others.
+        """Return a computed comparison as the equivalent bound of its one size; None if none.
 
         `x == min(512, x) or x < 3` is `x <= 512`.
         """
@@ -116,7 +116,7 @@ class Condition:
         return f"{input_name}[{dimension}] >= {low}"
 
     def refusal(self, values: Mapping[Size, int]) -> SizeError:
-        """The error for sizes that do not satisfy the condition."""
+        """Return the error for sizes that do not satisfy the condition."""
         sizes = []
         for _, input_name, dimension in self.sizes:
             size = values[input_name, dimension]
@@ -137,7 +137,7 @@ class Condition:
         )
 
     def to_json(self) -> Json:
-        """One row: for a plain bound `min` and `max`, for any other the comparison."""
+        """Return one row: `min` and `max` for a plain bound, else the comparison."""
         low, high = self.bounds()
         _, input_name, dimension = self.sizes[0]
         row: Json = {
@@ -152,7 +152,7 @@ class Condition:
         return row
 
     def turns(self) -> list[int]:
-        """Sizes at which it may turn: small ones, and those beside each number in it.
+        """Return sizes where the result may change: small sizes, and those next to each number.
 
         Where it computes, every size up to its numbers, and what comes of two numbers.
         """
@@ -169,13 +169,13 @@ class Condition:
         return [*range(1, all_up_to + 1), *sorted(near)]
 
     def bounds(self) -> tuple[int | None, int | None]:
-        """(least, largest) where it bounds one size by a number, else (None, None)."""
+        """Return (least, largest) if the condition bounds one size by a number, else Nones."""
         if len(self.sizes) != 1:
             return None, None
         return _bounds(self.text)
 
     def build(self, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]) -> V:
-        """The comparison in another form, made from its leaves up.
+        """Build the comparison in another form, from its leaves up.
 
         Args:
             make: (operation, operands) → what it makes; numbers are operands as they are.
@@ -184,7 +184,7 @@ class Condition:
         return _built(parsed(self.text), make, sizes)
 
     def equal_sizes(self, places: Mapping[Size, str]) -> list[tuple[Size, str]]:
-        """(size, symbols that it is the sum of), where the comparison says just that."""
+        """Return (size, symbols of the sum) for a comparison that says a size equals a sum."""
         tree = parsed(self.text)
         if tree[0] != "Eq":
             return []
@@ -200,7 +200,7 @@ class Condition:
         return equal
 
     def stored(self) -> Json:
-        """The form for files: the line without the folder of the code."""
+        """Return the form for files, in which the line has no folder of the code."""
         path, comma, number = self.line.partition(", line ")
         file = re.split(r"[/\\]", path)[-1]
         return {
@@ -212,7 +212,7 @@ class Condition:
 
     @classmethod
     def read(cls, row: JsonView) -> Condition:
-        """Read what `stored` wrote; raises LoraFxError if the text is not a comparison."""
+        """Read what `stored` wrote; raise LoraFxError if the text is not a comparison."""
         sizes = tuple(
             (str(name), str(input_name), int(dimension))
             for name, input_name, dimension in row["sizes"]
@@ -227,7 +227,7 @@ class Condition:
 
 
 def without_implied(conditions: Sequence[Condition]) -> list[Condition]:
-    """The conditions without those that another one of them implies.
+    """Return the conditions that no other condition implies.
 
     Implied is a comparison of one size that holds at each of the few sizes at which another does,
     and one of whose alternatives (`a or b`) is such a comparison.
@@ -250,7 +250,7 @@ def without_implied(conditions: Sequence[Condition]) -> list[Condition]:
 
 
 def _sizes_that_hold(condition: Condition, high: int) -> list[int]:
-    """The sizes up to `high` at which a condition of one size holds."""
+    """Return the sizes up to `high` at which a condition of one size holds."""
     sizes = []
     for size in range(1, high + 1):
         if condition.holds(dict.fromkeys(condition.about, size)):
@@ -281,7 +281,7 @@ def _implies(
 
 
 def broken(conditions: Iterable[Condition], values: Mapping[Size, int]) -> Condition | None:
-    """The first condition that the sizes do not satisfy."""
+    """Return the first condition that the sizes do not satisfy."""
     for condition in conditions:
         if not condition.holds(values):
             return condition
@@ -289,7 +289,7 @@ def broken(conditions: Iterable[Condition], values: Mapping[Size, int]) -> Condi
 
 
 MAX_AXES = 64
-"""Axes that a tensor of a file has at most, of which a condition names one."""
+"""The most axes of a tensor in a file; a condition names one of them."""
 Tree = tuple["str | Tree | int", ...]
 BINARY: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul,
@@ -302,7 +302,7 @@ _CALLS: dict[str, Callable[..., int]] = {"min": min, "max": max}
 
 @lru_cache(4096)
 def parsed(text: str) -> Tree:
-    """The comparison as nested tuples: (op, left, right), names and numbers.
+    """Parse the comparison to nested tuples: (op, left, right), names and numbers.
 
     Raises:
         LoraFxError: It is anything else than a comparison of whole-number arithmetic.
@@ -317,7 +317,7 @@ def parsed(text: str) -> Tree:
 
 
 def _tree(node: ast.expr) -> str | Tree | int:
-    """An expression as nested tuples.
+    """Return an expression as nested tuples.
 
     Raises:
         ValueError: It is more than arithmetic, comparisons, `and`, `or`, min and max.
@@ -339,7 +339,7 @@ def _tree(node: ast.expr) -> str | Tree | int:
 
 
 def _sum(tree: str | Tree | int, by_name: Mapping[str, Size], places: Mapping[Size, str]) -> str:
-    """The symbols of a size, or of a sum of sizes and numbers; empty for anything else."""
+    """Return the symbols of a size, or of a sum of sizes and numbers; else empty."""
     if isinstance(tree, int):
         return str(tree) if tree >= 0 else ""
     if isinstance(tree, str):
@@ -353,7 +353,7 @@ def _sum(tree: str | Tree | int, by_name: Mapping[str, Size], places: Mapping[Si
 
 
 def _computed(numbers: set[int]) -> set[int]:
-    """Products, quotients and sums of numbers with each other and with their neighbours."""
+    """Return products, quotients and sums of the numbers with each other and their neighbours."""
     computed: set[int] = set()
     divisors = [number for number in numbers if number > 0]
     for left in _neighbours(numbers):
@@ -363,7 +363,7 @@ def _computed(numbers: set[int]) -> set[int]:
 
 
 def _neighbours(numbers: Iterable[int]) -> set[int]:
-    """The numbers, and those one below and one above them."""
+    """Return the numbers, and the integers next to them."""
     neighbours: set[int] = set()
     for number in numbers:
         neighbours.update((number - 1, number, number + 1))
@@ -372,7 +372,7 @@ def _neighbours(numbers: Iterable[int]) -> set[int]:
 
 @lru_cache(4096)
 def _bounds(text: str) -> tuple[int | None, int | None]:
-    """The bounds of one size; where the comparison's form does not tell, every size is tried."""
+    """Return the bounds of one size; try every size if the comparison's form does not show them."""
     tree = parsed(text)
     if len(tree) == 3 and isinstance(tree[1], str) and isinstance(tree[2], int):
         comparison = str(tree[0])
@@ -400,7 +400,7 @@ def _names_in(tree: Tree) -> set[str]:
 
 
 def _leaves(tree: str | Tree | int) -> Iterator[str | int]:
-    """The names and numbers of a comparison, from left to right."""
+    """Yield the names and numbers of a comparison, from left to right."""
     if not isinstance(tree, tuple):
         yield tree
         return
@@ -411,7 +411,7 @@ def _leaves(tree: str | Tree | int) -> Iterator[str | int]:
 def _built(
     tree: str | Tree | int, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]
 ) -> V:
-    """A comparison in another form: see `Condition.build`."""
+    """Build a comparison in another form; see `Condition.build`."""
     if isinstance(tree, tuple):
         return make(str(tree[0]), [_built(inner, make, sizes) for inner in tree[1:]])
     if isinstance(tree, str):
@@ -420,7 +420,7 @@ def _built(
 
 
 def _result(op: str, values: Sequence[int]) -> int:
-    """The number that an operation comes to; 0 for a division by 0."""
+    """Return the result of an operation; 0 for a division by 0."""
     if op in _CALLS:
         return _CALLS[op](values)
     if op in ("FloorDiv", "Mod") and values[1] == 0:

@@ -20,7 +20,7 @@ from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 LABELS = ("labels", "label", "y", "target")
-"""The usual names of the column to predict."""
+"""The usual names of the column that holds the labels."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Table:
         return len(next(iter(self.columns.values())))
 
     def rows(self, index: npt.ArrayLike) -> Table:
-        """The examples of an index, in its order."""
+        """Return the examples of an index, in its order."""
         columns = {name: array[np.asarray(index)] for name, array in self.columns.items()}
         return replace(self, columns=columns)
 
     def trimmed(self) -> Table:
-        """The examples without the columns of padding that none needs (right padding only)."""
+        """Return the examples without padding columns that none needs (right padding only)."""
         mask = self.columns.get("attention_mask")
         if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub":
             return self
@@ -58,11 +58,11 @@ class Table:
         return replace(self, columns=columns)
 
     def count(self, size: int) -> int:
-        """Batches in a pass over the examples."""
+        """Return the number of batches in a pass over the examples."""
         return -(-len(self) // size)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
-        """Trimmed batches in order, or shuffled by a seed; the last one may be smaller."""
+        """Yield trimmed batches in order, or shuffled by a seed; the last one may be smaller."""
         order = _order(len(self), seed)
         for start in range(0, len(order), size):
             yield self.rows(order[start : start + size]).trimmed()
@@ -70,7 +70,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Ready-made batches, such as texts of like length together; their order is shuffled."""
+    """Given batches, such as texts of similar length together; only their order is shuffled."""
 
     tables: Sequence[Table]
 
@@ -89,17 +89,17 @@ class Buckets:
         return sum(len(table) for table in self.tables)
 
     def count(self, size: int) -> int:
-        """Batches in a pass over the examples, whatever `size` says."""
+        """Return the number of batches in a pass over the examples, for any `size`."""
         return len(self.tables)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
-        """The batches as they were made, whatever `size` says."""
+        """Yield the batches as they were made, for any `size`."""
         for number in _order(len(self.tables), seed):
             yield self.tables[int(number)]
 
 
 def _order(count: int, seed: int | None) -> Array:
-    """The numbers below `count` in order, or shuffled by a seed."""
+    """Return the numbers below `count` in order, or shuffled by a seed."""
     order = np.arange(count)
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
@@ -114,7 +114,7 @@ def training_table(
     label: str = "",
     tokenizer: Tokenizer | None = None,
 ) -> Table:
-    """The table of a file or of a loader function, for a model with these inputs.
+    """Return the table of a file or a loader function, for a model with these inputs.
 
     Columns of numbers become the one input of a model that names none of them.
 
@@ -166,7 +166,7 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
 
 
 def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | None = None) -> Table:
-    """Columns as arrays: texts tokenised, labels of words numbered in sorted order.
+    """Return columns as arrays: texts tokenised, word labels numbered in sorted order.
 
     Args:
         raw: Columns by name, or batches of them.
@@ -215,7 +215,7 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
 
 
 def _joined(raw: Any, where: str) -> dict[str, list[object]]:
-    """Batches (dictionaries with the same keys) as one dictionary of columns."""
+    """Join batches (dictionaries with the same keys) into one dictionary of columns."""
     try:
         batches = list(raw)
     except TypeError:
@@ -234,7 +234,7 @@ def _joined(raw: Any, where: str) -> dict[str, list[object]]:
 
 
 def _are_texts(values: Any, where: str, name: str) -> bool:
-    """True for a column of texts.
+    """Whether a column holds texts.
 
     Raises:
         LoraFxError: It has texts and something else.
@@ -253,7 +253,7 @@ def _are_texts(values: Any, where: str, name: str) -> bool:
 
 
 def _kind(value: object) -> str:
-    """The kind of a value, for people."""
+    """Return the kind of a value, for people."""
     if isinstance(value, str):
         return "text"
     if value is None:
@@ -278,7 +278,7 @@ def _tokenised(
 
 
 def _first_row_of_text(texts: Sequence[str]) -> int:
-    """The first row whose text is no number."""
+    """Return the first row whose text is not a number."""
     for row, text in enumerate(texts):
         if isinstance(numbers_of([text])[0], str):
             return row
@@ -286,7 +286,7 @@ def _first_row_of_text(texts: Sequence[str]) -> int:
 
 
 def _array(values: npt.ArrayLike, where: str, name: str) -> Array:
-    """A column of numbers as an array; floats of 64 bits become floats of 32."""
+    """Return a column of numbers as an array; 64-bit floats become 32-bit floats."""
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -301,7 +301,7 @@ def _array(values: npt.ArrayLike, where: str, name: str) -> Array:
 
 
 def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[str, Array]:
-    """Numeric columns stacked into one float argument [rows, columns], for tabular models."""
+    """Stack numeric columns into one float argument [rows, columns], for tabular models."""
     inputs = [np.asarray(array, np.float32) for name, array in columns.items() if name != label]
     stacked = {argument: np.stack(inputs, 1)}
     if label:

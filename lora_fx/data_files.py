@@ -1,4 +1,4 @@
-"""Readers of data files: each returns columns by name, of arrays or lists, one row an example."""
+"""Readers of data files: each returns columns by name, as arrays or lists with a row an example."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Reader = Callable[[str], Mapping[str, object]]
 
 
 MAX_GROWTH = 100
-"""Times its size, or a MiB's, that an .npz may unpack to."""
+"""The most that an .npz may grow when unpacked, as a multiple of its size (at least 1 MiB)."""
 MIB = 1 << 20
 
 
 def check_unpacked(path: StrPath, hint: str) -> None:
-    """Raise for an archive that unpacks to far more than its size, before anything is unpacked.
+    """Raise for an archive that would unpack to far more than its size; unpack nothing.
 
     Raises:
         LoraFxError: More than MAX_GROWTH times its size, or a MiB's.
@@ -44,7 +44,7 @@ def check_unpacked(path: StrPath, hint: str) -> None:
 
 
 def read_npz(path: str) -> dict[str, Array]:
-    """Arrays of an .npz by name; never unpickles."""
+    """Read the arrays of an .npz by name; never unpickle."""
     try:
         check_unpacked(path, "write it without compression, with numpy.savez")
         with open_input(path) as file, np.load(file, allow_pickle=False) as data:
@@ -62,7 +62,7 @@ def read_npz(path: str) -> dict[str, Array]:
 
 
 def json_rows(path: str) -> Iterator[tuple[str, Json]]:
-    """("FILE: line N", object) of every line of a .jsonl file that is not blank.
+    """Yield ("FILE: line N", object) for every non-blank line of a .jsonl file.
 
     Raises:
         LoraFxError: A line that is not UTF-8, no JSON or no object.
@@ -77,7 +77,7 @@ def json_rows(path: str) -> Iterator[tuple[str, Json]]:
 
 
 def _jsonl(path: str) -> dict[str, list[object]]:
-    """Columns of a .jsonl file, whose rows have the same keys."""
+    """Read the columns of a .jsonl file, whose rows have the same keys."""
     columns: dict[str, list[object]] = {}
     for where, row in json_rows(path):
         if columns and set(row) != set(columns):
@@ -91,7 +91,7 @@ def _jsonl(path: str) -> dict[str, list[object]]:
 
 
 def _csv(path: str) -> dict[str, list[object]]:
-    """Columns of a .csv file, whose first line names them."""
+    """Read the columns of a .csv file, whose first line has their names."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         names = next(reader, [])
@@ -111,7 +111,7 @@ def _csv(path: str) -> dict[str, list[object]]:
 
 
 def numbers_of(values: Sequence[str]) -> list[object]:
-    """A column as ints, else floats, else the texts."""
+    """Return a column as ints, else as floats, else as texts."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return [kind(value) for value in values]

@@ -1,4 +1,4 @@
-"""The dtypes that files and graphs name, and the arrays that hold them."""
+"""The dtypes in files and graphs: their names, sizes and numpy arrays."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 NumpyDtype = np.dtype[Any]
 Floating = type[np.floating[Any]]
-"""The dtype of the arithmetic: float32 or float64."""
+"""The dtype of computations: float32 or float64."""
 
 
 class Dtype(NamedTuple):
-    """A dtype in the words of every file that names one.
+    """A dtype, with its name in each kind of file.
 
     Attributes:
         name: numpy's or ml_dtypes', which is also torch's where torch has it.
@@ -58,19 +58,19 @@ DTYPES = {
         Dtype("float6_e3m2fn", 6, "F6_E3M2"),
     )
 }
-"""Every dtype that a file may have, by its name."""
+"""Every dtype that a file may have, by name."""
 
 FLOATING = ("bfloat16", "float16", "float32", "float64")
 """dtypes of weights that an update can be added to."""
 
 
 def factor_dtype(name: str) -> NumpyDtype:
-    """The dtype of an update's a and b by its parameter's: complex64 for complex, else float32."""
+    """Return the dtype of a and b for a parameter's dtype: complex64 if complex, else float32."""
     return np.dtype(np.complex64 if name.startswith("complex") else np.float32)
 
 
 def widened(array: Array) -> Array:
-    """The array in float64, or in complex128 where it is complex."""
+    """Return the array in float64, or in complex128 if it is complex."""
     return array.astype(
         np.result_type(array.dtype, np.float64) if array.dtype.kind == "c" else np.float64
     )
@@ -80,7 +80,7 @@ _FROM_ONNX = {d.onnx: d.name for d in DTYPES.values() if d.onnx}
 
 
 def numpy_dtype(name: str) -> NumpyDtype:
-    """The numpy dtype of a name such as float32 or bfloat16."""
+    """Return the numpy dtype for a name such as float32 or bfloat16."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
@@ -88,23 +88,23 @@ _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "flo
 
 
 def long_name(name: str | None) -> str | None:
-    """bfloat16 for bf16; other names, and None, as they are."""
+    """Return bfloat16 for bf16; return other names, and None, unchanged."""
     return _SHORT.get(name or "", name)
 
 
 @functools.cache
 def values_of(dtype: NumpyDtype) -> Array:
-    """The 256 values of a dtype of 8 bits, fp32: a look at them is faster than ml_dtypes' cast."""
+    """Return the 256 values of an 8-bit dtype in fp32: a faster lookup than ml_dtypes' cast."""
     return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
 
 
 def from_onnx(kind: str) -> str:
-    """float32 for what ONNX Runtime calls tensor(float)."""
+    """Return float32 for ONNX Runtime's name tensor(float), and so on."""
     inner = kind.removeprefix("tensor(").removesuffix(")")
     return _FROM_ONNX.get(inner, inner)
 
 
 def finfo(dtype: str | NumpyDtype) -> np.finfo[Any]:
-    """numpy.finfo of a floating dtype, also of bfloat16 and float8."""
+    """Return numpy.finfo of a floating dtype, also of bfloat16 and float8."""
     wanted = numpy_dtype(dtype) if isinstance(dtype, str) else dtype
     return ml_dtypes.finfo(wanted)  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class LoraFxError(Exception):
-    """Something that the user can correct: one line that says what is wrong, and a hint.
+    """An error that the user can correct: one line that says what is wrong, and a hint.
 
     A hint is written in the command line's spelling, and `str` has it in Python's.
 
@@ -40,18 +40,18 @@ class LoraFxError(Exception):
         self.told = False  # True once a command has shown it in its JSON
 
     def __str__(self) -> str:
-        """Message and hint, as a traceback prints them: options in Python's spelling."""
+        """The message and the hint for a traceback, with options in Python's spelling."""
         if not self.hint:
             return self.message
         return f"{self.message}\nHint: {in_python(self.hint)}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        """The error as another process gets it: without this, it is made again from `args`."""
+        """Pickle the error for another process, since the default would pass `args` alone."""
         return type(self).__new__, (type(self), self.message), self.__dict__
 
 
 def expect(value: object, kind: type | tuple[type, ...], name: str, wanted: str, hint: str) -> None:
-    """Refuse an argument of another type.
+    """Raise for an argument of another type.
 
     Raises:
         LoraFxError: Names the argument, its type and what was wanted.
@@ -61,13 +61,13 @@ def expect(value: object, kind: type | tuple[type, ...], name: str, wanted: str,
 
 
 def expect_path(value: object, name: str, hint: str) -> None:
-    """Refuse an argument that is not a path; see `expect`."""
+    """Raise for an argument that is not a path; see `expect`."""
     expect(value, (str, os.PathLike), name, "a path", hint)
 
 
 @dataclass(frozen=True)
 class NoSay(Generic[T]):
-    """Options that have no effect where something else was asked for: giving one is an error.
+    """Options without effect in some cases: it is an error to give one of them then.
 
     An option that permits something (--force, --trust) is no such option: it is given ahead, for
     what may come. Nor is a flag that is False, which asks for nothing.
@@ -87,7 +87,7 @@ class NoSay(Generic[T]):
 
 
 def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str]) -> None:
-    """Refuse the first option that was given and has no effect.
+    """Raise for the first option that was given and has no effect.
 
     Args:
         rules: The rules of the verb.
@@ -104,16 +104,16 @@ def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str
 
 
 def given_options(asked: Mapping[str, object]) -> dict[str, str]:
-    """The names of the options that a public function got, each as Python spells it."""
+    """Return the names of the options given to a public function, each as Python spells it."""
     return {name: name for name, value in asked.items() if value is not None and value is not False}
 
 
 class CaptureError(LoraFxError):
-    """The model could not be captured as a graph; the message names the line of the user's code."""
+    """The model could not be captured as a graph; the message has the line of the user's code."""
 
 
 class NoEffectError(LoraFxError):
-    """The inputs were good and the answer is no: nothing changed, or two models differ."""
+    """The inputs were valid and the answer is no: nothing changed, or two models differ."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message, hint, exit_code=1)
@@ -142,7 +142,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def stamp(number: int = 1) -> dict[str, int]:
-    """The first JSON fields of every file that lora-fx writes: the number of the file's format.
+    """Return the first JSON fields of every file that lora-fx writes: its format number.
 
     lora-fx 0.1 reads `version`, and later ones `format` where it is there.
     """
@@ -150,7 +150,7 @@ def stamp(number: int = 1) -> dict[str, int]:
 
 
 def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None:
-    """Check the number of the format of a file that lora-fx wrote.
+    """Check the format number of a file that lora-fx wrote.
 
     Args:
         data: Its JSON, with `format`, or with `version` as 0.1 wrote it.
@@ -174,7 +174,7 @@ def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None
 
 
 def visible(text: object, *, lines: bool = False) -> str:
-    r"""The text with control, format and lone surrogate characters as their codes.
+    r"""Return the text with control, format and lone surrogate characters as their codes.
 
     Names from files are not trusted: they may move a terminal's cursor, or turn the direction of
     text.
@@ -197,7 +197,7 @@ def visible(text: object, *, lines: bool = False) -> str:
 
 
 def _code(character: str) -> str:
-    """The code of a character that is not printable; a space of any width stays."""
+    """Return the code of a non-printable character; a space of any width is unchanged."""
     if unicodedata.category(character) == "Zs":
         return character
     number = ord(character)
@@ -207,7 +207,7 @@ def _code(character: str) -> str:
 
 
 def one_line(text: object, limit: int = 300) -> str:
-    """`text` folded to one line of at most `limit` characters, without colours of a terminal."""
+    """Fold `text` to one line of at most `limit` characters, without terminal colours."""
     line = visible(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
     if len(line) <= limit:
         return line
@@ -225,7 +225,7 @@ def near(
     cutoff: float = 0.4,
     folder: str = "",
 ) -> str:
-    """A hint with the nearest of the known names, in `folder`, or `none` where no name is near.
+    """Return a hint with the nearest known names (in `folder`), or `none` if no name is near.
 
     >>> near("fd", ["fc", "head"])
     'did you mean fc?'
@@ -242,7 +242,7 @@ def near(
 
 
 def lead_between(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]:
-    """The prefix by which one of the names differs from one of the others, and which has it.
+    """Return the prefix in which a name differs from one of the others, and which has it.
 
     Returns:
         "lack" where the others lack it, "add" where they have it before the name, and the prefix;
@@ -260,7 +260,7 @@ def lead_between(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]
 
 
 def expect_name(name: str, names: Collection[str], what: str, none: str) -> None:
-    """Refuse an unknown name.
+    """Raise for an unknown name.
 
     Args:
         name: The name.
@@ -273,7 +273,7 @@ def expect_name(name: str, names: Collection[str], what: str, none: str) -> None
 
 
 def near_path(path: str | os.PathLike[str], none: str = "is the path right?") -> str:
-    """A hint with the nearest names in the folder of a path that is not there, or `none`."""
+    """Return a hint with the nearest names in the folder of a missing path, or `none`."""
     folder, name = os.path.split(os.fspath(path).rstrip("/\\"))
     if folder.startswith("~") or name == "~":
         return "replace ~ by the home folder, with os.path.expanduser(path)"
@@ -286,11 +286,11 @@ def near_path(path: str | os.PathLike[str], none: str = "is the path right?") ->
 
 
 _SIBLINGS = 2000
-"""Names of a folder that are compared; all of a hundred thousand would take a second."""
+"""The most names of a folder that are compared; a hundred thousand would take a second."""
 
 
 def expect_file(path: str | os.PathLike[str], none: str) -> None:
-    """Refuse the path of a file that is not there; the hint is that of `near_path`."""
+    """Raise for the path of a missing file; the hint is from `near_path`."""
     if not os.path.isfile(path):
         raise LoraFxError(f"{os.fspath(path)}: no such file", near_path(path, none))
 
@@ -318,7 +318,7 @@ _WHY = {
 
 
 def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
-    """A one-line LoraFxError for an error of the operating system at `path`."""
+    """Return a one-line LoraFxError for an OSError at `path`."""
     why, hint = _WHY.get(error.errno or 0, ("", "check the free space and the permissions"))
     if error.errno == errno.ENOENT:
         if error.filename is None:  # no file: no room for temporary ones
@@ -335,9 +335,9 @@ def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
 def explained(
     path: str | os.PathLike[str], only: tuple[int, ...] = (), *, itself: bool = False
 ) -> Iterator[None]:
-    """A block whose errors of the operating system become LoraFxErrors.
+    """A block whose OSErrors become LoraFxErrors.
 
-    They name their own file, or `path` where they have none.
+    Each error names its own file, or `path` if it has none.
 
     Args:
         path: The file or folder that is worked on.
@@ -362,7 +362,7 @@ def retold(
     most: int = 300,
     named: bool = False,
 ) -> Iterator[None]:
-    """A block whose errors of a library become LoraFxErrors, with the library's own text.
+    """A block whose errors from a library become LoraFxErrors, with the library's own text.
 
     Args:
         what: What failed, naming the file and the tensor.
@@ -383,7 +383,7 @@ def retold(
 
 
 def importing(what: str, hint: str) -> AbstractContextManager[None]:
-    """A block that imports a library which is not installed with lora-fx.
+    """A block that imports a library that lora-fx does not install.
 
     Args:
         what: Who needs the library, and its name.
@@ -400,7 +400,7 @@ def silenced(
     redirect: Callable[[io.StringIO], contextlib.AbstractContextManager[object]] | None = None,
     levels: Mapping[str, int] | None = None,
 ) -> Iterator[None]:
-    """A block without warnings, even if the user has turned warnings into errors.
+    """A block without warnings, even if the user turns warnings into errors.
 
     Args:
         redirect: contextlib.redirect_stdout or redirect_stderr, for what is printed there.

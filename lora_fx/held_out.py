@@ -1,4 +1,4 @@
-"""Held-out examples: split off from the training data, or from a separate file."""
+"""Held-out examples: split off from the training data, or read from a separate file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.text import some
 
 
 def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
-    """(training, validation): `share` of the examples held out, of every label in its share.
+    """Return (training, validation): `share` of the examples held out, in every label alike.
 
     Whole numbers are labels where they repeat: twice on average. Labels with a single example
     stay in training.
@@ -33,7 +33,7 @@ def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
 
 
 def _order_by_label(table: Table, seed: int) -> tuple[Array, Array]:
-    """Shuffled numbers of the examples, those of a label together.
+    """Return shuffled example numbers, grouped by label.
 
     Returns:
         The numbers; and for each example whether it is the only one of its label.
@@ -50,7 +50,7 @@ def _order_by_label(table: Table, seed: int) -> tuple[Array, Array]:
 
 
 def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
-    """Held-out examples from a separate file, with the training's numbers for labels.
+    """Return held-out examples from a separate file, with the training's label numbers.
 
     Args:
         held_out: The examples.
@@ -88,13 +88,13 @@ def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
 
 
 def repeated(held_out: Table, training: Table) -> int:
-    """The number of held-out examples whose inputs are in the training data, padding aside."""
+    """Return the number of held-out examples whose inputs are in the training data too."""
     trained_inputs = set(_hashes_of_inputs(training))
     return sum(example in trained_inputs for example in _hashes_of_inputs(held_out))
 
 
 def _hashes_of_inputs(table: Table) -> list[int]:
-    """A hash of each example's inputs, without the zeros at their ends."""
+    """Return a hash of each example's inputs, without trailing zeros."""
     columns = [values for name, values in sorted(table.columns.items()) if name != table.label]
     hashes: list[int] = []
     for row in range(len(table)):

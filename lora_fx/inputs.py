@@ -1,4 +1,4 @@
-"""Inputs from a signature of names, dtypes and dimensions: the sizes and values of every check.
+"""The inputs of a model: a signature of names, dtypes and dimensions, and values for checks.
 
 Symbols take the sizes (2, 5), (3, 7), (1, 11): the first number is the batch (dimension 0), the
 second the first other symbol, and every further symbol has sizes of its own, in no fixed order;
@@ -25,29 +25,29 @@ from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
 
 Named = Mapping[str, Any]
-"""Arguments of a call by name; each is a tensor, or one of torch's pytrees."""
+"""The arguments of a call by name; each is a tensor, or a pytree of torch."""
 Dynamic = Mapping[str, Mapping[int, str] | Sequence[int]]
-"""{input: {dimension: symbol}} or {input: (dimension, …)}; an empty symbol makes a new one."""
+"""{input: {dimension: symbol}} or {input: (dimension, …)}; an empty symbol gets a new name."""
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
 OTHERS = {5: (9, 3, 12, 4), 7: (4, 13, 6, 10), 11: (6, 8, 3, 14)}
-"""Sizes of the further symbols, by that of the first."""
+"""The sizes of further symbols, by the size of the first symbol."""
 HALVES = {5: (2, 3), 7: (3, 2), 11: (2, 2)}
-"""Half sizes of the example that free heights and widths take, by the size of the first symbol."""
+"""Factors of half the example's height or width, for free sides, by the first symbol's size."""
 LARGE_SIDE = 24
-"""From this size on a free side keeps near the example's."""
+"""The least height or width of an example whose free sides stay near that size."""
 BATCH = "batch"
 LENGTH = "length"
 PAST = "past"
 CACHE_SIZES: tuple[tuple[int, int], ...] = (*SIZES, (2, 1))
-"""A decoder's: 3, 0, 4 and 2 tokens lie in the cache. One new token is what it mostly runs on."""
+"""The sizes for a decoder, with 3, 0, 4 and 2 tokens in the cache; the last adds one token."""
 LARGEST_CUT = 512
 """The largest constant in a model for which proofs choose longer sizes; more would be slow."""
 Extents = tuple[int, int] | Mapping[str, int]
-"""One size of a check: (batch, first other symbol), or some symbols by name."""
+"""The sizes of one check: (batch, first other symbol), or some symbols by name."""
 
 
 def generator(key: str, seed: int) -> np.random.Generator:
-    """A generator for one key, so that its numbers do not depend on what else is drawn."""
+    """Return a random generator for one key, independent of other draws."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
 
@@ -75,16 +75,16 @@ class Input:
 
     @property
     def is_integer(self) -> bool:
-        """True for token ids, labels, masks of integers."""
+        """True for token ids, labels, and masks of integers."""
         return "int" in self.dtype
 
     @property
     def is_mask(self) -> bool:
-        """True for booleans, and for integers that their name calls a mask."""
+        """True for booleans, and for integers whose name contains "mask"."""
         return self.dtype == "bool" or (self.is_integer and "mask" in self.name)
 
     def to_json(self) -> Json:
-        """One row of `inputs[]`: dimensions are numbers or symbols."""
+        """Return one row of `inputs[]`: dimensions are numbers or symbols."""
         dims = [self.dims.get(dim, size) for dim, size in enumerate(self.shape)]
         return {"name": self.name, "dtype": self.dtype, "shape": dims}
 
@@ -105,12 +105,12 @@ class Inputs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of the inputs."""
         return tuple(spec.name for spec in self.specs)
 
     @property
     def checks(self) -> tuple[Extents, ...]:
-        """The sizes of every check; both sides of each cut are among them."""
+        """The sizes of every check; they include both sides of each cut."""
         checks: list[Extents] = list(CACHE_SIZES if PAST in self._symbols() else SIZES)
         if not self.others:
             return tuple(checks)
@@ -131,17 +131,17 @@ class Inputs:
         return tuple(checks)
 
     def with_dims(self, requested: Mapping[str, Mapping[int, str]]) -> Inputs:
-        """The same inputs with these dimensions dynamic."""
+        """Return the inputs with these dimensions as the dynamic ones."""
         specs = [replace(spec, dims=requested.get(spec.name, {})) for spec in self.specs]
         return replace(self, specs=tuple(specs))
 
     @property
     def others(self) -> list[str]:
-        """The symbols that are neither the batch nor a cache's length."""
+        """The symbols other than the batch and a cache's length."""
         return _without_batch_and_past(self._symbols())
 
     def alike(self) -> Inputs:
-        """The same inputs where one symbol stands for all of `others`."""
+        """Return the inputs with one symbol in the place of all `others`."""
         stand_in = {symbol: self.others[0] for symbol in self.others}
 
         def renamed(text: str) -> str:
@@ -154,14 +154,14 @@ class Inputs:
         return replace(self, specs=tuple(specs))
 
     def _symbols(self) -> list[str]:
-        """The symbols of all dimensions, in their order."""
+        """Return the symbols of all dimensions, in order."""
         texts: list[str] = []
         for spec in self.specs:
             texts += spec.dims.values()
         return _symbols_in(texts)
 
     def _places(self) -> dict[Size, str]:
-        """The symbols of every size: one for sizes that have to be equal, numbers where fixed."""
+        """Return the symbol of every size: equal sizes share one, fixed sizes are numbers."""
         places: dict[Size, str] = {}
         for spec in self.specs:
             for dim, size in enumerate(spec.shape):
@@ -179,7 +179,7 @@ class Inputs:
         return places
 
     def _sides(self) -> dict[str, int]:
-        """The free heights and widths of images, with the example's size."""
+        """Return the free heights and widths of images, with the example's size."""
         sides = {}
         for spec in self.specs:
             if len(spec.shape) <= 3 or spec.is_integer:
@@ -190,7 +190,7 @@ class Inputs:
         return sides
 
     def _requested(self, size: Extents, places: Mapping[Size, str]) -> dict[str, int]:
-        """The value of every symbol at one size, before conditions are applied."""
+        """Return the value of every symbol at one size, before conditions are applied."""
         if isinstance(size, tuple):
             batch, length = size
             named: Mapping[str, int] = {}
@@ -217,7 +217,7 @@ class Inputs:
         }
 
     def values(self, size: Extents) -> dict[str, int] | None:
-        """The symbols at one size, or at the nearest one allowed; None where none was found."""
+        """Return symbol values at one size, or at the nearest valid one; None if none was found."""
         places = self._places()
         requested = self._requested(size, places)
         restricted = set[str]()
@@ -235,7 +235,7 @@ class Inputs:
         return None
 
     def sizes(self, size: Extents) -> dict[str, tuple[int, ...]]:
-        """The shape of every input where symbols take these values, or the nearest allowed."""
+        """Return the shape of every input at one size, or at the nearest valid one."""
         values = self.values(size)
         if values is None:  # the example is certain
             return {spec.name: spec.shape for spec in self.specs}
@@ -246,11 +246,11 @@ class Inputs:
         return shapes
 
     def symbol(self, name: str, d: int) -> str:
-        """The symbol of a dimension, the same for sizes that have to be equal."""
+        """Return the symbol of a dimension; sizes that must be equal have the same one."""
         return self._places().get((name, d), f"{name}[{d}]")
 
     def implied(self, condition: Condition) -> bool:
-        """Whether a condition holds wherever sizes of one symbol are equal."""
+        """Whether a condition holds whenever sizes with the same symbol are equal."""
         # names and demands say so: a branch, which asked the same, is what is to be told
         demands = tuple(other for other in self.conditions if other.demanded)
         places = replace(self, conditions=demands)._places()
@@ -258,7 +258,7 @@ class Inputs:
         return _implied(condition, tuple((place, places[place]) for place in about))
 
     def outside(self, condition: Condition, near: Extents = SIZES[0]) -> dict[str, int] | None:
-        """Values of symbols that break a condition and no other; None where there are none.
+        """Return symbol values that break this condition and no other; None if there are none.
 
         Args:
             condition: The one to break.
@@ -275,7 +275,7 @@ class Inputs:
         return None
 
     def sample(self, size: Extents = SIZES[0], seed: int = 0) -> dict[str, Array]:
-        """Arrays of one size; each input has a generator of its own, from (seed, name)."""
+        """Return arrays of one size; each input has its own generator, from (seed, name)."""
         shapes = self.sizes(size)
         cached_tokens = (self.values(size) or {}).get(PAST, 0)
         arrays: dict[str, Array] = {}
@@ -293,12 +293,12 @@ class Inputs:
         return arrays
 
     def to_json(self) -> list[Json]:
-        """Rows of `inputs[]`."""
+        """Return the rows of `inputs[]`."""
         return [spec.to_json() for spec in self.specs]
 
 
 def _mask(spec: Input, shape: tuple[int, ...], *, padded: bool) -> Array:
-    """A mask that is mostly what the example's is.
+    """Return a mask filled with the most frequent value of the example's mask.
 
     Args:
         spec: The input.
@@ -317,7 +317,7 @@ def _mask(spec: Input, shape: tuple[int, ...], *, padded: bool) -> Array:
 
 
 def _moves(symbols: Sequence[str], condition: Condition) -> list[dict[str, int]]:
-    """Values of symbols that may break a condition: where it turns, and small ones of two."""
+    """Return symbol values that may break a condition: near its numbers, and small pairs."""
     moves = []
     for symbol in symbols:
         moves += [{symbol: extent} for extent in condition.turns()]
@@ -331,7 +331,7 @@ def _moves(symbols: Sequence[str], condition: Condition) -> list[dict[str, int]]
 
 @lru_cache(8)
 def _steps(count: int, reach: int = 64) -> Sequence[tuple[int, ...]]:
-    """Changes of so many values, small ones first; of more than three the same change of all."""
+    """Return offsets for `count` values, small ones first; above three values, all change alike."""
     changes = [0]
     for change in range(1, reach):
         changes += [change, -change]
@@ -347,12 +347,12 @@ def _steps(count: int, reach: int = 64) -> Sequence[tuple[int, ...]]:
 
 
 def _terms(symbol: str) -> list[str]:
-    """The terms of a sum such as `past + length`."""
+    """Return the terms of a sum such as `past + length`."""
     return [term.strip() for term in symbol.split("+")]
 
 
 def _symbols_in(texts: Iterable[str]) -> list[str]:
-    """The terms of some sums, in their order and each once."""
+    """Return the terms of some sums, in order and without repeats."""
     symbols: dict[str, None] = {}
     for text in texts:
         symbols.update(dict.fromkeys(_terms(text)))
@@ -360,18 +360,18 @@ def _symbols_in(texts: Iterable[str]) -> list[str]:
 
 
 def _symbols_about(condition: Condition, places: Mapping[Size, str]) -> set[str]:
-    """The symbols of the sizes that a condition speaks of."""
+    """Return the symbols of the sizes that a condition depends on."""
     return set(_symbols_in(places.get(place, "") for place in condition.about))
 
 
 def _without_batch_and_past(symbols: Iterable[str]) -> list[str]:
-    """The symbols that are neither the batch nor a cache's length, nor numbers."""
+    """Return the symbols without the batch, a cache's length, and numbers."""
     return [symbol for symbol in symbols if symbol not in (BATCH, PAST) and not symbol.isdigit()]
 
 
 @lru_cache(4096)
 def _implied(condition: Condition, places: tuple[tuple[Size, str], ...]) -> bool:
-    """Whether it holds for all that the symbols of its sizes may be, as far as trying tells."""
+    """Whether the condition holds for every tried combination of its symbols' values."""
     place_to_text = dict(places)
     symbols = [symbol for symbol in _symbols_in(place_to_text.values()) if not symbol.isdigit()]
     symbols.sort()
@@ -387,12 +387,12 @@ def _implied(condition: Condition, places: tuple[tuple[Size, str], ...]) -> bool
 
 
 def _extents(places: Mapping[Size, str], values: Mapping[str, int]) -> dict[Size, int]:
-    """The number that every size is where symbols have these values."""
+    """Return the number for every size, given the values of the symbols."""
     return {place: _extent(text, values) for place, text in places.items()}
 
 
 def _extent(symbol: str, values: Mapping[str, int]) -> int:
-    """The value of a symbol, or of a sum of symbols and numbers."""
+    """Return the value of a symbol, or of a sum of symbols and numbers."""
     total = 0
     for term in _terms(symbol):
         total += int(term) if term.isdigit() else values.get(term, 1)
@@ -400,7 +400,7 @@ def _extent(symbol: str, values: Mapping[str, int]) -> int:
 
 
 def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
-    """Dimension 0 of all, dimension 1 of integers, masks and 3-d floats; never height or width."""
+    """Return the defaults: dimension 0 of all, dimension 1 of integers, masks and 3-d floats."""
     batch = next((spec.shape[0] for spec in inputs.specs if spec.shape), None)
     lengths = {spec.shape[1] for spec in inputs.specs if _has_length(spec)} - {0}
     dynamic: dict[str, dict[int, str]] = {}
@@ -422,7 +422,7 @@ def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
 
 
 def _has_free_length(spec: Input) -> bool:
-    """Whether dimension 1 may have another size than the example's."""
+    """Whether dimension 1 may differ from the example's size."""
     if not _has_length(spec) or spec.shape[1] == 0:  # an empty dimension stays one
         return False
     is_broadcast = spec.shape[1] == 1 and not spec.is_integer
@@ -441,7 +441,7 @@ def merge_dynamic(
     dynamic: Dynamic | None,
     static: Sequence[str] = (),
 ) -> dict[str, dict[int, str]]:
-    """The default dynamic dimensions, plus those in `dynamic`, without those in `static`.
+    """Return the default dynamic dimensions, plus `dynamic`, without `static`.
 
     Args:
         dynamic: {input: {dimension: symbol}} or {input: (dimension, …)}.
@@ -466,7 +466,7 @@ def merge_dynamic(
 
 
 def _dimension(name: str, number: int, rank: int) -> int:
-    """The dimension of an input that a number means; negative ones count from the end."""
+    """Return the dimension for a number; negative numbers count from the end."""
     if not -rank <= number < rank:
         raise LoraFxError(
             f"input {name!r} has {rank} dimensions, so there is no dimension {number}",
@@ -476,7 +476,7 @@ def _dimension(name: str, number: int, rank: int) -> int:
 
 
 def _label(symbol: object) -> str:
-    """The name of a symbol: a text, or torch's Dim."""
+    """Return the name of a symbol, which is a text or torch's Dim."""
     if isinstance(symbol, str):
         return symbol
     return str(getattr(symbol, "__name__", ""))
@@ -490,17 +490,17 @@ OTHER_SIZES = (
     "pass --inputs FILE.npz with arrays of sizes that the model accepts; for a torch model, "
     "--static NAME:DIM keeps a dimension at the size of its example"
 )
-"""The hint for a model that refuses sizes which a check has chosen."""
+"""The hint for a model that refuses the sizes that a check chose."""
 
 
 def expect_input(name: str, names: Collection[str]) -> None:
-    """Refuse the name of an input that a model does not have."""
+    """Raise if a model has no input of this name."""
     if name not in names:
         raise LoraFxError(f"no input is named {name!r}", f"the inputs are {', '.join(names)}")
 
 
 def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
-    """`NAME:0=batch,2=h` of the command line.
+    """Parse `NAME:0=batch,2=h` of the command line.
 
     >>> parse_dynamic(["x:0=batch,2=h", "ids:1"])
     {'x': {0: 'batch', 2: 'h'}, 'ids': {1: ''}}

@@ -1,4 +1,4 @@
-"""Other values for the attributes of a thing, for the time of a block."""
+"""Temporary replacement of attributes for the duration of a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def patched(thing: Any, **values: object) -> Iterator[None]:
-    """A block in which an object, a class or a module has other values for some attributes."""
+    """A block in which some attributes of an object, a class or a module have other values."""
     # what it inherits stays inherited
     before = {name: vars(thing).get(name, _MISSING) for name in values}
     try:

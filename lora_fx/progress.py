@@ -1,4 +1,4 @@
-"""Long work shows which stage of it runs, and how long each stage took.
+"""Progress reports: the stage that long work is in, and the time of each stage.
 
 Verbs say where they are by `with stage("…")`. Nobody listens unless a caller asks to be told: the
 command line, or `progress=` in Python. A stage is told once it has taken a moment, and again at its
@@ -20,17 +20,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Listener = Callable[[str], None]
-"""Called with a line: `checking 2 of 4 …`, later `checking 2 of 4: 3.1 s`."""
+"""A function that is called with a line: `checking 2 of 4 …`, later `checking 2 of 4: 3.1 s`."""
 PATIENCE = 1.0
-"""A stage is reported only after this many seconds."""
+"""The seconds after which a running stage is reported."""
 YOUNG = 20_000
-"""New objects between two looks of the collector; Python's own number is 700 or 2,000."""
+"""The number of new objects between two garbage collections; Python's default: 700 or 2,000."""
 _listener: ContextVar[Listener | None] = ContextVar("lora_fx_stage", default=None)
 
 
 @contextlib.contextmanager
 def telling(listener: Listener | None) -> Iterator[None]:
-    """A block whose stages are reported to a listener; None changes nothing."""
+    """A block whose stages are reported to a listener; None keeps the current listener."""
     if listener is None:
         listener = _listener.get()
     token = _listener.set(listener)
@@ -42,7 +42,7 @@ def telling(listener: Listener | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A block of work, by a name for people."""
+    """A block of work that is reported as a stage, by a name for people."""
     listener = _listener.get()
     if listener is None:
         yield
@@ -66,14 +66,14 @@ def stage(name: str) -> Iterator[None]:
 
 
 def said(line: str) -> None:
-    """Tell at once a line that a user should read before the work goes on."""
+    """Report a line immediately, for a user to read before the work continues."""
     listener = _listener.get()
     if listener is not None:
         listener(line)
 
 
 def told(verb: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function so that its `progress` argument gets reports of its stages."""
+    """Decorate a function so that its `progress` argument receives reports of its stages."""
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -85,12 +85,12 @@ def told(verb: Callable[P, T]) -> Callable[P, T]:
 
 _COLLECTOR = threading.Lock()
 _thresholds: list[tuple[int, int, int]] = []
-"""The collector's thresholds when each verb began that runs in any thread; the first: a user's."""
+"""The collector's thresholds at the start of each running call; the first are the user's."""
 
 
 @contextlib.contextmanager
 def _collecting_less() -> Iterator[None]:
-    """A block in which the garbage collector looks at objects less often.
+    """A block in which Python's garbage collector runs less often.
 
     Programs of some thousand nodes are made of objects that stay, which Python walks again and
     again beside all of torch and of the user's model: an eighth of insert's time at 30 layers.

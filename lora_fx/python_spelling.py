@@ -1,4 +1,4 @@
-"""Translate options in hints from the command line's spelling to Python's."""
+"""Translation of options in hints from the command line's spelling to Python's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTION = re.compile(
 
 
 def in_python(hint: str) -> str:
-    """A hint with its options in Python's spelling; clauses that name a command do not change.
+    """Return a hint with its options in Python's spelling; clauses with a command are unchanged.
 
     >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
     "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
@@ -35,14 +35,14 @@ def in_python(hint: str) -> str:
 
 
 def _clause_in_python(clause: str) -> str:
-    """A clause of a hint; one that names a command stays as it is."""
+    """Return a clause with its options in Python's spelling; unchanged if it has a command."""
     if "lora-fx " in clause or "--as " in clause:
         return clause
     return _OPTION.sub(_keyword, clause)
 
 
 def _keyword(match: re.Match[str]) -> str:
-    """An option of the command line as a keyword argument."""
+    """Return an option of the command line as a keyword argument."""
     option = match[1]
     value = match[2]
     name = option.replace("-", "_")

@@ -1,4 +1,4 @@
-"""Regular expressions of files and of users: bounded before they are compiled, and while they run.
+"""Regular expressions from files and users, with limits on their size and on matching time.
 
 A pattern is read as Python's `re` reads it, since that is what PEFT and users write, and matched by
 the package `regex`, which alone can be stopped. `regex` writes out the least count of every repeat:
@@ -31,19 +31,19 @@ MOST_SIZE = 100_000
 MOST_IN_ALL = 250_000
 """The largest size of the patterns since `begin`; two tables of 800 names are 130,000."""
 EACH = 30
-"""The cost of a pattern besides its parts: compiling an empty one takes as long as 30 parts."""
+"""The fixed cost of a pattern, in parts: an empty one compiles as long as 30 parts do."""
 MOST_TEXT = 10_000
-"""Characters of the longest text that a pattern is matched with."""
+"""The length in characters of the longest text that a pattern is matched with."""
 SECONDS = 1.0
-"""Seconds for all matching since `begin`, not counting the first MATCH of every match."""
+"""The seconds for all matching since `begin`, without the first MATCH seconds of each match."""
 MATCH = 1e-4
-"""Seconds of one match that are not counted: a list of 500 names takes some 20 µs."""
+"""The seconds of each match that are not counted: a list of 500 names takes some 20 µs."""
 _SIMPLER = "write it without nested repeats"
 
 
 @dataclass
 class _Spent:
-    """The time and the sizes spent since `begin`.
+    """The time and the pattern sizes that were used since `begin`.
 
     Attributes:
         where: What the patterns are from, for messages.
@@ -57,15 +57,15 @@ class _Spent:
 
 
 _spent: ContextVar[_Spent | None] = ContextVar("spent", default=None)
-"""Each thread counts by itself."""
+"""The usage of the current thread."""
 
 
 class PatternError(ValueError):
-    """A text that is not a regular expression."""
+    """The error for a text that is not a valid regular expression."""
 
 
 def begin(where: str = "") -> None:
-    """Reset the counts of time and sizes, for the next config or the next selectors.
+    """Reset the counts of time and sizes, before the next config or selectors.
 
     Args:
         where: What errors say the patterns are from, such as a file; nothing where it is empty.
@@ -74,7 +74,7 @@ def begin(where: str = "") -> None:
 
 
 def _spent_now() -> _Spent:
-    """What this thread has spent."""
+    """Return the usage of this thread."""
     spent = _spent.get()
     if spent is None:
         spent = _Spent()
@@ -87,7 +87,7 @@ def matched(
     text: str,
     how: Literal["match", "fullmatch", "search"] = "match",
 ) -> regex.Match[str] | None:
-    """As `re.match`, `re.fullmatch` or `re.search`, in bounded time.
+    """Match like `re.match`, `re.fullmatch` or `re.search`, in bounded time.
 
     Raises:
         PatternError: It is no pattern.
@@ -120,7 +120,7 @@ def matched(
 
 
 def compiled(pattern: str) -> regex.Pattern[str]:
-    """A pattern as `re` reads it, for `regex`.
+    """Compile a pattern for the package `regex`, with the meaning that it has in `re`.
 
     Raises:
         PatternError: It is no pattern.
@@ -143,7 +143,7 @@ def compiled(pattern: str) -> regex.Pattern[str]:
 
 @functools.lru_cache(maxsize=512)
 def _checked_size(pattern: str) -> int:
-    """The size of one pattern, which is not too large."""
+    """Return the size of one pattern; raise if it is too large."""
     _refuse_large(pattern, len(pattern))  # to parse a million characters takes 2 s
     with _as_pattern_error():
         size = written_out(pattern)
@@ -153,7 +153,7 @@ def _checked_size(pattern: str) -> int:
 
 @functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> regex.Pattern[str]:
-    """A pattern that both packages take, compiled by `regex`."""
+    """Return a pattern compiled by `regex`; both packages must accept it."""
     import regex  # most configs have no pattern
 
     with _as_pattern_error(regex.error):
@@ -171,7 +171,7 @@ _IN_SET = re.compile(r"(?s)\\N\{(?P<name>[^}]+)\}|\\.|\[")
 
 
 def _for_regex(pattern: str) -> str:
-    """A pattern whose parts that the two packages read differently are written so that they agree.
+    """Rewrite the parts of a pattern that `regex` would read differently from `re`.
 
     1. Braces that count nothing are plain in `re`, and fuzzy matching in `regex`.
     2. A bracket in a set is plain in `re`, and begins a class such as [:alpha:] in `regex`.
@@ -195,7 +195,7 @@ def _for_regex(pattern: str) -> str:
 
 @contextlib.contextmanager
 def _as_pattern_error(*kinds: type[Exception]) -> Iterator[None]:
-    """A block whose errors, of the two packages, become PatternErrors; it has no warnings."""
+    """A block without warnings whose errors from both packages become PatternErrors."""
     expected: tuple[type[Exception], ...] = (re.error, RecursionError, OverflowError, MemoryError)
     try:
         with warnings.catch_warnings():
@@ -206,7 +206,7 @@ def _as_pattern_error(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def _refuse_large(pattern: str, size: int) -> None:
-    """Raise where the size of one pattern is too large."""
+    """Raise if the size of one pattern is too large."""
     if size > MOST_SIZE:
         where = _spent_now().where
         raise LoraFxError(
@@ -217,14 +217,14 @@ def _refuse_large(pattern: str, size: int) -> None:
 
 
 def _power(size: int) -> str:
-    """A size in few characters: a product of repeats may have a thousand digits."""
+    """Return a size as a short text: a product of repeats may have a thousand digits."""
     if size < 10**9:
         return str(size)
     return f"10^{int(math.log10(size))}"
 
 
 def written_out(pattern: str) -> int:
-    """The parts of a pattern with every repeat written out as often as it has to match.
+    """Return the number of parts of a pattern with every repeat expanded to its least count.
 
     >>> written_out("abc"), written_out("(ab){30}"), written_out("(a{3}|b){2,99}")
     (3, 90, 12)
@@ -239,7 +239,7 @@ def written_out(pattern: str) -> int:
 
 
 def _size(tree: Any) -> int:
-    """The parts of what `re` parses a pattern to: pairs of an operation and its operands."""
+    """Return the number of parts in a tree that `re` parsed: pairs of operation and operands."""
     total = 0
     for operation, operands in tree:
         name = str(operation)
@@ -256,7 +256,7 @@ def _size(tree: Any) -> int:
 
 
 def _trees(operands: Any) -> Iterator[Any]:
-    """The trees among operands, in lists too."""
+    """Yield the trees among operands, also inside lists."""
     from re import _parser  # type: ignore[attr-defined]
 
     if isinstance(operands, _parser.SubPattern):
@@ -267,7 +267,7 @@ def _trees(operands: Any) -> Iterator[Any]:
 
 
 def _width(operation: object, operands: Any) -> int:
-    """The size of a part of a set.
+    """Return the size of a part of a set.
 
     `re` goes through a range of letters one by one where case is ignored.
     """

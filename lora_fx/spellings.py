@@ -1,4 +1,4 @@
-"""Old spellings of options, which still work and warn with the new spelling."""
+"""Old spellings of options, which still work but give a warning with the new spelling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.errors import LoraFxError
 
 T = TypeVar("T")
 WRAPPERS = ("contextlib", "dataclasses", "functools")
-"""Modules whose frames stand between a decorated function and its caller."""
+"""The modules whose frames are between a decorated function and its caller."""
 
 
 def _warn_of_keyword(old: str, new: str) -> None:
@@ -26,7 +26,7 @@ def under_either_name(
     new_value: T | None,
     tell: Callable[[str, str], None] = _warn_of_keyword,
 ) -> T | None:
-    """The value of an option, given under its name or under the one that it had before.
+    """Return the value of an option that was given by its new or its old name.
 
     Args:
         old: The old name.
@@ -50,7 +50,7 @@ def under_either_name(
 
 
 def warn_caller(text: str) -> None:
-    """A FutureWarning at the line of the user's code that called into lora_fx."""
+    """Warn with a FutureWarning at the user's line that called into lora_fx."""
     depth = 2  # 1 is this function
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

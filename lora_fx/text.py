@@ -1,4 +1,4 @@
-"""Text for people: tables, counts, hints; numbers, names that are free, and lists by key."""
+"""Text for people: tables, counts, hints, numbers; also free names and lists by key."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lora_fx.errors import near as near
 K = TypeVar("K")
 T = TypeVar("T")
 Json = dict[str, Any]
-"""A JSON object; its values are what JSON has."""
+"""A JSON object, with values of JSON types."""
 JsonView = Mapping[str, Any]
-"""A JSON object that is only read."""
+"""A JSON object that is not changed."""
 StrPath = str | os.PathLike[str]
 """The type of a path that a user gives."""
 
 
 def strict_json(value: Any) -> Any:
-    """A value as any reader of JSON takes it: infinities and NaN null, half surrogates as codes."""
+    """Return a value that any JSON reader accepts: null for inf and NaN, no lone surrogates."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -38,7 +38,7 @@ def strict_json(value: Any) -> Any:
 
 
 def listed_texts(text: str) -> list[str]:
-    """The texts of a list that another program wrote by Python's `repr`; empty for anything else.
+    """Return the texts of a list in Python's `repr`, from another program; empty for other text.
 
     >>> listed_texts("['h.0', 'h.0.fc']"), listed_texts("{[]}"), listed_texts("5")
     (['h.0', 'h.0.fc'], [], [])
@@ -53,11 +53,11 @@ def listed_texts(text: str) -> list[str]:
 
 
 _LONGEST_LIST = 100_000
-"""Characters of a list that is read: a hundred modules around a node are some thousands."""
+"""The longest list text that is read; a hundred modules around a node have some thousands."""
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as aligned text columns, the first row underlined."""
+    """Format rows as aligned text columns, with the first row underlined."""
     rows = [tuple(map(visible, row)) for row in rows]
     n_columns = len(rows[0])
     widths = [max(len(row[column]) for row in rows) for column in range(n_columns)]
@@ -67,13 +67,13 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Cells as one line, each as wide as its column."""
+    """Format cells as one line, each as wide as its column."""
     padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
     return "  ".join(padded).rstrip()
 
 
 def html(text: str, rows: Sequence[Sequence[str]] = ()) -> str:
-    """A line of text and a table, the first row its head, as a notebook shows them; all escaped."""
+    """Format a line of text and a table (first row as head) as HTML for notebooks, all escaped."""
     from html import escape
 
     def line(row: Sequence[str], tag: str) -> str:
@@ -86,7 +86,7 @@ def html(text: str, rows: Sequence[Sequence[str]] = ()) -> str:
 
 
 def short(instance: Any) -> str:
-    """A dataclass in one line, as its repr: arrays as their shapes, collections as their lengths.
+    """Return a dataclass's repr in one line, with arrays as shapes and collections as lengths.
 
     >>> @dataclasses.dataclass
     ... class Pair:
@@ -106,14 +106,14 @@ def short(instance: Any) -> str:
 
 
 def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
-    """True for the value that a field has where none is given."""
+    """Whether the value is the field's default."""
     if field.default_factory is not dataclasses.MISSING:
         return bool(value == field.default_factory())
     return value is field.default
 
 
 def _brief(value: object) -> str:
-    """A value in few characters."""
+    """Return a short text for a value."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, Collection) and not isinstance(value, str):
@@ -125,7 +125,7 @@ def _brief(value: object) -> str:
 
 
 def human(count: float) -> str:
-    """A count with an SI prefix.
+    """Return a count with an SI prefix.
 
     >>> human(950), human(12_300_000)
     ('950', '12.3 M')
@@ -137,7 +137,7 @@ def human(count: float) -> str:
 
 
 def size_in_bytes(text: str) -> int:
-    """A count of bytes as people write it.
+    """Parse a count of bytes as people write it.
 
     Raises:
         LoraFxError: The text is not a size.
@@ -157,24 +157,24 @@ def size_in_bytes(text: str) -> int:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """True for an int or a float; a bool is no number, though Python's is an int."""
+    """Whether the value is an int or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """True for an int that is not a bool."""
+    """Whether the value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def plain_number(number: float) -> float:
-    """A number as people and PEFT write it: an int where it is whole."""
+    """Return a number as people and PEFT write it: an int if it is whole."""
     if float(number).is_integer():
         return int(number)
     return float(number)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names, and how many more there are.
+    """Return the first of many names, and how many more there are.
 
     >>> some(["a", "b", "c", "d"])
     'a, b, c and 1 more'
@@ -187,7 +187,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def counted(count: int, word: str, shown: str = "") -> str:
-    """A count and its word, which has an s but for one.
+    """Return a count and its word, with an s unless the count is one.
 
     Args:
         count: How many.
@@ -202,7 +202,7 @@ def counted(count: int, word: str, shown: str = "") -> str:
 
 
 def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
-    """The stem if it is not taken, else the first of STEM.1, STEM.2 … that is not taken.
+    """Return the stem if it is not taken, else the first free of STEM.1, STEM.2 ….
 
     >>> free_name("w", ()), free_name("w", ("w", "w.1"))
     ('w', 'w.2')
@@ -212,7 +212,7 @@ def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
 
 
 def by_key(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
-    """The values of every key, in the order of the pairs.
+    """Return the values of every key, in the order of the pairs.
 
     >>> by_key([("a", 1), ("b", 2), ("a", 3)])
     {'a': [1, 3], 'b': [2]}

@@ -1,1 +1,1 @@
-"""Low-rank updates, their variants and first values, and the adapter that holds them."""
+"""Low-rank updates, their variants and initial values, and the adapter that holds them."""

@@ -1,4 +1,4 @@
-"""The Adapter: a named set of updates, key → LowRank or Full, that knows no file format."""
+"""The class Adapter: a set of updates (key → LowRank or Full), independent of file formats."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from lora_fx.text import Json, JsonView, counted, html, human, some
 
 
 class FileNames(Protocol):
-    """How to find a model's parameters for keys that are not parameter names of one model."""
+    """The names of an adapter whose keys are not a model's parameter names (kohya, diffusers)."""
 
     @property
     def format(self) -> str:
         """The format of the names: kohya or diffusers."""
 
     def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
-        """The adapter under a model's parameter names; see `lora_fx.formats.naming`."""
+        """Return the adapter with a model's parameter names as keys; see `formats.naming`."""
 
     def to_json(self) -> Json:
-        """The metadata from which a file of the adapter makes this again."""
+        """Return the metadata from which these names are restored when a saved adapter is read."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class Adapter(Mapping[str, Entry]):
     names: FileNames | None = None
 
     def __repr__(self) -> str:
-        """The kinds and shapes of its updates."""
+        """The kinds and shapes of the adapter's updates."""
         _, *rows = self._rows()
         updates = [" ".join(filter(None, row)) for row in rows]
         return f"Adapter({some(updates)})"
 
     def _repr_html_(self) -> str:
-        """The table of its updates, for notebooks."""
+        """The table of the adapter's updates, for notebooks."""
         return html(
             f"{counted(len(self), 'update')}, {human(self.parameters)} parameters", self._rows()
         )
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """A table of the updates; its first row has the names of the columns."""
+        """A table of the adapter's updates; its first row has the names of the columns."""
         rows: list[tuple[str, ...]] = [("key", "kind", "shape", "rank")]
         for key, entry in self.entries.items():
             value = entry.value if isinstance(entry, Full) else entry
@@ -114,7 +114,7 @@ class Adapter(Mapping[str, Entry]):
         return sum(_size(key, entry) for key, entry in self.entries.items())
 
     def deltas(self, base: object = None, dtype: npt.DTypeLike = "float64") -> dict[str, Array]:
-        """{key: ΔW in stored layout}; an unbound update is taken as [out, in].
+        """Return {key: ΔW in stored layout}; for an unbound update, ΔW is [out, in].
 
         Args:
             base: Not needed by lora and rslora.
@@ -138,7 +138,7 @@ class Adapter(Mapping[str, Entry]):
         return deltas
 
     def weighted(self, weight: float) -> Adapter:
-        """Every change times `weight`; whole tensors and rows cannot be scaled.
+        """Return the adapter with every ΔW multiplied by `weight`; refuse whole tensors and rows.
 
         Raises:
             LoraFxError: The weight is not 1 and the adapter holds whole tensors, rows, or DoRA,
@@ -163,7 +163,7 @@ class Adapter(Mapping[str, Entry]):
     def select(
         self, include: str | Sequence[str] = "", exclude: str | Sequence[str] = ""
     ) -> Adapter:
-        """The updates that `include` names (all if empty), without those that `exclude` names.
+        """Return the updates that `include` selects (all if empty) and `exclude` does not.
 
         Args:
             include: Selectors of keys: globs on a dotted suffix, or re:REGEX.
@@ -184,7 +184,7 @@ class Adapter(Mapping[str, Entry]):
         return replace(self, entries=entries)
 
     def resolved(self, names: Iterable[str]) -> Adapter:
-        """This adapter under a model's parameter names, where its file does not name those."""
+        """Return this adapter with a model's parameter names as keys, if its file has others."""
         if self.names is None:
             return self
         return self.names.resolve(self, names)
@@ -192,7 +192,7 @@ class Adapter(Mapping[str, Entry]):
     def bind(
         self, model: object, args: Sequence[object] = (), kwargs: JsonView | None = None
     ) -> Adapter:
-        """This adapter in the keys and layouts of a model (module, Captured, Found or folder).
+        """Return this adapter with the keys and layouts of a module, Captured, Found or folder.
 
         Raises:
             LoraFxError: A key that the model lacks, or a shape that does not fit.
@@ -212,7 +212,7 @@ def _size(key: str, entry: Entry) -> int:
 
 
 def check_plain(adapter: Adapter, what: str, *, reading_weight: bool = False) -> None:
-    """Raise for an entry that is more than s·b·a or a whole tensor.
+    """Raise LoraFxError for an entry that is neither a plain s·b·a nor a whole tensor.
 
     Args:
         adapter: Bound or not.
@@ -232,7 +232,7 @@ def check_plain(adapter: Adapter, what: str, *, reading_weight: bool = False) ->
 
 
 def bind(adapter: Adapter, found: Found) -> Adapter:
-    """An adapter in the keys and layouts of `found`; every misfit is named.
+    """Return the adapter with the keys and layouts of `found`; an error names each misfit.
 
     Args:
         adapter: Bound or not; its keys may be aliases.
@@ -250,7 +250,7 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
 def mix(
     parts: Sequence[tuple[Adapter, float]], how: str = "cat", rank: int | None = None
 ) -> Adapter:
-    """One adapter from several, each with a weight.
+    """Combine several adapters, each with a weight, into one.
 
     Args:
         parts: (adapter, weight); bound to one model, or files of one naming.
@@ -281,7 +281,7 @@ def mix(
 
 
 def _check_mixable(parts: Sequence[tuple[Adapter, float]], how: str, rank: int | None) -> None:
-    """Raise for an unknown mix, an option that it does not take, and entries it cannot mix."""
+    """Raise for an unknown mix, an option that the mix does not take, or an unmixable entry."""
     if how not in HOWS:
         raise LoraFxError(f"unknown mix {how!r}", f"the mixes are {', '.join(HOWS)}")
     if rank is not None and how != "svd":

@@ -1,4 +1,4 @@
-"""The share of an update that a stored weight keeps: one measure for every fold."""
+"""The share of an update that a weight keeps when the sum is rounded for storage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.dtypes import Array
 
 @dataclass
 class Applied:
-    """An update Δ of a weight W and what storing W + Δ as W_new made of it, as sums over elements.
+    """Sums over elements that compare an update Δ of W with the change W_new − W that was stored.
 
     Blocks of a weight add up.
 
@@ -30,5 +30,5 @@ class Applied:
 
     @property
     def gain(self) -> float:
-        """⟨W_new − W, Δ⟩/⟨Δ, Δ⟩: 1 if all of Δ was kept, or Δ is zero; 0 if nothing was kept."""
+        """⟨W_new − W, Δ⟩/⟨Δ, Δ⟩: 1 if all of Δ was kept or Δ is zero; 0 if nothing was kept."""
         return self.along / self.delta if self.delta else 1.0

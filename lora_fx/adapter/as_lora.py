@@ -1,4 +1,4 @@
-"""Any update as plain LoRA: ΔW by its method's formula, then the best b·a of few ranks.
+"""Conversion of any update to plain LoRA: compute ΔW, then its best low-rank approximation b·a.
 
 LoHa, LoKr and whole differences have a ΔW of their own. What reads W (DoRA's norm, a base that
 PiSSA or OLoRA changed) has it with the base: what a merge would add. ‖ΔW − b·a‖ is measured
@@ -27,7 +27,7 @@ from lora_fx.text import Json
 
 @dataclass(frozen=True)
 class Approximated:
-    """One update before and after: its kind, its new rank, ‖ΔW‖ and ‖ΔW − b·a‖."""
+    """One approximated update: its kind, its new rank, ‖ΔW‖ and ‖ΔW − b·a‖."""
 
     key: str
     kind: str
@@ -41,7 +41,7 @@ class Approximated:
         return {**vars(self), "relative": relative}
 
     def __str__(self) -> str:
-        """A line for people."""
+        """One line of text for people."""
         share = self.to_json()["relative"]
         return f"{self.key}: {self.kind} as rank {self.rank}, ‖ΔW − ΔW'‖/‖ΔW‖ = {share:.3e}"
 
@@ -53,7 +53,7 @@ def as_lora(
     energy: float | None = None,
     delta_of: Callable[[Adapter], Array] | None = None,
 ) -> tuple[Adapter, list[Approximated]]:
-    """Approximate updates of other methods by plain LoRA; plain and Full updates stay.
+    """Approximate updates of other methods by plain LoRA; keep plain and Full updates unchanged.
 
     Args:
         adapter: As a loader returned it.
@@ -92,7 +92,7 @@ def as_lora(
 
 
 def _of_entry(low: LowRank, entry: Entry) -> LowRank:
-    """The update with the layout, use and origin of the entry that it approximates."""
+    """Return `low` with the layout, use and origin of the entry that it approximates."""
     if isinstance(entry, LowRank):
         # Where it applies, and how it lies there, stays.
         origin = replace(entry.origin, layer=None)
@@ -105,7 +105,7 @@ def _of_entry(low: LowRank, entry: Entry) -> LowRank:
 def _delta(
     adapter: Adapter, key: str, entry: Entry, delta_of: Callable[[Adapter], Array] | None
 ) -> Array:
-    """ΔW [out, in] of one update."""
+    """Return ΔW [out, in] of one update."""
     if isinstance(entry, (Hadamard, Kronecker, Dense)):
         if min(entry.shape) < 2:
             raise LoraFxError(
@@ -123,7 +123,7 @@ def _delta(
 
 
 def _best(delta: Array, rank: int | None, energy: float | None) -> LowRank:
-    """The best update of at most `rank`, or of the fewest ranks that hold this share of ‖ΔW‖²."""
+    """Return the best update of at most `rank`, or of the fewest ranks with this share of ‖ΔW‖²."""
     rng = np.random.default_rng(0)
     total = float(np.square(delta, dtype=np.float64).sum())
     count = min(rank or 16, *delta.shape)

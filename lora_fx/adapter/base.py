@@ -1,4 +1,4 @@
-"""The older name of `lora_fx.adapter.variant_protocol`, for variants written outside."""
+"""The old import path of `lora_fx.adapter.variant_protocol`, kept for other packages' variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter in the keys and layouts of a model; every misfit is named."""
+"""Binding: give an adapter the keys and layouts of a model, or raise an error for each misfit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lora_fx.targets.target import Target, check_disjoint
 from lora_fx.text import Json, JsonView, near, some
 
 OTHER_READERS = "other_readers"
-"""The metadata field for operations that read an updated tensor besides its products."""
+"""The metadata field that lists operations that read an updated tensor without the update."""
 
 
 def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
-    """Adapter metadata with the other operations that read the tensors of its updates.
+    """Return the adapter's metadata with the operations that read tensors without the updates.
 
     Args:
         found: The model's targets; targets of a checkpoint, whose readers nobody knows, change
@@ -45,7 +45,7 @@ def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
 
 
 def bound_entries(entries: Mapping[str, Entry], found: Found) -> dict[str, Entry]:
-    """Whole tensors and low-rank updates in the keys and layouts of a model.
+    """Return whole tensors and low-rank updates with the keys and layouts of a model.
 
     Args:
         entries: Bound or not; their keys may be aliases.
@@ -73,7 +73,7 @@ def bound_entries(entries: Mapping[str, Entry], found: Found) -> dict[str, Entry
 
 
 def _split_as_model(entries: Mapping[str, Entry], found: Found) -> dict[str, Entry]:
-    """The entries, with updates of split projections for a fused weight, and the reverse."""
+    """Return the entries, with updates fused or split as the model's projections are."""
     result: dict[str, Entry] = {}
     for key, entry in entries.items():
         if isinstance(entry, LowRank) and found.get(key) is None:
@@ -84,7 +84,7 @@ def _split_as_model(entries: Mapping[str, Entry], found: Found) -> dict[str, Ent
 
 
 def _bound_tensors(tensors: Mapping[str, Full], found: Found) -> dict[str, Full]:
-    """Whole tensors under the model's first names; one value for all names is one change."""
+    """Return whole tensors by the model's first names; equal ones under all names are one entry."""
     by_first_name: dict[str, dict[str, Full]] = {}
     for key, entry in tensors.items():
         if key not in found.shapes:
@@ -103,7 +103,7 @@ def _bound_tensors(tensors: Mapping[str, Full], found: Found) -> dict[str, Full]
 
 
 def _bound_tensor(first_name: str, entries: Mapping[str, Full], found: Found) -> Full:
-    """The one change of a tensor that the entries under its names are."""
+    """Return the one entry that stands for the entries under all names of a tensor."""
     names = [name for name, first in found.first_names.items() if first == first_name]
     key, entry = next(iter(entries.items()))
     if not means_all(entries, names):
@@ -118,7 +118,7 @@ def _bound_tensor(first_name: str, entries: Mapping[str, Full], found: Found) ->
 
 
 def means_all(entries: Mapping[str, Full], names: Collection[str]) -> bool:
-    """True for whole tensors that are one change of a tensor with all of these names.
+    """Whether these whole tensors are one change of the tensor that has all of these names.
 
     PEFT saves the modules one by one: where it keeps them tied (ensure_weight_tying) all are
     there, and equal.
@@ -134,7 +134,7 @@ def means_all(entries: Mapping[str, Full], names: Collection[str]) -> bool:
 
 
 def _bound_update(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]:
-    """The model's key of an update, and the update in the layout of its target."""
+    """Return the model's key of an update, and the update in the layout of its target."""
     tensor_key = key
     key_use = ""
     if key not in found.by_key:
@@ -166,7 +166,7 @@ def _bound_update(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
 
 
 def _use_of(key: str, use: str, entry: LowRank, target: Target) -> str:
-    """The use that an update applies to; empty for all uses.
+    """Return the use that an update applies to; empty for all uses.
 
     An update that is not bound comes from a file, which names a module by its key. So it means the
     use in that module, unless the file says that it means all of them.
@@ -190,7 +190,7 @@ def _use_of(key: str, use: str, entry: LowRank, target: Target) -> str:
 
 
 def _in_order_of(target: Target, key: str, entry: LowRank) -> LowRank:
-    """The update with its in and out axes in the order of the target."""
+    """Return the update with its in and out axes in the order of the target."""
     if target.tied and entry.layout is None and entry.origin.op == "embedding":
         # A lookup's in is the rows; the target's layout is the matmul's.
         entry = variant_of(entry).turned(entry, key)
@@ -201,7 +201,7 @@ def _in_order_of(target: Target, key: str, entry: LowRank) -> LowRank:
 
 
 def _reached(key: str, use: str, target: Target) -> Target:
-    """The target of the uses that an update reaches; `target` itself if these are all its uses."""
+    """Return the part of the target with the uses that an update applies to."""
     if not use or not target.sites:
         return target
     target_of_use = target.of_use(use)
@@ -216,7 +216,7 @@ def _reached(key: str, use: str, target: Target) -> Target:
 
 
 def _of_dtype(key: str, entry: LowRank, dtype: str) -> LowRank:
-    """The update with complex a and b where the weight is complex; raises where it is real."""
+    """Return the update with complex a and b for a complex weight; raise if the weight is real."""
     kind = factor_dtype(dtype)
     if kind.kind == "c":
         return replace(entry, a=entry.a.astype(kind), b=entry.b.astype(kind))

@@ -1,4 +1,4 @@
-"""dora: each row of W + s·b·a gets a trained length.
+"""dora: W + s·b·a with rows rescaled to trained lengths.
 
 Liu et al. 2024 (arXiv:2402.09353). In [out, in] order V = W + s·b·a, and the new weight is
 diag(magnitude / ‖V‖) · V, where ‖V‖ is the norm of each row: over everything but out.
@@ -34,7 +34,7 @@ from lora_fx.ir.layout import Layout
 
 
 class Dora(Lora):
-    """diag(m/‖V‖) · V. The magnitude m [*batch, out] is `LowRank.magnitude`."""
+    """The variant dora: W' = diag(m/‖V‖) · V. Magnitude m [*batch, out] is `LowRank.magnitude`."""
 
     title = "DoRA"
     reads_weight = True
@@ -43,13 +43,13 @@ class Dora(Lora):
     also = ("magnitude",)
 
     def of(self, low: LowRank) -> Variant | None:
-        """Any update with a magnitude is DoRA, whatever its scale."""
+        """Return this variant for any update with a magnitude, whatever its scale."""
         if low.magnitude is None:
             return None
         return self
 
     def prepared(self, low: LowRank, beginning: Beginning) -> LowRank:
-        """The magnitude starts at the lengths of W's own rows, so that W' = W.
+        """Set the magnitude to the row norms of W, so that W' = W.
 
         Raises:
             LoraFxError: A row of W is zero or not finite.
@@ -79,7 +79,7 @@ class Dora(Lora):
         return replace(low, b=low.b[rows], magnitude=low.magnitude[rows])
 
     def turned(self, low: LowRank, key: str) -> LowRank:
-        """Raise: DoRA has lengths of rows, and none of columns."""
+        """Raise: DoRA has lengths for rows, and none for columns."""
         raise LoraFxError(
             f"the DoRA update of {key!r} is for a use that reads the tensor transposed, and the "
             "model has one weight for both uses",
@@ -87,7 +87,7 @@ class Dora(Lora):
         )
 
     def fitted(self, low: LowRank, key: str, layout: Layout) -> LowRank:
-        """The magnitude as [*batch, out]."""
+        """Return the update with its magnitude as [*batch, out]."""
         assert low.magnitude is not None
         shape = (*layout.batch_shape, layout.out_size)
         if low.magnitude.size != math.prod(shape):
@@ -98,13 +98,13 @@ class Dora(Lora):
         return replace(low, magnitude=low.magnitude.reshape(shape))
 
     def change(self, e: Ops[V], layout: Layout, w: V, delta: V, read: Read[V]) -> V:
-        """m/‖V‖ · V − W."""
+        """Return m/‖V‖ · V − W."""
         v = e.op("add", w, delta)
         rows = e.op("mul", layout.from_stored(e, v), self.stretch(e, layout, v, read))
         return e.op("add", layout.to_stored(e, rows), e.op("mul", w, -1.0))
 
     def stretch(self, e: Ops[V], layout: Layout, v: V, read: Read[V]) -> V:
-        """m/‖V‖ as [*batch, out, 1].
+        """Return m/‖V‖ as [*batch, out, 1].
 
         The norm is no function of the factors for gradients (section 4.3 of the paper), as in PEFT.
         """
@@ -120,11 +120,11 @@ class Dora(Lora):
 
 
 _FACTORS = Lora("lora")
-"""The maths of a and b, beside the magnitude."""
+"""The variant that computes a and b."""
 
 
 def squares(block: Array) -> Array:
-    """Sums of squares of the rows of a block of V, fp64 [rows]; those of column blocks add up.
+    """Return the sum of squares of each row of a block of V, fp64; add the sums of column blocks.
 
     Args:
         block: [rows, columns] of V.
@@ -134,7 +134,7 @@ def squares(block: Array) -> Array:
 
 
 def factors(magnitude: Array, sums: Array, where: str) -> Array:
-    """The factors of the rows of V: magnitude / norm, [out], in the magnitude's dtype.
+    """Return the factors of the rows of V: magnitude / norm, [out], in the magnitude's dtype.
 
     Args:
         magnitude: The norms that the rows shall have, [out].

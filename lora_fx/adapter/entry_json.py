@@ -1,4 +1,4 @@
-"""The JSON of an update: everything except its tensors, which each file format names itself.
+"""The JSON of an update without its tensors, whose names differ between file formats.
 
 `{"layout", "use", "variant", "alpha", "rank", "scale", "frozen", "extra"}`, of which a kind of
 file holds those that its tensors and its config do not say. `extra` has what is known of few
@@ -33,7 +33,7 @@ _READ = {"use": str, "variant": str, "alpha": float, "frozen": int}
 
 
 def to_json(entry: Change, *fields: str) -> Json:
-    """These fields of an update, in this order; rank and scale are there for people."""
+    """Return the JSON fields of an update, in a fixed order; rank and scale are for people only."""
     return {field: _field_json(entry, field) for field in fields}
 
 
@@ -47,7 +47,7 @@ def _field_json(entry: Change, field: str) -> object:
 
 
 def _extra(entry: Change) -> Json:
-    """The field `extra`: see the table above. Facts that are empty are left out."""
+    """Return the field `extra` (see the table above) without empty facts."""
     if isinstance(entry, (Dense, Rotation)):
         return {}
     if not isinstance(entry, LowRank):
@@ -76,7 +76,7 @@ def _extra(entry: Change) -> Json:
 
 
 def from_json(entry: Described, row: JsonView) -> Described:
-    """The update with the fields of its JSON row; the rank comes from its tensors.
+    """Return the update that a JSON row describes; its rank comes from its tensors.
 
     Args:
         entry: The update with its tensors. What the row leaves out stays as it is here.
@@ -102,7 +102,7 @@ def from_json(entry: Described, row: JsonView) -> Described:
 
 
 def _extra_fields(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
-    """The fields of an update that `extra` has."""
+    """Return the fields of an update that `extra` has."""
     kernel = tuple(int(size) for size in extra.get("kernel", ()))
     if not isinstance(entry, LowRank):
         return {"kernel": kernel}
@@ -132,7 +132,7 @@ def _layer(extra: JsonView) -> FileLayer:
 
 
 def _with_facts(low: LowRank, facts: JsonView) -> LowRank:
-    """The update with the fields that its variant wrote into `extra`; raises if unknown.
+    """Return the update with the variant's facts from `extra`; raise for unknown facts.
 
     A format that has a and b alone holds LoRA, whatever variant made them of other tensors.
     """

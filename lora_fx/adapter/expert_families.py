@@ -1,4 +1,4 @@
-"""The layout of experts in models, by model_type."""
+"""The layouts of expert weights in mixture-of-experts models, by model_type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPARSE = "block_sparse_moe"
 
 @dataclass(frozen=True)
 class Family:
-    """The layout of experts in some model types, as in transformers 5.24 and vLLM 0.33.
+    """The layout of the experts in a group of model types, as in transformers 5.24 and vLLM 0.33.
 
     Attributes:
         types: Their model_type; empty for every other.
@@ -35,11 +35,11 @@ class Family:
 
     @property
     def listed(self) -> bool:
-        """True for one of FAMILIES; all others keep their experts as most models do."""
+        """True for a family in FAMILIES, whose layout differs from the usual one."""
         return self in FAMILIES
 
     def peft_turns(self, version: str) -> bool | None:
-        """How a release of PEFT reads a stack [E, …, …]: True for [E, in, out], None if unknown.
+        """Whether this PEFT release reads a stack as [E, in, out]; None if its version is unknown.
 
         Until 0.18 that was every stack, in 0.19.0 those of modules without `is_transposed`, since
         0.19.1 those with it. `in` is what A [r·E, in] goes over. Sources:
@@ -74,11 +74,11 @@ FAMILIES = (
 
 _TYPES_IN_OUT = (family.types for family in FAMILIES if family.transposed)
 IN_OUT_EXPERTS = frozenset[str]().union(*_TYPES_IN_OUT)
-"""model_type of models whose expert stacks are [experts, in, out]."""
+"""The model_type of each model whose expert stacks are [experts, in, out]."""
 
 
 def experts_of(config: JsonView) -> int:
-    """The number of experts in a layer, from config.json; 0 if it is not given there."""
+    """Return the number of experts in a layer, from config.json; 0 if config.json has none."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         count = config.get(name)
         if is_whole(count):
@@ -87,7 +87,7 @@ def experts_of(config: JsonView) -> int:
 
 
 def family_of(types: Iterable[str]) -> Family | None:
-    """The family of a model, from its model_type and those of its parts; None if it has none."""
+    """Return the family for a model's model_type or for one of its parts; None if there is none."""
     model_types = frozenset(types)
     for family in FAMILIES:
         if family.types & model_types:

@@ -1,4 +1,4 @@
-"""Updates of the experts of a mixture, between the layouts in which files have them.
+"""Conversion of expert updates between the layouts of adapter files: stacked, fused, per expert.
 
 In memory an update of a stack is `a` [E, r, in] and `b` [E, out, r]; of one expert, or of one
 half of gate and up, it is a part of that:
@@ -41,18 +41,18 @@ _LEAVES = {
     "w2": DOWN,
     GATE_UP: GATE_UP,
 }
-"""The leaf names of experts → what the leaf is."""
+"""The leaf names of experts in files → the part that each is."""
 _EXPERTS = re.compile(
     r"(?P<module>(?:.+\.)?experts)\.(?:(?P<n>\d{1,9})\.)?"
     rf"(?P<leaf>{'|'.join(_LEAVES)})(?:\.weight)?"
 )
 _ALL = -1
-"""The number that stands for an update of all experts."""
+"""The expert number of an update of the whole stack."""
 _TELL = "give the model with --base FOLDER; or its model_type with --model-type TYPE"
 
 
 def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -> dict[str, Entry]:
-    """PEFT's stacks under their own names, with `a` over the contracted axis.
+    """Return PEFT's stacks under their parameter names, with `a` over the contracted axis.
 
     Args:
         entries: As a file of PEFT has them, or placed by a base.
@@ -76,7 +76,7 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
 
 
 def _stacks_by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, LowRank]]:
-    """The updates of stacks gate_up_proj and down_proj, by the module that holds the stacks."""
+    """Return the updates of stacks gate_up_proj and down_proj, by the module with the stacks."""
     stacks: dict[str, dict[str, LowRank]] = {}
     for key, low in entries.items():
         if not isinstance(low, LowRank) or low.origin.op != "experts":
@@ -135,7 +135,7 @@ def _orientation(
 def _shapes_of_pair(
     module: str, lows: Updates, pair: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """[E, out, in] by name, if the first key is one of gate_up_proj and the second of down_proj.
+    """Return [E, out, in] by name if the keys of `pair` are gate_up_proj and down_proj, in order.
 
     A key that cannot be one of that leaves its name out.
     """
@@ -153,7 +153,7 @@ def _shapes_of_pair(
 
 
 def _is_swapped(shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """Whether two stacks fit each other with in and out exchanged; None where they do not fit.
+    """Whether the two stacks fit only with in and out exchanged; None if they do not fit.
 
     gate_up_proj is [E, 2·inner, hidden], and down_proj [E, hidden, inner].
     """
@@ -168,7 +168,7 @@ def _is_swapped(shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
 
 
 def turned(low: LowRank) -> LowRank:
-    """The same ΔW with in and out exchanged: a is bᵀ and b is aᵀ."""
+    """Return the same ΔW with in and out exchanged: a is bᵀ and b is aᵀ."""
     layout = low.layout
     if layout is not None:
         layout = replace(layout, out=layout.in_, in_=layout.out)
@@ -178,7 +178,7 @@ def turned(low: LowRank) -> LowRank:
 
 
 def gathered(entries: Mapping[str, Entry], family: Family | None) -> dict[str, Entry]:
-    """Every module's experts as stacks gate_up_proj and down_proj; other entries as they are.
+    """Return every module's experts as stacks gate_up_proj and down_proj; keep other entries.
 
     Args:
         entries: Experts one by one, their parts as stacks `M.gate_proj.weight` [E, …], or both.
@@ -215,7 +215,7 @@ def gathered(entries: Mapping[str, Entry], family: Family | None) -> dict[str, E
 def _stacks_of(
     module: str, by_leaf: Mapping[str, Mapping[int, LowRank]], family: Family | None
 ) -> dict[str, LowRank]:
-    """The stacks of one module, by name, from updates by leaf and number of the expert."""
+    """Combine the updates of one module, given by leaf and expert number, into stacks by name."""
     stacks = {leaf: _stack(module, lows) for leaf, lows in by_leaf.items()}
     gate = stacks.pop(_GATE, None)
     up = stacks.pop(_UP, None)
@@ -232,12 +232,12 @@ def _stacks_of(
 
 
 def _unsayable(message: str) -> LoraFxError:
-    """The error for an update that a layout of files cannot store."""
+    """Return the error for an update that the requested file layout cannot store."""
     return LoraFxError(message, "fold the adapter into its base with lora-fx merge")
 
 
 def _under_holder(key: str, family: Family | None, *, one_by_one: bool) -> str:
-    """A name under the module that holds the experts: of one by one, or of stacks."""
+    """Return the key with the name that the experts' module has, per expert or in stacks."""
     if family is None:
         return key
     if one_by_one:
@@ -246,14 +246,14 @@ def _under_holder(key: str, family: Family | None, *, one_by_one: bool) -> str:
 
 
 def _known(family: Family | None, what: str = "rows of gate and up alternate") -> Family:
-    """The family; raises LoraFxError if it is unknown, because `what` depends on it."""
+    """Return the family; raise LoraFxError if it is unknown, because `what` depends on it."""
     if family is None:
         raise LoraFxError(f"whether {what} depends on the model; the shapes do not show it", _TELL)
     return family
 
 
 def _stack(module: str, lows: Mapping[int, LowRank]) -> LowRank:
-    """The updates of single experts, by number, as one of their stack."""
+    """Combine the updates of single experts, by expert number, into one update of their stack."""
     if lows.keys() == {_ALL}:
         return lows[_ALL]
     first = lows[min(lows)]
@@ -273,12 +273,12 @@ def _stack(module: str, lows: Mapping[int, LowRank]) -> LowRank:
 
 
 def _like(low: LowRank) -> tuple[object, ...]:
-    """The facts that the updates of one stack have in common."""
+    """Return the facts that the updates in one stack must share."""
     return low.a.shape, low.b.shape, low.alpha, low.variant
 
 
 def _fused(gate: LowRank, up: LowRank, interleaved: bool) -> LowRank:
-    """The update of gate and up as one; rows of b alternate where `interleaved`."""
+    """Combine the updates of gate and up into one; rows of b alternate if `interleaved`."""
     a = gate.a
     gate_b = gate.b
     up_b = up.b
@@ -294,7 +294,7 @@ def _fused(gate: LowRank, up: LowRank, interleaved: bool) -> LowRank:
 
 
 def _alpha(low: LowRank, rank: int) -> float:
-    """The alpha of another rank at the same scale: the shortest near it, so that √2 twice is 2."""
+    """Return the alpha that keeps the scale at another rank, as the shortest close number."""
     exact = alpha_of(low.scale, rank, low.variant)
     for digits in (6, 9, 12):
         rounded = float(f"{exact:.{digits}g}")
@@ -304,7 +304,7 @@ def _alpha(low: LowRank, rank: int) -> float:
 
 
 def _split(low: LowRank, interleaved: bool) -> tuple[LowRank, LowRank]:
-    """The updates of gate and of up, from one of both.
+    """Split an update of the fused gate_up_proj into updates of gate and up.
 
     Where b is diag(b_gate, b_up), each takes its half of the ranks; else both have all of a.
     """
@@ -355,13 +355,13 @@ LAYOUTS = {
     "sglang": ExpertLayout(apart=True, split=True, server="sglang"),
     "sglang-3d": ExpertLayout(split=True, server="sglang"),
 }
-"""The names of `convert --format`; all are files of PEFT otherwise."""
+"""The layouts by their `convert --format` names; in all other respects they are PEFT files."""
 
 
 def laid(
     entries: Mapping[str, Entry], layout: ExpertLayout, family: Family | None, version: str = ""
 ) -> dict[str, Entry]:
-    """Entries with every module's experts in a layout of files; other entries as they are.
+    """Return the entries with every module's experts in a file layout; keep other entries.
 
     Args:
         entries: As a file has them, whatever its layout, or placed by a base.
@@ -394,7 +394,7 @@ def laid(
 def _layout_for_vllm(
     layout: ExpertLayout, stacks: Mapping[str, Entry], family: Family | None
 ) -> ExpertLayout:
-    """The layout in which vLLM takes the experts of a model: as stacks, or one by one."""
+    """Return the layout in which vLLM reads this model's experts: stacks, or one by one."""
     matches = [_EXPERTS.fullmatch(key) for key in stacks]
     modules = [match["module"] for match in matches if match is not None and not match["n"]]
     if not modules:
@@ -409,7 +409,7 @@ def _layout_for_vllm(
 def _parts_by_leaf(
     leaf: str, low: LowRank, layout: ExpertLayout, family: Family | None
 ) -> dict[str, LowRank]:
-    """The updates that a layout makes of a stack, by their leaf names."""
+    """Split the update of a stack into the updates that the layout stores, by leaf name."""
     if not layout.split:
         return {leaf: low}
     names = family or Family()
@@ -426,7 +426,7 @@ def _parts_by_leaf(
 def _laid_parts(
     module: str, parts: Mapping[str, LowRank], layout: ExpertLayout
 ) -> dict[str, LowRank]:
-    """The parts of a stack under the names of files: one expert at a time, or as stacks."""
+    """Return the parts of a stack under their file names: an entry for each expert or stack."""
     entries = {}
     for leaf, part in parts.items():
         if not layout.apart:
@@ -440,7 +440,7 @@ def _laid_parts(
 
 
 def _for_peft(low: LowRank, version: str, family: Family | None) -> LowRank:
-    """A stack with its axes in the order that a release of PEFT reads."""
+    """Return a stack with its axes in the order that a PEFT release reads."""
     if low.layout is not None and family not in FAMILIES:
         transposed = low.layout.out == (2,)
         family = Family(transposed=transposed, marked=transposed)
@@ -453,7 +453,7 @@ def _for_peft(low: LowRank, version: str, family: Family | None) -> LowRank:
 
 
 def _one_scale(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Entries for SGLang, whose scale is lora_alpha / r of the config for every module."""
+    """Return the entries with equal scales, because SGLang reads one scale from the config."""
     lows = {key: entry for key, entry in entries.items() if isinstance(entry, LowRank)}
     key_by_numbers: dict[tuple[int, float], str] = {}
     for key, low in lows.items():

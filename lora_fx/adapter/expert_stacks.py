@@ -26,7 +26,7 @@ Shapes = Callable[[str], tuple[int, ...] | None]
 
 
 class Reading(NamedTuple):
-    """One way to read the updates of a module.
+    """One interpretation of a module's updates: their parameters and their axis order.
 
     Attributes:
         names: The parameter of each update.
@@ -44,7 +44,7 @@ def place(
     *,
     turned: bool | None = None,
 ) -> dict[str, Entry]:
-    """The entries with stacks of experts under their own names, each with its Layout.
+    """Return the entries with expert stacks under their parameter names, each with its Layout.
 
     This is no rule of `lora_fx.targets.names`: the file has no name for a stack, and the shapes of
     all updates of a module together say which is which. A binder calls this before it matches keys.
@@ -81,7 +81,7 @@ def place(
 
 
 def _unplaced_by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, LowRank]]:
-    """The updates of stacks that have no Layout, by the module that holds the stacks."""
+    """Return the updates of stacks that have no Layout, by the module that holds the stacks."""
     by_module: dict[str, dict[str, LowRank]] = {}
     for key, entry in entries.items():
         if not isinstance(entry, LowRank) or entry.origin.op != "experts" or entry.layout:
@@ -95,7 +95,7 @@ def _unplaced_by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, Low
 
 
 def _possible_names(module: str, lows: Updates) -> set[str]:
-    """Every parameter that one of the updates may be of."""
+    """Return every parameter that one of the updates may belong to."""
     names: set[str] = set()
     for key, low in lows.items():
         candidates = {f"{module}.{leaf}" for leaf in low.origin.candidates}
@@ -104,7 +104,7 @@ def _possible_names(module: str, lows: Updates) -> set[str]:
 
 
 def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]:
-    """Every way to give the updates a parameter each, and stacks one orientation, that fits."""
+    """Yield every assignment of parameters to the updates, and one axis order, that fits."""
     for names in permutations(sorted(_possible_names(module, lows)), len(lows)):
         if not _keeps_known_names(lows, names):
             continue
@@ -117,7 +117,7 @@ def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]
 
 
 def _keeps_known_names(lows: Updates, names: Sequence[str]) -> bool:
-    """True where every update whose key names its parameter is read as one of that."""
+    """Whether every update with a parameter name as its key is assigned to that parameter."""
     for (key, low), name in zip(lows.items(), names, strict=True):
         if not low.origin.candidates and key != name:
             return False
@@ -125,7 +125,7 @@ def _keeps_known_names(lows: Updates, names: Sequence[str]) -> bool:
 
 
 def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) -> bool:
-    """True where an update can be one of a parameter of this shape."""
+    """Whether an update can belong to a parameter of this shape."""
     if shape is None or len(shape) not in (2, 3):
         return False
     rank = low.rank
@@ -148,7 +148,7 @@ def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) 
 def _only_reading(
     module: str, lows: Sequence[LowRank], readings: list[Reading], order: Sequence[str] | None
 ) -> Reading:
-    """The only reading; raises LoraFxError if there is none, or more than one."""
+    """Return the only reading; raise LoraFxError if there is none, or more than one."""
     if order is not None and _differ_in_names(readings):
         readings = [reading for reading in readings if _is_as_defined(reading.names, lows, order)]
 
@@ -178,7 +178,7 @@ def _differ_in_names(readings: Sequence[Reading]) -> bool:
 
 
 def _is_as_defined(names: Sequence[str], lows: Sequence[LowRank], order: Sequence[str]) -> bool:
-    """True where PEFT's layers lie as the module defines its parameters, the first innermost."""
+    """Whether PEFT's layers wrap the parameters in definition order, the first one innermost."""
     position = {name: i for i, name in enumerate(order)}
     # Depth 0 is the outermost, which PEFT wrapped last.
     layers = [low.origin.layer for low in lows]
@@ -189,7 +189,7 @@ def _is_as_defined(names: Sequence[str], lows: Sequence[LowRank], order: Sequenc
 
 
 def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> LowRank:
-    """An update with a, b, alpha and Layout of its parameter."""
+    """Return the update with a, b, alpha and Layout for its parameter."""
     alpha = low.alpha
     candidates = low.origin.candidates
     if candidates:

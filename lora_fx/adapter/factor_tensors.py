@@ -58,7 +58,7 @@ _SIDES = {"a": "A", "b": "B", "a0": "A0", "b0": "B0"}
 
 
 def tensor_name(key: str, field: str) -> str:
-    """The dotted name of a key's tensor: `PATH.lora_A.LEAF[region]`, `PATH.lora_magnitude.…`.
+    """Return the dotted name of a key's tensor: `PATH.lora_A.LEAF[region]`, `PATH.lora_magnitude…`.
 
     The use of a shared tensor stands in the leaf, with slashes for its dots: torch allows no dot
     in the name of a parameter.
@@ -76,12 +76,12 @@ def tensor_name(key: str, field: str) -> str:
 
 
 def slot_names(key: str) -> tuple[str, str]:
-    """The dotted names of a key's a and b."""
+    """Return the dotted names of a key's a and b."""
     return tensor_name(key, "a"), tensor_name(key, "b")
 
 
 def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
-    """The trained ranks of an update, then the frozen ones if it has such.
+    """Return the tensors of the trained ranks, then those of the frozen ranks if there are any.
 
     Args:
         key: The key of the update.
@@ -104,7 +104,7 @@ def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
 
 
 def _trained_half(key: str, variant: Variant, values: Mapping[str, Array], rank: int) -> Half:
-    """The half that has these values by field; the variant says which of them train."""
+    """Return the half that has these values by field; the variant says which of them train."""
     tensors = {
         field: FactorTensor(field, tensor_name(key, field), value, field not in variant.still)
         for field, value in values.items()
@@ -113,7 +113,7 @@ def _trained_half(key: str, variant: Variant, values: Mapping[str, Array], rank:
 
 
 def slots_of(key: str, low: LowRank, *, split: bool = True) -> tuple[FactorTensor, ...]:
-    """Every tensor of an update, in the order of the table of `lora_fx.adapter.variant_protocol`.
+    """Return every tensor of an update, in the order of the table in `variant_protocol`.
 
     Args:
         key: The key of the update.
@@ -131,7 +131,7 @@ def slots_of(key: str, low: LowRank, *, split: bool = True) -> tuple[FactorTenso
 
 
 def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:
-    """The update with other numbers.
+    """Return the update with other values in its tensors.
 
     Args:
         low: The update.
@@ -141,7 +141,7 @@ def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:
 
 
 def resized(low: LowRank, factor: float) -> LowRank:
-    """The update with `factor` times its ΔW, in the tensors that it has."""
+    """Return the update with ΔW multiplied by `factor`, scaled in its existing tensors."""
     variant = variant_of(low)
     values = {slot.field: slot.value for slot in slots_of("", low)}
     for field in (variant.proportional, "b0"):
@@ -151,7 +151,7 @@ def resized(low: LowRank, factor: float) -> LowRank:
 
 
 def frame(updates: Updates) -> dict[str, tuple[object, ...]]:
-    """The facts of the updates that a program depends on: everything but the numbers in a and b.
+    """Return the facts that fix a compiled program: all except the values of a and b.
 
     The scale is part of it, since it is a constant in the graph. The rank is where a weight is
     reshaped on the way to its matrix; a plain one has the same nodes at any rank.
@@ -160,14 +160,14 @@ def frame(updates: Updates) -> dict[str, tuple[object, ...]]:
 
 
 def _frame_of(key: str, low: LowRank) -> tuple[object, ...]:
-    """The facts of one update that a program depends on; see `frame`."""
+    """Return the facts of one update that fix a compiled program; see `frame`."""
     fields = tuple(slot.field for slot in slots_of(key, low))
     sizes = _sizes_of(key, low)
     return (sizes, low.frozen, low.scale, low.layout, low.use, low.variant, fields)
 
 
 def _sizes_of(key: str, low: LowRank) -> tuple[tuple[int, ...], ...]:
-    """The sizes of the trained tensors that a program depends on."""
+    """Return the sizes of the trained tensors that a compiled program depends on."""
     trained = halves(key, low)[0].tensors
     if set(trained) != {"a", "b"}:
         return tuple(tensor.value.shape for tensor in trained.values())
@@ -178,7 +178,7 @@ def _sizes_of(key: str, low: LowRank) -> tuple[tuple[int, ...], ...]:
 
 
 def _is_plain_matrix(layout: Layout | None) -> bool:
-    """True where a weight is its matrix without a reshape."""
+    """Whether a stored weight is already a matrix, with no reshape needed."""
     if layout is None or layout.batch:
         return False
     return len(layout.in_) == 1 and len(layout.out) == 1

@@ -1,4 +1,4 @@
-"""Adapters trained on the parts of a fused weight, on the whole, and the reverse: both are exact.
+"""Exact conversion between updates of a fused weight (qkv) and updates of its parts (q, k, v).
 
     q, k, v apart → one matrix    the update of each is one of a part: ΔW[part] = s·b·a
     one matrix → q, k, v apart    rows of b: ΔW_q = s·b[q]·a, and so on, each with the same a
@@ -25,18 +25,18 @@ from lora_fx.targets.target import Target
 from lora_fx.targets.target_roles import role_by_name
 
 QKV = "query_key_value"
-"""A fused weight whose rows lie otherwise from model to model."""
+"""The name of a fused weight whose row order differs between models."""
 FUSED = {
     ("q", "k", "v"): re.compile(
         rf"(^|\.)(qkv|qkv_proj|Wqkv|W_pack|c_attn|in_proj|in_proj_weight|{QKV})$"
     ),
     ("gate", "up"): re.compile(r"(^|\.)(gate_up_proj|gate_up)$"),
 }
-"""The roles of the parts of fused weights with such names."""
+"""The roles of a fused weight's parts → the names that such a weight has."""
 
 
 def roles_of(name: str) -> tuple[str, ...]:
-    """The roles of the parts of a fused weight, or the one of another weight; empty for no role.
+    """Return the roles of a fused weight's parts, or the role of a single weight; empty for none.
 
     >>> roles_of("h.0.attn.qkv_proj.weight"), roles_of("h.0.attn.q_proj.weight"), roles_of("h.0.ln")
     (('q', 'k', 'v'), ('q',), ())
@@ -50,7 +50,7 @@ def roles_of(name: str) -> tuple[str, ...]:
 
 
 def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
-    """The update under the model's keys for the fused weight or its parts; empty if it has none.
+    """Return the update by the model's keys for the fused weight or for its parts; empty if none.
 
     This is no rule of `lora_fx.targets.names`: what a key means here is rows of another tensor, and
     the update has to be cut to them. The first of these that applies decides:
@@ -81,7 +81,7 @@ def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
 
 
 def _by_region(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
-    """The rows of an update of a whole tensor, under the keys of the tensor's regions."""
+    """Split an update of a whole tensor into the rows of the model's targets, by target key."""
     regions = [target for target in found.targets if target.parameter.name == key]
     if any(target.layout != plain_layout(target.layout.stored) for target in regions):
         return {}
@@ -90,7 +90,7 @@ def _by_region(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
 
 
 def _part_of_fused(role: str, siblings: Iterable[Target]) -> str | None:
-    """The key of the part that has a role in a fused weight of the module."""
+    """Return the key of the part with this role in a fused weight of the module, or None."""
     for target in siblings:
         for part_role, part_key in target.parts:
             if part_role == role:
@@ -101,7 +101,7 @@ def _part_of_fused(role: str, siblings: Iterable[Target]) -> str | None:
 def _by_role(
     roles: Sequence[str], entry: LowRank, siblings: Iterable[Target]
 ) -> dict[str, LowRank]:
-    """The rows of an update of a fused weight, under the keys of the module's split weights."""
+    """Split an update of a fused weight into the rows of the module's separate weights, by key."""
     target_by_role = {target.role: target for target in siblings}
     if not all(role in target_by_role for role in roles):
         return {}
@@ -109,7 +109,7 @@ def _by_role(
 
 
 def _rows_by_target(entry: LowRank, targets: Sequence[Target]) -> dict[str, LowRank]:
-    """The update cut into ranges of rows, one for each target; empty unless they cover all rows."""
+    """Split the update into row ranges, one for each target; empty unless they cover all rows."""
     sizes = [target.layout.out_size for target in targets]
     if not targets or sum(sizes) != entry.b.shape[0]:
         return {}
@@ -123,7 +123,7 @@ def _rows_by_target(entry: LowRank, targets: Sequence[Target]) -> dict[str, LowR
 
 
 def parent(name: str) -> str:
-    """The module that holds the projection of a parameter's name.
+    """Return the name of the module that holds the projection with this parameter.
 
     >>> parent("h.0.attn.qkv.weight"), parent("h.0.attn.in_proj_weight")
     ('h.0.attn', 'h.0.attn')
@@ -132,7 +132,7 @@ def parent(name: str) -> str:
 
 
 def sliced(low: LowRank, rows: Array) -> LowRank:
-    """The update of some rows, without the ranks that reach none of them."""
+    """Return the update of these rows, without ranks whose column of b is zero there."""
     part = variant_of(low).rows(low, rows)
     reaching = part.b.any(axis=0)
     if not reaching.any():  # a b of zeros keeps its ranks
@@ -150,7 +150,7 @@ def sliced(low: LowRank, rows: Array) -> LowRank:
 
 
 def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> LowRank:
-    """Updates of different rows of one weight [out, in] as one: B in blocks, unless A is shared.
+    """Join updates of different rows of one weight [out, in]: B in blocks, unless they share A.
 
     Args:
         key: The weight, for messages.
@@ -196,7 +196,7 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
 
 
 def _add_block(blocks: list[Factors], a: Array, b: Array, rows: Array) -> None:
-    """Add an update of some rows: to the block with the same a, or as a new block."""
+    """Add an update of some rows to the block with the same a, or as a new block."""
     for block_a, block_b in blocks:
         if np.array_equal(block_a, a):
             block_b[rows] += b[rows]
@@ -205,7 +205,7 @@ def _add_block(blocks: list[Factors], a: Array, b: Array, rows: Array) -> None:
 
 
 def _check_complete(key: str, out: int, row_lengths: Mapping[str, Array], variant: Variant) -> None:
-    """Raise where only some of the rows have a length."""
+    """Raise if only some of the rows have a length."""
     for lengths in row_lengths.values():
         count = int(np.isfinite(lengths).sum())
         if count < out:

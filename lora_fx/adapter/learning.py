@@ -1,4 +1,4 @@
-"""How updates are trained, kept in an adapter's metadata because no file format stores it."""
+"""Metadata on how updates train (variant, frozen ranks), which adapter files do not store."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lora_fx.adapter.variant import VARIANTS, named_variant
 from lora_fx.text import Json, JsonView
 
 LEARNS = "learns"
-"""The metadata field that keeps how the updates are trained."""
+"""The metadata field with the variants and the frozen ranks of the updates."""
 
 
 def learning(updates: Updates) -> Json:
-    """Metadata from which `relearning` makes the variants and the frozen ranks again."""
+    """Return the metadata from which `relearning` restores the variants and the frozen ranks."""
     variants = {
         key: low.variant
         for key, low in updates.items()
@@ -30,7 +30,7 @@ def learning(updates: Updates) -> Json:
 
 
 def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank], Json]:
-    """(updates that train as the metadata says, metadata without that field)."""
+    """Return the updates with variant and frozen ranks restored, and the remaining metadata."""
     variants = _facts_by_key(metadata, "variants")
     frozen_ranks = _facts_by_key(metadata, "frozen")
     result = {}
@@ -46,7 +46,7 @@ def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank]
 
 
 def _facts_by_key(metadata: JsonView, fact: str) -> JsonView:
-    """Key → what `learning` wrote; empty if the metadata has something else there."""
+    """Return one fact by key, as `learning` wrote it; empty if the metadata has something else."""
     learns = metadata.get(LEARNS)
     if not isinstance(learns, Mapping):
         return {}

@@ -1,4 +1,4 @@
-"""lora, and what differs from it by its scale or by how it learns.
+"""lora, and the variants that differ from it only in scale or training (rslora, lora-fa, lora+).
 
 W' = W + s·b·a, Hu et al. 2021 (2106.09685); rslora: Kalajdzievski 2023 (2312.03732); lora-fa:
 Zhang et al. 2023 (2308.03303); lora+: Hayou et al. 2024 (2402.12354).
@@ -10,11 +10,11 @@ from lora_fx.adapter.variant_protocol import Variant
 
 
 class Lora(Variant):
-    """W + s·b·a, as PEFT's files have it."""
+    """The variant lora: W' = W + s·b·a, stored in files of PEFT's type LORA."""
 
     peft_type = "LORA"
 
     @property
     def learns_as_lora(self) -> bool:
-        """Files of LoRA have no word for what does not train, nor for rates."""
+        """True for frozen tensors or other learning rates, which LoRA files cannot store."""
         return bool(self.still) or self.ratio != 1.0

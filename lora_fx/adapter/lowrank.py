@@ -1,4 +1,4 @@
-"""The low-rank update, once: layout, ΔW = s·b·a, and how its factors are drawn.
+"""The low-rank update LowRank: its layout, ΔW = s·b·a, and its random initial factors.
 
 Shapes: `a` [*batch, rank, in], `b` [*batch, out, rank]; ΔW in [*batch, out, in] order is
 s·(b @ a), and `Layout` says how that lies in the stored parameter. Hu et al. 2021
@@ -65,9 +65,9 @@ class LowRank:
     __repr__ = short
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
-        """Take a pickle; an older one has no `variant_tensors`, and QA-LoRA's group as a field.
+        """Restore a pickle; an old one lacks `variant_tensors` and has QA-LoRA's group as a field.
 
-        One that is older than `origin` has its facts as fields.
+        A pickle from before `origin` has the facts of `origin` as fields.
         """
         fields: dict[str, Any] = dict(state)
         group = fields.pop("group", 0)
@@ -77,23 +77,23 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Columns of b."""
+        """The rank: columns of b."""
         return int(self.b.shape[-1])
 
     @property
     def scale(self) -> float:
-        """alpha/rank, or alpha/√rank for rslora."""
+        """The scale: alpha/rank, or alpha/√rank for rslora."""
         return scale_of(self.alpha, self.rank, self.variant)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[*batch, out, in] of ΔW."""
+        """The shape [*batch, out, in] of ΔW."""
         return (*self.b.shape[:-1], int(self.a.shape[-1]))
 
     @property
     @np.errstate(over="ignore", invalid="ignore")
     def norm(self) -> float:
-        """‖s·BA‖ in Frobenius norm, without BA: its square is s² Σ (AAᵀ ∘ BᵀB)."""
+        """‖s·BA‖ in Frobenius norm, without forming BA: its square is s² Σ (AAᵀ ∘ BᵀB)."""
         a = self.a.astype(np.float64)
         b = self.b.astype(np.float64)
         a_gram = a @ np.swapaxes(a, -1, -2)
@@ -102,7 +102,7 @@ class LowRank:
         return float(abs(self.scale) * np.sqrt(max(square, 0.0)))
 
     def block(self, batch: int, rows: slice, columns: slice, out: Array | None = None) -> Array:
-        """The rectangle [rows, columns] of one matrix of ΔW, in the dtype of a and b.
+        """Return the rectangle [rows, columns] of one matrix of ΔW, in the dtype of a and b.
 
         The product comes first and then the scale, as in PEFT: the order decides how it rounds.
         `batch` counts all batch axes, and `out` may be an array to compute in.
@@ -115,7 +115,7 @@ class LowRank:
         return delta
 
     def matrix(self, dtype: npt.DTypeLike = np.float64) -> Array:
-        """The whole ΔW = s·b@a as [*batch, out, in], computed in `dtype`, or its complex twin."""
+        """Return ΔW = s·b@a as [*batch, out, in], in `dtype`; complex for complex factors."""
         if np.iscomplexobj(self.a):
             dtype = np.result_type(dtype, self.a.dtype)
         product = np.matmul(self.b.astype(dtype), self.a.astype(dtype))
@@ -125,12 +125,12 @@ class LowRank:
 Updates = Mapping[str, LowRank]
 """Target key → its update."""
 Factors = tuple[Array, Array]
-"""a [*batch, rank, in] and b [*batch, out, rank]."""
+"""The factors a [*batch, rank, in] and b [*batch, out, rank]."""
 
 
 @dataclass(frozen=True)
 class Full:
-    """A whole tensor trained beside the low-rank updates (PEFT's modules_to_save).
+    """A whole tensor that trains together with the low-rank updates (PEFT's modules_to_save).
 
     Attributes:
         value: The tensor.
@@ -147,14 +147,14 @@ class Full:
 
 
 def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:
-    """The factor before b @ a: alpha/√rank for rslora, else alpha/rank, as PEFT has it."""
+    """Return the factor before b @ a: alpha/√rank for rslora, else alpha/rank, as in PEFT."""
     if variant == "rslora":
         return alpha / math.sqrt(rank)
     return alpha / rank
 
 
 def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
-    """The alpha that gives this scale; the inverse of `scale_of`."""
+    """Return the alpha that gives this scale; the inverse of `scale_of`."""
     if variant == "rslora":
         return scale * math.sqrt(rank)
     return scale * rank
@@ -163,7 +163,7 @@ def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
 def draw(
     key: str, layout: Layout, rank: int, seed: int, which: str = "kaiming", dtype: str = "float32"
 ) -> Factors:
-    """Initial a and b for one target, from a generator of its own.
+    """Return initial a and b for one target, from a random generator that is used for it alone.
 
     They are fp32, and complex64 for a `dtype` of complex numbers: both parts are drawn, with the
     variance of a real number in all.
@@ -187,7 +187,7 @@ def draw(
 def of_parts(
     sample: Callable[[Sequence[int]], Array], shape: Sequence[int], kind: NumpyDtype
 ) -> Array:
-    """Drawn numbers in double precision: x, or (x + iy)/√2 for a complex kind."""
+    """Return random numbers in double precision: x, or (x + iy)/√2 for a complex kind."""
     real = sample(shape)
     if kind.kind != "c":
         return real

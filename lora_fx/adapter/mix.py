@@ -1,4 +1,4 @@
-"""Mixes of updates: one update that is a weighted sum of others.
+"""Weighted sums of updates of one weight, as one update.
 
 cat      a = [a₁; a₂; …], b = [w₁s₁b₁, w₂s₂b₂, …]: exact, the ranks add up
 svd      the best approximation of Σ wᵢsᵢbᵢaᵢ of a given rank (Eckart and Young 1936)
@@ -50,7 +50,7 @@ def mixed_update(key: str, pairs: Sequence[Pair], how: str, rank: int | None) ->
 
 
 def _check_fits(key: str, first: LowRank, low: LowRank) -> None:
-    """Raise where two updates are not of the same weight and use."""
+    """Raise if two updates are not for the same weight and use."""
     in_size = first.a.shape[-1]
     out_size = first.b.shape[-2]
     same_shape = (low.a.shape[-1], low.b.shape[-2]) == (in_size, out_size)
@@ -64,7 +64,7 @@ def _check_fits(key: str, first: LowRank, low: LowRank) -> None:
 
 
 def _linear(key: str, pairs: Sequence[Pair]) -> LowRank:
-    """The weighted sums of the factors, each with the root of its scale."""
+    """Sum the factors, each times its weight and the root of its scale."""
     first, _ = pairs[0]
     ranks = {low.rank for low, _ in pairs}
     if len(ranks) > 1:

@@ -13,7 +13,7 @@ from lora_fx.text import short
 
 @dataclass(frozen=True)
 class FileLayer:
-    """The place in a file of an update whose key alone does not identify its tensor.
+    """The place of an update in a file that does not identify the updated tensor by its key.
 
     PEFT puts an update of a parameter (a stack of experts, say) into a layer around the module that
     holds it, one in another for several parameters, and does not say which is which.
@@ -61,7 +61,7 @@ class Origin:
 
     @property
     def candidates(self) -> Mapping[str, tuple[int, float]]:
-        """The parameters that the update may be for, if its file does not say; see FileLayer."""
+        """The parameters that the update may belong to, if its file has no name; see FileLayer."""
         if self.layer is None:
             return {}
         return self.layer.candidates
@@ -69,13 +69,13 @@ class Origin:
 
 # Until `origin` came, its facts were fields of the update. Code that is written so goes on working.
 OLDER_FIELDS = tuple(field.name for field in fields(Origin))
-"""Names of the facts, which pickles of older versions have as fields of the update."""
+"""Names of the facts that are fields of the update itself in pickles of older versions."""
 
 Update = TypeVar("Update")
 
 
 def with_older_fields(update: type[Update]) -> type[Update]:
-    """Let a dataclass with a field `origin` accept and show its facts under their old names.
+    """Let a dataclass with a field `origin` accept and return the origin's facts by old names.
 
     `LowRank(a, b, alpha, op="embedding")`, `replace(low, tied=True)` and `low.kernel` mean those
     of its origin, and warn.

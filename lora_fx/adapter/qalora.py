@@ -1,4 +1,4 @@
-"""qalora: a reads means of groups of inputs, so that ΔW is constant in each group.
+"""qalora: a takes the mean of each group of inputs, so ΔW is constant within a group.
 
 Xu et al. 2023 (arXiv:2309.14717). The zero points of a quantised weight are constant in each block
 of inputs too, so they can hold such a ΔW. PEFT's QALoraLinearVariant takes in/group times the mean
@@ -28,7 +28,7 @@ from lora_fx.text import Json, JsonView
 
 @dataclass(frozen=True)
 class QaLora(Lora):
-    """Each column of a is that of a group of inputs.
+    """The variant qalora: each column of a belongs to a group of inputs.
 
     Attributes:
         group: Inputs of a group; one or more blocks of the codes that ΔW shall be folded into.
@@ -40,24 +40,24 @@ class QaLora(Lora):
 
     @property
     def constant_over(self) -> int:
-        """The inputs of a group."""
+        """The number of inputs in a group."""
         return self.group
 
     def with_argument(self, text: str) -> Variant | None:
-        """qalora:G, of groups of G inputs."""
+        """Return the variant for qalora:G, with groups of G inputs."""
         if text.isascii() and text.isdigit() and int(text):
             return replace(self, group=int(text))
         return None
 
     def of(self, low: LowRank) -> Variant | None:
-        """Any update with groups; `a` may have been changed, so its values are checked."""
+        """Return this variant for an update with groups whose a is equal within each group."""
         group = int(low.variant_tensors.get("group", 0))
         if not group or pooled(low.a, group) is None:
             return None
         return replace(self, group=group)
 
     def check_init(self, init: str) -> None:
-        """Only what is drawn has no number for a single input."""
+        """Raise for any init but kaiming: other inits compute a separate column for each input."""
         if init != "kaiming":
             raise LoraFxError(
                 f"init {init!r} needs one column of A for each input; qalora has one for each "
@@ -66,7 +66,7 @@ class QaLora(Lora):
             )
 
     def prepared(self, low: LowRank, beginning: Beginning) -> LowRank:
-        """An a [*batch, rank, in/group] within ±1/√(in/group), as PEFT draws it.
+        """Draw an a [*batch, rank, in/group] within ±1/√(in/group), as PEFT does.
 
         Raises:
             LoraFxError: The groups do not divide the inputs.
@@ -90,17 +90,17 @@ class QaLora(Lora):
         return replace(low, a=np.repeat(values["a"], self.group, -1), b=values["b"])
 
     def rows(self, low: LowRank, rows: slice | Array) -> LowRank:
-        """The update of some rows: its ΔW is constant over the same groups of inputs."""
+        """Return the update of these rows; its ΔW stays constant over the same groups of inputs."""
         return replace(low, b=low.b[rows])
 
     def alpha(self, low: LowRank) -> float:
-        """The alpha as PEFT has it, which multiplies this one by in/group²."""
+        """Return the alpha that PEFT's file has; PEFT multiplies it by in/group²."""
         # Rounded, so that it is as a person wrote it, whatever the gain is.
         alpha = low.alpha / _gain(low.a.shape[-1], self.group)
         return float(f"{alpha:.15g}")
 
     def a(self, e: Ops[V], read: Read[V]) -> V:
-        """Each column of a once for each input of its group."""
+        """Repeat each column of a for every input of its group."""
         return e.op("repeat", read("a"), times=self.group)
 
     def drawn(self, low: LowRank, key: str, seed: int) -> Mapping[str, Array]:
@@ -109,11 +109,11 @@ class QaLora(Lora):
         return {**values, "a": np.ascontiguousarray(values["a"][..., :: self.group])}
 
     def facts(self, low: LowRank) -> Json:
-        """The group."""
+        """Return the group size."""
         return {"group": self.group}
 
     def with_facts(self, low: LowRank, facts: JsonView) -> LowRank:
-        """The update with the group of `facts`; an a of groups gets a column for each input."""
+        """Return the update with the group of `facts`, and a with one column for each input."""
         group = int(facts.get("group", 0))
         if not group or self.of(low) is not None:
             return low
@@ -124,14 +124,14 @@ class QaLora(Lora):
 
 
 def grouped(low: LowRank, group: int) -> LowRank:
-    """The update of which QA-LoRA is given an a [*batch, rank, in/group]; see above."""
+    """Return the update for QA-LoRA's a [*batch, rank, in/group]; see the module."""
     a = np.repeat(low.a, group, -1)
     alpha = low.alpha * _gain(a.shape[-1], group)
     return replace(low, a=a, alpha=alpha, variant_tensors={"group": np.asarray(group)})
 
 
 def pooled(a: Array, group: int) -> Array | None:
-    """One column of a for each group; None if the columns of a group differ."""
+    """Return one column of a for each group; None if the columns within a group differ."""
     if group < 1 or a.shape[-1] % group:
         return None
     by_group = a.reshape(*a.shape[:-1], -1, group)

@@ -1,4 +1,4 @@
-"""The part that an initialisation took off the base weight, redone from the base alone.
+"""The part of the base weight that an initialisation subtracted, recomputed from the base.
 
 PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W and train on the
 residual W₀ = W − s·b₀a₀, which PEFT computes again whenever it loads such an adapter. So the
@@ -32,15 +32,15 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 
 _GAP = 1e-5
-"""Below this (σ_r − σ_{r+1})/σ₁, fp32 on another device would take another part off."""
+"""The (σ_r − σ_{r+1})/σ₁ up to which fp32 may find another part on another device."""
 
 
 _INDEPENDENT = 1e-5
-"""Below this ratio of the least |R_ii| to the largest, the first columns count as dependent."""
+"""The ratio of the least |R_ii| to the largest up to which the first columns are dependent."""
 
 
 def residual(weight: Array, low: LowRank, where: str) -> Array:
-    """The weight W₀ that was trained on, in W's dtype.
+    """Return the weight W₀ that the update was trained on, in W's dtype.
 
     Args:
         weight: [out, in] of the base, in its own dtype; the whole matrix.
@@ -56,7 +56,7 @@ def residual(weight: Array, low: LowRank, where: str) -> Array:
 
 
 def on_base(weight: Array, low: LowRank, where: str) -> LowRank:
-    """The update of the base itself, of rank 2r: −s·b₀a₀ is a frozen half of it.
+    """Return the equivalent update of the original base, of rank 2r, with −s·b₀a₀ as frozen ranks.
 
     Args and errors are those of `residual`.
     """
@@ -69,7 +69,7 @@ def on_base(weight: Array, low: LowRank, where: str) -> LowRank:
 
 
 def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
-    """The factors of the part s·b₀a₀, in fp64; see `residual`."""
+    """Return the factors of the subtracted part s·b₀a₀, in fp64; see `residual`."""
     start = low.mutated
     highest_rank = min(weight.shape)
     if start == "kasa":  # it leaves a part
@@ -91,9 +91,9 @@ def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
 
 
 def start_of_weight(weight: Array, rank: int, start: str, where: str = "") -> tuple[Array, Array]:
-    """The part's two factors, [out, rank] and [rank, in] in fp64; OLoRA's still lacks the s.
+    """Return the part's factors [out, rank] and [rank, in] in fp64; for OLoRA without the factor s.
 
-    One side is orthonormal: the left one of OLoRA, that of the smaller side of the others.
+    One factor is orthonormal: the left one for OLoRA, else the one of the smaller side.
 
     Args:
         weight: W [out, in] in fp64.
@@ -116,7 +116,7 @@ def start_of_weight(weight: Array, rank: int, start: str, where: str = "") -> tu
 
 
 def _singular_parts(weight: Array, rank: int, start: str, where: str) -> tuple[Array, Array]:
-    """The first or the last singular parts, by the eigenvectors of the smaller Gram matrix."""
+    """Return the first or last singular parts, by the eigenvectors of the smaller Gram matrix."""
     is_wide = weight.shape[0] <= weight.shape[1]
     wide = weight if is_wide else weight.T
     eigenvalues, eigenvectors = np.linalg.eigh(wide @ wide.T)  # ascending
@@ -142,7 +142,7 @@ def _singular_parts(weight: Array, rank: int, start: str, where: str) -> tuple[A
 
 
 def with_frozen_start(low: LowRank, scale: float, a: Array, b: Array) -> LowRank:
-    """The update with −b·a in additional frozen ranks, which subtract b·a from it.
+    """Return the update with additional frozen ranks that subtract b·a.
 
     Args:
         low: The update.

@@ -17,14 +17,14 @@ from lora_fx.dtypes import Array
 from lora_fx.text import Json
 
 MOST = 32
-"""The number of largest values that are written for one update."""
+"""The largest number of singular values that are written for one update."""
 FEW = 10
-"""The number that is written if the adapter has more than MANY updates."""
+"""The number of singular values for each update if the adapter has more than MANY updates."""
 MANY = 200
 
 
 def summary(adapter: Adapter) -> list[Json]:
-    """A row of {key, kind, rank, alpha, parameters, shape, sigma, norm} for every entry.
+    """Return a row of {key, kind, rank, alpha, parameters, shape, sigma, norm} for every entry.
 
     `sigma` holds the largest values of s·b·a, descending, the first in six digits and the others
     in three; of DoRA this is the update before its rows are rescaled. It is None where the entry
@@ -35,7 +35,7 @@ def summary(adapter: Adapter) -> list[Json]:
 
 
 def _row(key: str, entry: Entry, most: int) -> Json:
-    """The row of one entry, with at most so many singular values."""
+    """Return the row of one entry, with at most `most` singular values."""
     arrays = [value for value in vars(entry).values() if isinstance(value, np.ndarray)]
     row: Json = {
         "key": key,
@@ -56,7 +56,7 @@ def _row(key: str, entry: Entry, most: int) -> Json:
 
 
 def _rounded(values: Array) -> list[float]:
-    """The first value in six digits, and the others in three."""
+    """Round the first value to six digits, and the others to three."""
     rounded = [float(f"{value:.3g}") for value in values]
     if rounded:
         rounded[0] = float(f"{values[0]:.6g}")
@@ -64,7 +64,7 @@ def _rounded(values: Array) -> list[float]:
 
 
 def _shape(entry: Entry) -> list[int]:
-    """The stored shape where it is known, else [*batch, out, in]."""
+    """Return the stored shape if it is known, else [*batch, out, in]."""
     if isinstance(entry, LowRank):
         shape = entry.shape if entry.layout is None else entry.layout.stored
         return list(shape)

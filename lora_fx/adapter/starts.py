@@ -1,4 +1,4 @@
-"""The values that an update starts from. The base weight is never changed.
+"""The initial values of updates, by init name. The base weight never changes.
 
 ===========  ==========================================  =======  ==============================
 name         a, b                                        reads    source
@@ -61,11 +61,11 @@ OF_WEIGHT = frozenset({"pissa", "olora"})
 
 
 OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
-"""The statistic that a start reads, by the start's name."""
+"""The name of a data-dependent init → the statistic that it reads."""
 
 
 GAMMA = 16.0
-"""LoRA-GA's γ, which sets the size of an update at its start; the default of paper and PEFT."""
+"""LoRA-GA's γ, which sets the size of an initial update; the default of the paper and of PEFT."""
 
 
 def check_init(init: str) -> None:
@@ -82,7 +82,7 @@ def initial(
     read: Callable[[str], Array] | None = None,
     moments: Mapping[str, Moments] | None = None,
 ) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    """Make the untrained updates of a plan, and notes about ranks that an init had to lower.
+    """Initialise the updates of a plan; also return notes on ranks that an init had to lower.
 
     Args:
         found: The model's targets.
@@ -129,14 +129,14 @@ def initial(
 
 
 def matrix(target: Target, stored: Array) -> Array:
-    """The part of a stored tensor that a target is, as [*batch, out, in] in fp64 or complex128."""
+    """Return a target's part of a stored tensor, as [*batch, out, in] in fp64 or complex128."""
     region = tuple(slice(first, end) for first, end in target.region)
     part = widened(stored[region])
     return np.asarray(target.layout.from_stored(NumpyEmitter(), part))
 
 
 def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
-    """The entry with the highest rank that the start allows; alpha/rank stays."""
+    """Return the entry with its rank lowered to what the init allows; alpha/rank stays."""
     rank = entry.rank
     if init == "orthogonal":
         if rank == layout.max_rank:
@@ -160,7 +160,7 @@ def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
 def _start(
     target: Target, rank: int, scale: float, seed: int, init: str, source: Array | None
 ) -> Factors:
-    """A [*batch, rank, in] and b [*batch, out, rank], fp32, or complex64 for a complex parameter.
+    """Return a [*batch, rank, in] and b [*batch, out, rank], fp32, or complex64 if W is complex.
 
     Args:
         target: The target of the update.
@@ -212,7 +212,7 @@ def _start(
 
 
 def _of_each_matrix(matrices: Array, function: Callable[[Array], Factors]) -> Factors:
-    """Factors a and b of every matrix of a stack, in fp32 or complex64."""
+    """Apply a function to every matrix of a stack; return factors a and b in fp32 or complex64."""
     kind = factor_dtype(matrices.dtype.name)
     all_a = []
     all_b = []
@@ -227,7 +227,7 @@ def _of_each_matrix(matrices: Array, function: Callable[[Array], Factors]) -> Fa
 
 
 def _orthogonal(key: str, layout: Layout, rank: int, seed: int, kind: NumpyDtype) -> Factors:
-    """Factors made of one orthogonal matrix: its odd rows are in a, and its even ones in b."""
+    """Return factors from one orthogonal matrix: its odd rows for a, and its even rows for b."""
     rng = generator(key, seed)
     q, _ = np.linalg.qr(rng.standard_normal((*layout.batch_shape, rank, rank)))
     odd = q[..., 0::2, :]
@@ -241,7 +241,7 @@ def _orthogonal(key: str, layout: Layout, rank: int, seed: int, kind: NumpyDtype
 
 
 def _of_weight(weight: Array, rank: int, scale: float, init: str) -> Factors:
-    """PiSSA's or OLoRA's a and b of W [out, in]: s·b·a, or b·a, is the part of W."""
+    """Return PiSSA's or OLoRA's a and b for W [out, in]: s·b·a, or b·a, is a part of W."""
     left, right = start_of_weight(weight, rank, init)
     if init == "olora":
         return right, left
@@ -261,7 +261,7 @@ def _of_weight(weight: Array, rank: int, scale: float, init: str) -> Factors:
 
 
 def _principal_axes(moment: Array, rank: int) -> Array:
-    """EVA's a [*batch, rank, in]: the axes along which x is largest.
+    """Return EVA's a [*batch, rank, in]: the axes along which x is largest.
 
     Args:
         moment: E[x xᵀ], or its diagonal [in] where x is one-hot: then the axes are the rows that
@@ -279,7 +279,7 @@ def _principal_axes(moment: Array, rank: int) -> Array:
 
 
 def _of_gradient(gradient: Array, rank: int) -> Factors:
-    """LoRA-GA's a and b: the first singular vectors of ∂L/∂W, and the next."""
+    """Return LoRA-GA's a and b: the first singular vectors of ∂L/∂W, and the next ones."""
     u, _, vt = np.linalg.svd(gradient, full_matrices=False)
     size = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
     return vt[:rank] * size, u[:, rank : 2 * rank] * size

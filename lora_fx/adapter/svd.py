@@ -1,4 +1,4 @@
-"""Best low-rank approximations (Eckart and Young 1936) of products b @ a and of given matrices.
+"""Best low-rank approximations (Eckart and Young 1936) of products b @ a and of dense matrices.
 
 A product b @ a of rank k needs no SVD of the whole: b = Q₁R₁, aᵀ = Q₂R₂, and R₁R₂ᵀ is k × k.
 
@@ -24,23 +24,23 @@ Triplets = tuple[Array, Array, Array]
 
 
 EXACT_SIDE = 512
-"""Matrices whose short side is at most this are not sampled."""
+"""The largest short side of a matrix whose SVD is computed exactly, without sampling."""
 
 
 OVERSAMPLING = 2
-"""Columns that are sampled beyond the rank, as a multiple of it."""
+"""The number of sampled columns beyond the rank, as a multiple of the rank."""
 
 
 ITERATIONS = 2
-"""Power iterations; without any, the error is a third above the optimum on noisy spectra."""
+"""The number of power iterations; without them, the error on noisy spectra is a third larger."""
 
 
 BLOCK = 1 << 18
-"""Elements of a block that is widened to fp64 at a time."""
+"""The number of elements that are widened to fp64 at a time."""
 
 
 def product_svd(a: Array, b: Array) -> Triplets:
-    """The SVD of b @ a in fp64; a [*batch, r, in], b [*batch, out, r]."""
+    """Return the SVD of b @ a in fp64; a [*batch, r, in], b [*batch, out, r]."""
     b_q, b_r = np.linalg.qr(widened(b))
     a_q, a_r = np.linalg.qr(np.swapaxes(widened(a), -1, -2))
     u, s, vt = np.linalg.svd(b_r @ np.swapaxes(a_r, -1, -2), full_matrices=False)
@@ -48,19 +48,19 @@ def product_svd(a: Array, b: Array) -> Triplets:
 
 
 def product_values(a: Array, b: Array) -> Array:
-    """The singular values of b @ a alone, [*batch, k] in descending order, in fp64."""
+    """Return only the singular values of b @ a, [*batch, k] in descending order, in fp64."""
     return np.asarray(np.linalg.svd(_small_product(widened(a), widened(b)), compute_uv=False))
 
 
 def _small_product(a: Array, b: Array) -> Array:
-    """A matrix [*batch, r, r] with the singular values of b @ a."""
+    """Return a matrix [*batch, r, r] with the singular values of b @ a."""
     b_r = np.linalg.qr(b, mode="r")
     a_r = np.linalg.qr(np.swapaxes(a, -1, -2), mode="r")
     return np.asarray(b_r @ np.swapaxes(a_r, -1, -2))
 
 
 def balanced(u: Array, s: Array, vt: Array, rank: int) -> Factors:
-    """√S·Vᵀ as a and U·√S as b, of the first `rank` triplets, in fp32 or complex64."""
+    """Return √S·Vᵀ as a and U·√S as b for the first `rank` triplets, in fp32 or complex64."""
     root = np.sqrt(s[..., :rank])
     a = root[..., :, None] * vt[..., :rank, :]
     b = u[..., :rank] * root[..., None, :]
@@ -69,20 +69,20 @@ def balanced(u: Array, s: Array, vt: Array, rank: int) -> Factors:
 
 
 def truncated(a: Array, b: Array, rank: int) -> Factors:
-    """The best a, b of at most `rank` for b @ a."""
+    """Return the best a, b of at most `rank` for b @ a."""
     u, s, vt = product_svd(a, b)
     return balanced(u, s, vt, min(rank, s.shape[-1]))
 
 
 def distance(a1: Array, b1: Array, a2: Array, b2: Array) -> float:
-    """‖b1 @ a1 − b2 @ a2‖_F over all batches, without forming a product, in fp64."""
+    """Return ‖b1 @ a1 − b2 @ a2‖_F over all batches in fp64, without forming a product."""
     b = np.concatenate([widened(b1), -widened(b2)], axis=-1)
     a = np.concatenate([widened(a1), widened(a2)], axis=-2)
     return float(np.linalg.norm(_small_product(a, b)))
 
 
 def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
-    """The first min(k, out, in) triplets of one matrix [out, in], in fp64.
+    """Return the first min(k, out, in) triplets of one matrix [out, in], in fp64.
 
     Args:
         delta: fp32 or fp64; products are in its dtype.
@@ -108,7 +108,7 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
 
 
 def squared_distance(delta: Array, a: Array, b: Array) -> float:
-    """‖delta − b @ a‖² element by element in fp64, by blocks of rows."""
+    """Return ‖delta − b @ a‖², computed element by element in fp64, in blocks of rows."""
     squares = 0.0
     wide_a = a.astype(np.float64)
     for rows in _blocks(*delta.shape):
@@ -118,7 +118,7 @@ def squared_distance(delta: Array, a: Array, b: Array) -> float:
 
 
 def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
-    """The number of singular values that are larger than those of white noise.
+    """Return the number of singular values that are larger than those of white noise.
 
     The largest one of noise of variance τ² on m × n is near τ(√m + √n), the edge of Marchenko and
     Pastur (1967), with the distribution of Tracy and Widom (Johnstone 2001,
@@ -142,7 +142,7 @@ def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
 
 
 def _noise_edge(energy: float, m: int, n: int) -> float:
-    """The σ² that the largest of white noise of this energy on m × n exceeds 1 time in 100."""
+    """Return the σ² that the largest singular value of white noise exceeds in 1 % of cases."""
     root_m = np.sqrt(m)
     root_n = np.sqrt(max(n - 1, 1))
     spread = (root_m + root_n) * (1 / root_m + 1 / root_n) ** (1 / 3)
@@ -150,13 +150,13 @@ def _noise_edge(energy: float, m: int, n: int) -> float:
 
 
 def _blocks(count: int, width: int) -> list[slice]:
-    """Slices of `count` rows, or columns, of `width` elements: BLOCK elements at a time."""
+    """Slices that cover `count` rows or columns of `width` elements, BLOCK elements at a time."""
     step = max(1, BLOCK // width)
     return [slice(i, i + step) for i in range(0, count, step)]
 
 
 def _eigenvectors(delta: Array, k: int) -> Array:
-    """The k leading left singular vectors of [m, n], m ≤ n, from ΔΔᵀ in fp64."""
+    """Return the k leading left singular vectors of [m, n], m ≤ n, from ΔΔᵀ in fp64."""
     m, n = delta.shape
     gram = np.zeros((m, m))
     for columns in _blocks(n, m):
@@ -167,7 +167,7 @@ def _eigenvectors(delta: Array, k: int) -> Array:
 
 
 def _sampled(delta: Array, count: int, rng: np.random.Generator) -> Array:
-    """An orthonormal [m, count] that nearly holds the leading left singular vectors."""
+    """Return an orthonormal [m, count] that nearly spans the leading left singular vectors."""
     # Orthogonal again after every product, or small σ drown in the rounding of large ones.
     random = rng.standard_normal((delta.shape[1], count), dtype=np.float32).astype(delta.dtype)
     q = _orthonormal(delta @ random)
@@ -178,6 +178,6 @@ def _sampled(delta: Array, count: int, rng: np.random.Generator) -> Array:
 
 
 def _orthonormal(matrix: Array) -> Array:
-    """An orthonormal basis of the columns."""
+    """Return an orthonormal basis of the columns."""
     q, _ = np.linalg.qr(matrix)
     return np.asarray(q)

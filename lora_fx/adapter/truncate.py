@@ -1,4 +1,4 @@
-"""truncate: an adapter of fewer ranks, with the exact error that it costs.
+"""truncate: reduce an adapter's ranks, and report the exact error.
 
 Every s·b@a is split into singular triplets by QR of both factors (see svd.py); over all targets
 ‖ΔW − ΔW'‖² is then the sum of the σ² that are left out. One more rank of a target costs
@@ -27,12 +27,12 @@ from lora_fx.text import Json, short, table
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")
 SLACKS = (0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0)
-"""Shares of a bound's square to leave to rounding: the first with which the error is within it."""
+"""Shares of the allowed squared error that are reserved for rounding, tried in this order."""
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """One update before and after.
+    """One truncated update: its rank, size and error.
 
     Attributes:
         key: The key of the update.
@@ -94,7 +94,7 @@ class Truncation:
 
     @property
     def energy(self) -> float:
-        """The share of Σ σ² that is kept."""
+        """The share of Σ σ² that the kept ranks have."""
         return 1.0 - self.relative**2
 
     @property
@@ -109,7 +109,7 @@ class Truncation:
 
     @property
     def removed(self) -> tuple[str, ...]:
-        """Keys of which no rank is left."""
+        """The keys of the updates that have no rank left."""
         return tuple(row.key for row in self.rows if not row.after)
 
     def to_json(self) -> Json:
@@ -120,7 +120,7 @@ class Truncation:
         return {"truncated": rows, "removed": list(self.removed), **numbers}
 
     def __str__(self) -> str:
-        """A table for people."""
+        """A table of the updates, for people."""
         rows: list[tuple[str, ...]] = [("key", "rank", "error", "relative")]
         for row in self.rows:
             ranks = f"{row.before} → {row.after}"
@@ -144,7 +144,7 @@ def truncate(
     max_error: float | None = None,
     max_abs_error: float | None = None,
 ) -> Adapter:
-    """An adapter of fewer ranks; exactly one goal is given.
+    """Truncate an adapter to fewer ranks; give exactly one goal.
 
     Args:
         adapter: An adapter of lora or rslora updates; whole tensors are kept as they are.
@@ -215,12 +215,12 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
 
 
 def _cost(low: LowRank) -> int:
-    """Elements of one rank of an update."""
+    """Return the number of elements that one rank of an update has."""
     return (low.a.size + low.b.size) // low.rank
 
 
 def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
-    """The one goal that has a value, checked."""
+    """Return the one goal that has a value; raise if it is not valid."""
     value_by_goal = {name: value for name, value in goals.items() if value is not None}
     if len(value_by_goal) != 1 or not set(value_by_goal) <= set(GOALS):
         options = ", ".join("--" + goal.replace("_", "-") for goal in GOALS)
@@ -243,7 +243,7 @@ def _is_positive_whole(value: float) -> bool:
 
 
 def _updates(adapter: Adapter) -> dict[str, LowRank]:
-    """The low-rank updates; raises LoraFxError for an adapter that cannot be truncated."""
+    """Return the low-rank updates; raise LoraFxError if the adapter cannot be truncated."""
     for key, kind in adapter.others.items():
         raise LoraFxError(
             f"the adapter's {key!r} is {kind}; expected lora or rslora, because its singular "
@@ -268,7 +268,7 @@ def _updates(adapter: Adapter) -> dict[str, LowRank]:
 def _built(
     adapter: Adapter, triplets: Mapping[str, Triplets], ranks: Mapping[str, int]
 ) -> Truncation:
-    """The adapter with these ranks, and every error as measured."""
+    """Return the adapter with these ranks, with each error measured."""
     entries: dict[str, Entry] = {}
     rows: list[Truncated] = []
     for key, entry in adapter.entries.items():
@@ -289,7 +289,7 @@ def _built(
 def _truncated(
     key: str, low: LowRank, triplets: Triplets, rank: int
 ) -> tuple[LowRank | None, Truncated]:
-    """An update of this rank, and what it cost; None for rank 0."""
+    """Return an update of this rank (None for rank 0), and its error."""
     u, sigma, vt = triplets
     norm = float(np.linalg.norm(sigma))
     saved = _cost(low) * (low.rank - rank)

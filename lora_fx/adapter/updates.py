@@ -43,21 +43,21 @@ class Hadamard:
 
     @property
     def rank(self) -> int:
-        """Columns of b1."""
+        """The rank: columns of b1."""
         return int(self.b1.shape[-1])
 
     @property
     def scale(self) -> float:
-        """alpha/rank."""
+        """The scale: alpha/rank."""
         return self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[out, in]."""
+        """The shape [out, in] of ΔW."""
         return (self.b1.shape[0], self.a1.shape[1])
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """A rectangle of ΔW, as `LowRank.block` gives it; there is one matrix."""
+        """Return a rectangle of ΔW, as `LowRank.block` does; there is one matrix."""
         first = np.matmul(self.b1[rows], self.a1[:, columns])
         second = np.matmul(self.b2[rows], self.a2[:, columns])
         return np.asarray(first * second * first.dtype.type(self.scale))
@@ -77,13 +77,13 @@ class Kronecker:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[o1·o2, i1·i2]."""
+        """The shape [o1·o2, i1·i2] of ΔW."""
         o1, i1 = self.w1.shape
         o2, i2 = self.w2.shape
         return (o1 * o2, i1 * i2)
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """A rectangle of ΔW, as `LowRank.block` gives it; there is one matrix."""
+        """Return a rectangle of ΔW, as `LowRank.block` does; there is one matrix."""
         row_numbers = np.arange(self.shape[0])[rows]
         o2 = self.w2.shape[0]
         w1_rows = self.w1[row_numbers // o2]
@@ -105,18 +105,18 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[out, in]; in is 1 for a bias."""
+        """The shape [out, in] of ΔW; in is 1 for a bias."""
         return (self.value.shape[0], self.value[0].size)
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """A rectangle of ΔW, as `LowRank.block` gives it; there is one matrix."""
+        """Return a rectangle of ΔW, as `LowRank.block` does; there is one matrix."""
         flat = self.value.reshape(self.shape)
         return np.asarray(flat[rows, columns] * flat.dtype.type(self.scale))
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """ΔW = W · turnᵀ, turn = R − 1 of blocks along in: it depends on W, as DoRA's does.
+    """ΔW = W · turnᵀ, turn = R − 1 in blocks along the input axis; ΔW depends on W.
 
     Attributes:
         turn: [blocks, size, size], fp32; a single block where it is `shared`.
@@ -133,21 +133,21 @@ class Rotation:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[out, in]; 0 stands for a size that only the base has."""
+        """The shape [out, in] of ΔW; a size is 0 if only the base has it."""
         out_size = self.layout.out_size if self.layout else 0
         if not self.shared:
             return (out_size, len(self.turn) * self.turn.shape[-1])
         return (out_size, self.layout.in_size if self.layout else 0)
 
     def fits(self, in_: int) -> bool:
-        """True where W can have this many columns."""
+        """Whether W can have this many columns."""
         if not self.shared:
             return in_ == self.shape[1]
         block_size = int(self.turn.shape[-1])
         return in_ % block_size == 0
 
     def of(self, weight: Array) -> Array:
-        """ΔW of some rows of W [n, in], in W's dtype."""
+        """Return ΔW for some rows of W [n, in], in W's dtype."""
         blocks = weight.reshape(len(weight), -1, self.turn.shape[-1]).swapaxes(0, 1)
         turn_transposed = self.turn.swapaxes(1, 2).astype(weight.dtype, copy=False)
         delta = np.matmul(blocks, turn_transposed)
@@ -156,7 +156,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class ReplacedRows:
-    """Single rows of a tensor, trained and stored whole: W[index[i]] = value[i]."""
+    """Single rows of a tensor that are trained and stored whole: W[index[i]] = value[i]."""
 
     index: tuple[int, ...]
     value: Array
@@ -165,25 +165,25 @@ class ReplacedRows:
 
 
 Change = LowRank | Hadamard | Kronecker | Dense | Rotation
-"""A ΔW of `shape`, whose rectangles can be computed one by one, by `block`, with `scale` in them.
+"""An update with ΔW of shape `shape`; `block` computes each rectangle, `scale` included.
 
 Those of a Rotation are made of W's, by `of`.
 
 `layout` says how it lies in the stored tensor; None while unbound.
 """
 Entry = Change | Full | ReplacedRows
-"""An update, or a replacement, that an adapter can hold under a key."""
+"""Anything that an adapter can hold under a key: an update, or a replacement of values."""
 
 
 def is_tied(entry: Entry) -> bool:
-    """True for an update of all uses of a tensor that several modules share."""
+    """Whether an update applies to all uses of a tensor that several modules share."""
     if isinstance(entry, LowRank):
         return entry.origin.tied
     return isinstance(entry, Full) and entry.tied
 
 
 def twins_of(entry: Entry) -> tuple[str, ...]:
-    """Other names of the tensor of an update, where they are known."""
+    """Return the other names of the updated tensor, if they are known."""
     if isinstance(entry, LowRank):
         return entry.origin.twins
     if isinstance(entry, Full):
@@ -192,14 +192,14 @@ def twins_of(entry: Entry) -> tuple[str, ...]:
 
 
 def is_plain(entry: Entry) -> bool:
-    """True for a whole tensor or s·b·a on the unchanged base: what a graph can hold."""
+    """Whether a graph can hold the entry: a whole tensor, or s·b·a on the unchanged base."""
     if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
         return False
     return is_on_base(entry)
 
 
 def is_on_base(entry: Entry) -> bool:
-    """True for a whole tensor, or a low-rank update of one tensor of the unchanged base."""
+    """Whether the entry is a whole tensor, or a low-rank update of one tensor of the plain base."""
     if isinstance(entry, LowRank):
         return not entry.mutated and not entry.origin.candidates
     return isinstance(entry, Full)
@@ -215,7 +215,7 @@ _NAMES: Mapping[type[object], str] = {
 
 
 def name_of(entry: Entry) -> str:
-    """The usual name of an entry (LoHa, DoRA …), for messages."""
+    """Return the usual name of an entry (LoHa, DoRA …), for messages."""
     if isinstance(entry, LowRank):
         if entry.mutated:
             return f"for a base that {entry.mutated} changed"

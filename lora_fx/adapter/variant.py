@@ -36,7 +36,7 @@ from lora_fx.errors import LoraFxError, MistakeError, expect, expect_name
 from lora_fx.text import JsonView, near
 
 VariantName = Literal["lora", "rslora", "dora", "lora-fa", "lora+", "qalora"] | str
-"""Those of VARIANTS; a text, since qalora may carry the size of its groups: qalora:32."""
+"""A name from VARIANTS; any text, because qalora can have a group size: qalora:32."""
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -53,11 +53,11 @@ _ROW = frozenset((
     "A", "A0", "B", "B0", "a0", "alpha", "b0", "dense", "extra", "full", "index", "key", "layout",
     "magnitude", "rank", "role", "rows", "scale", "swapped", "use", "variant",
 ))  # fmt: skip
-"""Names that files already use in tensor names and JSON, so a field cannot have them."""
+"""Names already used in files, as tensor names or JSON keys, so no field can have them."""
 
 
 def register(variant: Variant) -> None:
-    """Add a variant, so that every verb, file and command knows its name.
+    """Register a variant, so that every command and file format knows its name.
 
     Raises:
         MistakeError: Another variant has this name, or a field has a name that files use for
@@ -75,7 +75,7 @@ def register(variant: Variant) -> None:
 
 
 def named_variant(name: str) -> Variant:
-    """The variant of a name, or of NAME:ARGUMENT; LoraFxError where there is none."""
+    """Return the variant for NAME or NAME:ARGUMENT; raise LoraFxError if there is none."""
     expect(name, str, "variant", "a name", _known())
     kind, colon, argument = name.partition(":")
     if colon and kind in VARIANTS:
@@ -87,7 +87,7 @@ def named_variant(name: str) -> Variant:
 
 
 def expect_variant(name: str, where: str) -> None:
-    """Refuse a file with an update of an unknown variant.
+    """Raise if a file has an update of an unknown variant.
 
     Args:
         name: The variant's name in the file.
@@ -101,12 +101,12 @@ def expect_variant(name: str, where: str) -> None:
 
 
 def _known() -> str:
-    """A hint with the names of the variants."""
+    """Return a hint with the names of the variants."""
     return f"choose one of {', '.join(VARIANTS)}"
 
 
 def variant_of(low: LowRank) -> Variant:
-    """The variant of an update, from its tensors; its variant name may give only the scale."""
+    """Return the variant of an update by its tensors; its variant name may give only the scale."""
     named = named_variant(low.variant)
     for variant in (named, *VARIANTS.values()):
         recognised = variant.of(low)
@@ -117,7 +117,7 @@ def variant_of(low: LowRank) -> Variant:
 
 
 def names_taken(*, reading_weight: bool) -> list[str]:
-    """Variants by their form, for messages: with those that read W itself, or without."""
+    """Return the names of variants for messages, with or without the variants that read W."""
     names = []
     for variant in VARIANTS.values():
         differs_in_form = not variant.learns_as_lora and not variant.constant_over
@@ -127,13 +127,13 @@ def names_taken(*, reading_weight: bool) -> list[str]:
 
 
 def is_lora_or_dora(low: LowRank) -> bool:
-    """True for updates that files of other trainers can store: a sum, or PEFT's type LORA."""
+    """Whether other trainers' file formats can store the update: a sum, or PEFT's type LORA."""
     variant = variant_of(low)
     return not variant.reads_weight or bool(variant.peft_type)
 
 
 def asked(low: LowRank) -> tuple[int, float]:
-    """Rank and alpha without the frozen ranks, as whoever inserted the update gave them."""
+    """Return the rank and alpha that the update was inserted with: those of the trained ranks."""
     if not low.frozen:
         return low.rank, variant_of(low).alpha(low)
     rank = low.rank - low.frozen
@@ -141,7 +141,7 @@ def asked(low: LowRank) -> tuple[int, float]:
 
 
 def fields_of_files() -> tuple[str, ...]:
-    """The fields by which files name the tensors of an update, of every variant."""
+    """Return the field names that files use for the tensors of updates, over all variants."""
     fields = dict.fromkeys(("a", "b", "a0", "b0"))
     for variant in VARIANTS.values():
         fields |= dict.fromkeys((*variant.made_of, *variant.also))
@@ -149,7 +149,7 @@ def fields_of_files() -> tuple[str, ...]:
 
 
 def bare(values: Mapping[str, Array], row: JsonView) -> LowRank:
-    """The update that has these tensors of a file, before its JSON is read.
+    """Return the update with these tensors from a file, before its JSON is read.
 
     Args:
         values: Its tensors by field.

@@ -1,4 +1,4 @@
-"""The protocol of a variant: its tensors, how they make W', what trains, what a proof may ask.
+"""The protocol of a variant: its tensors, how W' is computed, what trains, and how it is proven.
 
     W' = change(W, s·b·a),   a = a(tensors),   b = b(tensors)
 
@@ -43,7 +43,7 @@ Read = Callable[[str], V]
 
 @dataclass(frozen=True)
 class Beginning:
-    """Facts from which a variant may initialise, besides a and b.
+    """Facts that a variant may use for its initial values, together with a and b.
 
     Attributes:
         key: The key of the target.
@@ -58,7 +58,7 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of update. This class is LoRA; a variant overrides what differs.
+    """A kind of update. This class is LoRA; subclasses override what differs.
 
     Attributes:
         name: The variant's name, as `insert` and files have it.
@@ -102,16 +102,16 @@ class Variant:
 
     @property
     def learns_as_lora(self) -> bool:
-        """See the attributes."""
+        """See `learns_as_lora` in the attributes of the class."""
         return False
 
     @property
     def constant_over(self) -> int:
-        """See the attributes."""
+        """See `constant_over` in the attributes of the class."""
         return 0
 
     def with_argument(self, text: str) -> Variant | None:
-        """The variant for a name `NAME:TEXT` with an argument; None if it does not take it."""
+        """Return the variant for the name `NAME:TEXT`; None if the variant takes no argument."""
         return None
 
     # The update.
@@ -126,7 +126,7 @@ class Variant:
             )
 
     def prepared(self, low: LowRank, beginning: Beginning) -> LowRank:
-        """The update at its start, W' = W.
+        """Return the update with its initial values, for which W' = W.
 
         Args:
             low: An update of this variant with the a and b of its init.
@@ -135,7 +135,7 @@ class Variant:
         return low
 
     def of(self, low: LowRank) -> Variant | None:
-        """This variant where an update has its tensors, and a and b are what they make; or None."""
+        """Return this variant if the update has its tensors and a and b match them; else None."""
         fields = {*self.made_of, *self.also}
         name = low.variant.partition(":")[0]
         if name != self.name or not fields or fields != set(low.variant_tensors):
@@ -149,13 +149,13 @@ class Variant:
         return self
 
     def tensors(self, low: LowRank) -> Mapping[str, Array]:
-        """The tensors that a model holds for a and b, by field."""
+        """Return the tensors that a model stores for a and b, by field."""
         if self.made_of:
             return {field: low.variant_tensors[field] for field in self.made_of}
         return {"a": low.a, "b": low.b}
 
     def beside(self, low: LowRank) -> Mapping[str, Array]:
-        """The tensors of `also`, by field; raises LoraFxError for an update without them."""
+        """Return the tensors of `also`, by field; raise LoraFxError if the update lacks one."""
         for field in self.also:
             if field not in low.variant_tensors:
                 raise LoraFxError(
@@ -165,7 +165,7 @@ class Variant:
         return {field: low.variant_tensors[field] for field in self.also}
 
     def with_values(self, low: LowRank, values: Mapping[str, Array]) -> LowRank:
-        """The update with other numbers.
+        """Return the update with other values in its tensors.
 
         Args:
             low: The update.
@@ -182,7 +182,7 @@ class Variant:
         return replace(low, a=a, b=b, variant_tensors=tensors)
 
     def rows(self, low: LowRank, rows: slice | Array) -> LowRank:
-        """The update of some rows of a weight [out, in]; one that is a sum becomes plain LoRA.
+        """Return the update of some rows of a weight [out, in]; a sum becomes plain LoRA.
 
         Args:
             low: An update with a [rank, in] and b [out, rank].
@@ -195,7 +195,7 @@ class Variant:
         return replace(low, b=low.b[rows])
 
     def turned(self, low: LowRank, key: str) -> LowRank:
-        """The update of Wᵀ; raises LoraFxError if this variant has none."""
+        """Return the update of Wᵀ; raise LoraFxError if this variant has none."""
         if self.reads_weight:
             raise LoraFxError(f"{key!r}: an update of variant {self.name} has no transpose", WHOLE)
         if self.made_of:
@@ -203,17 +203,17 @@ class Variant:
         return replace(low, a=np.swapaxes(low.b, -1, -2), b=np.swapaxes(low.a, -1, -2))
 
     def fitted(self, low: LowRank, key: str, layout: Layout) -> LowRank:
-        """The update with its tensors in the shapes of a layout; raises MisfitError."""
+        """Return the update with its tensors in a layout's shapes, or raise MisfitError."""
         return low
 
     def alpha(self, low: LowRank) -> float:
-        """The alpha as whoever inserted the update gave it."""
+        """Return the alpha that the update was inserted with."""
         return low.alpha
 
     # The maths, in any IR.
 
     def a(self, e: Ops[V], read: Read[V]) -> V:
-        """The factor a [*batch, rank, in].
+        """Return the factor a [*batch, rank, in].
 
         Args:
             e: An emitter of the IR.
@@ -222,11 +222,11 @@ class Variant:
         return read("a")
 
     def b(self, e: Ops[V], read: Read[V]) -> V:
-        """The factor b [*batch, out, rank]; see `a`."""
+        """Return the factor b [*batch, out, rank]; see `a`."""
         return read("b")
 
     def change(self, e: Ops[V], layout: Layout, w: V, delta: V, read: Read[V]) -> V:
-        """W' − W in the stored shape.
+        """Return W' − W in the stored shape.
 
         Args:
             e: An emitter of the IR.
@@ -238,7 +238,7 @@ class Variant:
         return delta
 
     def stretch(self, e: Ops[V], layout: Layout, v: V, read: Read[V]) -> V:
-        """The factor g [*batch, out, 1] of W' = g·V, V = W + s·b·a, of a variant that stretches.
+        """Return the factor g [*batch, out, 1] of W' = g·V, V = W + s·b·a, if `stretches`.
 
         Args:
             e: An emitter of the IR.
@@ -249,7 +249,7 @@ class Variant:
         raise NotImplementedError(f"{self.name} does not stretch rows")
 
     def row_factors(self, low: LowRank, rows: slice, squares: Array, where: str) -> Array:
-        """The factor g of some rows of V, from their sums of squares; see `stretch`.
+        """Return the factor g of some rows of V, from their sums of squares; see `stretch`.
 
         Args:
             low: The update, its b in [out, rank].
@@ -269,7 +269,7 @@ class Variant:
     # Training and its proof.
 
     def rates(self, lr: float) -> dict[str, float]:
-        """The learning rate of each field, where it is not lr."""
+        """Return learning rates by field; every other field has the rate `lr`."""
         fields = (*self.made_of, *self.also, *self.zero_where)
         rates = dict.fromkeys(fields, lr * self.ratio)
         if "a" in rates:
@@ -277,7 +277,7 @@ class Variant:
         return rates
 
     def drawn(self, low: LowRank, key: str, seed: int) -> Mapping[str, Array]:
-        """Random values for the trained tensors, by field, with ‖ΔW‖ about ‖W‖ at s = 1.
+        """Return random values for the trained tensors, by field, with ‖ΔW‖ about ‖W‖ at s = 1.
 
         Args:
             low: The update, bound.
@@ -292,15 +292,15 @@ class Variant:
     # Files.
 
     def facts(self, low: LowRank) -> Json:
-        """Facts of an update that are not in its tensors, for its JSON and for `with_facts`."""
+        """Return facts of an update that its tensors lack, for its JSON and for `with_facts`."""
         return {}
 
     def with_facts(self, low: LowRank, facts: JsonView) -> LowRank:
-        """The update with the facts that `facts` gave; the update itself where there are none."""
+        """Return the update with the facts that `facts` returned; unchanged if there are none."""
         return low
 
 
 def plain(low: LowRank) -> LowRank:
-    """The update as LoRA, of the same ΔW."""
+    """Return the update as plain LoRA with the same ΔW."""
     alpha = alpha_of(low.scale, low.rank)
     return replace(low, variant="lora", alpha=alpha, variant_tensors={})

@@ -1,1 +1,1 @@
-"""Checkpoint folders and files: what their headers say, without torch."""
+"""Checkpoint folders and files, read without torch: plan, merge, extract, verify, doctor."""

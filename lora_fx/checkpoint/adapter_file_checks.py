@@ -1,4 +1,4 @@
-"""doctor's checks of an adapter's file and config alone. A check yields findings."""
+"""doctor's checks that read only the adapter's file and config. Each check yields findings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def config(pair: Pair) -> Iterator[Finding]:
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
-    """Check that lora_alpha is a number, or alpha for LoHa and LoKr. OFT has none."""
+    """Check that lora_alpha (`alpha` for LoHa and LoKr) is a number. OFT has none."""
     peft_type = pair.raw.config.get("peft_type")
     if peft_type not in KINDS or peft_type == "OFT":
         return
@@ -149,7 +149,7 @@ def dora(pair: Pair) -> Iterator[Finding]:
 
 
 def _tensors_that(pair: Pair, is_wrong: Callable[[Array], object]) -> list[str]:
-    """The names of the file's tensors that a test finds wrong."""
+    """Return the names of the tensors for which a test is true."""
     return [name for name, value in pair.raw.tensors.items() if is_wrong(value)]
 
 
@@ -164,7 +164,7 @@ def numbers(pair: Pair) -> Iterator[Finding]:
 
 
 def dtypes(pair: Pair) -> Iterator[Finding]:
-    """Check that factors are floats; the merge checks whole tensors by what they replace."""
+    """Check that factors are floats; merge itself checks the dtypes of whole tensors."""
     whole_tensors: set[str] = set()
     if pair.refusal is None:
         whole_tensors |= set(pair.raw.whole.values())
@@ -246,7 +246,7 @@ def dropped(pair: Pair) -> Iterator[Finding]:
 
 
 def _is_target(fields: Json, name: str, key: str) -> bool:
-    """Whether PEFT would make a layer for an update, for its module or the module around that.
+    """Whether PEFT would wrap the updated module, or the module around it, in a layer.
 
     Args:
         fields: The fields of the adapter's config.

@@ -1,4 +1,4 @@
-"""Recognise the base of an adapter by a sample of the weights that the adapter changes.
+"""The recognition of an adapter's base by a sample of the weights that the adapter changes.
 
 metadata["base"] of an adapter is {"version", "dtype", "names", "sample"}. `sample` is the sha256
 over the parameters of all low-rank keys, in the order of their `names`: name, shape, and the
@@ -37,7 +37,7 @@ FIELD = "base"
 
 
 ENDS = 4096
-"""Elements at each end of a tensor that the sample holds."""
+"""The number of elements at each end of a tensor that a sample holds."""
 
 
 def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
@@ -56,7 +56,7 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
 
 
 def file_fingerprint(keys: Iterable[str], tensors: Tensors) -> Json:
-    """{"base": fingerprint} of a stored checkpoint; empty if it lacks one of the parameters."""
+    """Return {"base": fingerprint} of a stored checkpoint; empty if it lacks a parameter."""
     stored: dict[str, TensorInfo] = {}
     for name in parameters_of(keys):
         info = tensors.get(name)
@@ -70,12 +70,12 @@ def file_fingerprint(keys: Iterable[str], tensors: Tensors) -> Json:
 
 
 def ends(length: int) -> tuple[slice, slice]:
-    """The first and the last elements of a flat tensor; they overlap where it is short."""
+    """Return slices of the first and last elements of a flat tensor; they may overlap."""
     return slice(ENDS), slice(max(0, length - ENDS), length)
 
 
 def parameters_of(keys: Iterable[str]) -> list[str]:
-    """The parameters of low-rank keys that a checkpoint can hold: no computed weights."""
+    """Return the parameters of low-rank keys that a checkpoint can hold: no computed weights."""
     names = {base_name(key) for key in keys}
     return sorted(name for name in names if not name.endswith("~"))
 
@@ -85,11 +85,11 @@ Sample = tuple[tuple[int, ...], Array]
 
 
 class Unknown(Exception):
-    """A parameter cannot be sampled; the message gives the reason."""
+    """The error for a parameter that cannot be sampled; its message gives the reason."""
 
 
 def sample_of(name: str, info: TensorInfo | None, dtype: str) -> Sample:
-    """The sample of a parameter's tensor in a checkpoint; raises Unknown."""
+    """Return the sample of a parameter's tensor in a checkpoint; raise Unknown if impossible."""
     if info is None:
         raise Unknown(f"the checkpoint has no tensor {name!r}")
     if info.dtype not in FLOATING:
@@ -100,7 +100,7 @@ def sample_of(name: str, info: TensorInfo | None, dtype: str) -> Sample:
 def compared(
     recorded: JsonView | None, sample: Callable[[str, str], Sample]
 ) -> tuple[bool | None, str]:
-    """Compare weights with the record of those that an adapter was trained on.
+    """Compare weights with the recorded fingerprint of the weights that an adapter was trained on.
 
     Args:
         recorded: metadata["base"] of the adapter.
@@ -136,7 +136,7 @@ def compared(
 
 
 def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
-    """The sha256 over the samples of parameters."""
+    """Return the sha256 over the samples of parameters."""
     digest = hashlib.sha256()
     for name, shape, values in rows:
         digest.update(json.dumps([name, list(shape), str(values.dtype)]).encode())
@@ -151,7 +151,7 @@ def _read(info: TensorInfo, dtype: str) -> Array:
 
 
 def stretches(info: TensorInfo, count: int, places: Sequence[float]) -> list[Array]:
-    """Read about `count` elements of a tensor at each of some places; 0 is its start, 1 its end.
+    """Read about `count` elements of a tensor at each place, from 0 (its start) to 1 (its end).
 
     Fewer where it is shorter; more of codes, which are read by whole rows.
     """

@@ -1,4 +1,4 @@
-"""Files of a merged checkpoint besides its new shards: companions, the index, linked shards."""
+"""Files of a merged checkpoint other than its new shards: configs, index, linked shards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 
 
 def hard_link(source: Path, target: Path) -> None:
-    """Give a shard's inode a second name.
+    """Create a hard link to a shard.
 
     Raises:
         LoraFxError: The file systems cannot.
@@ -45,7 +45,7 @@ def hard_link(source: Path, target: Path) -> None:
 
 
 def untied(config: JsonView) -> Json:
-    """A config.json changed to say that head and embedding are untied."""
+    """Return the config.json with flags that say that head and embedding are untied."""
     result = {**config, "tie_word_embeddings": False}
     if isinstance(config.get("text_config"), dict):
         result["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
@@ -71,7 +71,7 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
 
 
 def report_name(plan: MergePlan) -> str:
-    """The name of the report: the first that the base does not use; empty if it uses both.
+    """Return the report's file name: the first that the base does not use; empty if none is free.
 
     A report of the merge that made the base is none of its own: it would not fit the output.
     """
@@ -116,7 +116,7 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 
 
 def _index_of_view(base: Checkpoint) -> Json:
-    """The index of shards that are not on disk; its sum is to be filled in."""
+    """Return an index for shards that have no files; the caller fills in the total size."""
     homes: dict[str, str] = {}
     for shard, header in base.shards.items():
         homes |= dict.fromkeys(header.tensors, shard)
@@ -124,7 +124,7 @@ def _index_of_view(base: Checkpoint) -> Json:
 
 
 def _write_changed_index(plan: MergePlan, index: Json, file: Path) -> None:
-    """Write an index with the output's names and sizes."""
+    """Write an index with the names and sizes of the output's tensors."""
     index["weight_map"] |= dict(plan.added)
     metadata = index.get("metadata")
     if isinstance(metadata, dict):
@@ -138,7 +138,7 @@ def _write_changed_index(plan: MergePlan, index: Json, file: Path) -> None:
 
 
 def _total_size(plan: MergePlan) -> int:
-    """Bytes of all tensors of the output."""
+    """Return the total size in bytes of the output's tensors."""
     sizes = {name: info.stop - info.start for name, info in plan.base.tensors.items()}
     sizes |= {name: change.nbytes for name, change in plan.changes.items()}
     return sum(sizes.values())

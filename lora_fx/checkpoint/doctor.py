@@ -59,14 +59,14 @@ CHECKS = {
     "effect": effect,
 }
 LAST = "merge"
-"""The last check: lora-fx merge accepts the pair. It reports what no other check has."""
+"""The last check: lora-fx merge accepts the pair. It reports errors that no other check found."""
 
 BY_READER = {*OF_FILE, "model"}
-"""Checks of the adapter alone, and of its model: these explain why its reader refuses it."""
+"""Checks of the adapter and its model type, which explain why the adapter cannot be read."""
 VALUES = ("base values", "training", "effect")
-"""Checks of values, which a merge sees only while it runs, not in its plan."""
+"""Checks of values; a merge reads values only while it runs, not when it is planned."""
 SERVED = "server"
-"""The check of how a server reads the adapter, if one is named."""
+"""The check of how a server reads the adapter; it runs if a server is named."""
 
 
 def doctor(
@@ -131,7 +131,7 @@ def doctor(
 def examine(
     base: StrPath, adapter: StrPath, options: MergeOptions, server: str | None = None
 ) -> Report:
-    """Carry out `doctor`, with the merge's options as one object."""
+    """Run the checks of `doctor`, with the merge's options as one object."""
     for name, path in (("base", base), ("adapter", adapter)):
         expect_path(path, name, "doctor(base, adapter)")
     if server:
@@ -157,7 +157,7 @@ def examine(
 def _report(
     pair: Pair, findings: Sequence[Finding], rows: Sequence[Json], plan: MergePlan | LoraFxError
 ) -> Report:
-    """The report of a pair.
+    """Build the report of a pair.
 
     Args:
         pair: The pair.
@@ -189,7 +189,7 @@ def _report(
 def _merge_findings(
     pair: Pair, findings: Sequence[Finding], plan: MergePlan | LoraFxError
 ) -> Iterator[Finding]:
-    """Why merge refuses the pair, or would refuse it once the other findings are corrected."""
+    """Yield the reasons why merge refuses the pair, now or after the other findings are fixed."""
     errors = [
         finding for finding in findings if finding.severity == ERROR and finding.check not in VALUES
     ]
@@ -223,7 +223,7 @@ def _accepted(finding: Finding, options: MergeOptions) -> Finding:
 
 
 def _update_row(pair: Pair, key: str, entry: Entry) -> Json:
-    """One row of `updates[]`; for a stack that the base stores as parts, it names the first."""
+    """Return one row of `updates[]`; a stack stored in parts is named by its first part."""
     stack = pair.rename.stack(base_name(key))
     name = stack.parts[0].tensor if stack else pair.rename(key)
     scale = getattr(entry, "scale", None)
@@ -275,7 +275,7 @@ def _update_lines(updates: Sequence[JsonView]) -> list[str]:
 
 
 def _finding_lines(finding: JsonView) -> list[str]:
-    """A finding, its parts one below the other."""
+    """The lines of a finding: one part below the other."""
     head = f"{finding['severity']}: {finding['check']}: {some(finding['keys'])}"
     text = ["", head.removesuffix(": ")]
     for name, label in (("found", "found:"), ("expected", "expected:"), ("hint", "do:")):
@@ -299,7 +299,7 @@ def _verdict(report: Report) -> str:
 
 
 def _number(value: object, form: str) -> str:
-    """A number for people; empty if it is unknown."""
+    """Format a number for people; empty if it is unknown."""
     if value is None:
         return ""
     return format(value, form)

@@ -39,7 +39,7 @@ from lora_fx.inputs import generator
 from lora_fx.targets.selectors import select_names
 
 LITTLE = 0.5
-"""If an update keeps less than this share of ‖Δ‖², a note says so."""
+"""The share of ‖Δ‖² below which an update gets a note that it keeps little."""
 
 
 def extract(
@@ -58,7 +58,7 @@ def extract(
     whole: str | Sequence[str] | None = None,
     trust: bool = False,
 ) -> Adapter:
-    """The adapter that turns `base` into `tuned`, as well as its ranks allow.
+    """Return the adapter that turns `base` into `tuned`, as well as its ranks allow.
 
     Args:
         base: A Hugging Face folder, its id on the Hub (hf:ORG/NAME), or a .safetensors file.
@@ -194,7 +194,7 @@ def _changes(
 
 
 def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
-    """The update that turns one tensor into the other; a whole tensor if no low-rank one exists."""
+    """Return the update that turns one tensor into the other; a whole tensor for a vector."""
     if same_bytes(pair.base, pair.tuned):
         return None, None
     for info in (pair.base, pair.tuned):
@@ -212,12 +212,12 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
 
 
 def _differs(pair: TensorPair) -> bool:
-    """Whether any element of a tensor differs in value, as −0 and 0 do not."""
+    """Whether any element of a tensor differs in value; −0 equals 0."""
     return any(pair.delta(i)[0].any() for i in range(pair.batch))
 
 
 DeltaOf = Callable[[int], tuple[Array, float, float]]
-"""The number of a matrix of a stack → Δ, ‖Δ‖² and ‖base‖²."""
+"""A function of a matrix's number in a stack that returns Δ, ‖Δ‖² and ‖base‖²."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _decompose(pair: TensorPair, delta_of: DeltaOf, count: int, seed: int) -> _D
 
 
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
-    """Approximate the Δ of one tensor by a low-rank update; returns it and its row of the report.
+    """Approximate the Δ of one tensor by a low-rank update; return it and its report row.
 
     Where `energy` chooses the rank, so many singular values are computed that they hold it: 16 at
     first, then twice as many, until they do or the cap is reached.
@@ -298,18 +298,18 @@ def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> O
 
 
 def _largest_energy(decomposition: _Decomposition) -> float:
-    """The sum of the squares of the largest singular values."""
+    """Return the sum of σ₁² over the matrices, where σ₁ is a matrix's largest singular value."""
     return math.fsum(float(values[0]) ** 2 for values in decomposition.singular_values)
 
 
 def _above_noise(decomposition: _Decomposition, shape: tuple[int, int]) -> int:
-    """The number of singular values above the noise level; for a stack, the largest number."""
+    """Return how many singular values are above the noise level; a stack's largest count."""
     energies = zip(decomposition.singular_values, decomposition.delta_energies, strict=True)
     return max(above_noise(values, energy, shape) for values, energy in energies)
 
 
 def _rank_for(singular_values: Sequence[Array], energy: float) -> int | None:
-    """The lowest rank whose singular values, squared, sum up to `energy`; None where none does.
+    """Return the lowest rank whose squared singular values reach `energy`; None if none does.
 
     Args:
         singular_values: Of each matrix of a stack, equally many.
@@ -322,7 +322,7 @@ def _rank_for(singular_values: Sequence[Array], energy: float) -> int | None:
 
 
 def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
-    """Make an update of the factors of the stored matrices."""
+    """Return an update with the factors of the stored matrices."""
     a = np.stack([factor for factor, _ in factors])
     b = np.stack([factor for _, factor in factors])
     if use.swapped:
@@ -342,7 +342,7 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
 def _notes(
     rows: Sequence[Extracted], tensor_uses: Mapping[str, TensorUse], left_out: Sequence[str]
 ) -> Iterator[str]:
-    """Notes of updates that hold little of Δ, of tied tables and of vectors that are left out."""
+    """Yield notes on updates that keep little of Δ, on tied tables and on vectors left out."""
     for row in rows:
         share = 1 - row.relative**2
         if not row.enough:

@@ -11,7 +11,7 @@ RANK = 16
 
 
 MAX_RANK = 128
-"""Cap of a rank that `energy` chooses, where none is given."""
+"""The highest rank that `energy` may choose if no rank is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class ExtractOptions:
 
     @property
     def limit(self) -> int:
-        """The rank, or the highest that energy may choose."""
+        """The given rank, or the highest rank that `energy` may choose."""
         if self.energy is not None:
             return MAX_RANK if self.max_rank is None else self.max_rank
         return RANK if self.rank is None else self.rank

@@ -1,4 +1,4 @@
-"""The result of an extraction: an adapter, and how near each update is to its Δ."""
+"""The result of an extraction: an adapter, and the error of each update against its Δ."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Extracted:
 
     @property
     def change(self) -> float | None:
-        """‖Δ‖/‖W‖; None where W is zero."""
+        """‖Δ‖/‖W‖; None if W is zero."""
         if not self.base_norm:
             return None
         return self.norm / self.base_norm
@@ -82,7 +82,7 @@ class Extracted:
 
 
 Outcome = tuple[LowRank | Full | None, Extracted | None]
-"""The update of a tensor, None where no element differs, and the row of a low-rank one."""
+"""The update of a tensor (None if nothing differs), and the report row of a low-rank update."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Choose the tensors of two checkpoints to compare, and refuse those that do not fit."""
+"""The choice of tensors to compare in two checkpoints, and the refusal of unfit ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lora_fx.targets.selectors import select, select_names, split
 from lora_fx.text import some
 
 HeaderOf = tuple[str, Tensors]
-"""A path, for messages, and its tensors."""
+"""(path for messages, tensors of the header)."""
 
 
 def scope_of(
     found: Found, base: HeaderOf, tuned: HeaderOf, options: ExtractOptions
 ) -> tuple[list[str], list[str]]:
-    """Names to compare, in the order of base, and notes.
+    """Return the names to compare, in the order of the base, and notes.
 
     Vectors are in the scope whatever `include` says: which of them differ has to be told.
 
@@ -80,7 +80,7 @@ class _Misfits:
     reshaped: list[str] = field(default_factory=list)
 
     def problems(self, base: HeaderOf, tuned: HeaderOf) -> list[str]:
-        """Each kind of misfit in words."""
+        """Describe each kind of misfit in words."""
         base_path, base_tensors = base
         tuned_path, tuned_tensors = tuned
         problems: list[str] = []
@@ -101,12 +101,12 @@ class _Misfits:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Shorten names to what one line of an error can hold."""
+    """Shorten each name so that it fits into a one-line error."""
     return [one_line(name, 100) for name in names]
 
 
 def _whole(chosen: Sequence[str]) -> set[str]:
-    """Selected keys, all of whole tensors; raises for one of a part."""
+    """Return the selected keys; raise for a key that names only a part of a tensor."""
     for key in chosen:
         if key.endswith("]"):
             raise LoraFxError(
@@ -117,7 +117,7 @@ def _whole(chosen: Sequence[str]) -> set[str]:
 
 
 def _excluded(found: Found, names: Sequence[str], exclude: str | Sequence[str]) -> set[str]:
-    """Names that a selector matches: as a target, else as any tensor."""
+    """Return the names that a selector matches, as a target or else as any tensor."""
     excluded: set[str] = set()
     for text in split(exclude):
         try:
@@ -131,7 +131,7 @@ def _excluded(found: Found, names: Sequence[str], exclude: str | Sequence[str]) 
 
 
 def _prefix_hint(base_tensors: Tensors, tuned_tensors: Tensors) -> str:
-    """The prefix that would make the names fit, if there is one."""
+    """Return a hint with the prefix that would make the names match, if there is one."""
     verb, prefix = lead_between([*base_tensors][:3], tuned_tensors)
     if not verb:
         return "check that both are checkpoints of the same model"

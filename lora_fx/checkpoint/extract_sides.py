@@ -1,4 +1,4 @@
-"""The two sides of an extraction under the same names, where either is tied.
+"""The tensors of an extraction's two checkpoints under common names, also if one has tied weights.
 
 A tied file holds its table once, an untied one once for each use. What is one tensor on both
 sides is compared once; what is two on either side gets an update for each, so that the adapter
@@ -18,7 +18,7 @@ from lora_fx.files.stored_tensors import same_bytes
 from lora_fx.text import JsonView
 
 NamedTensors = tuple[str, Tensors, JsonView]
-"""A path, for messages, its tensors and its config.json."""
+"""(path for messages, tensors, config.json)."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _may_have_head(base: Tensors, tuned: Tensors, tie: Tie) -> bool:
 
 
 def _is_copy(side: Tensors, name: str, source: str) -> bool:
-    """True where two names of a side have the same bytes."""
+    """Whether two names of one side have the same bytes."""
     return name in side and source in side and same_bytes(side[name], side[source])
 
 

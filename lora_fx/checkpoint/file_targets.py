@@ -1,4 +1,4 @@
-"""The tensors of a file or folder that an adapter can take.
+"""The tensors of a file or folder that an adapter can update.
 
 Only headers are read, and every one strictly (see lora_fx.files.safetensors).
 """
@@ -31,7 +31,7 @@ def file_targets(path: str | Path) -> Found:
 
 
 def targets_of(every: Tensors) -> Found:
-    """The targets of tensors without a graph: every float tensor of two or more dimensions.
+    """Return the targets of tensors without a graph: every float tensor of two or more dimensions.
 
     Axis 0 is taken as out, the rest as in; roles come from names.
     """
@@ -55,7 +55,7 @@ def targets_of(every: Tensors) -> Found:
 
 
 def _vocabularies(weights: Tensors) -> list[tuple[int, int]]:
-    """The shapes [rows, width] of the embedding tables of tokens."""
+    """Return the shapes [rows, width] of the token embedding tables."""
     shapes = []
     for name, info in weights.items():
         if len(info.shape) != 2 or not _LOOKUP.search(name.removesuffix(".weight")):
@@ -67,7 +67,7 @@ def _vocabularies(weights: Tensors) -> list[tuple[int, int]]:
 
 
 def _target(key: str, info: TensorInfo, vocabularies: list[tuple[int, int]]) -> Target:
-    """The target of a whole tensor."""
+    """Return the target that covers a whole tensor."""
     layout = plain_layout(info.shape)
     module = key.removesuffix(".weight")
     if is_head(key):

@@ -1,4 +1,4 @@
-"""The findings of doctor's checks."""
+"""The class of doctor's findings."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ class Finding:
 
 
 def about(keys: Sequence[str], found: str, expected: str, hint: str) -> Iterator[Finding]:
-    """One error for all these keys; nothing if there are none."""
+    """Yield one error that names all these keys; nothing if there are none."""
     if keys:
         yield Finding(keys, found, expected, hint)

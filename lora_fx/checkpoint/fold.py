@@ -1,4 +1,4 @@
-"""Fold a block of rows: W + Σ s·BA in fp32 (fp64 for fp64 weights), rounded once, and measured.
+"""The fold of a block of rows: W + Σ s·BA in fp32 (fp64 for fp64 weights), rounded once.
 
 The order is PEFT's: the fp32 product, times s, plus W. Its numbers are therefore bit for bit
 PEFT's wherever the two matrix products sum in the same order. Then, where a variant asks for it,
@@ -49,7 +49,7 @@ class TensorFold:
     residuals: Mapping[int, Array] = field(default_factory=dict)
 
     def block(self, stored: Array, low: int, dtype: str, space: Space) -> tuple[Array, Stats]:
-        """Fold a block of rows; returns the new rows and their sums.
+        """Fold a block of rows; return the new rows and their statistics.
 
         Args:
             stored: Rows low ≤ i < low + len(stored) as stored, [n, columns].
@@ -75,7 +75,7 @@ class TensorFold:
         return result, stats
 
     def sum(self, weight: Array, low: int, space: Space) -> tuple[Array, Array]:
-        """W + Δ and Δ of rows from `low` on, in the dtype of `weight`."""
+        """Return W + Δ and Δ, for rows from `low` on, in the dtype of `weight`."""
         high = low + len(weight)
         folded = space.array("new", weight.shape, weight.dtype)
         rectangles = [
@@ -106,14 +106,14 @@ class TensorFold:
         return folded, folded - weight
 
     def factor(self, i: int, rectangle: Rectangle, sums: Array, low: int, high: int) -> Array:
-        """The factor of W + ΔW, shaped to multiply rows low ≤ i < high."""
+        """Return the factor of W + ΔW, shaped to multiply rows low ≤ i < high."""
         if rectangle.transposed:
             return self.columns[i][None, :]
         rows = slice(low - rectangle.top, high - rectangle.top)
         return rectangle.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
 
     def error(self, weight: Array, folded: Array, result: Array, low: int) -> LoraFxError:
-        """The error for the first value that is not finite: in the base, the sum or the result."""
+        """Return the error for the first non-finite value: in the base, the sum or the result."""
         for what, array, values, hint in (
             ("the base has", weight, weight, "is the checkpoint damaged?"),
             (
@@ -145,20 +145,20 @@ class TensorFold:
 
 
 def _adds_to_all(rectangle: Rectangle, low: int, high: int, columns: int) -> bool:
-    """Whether a rectangle only adds, and to all of rows low ≤ i < high."""
+    """Whether a rectangle is a plain sum that covers rows low ≤ i < high completely."""
     has_all_rows = rectangle.top <= low and high <= rectangle.bottom
     has_all_columns = rectangle.right - rectangle.left == columns
     return has_all_rows and has_all_columns and not rectangle.reads_weight
 
 
 def arithmetic(source: str, dtype: str) -> Floating:
-    """The dtype that a tensor is folded in: fp32, or fp64 where it is or will be stored so."""
+    """Return the dtype of the arithmetic: fp64 if the source or result is float64, else fp32."""
     return np.float64 if "float64" in (source, dtype) else np.float32
 
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Run a block with one BLAS thread, because the merge itself uses threads."""
+    """A block with one BLAS thread, because the merge itself uses threads."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, "blas"):
@@ -166,7 +166,7 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
-    """Prepare what needs the whole tensor: factors of columns, and changed bases.
+    """Compute what needs the whole tensor: column factors, and base weights that an init changed.
 
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
@@ -185,7 +185,7 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
 
 
 def _residual(fold: TensorFold, rectangle: Rectangle, source: TensorInfo) -> Array:
-    """W without the part that the update started from, as stored."""
+    """Return W without the part that the update's init subtracted, in W's stored shape."""
     assert isinstance(rectangle.change, LowRank)
     rows = read_block(source, rectangle.top, rectangle.bottom, fold.matrix.columns)
     weight = rows[:, rectangle.left : rectangle.right]
@@ -196,7 +196,7 @@ def _residual(fold: TensorFold, rectangle: Rectangle, source: TensorInfo) -> Arr
 
 
 def _column_squares(fold: TensorFold, i: int, rectangle: Rectangle, source: TensorInfo) -> Array:
-    """Sums of squares of W + ΔW along its columns, fp64."""
+    """Return the sums of squares along the columns of W + ΔW, in fp64."""
     sums = np.zeros(rectangle.right - rectangle.left, np.float64)
     step = fold.matrix.rows_per_block
     for low in range(rectangle.top, rectangle.bottom, step):

@@ -13,7 +13,7 @@ from lora_fx.dtypes import Array
 
 @dataclass
 class Stats(Applied):
-    """Statistics of the elements that a fold changed, as sums that add up over blocks.
+    """Statistics of a fold's changes, kept as sums that add up over blocks.
 
     Attributes:
         elements: How many.
@@ -36,7 +36,7 @@ class Stats(Applied):
 
     @property
     def ratio(self) -> float:
-        """‖Δ‖/‖W‖; 0 where there is no Δ."""
+        """‖Δ‖/‖W‖; 0 if there is no Δ."""
         if not self.delta:
             return 0.0
         if not self.weight:
@@ -45,28 +45,28 @@ class Stats(Applied):
 
     @property
     def missed(self) -> float | None:
-        """‖W + Δ − W_new‖/‖Δ‖ of a weight that is quantised again; None if Δ is zero."""
+        """‖W + Δ − W_new‖/‖Δ‖ of a weight that is requantised; None if Δ is zero."""
         if not self.delta:
             return None
         return float(np.sqrt(self.error / self.delta))
 
     @property
     def coarse(self) -> float | None:
-        """The error that quantising W is taken to have made, over ‖W‖; None for a W of zeros."""
+        """The estimated error of the original quantisation over ‖W‖; None for a W of zeros."""
         if not self.weight:
             return None
         return float(np.sqrt(self.own / self.weight))
 
     @property
     def lost(self) -> float:
-        """Share of elements that did not move."""
+        """The share of elements that did not change."""
         if not self.elements:
             return 0.0
         return self.still / self.elements
 
 
 def measured(stored: Array, weight: Array, delta: Array, result: Array, space: Space) -> Stats:
-    """The sums of a block that was folded.
+    """Return the statistics of a block that was folded.
 
     Args:
         stored: The rows as stored.
@@ -88,7 +88,7 @@ def measured(stored: Array, weight: Array, delta: Array, result: Array, space: S
 
 
 def stats_of(weight: Array, delta: Array, moved: Array, still: int) -> Stats:
-    """The sums of a block: W, Δ, W_new − W, and how many elements did not move."""
+    """Return the statistics of a block: W, Δ, W_new − W, and the count of unchanged elements."""
     stats = Stats(elements=weight.size, still=still, weight=float(np.vdot(weight, weight)))
     stats.count(moved, np.ascontiguousarray(delta))
     return stats

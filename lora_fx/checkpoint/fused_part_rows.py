@@ -21,7 +21,7 @@ _GROUPED = {"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "persimmon", "gp
 
 
 def part_rows(name: str, out: int, in_: int, config: JsonView) -> dict[str, str]:
-    """Role → its rows, `LOW:HIGH`, or `LOW:HIGH:PERIOD` for such rows of every so many.
+    """Return role → its rows: `LOW:HIGH`, or `LOW:HIGH:PERIOD` for rows that repeat periodically.
 
     Args:
         name: Of a fused weight [out, in], of q, k and v or of gate and up.
@@ -71,7 +71,7 @@ def part_rows(name: str, out: int, in_: int, config: JsonView) -> dict[str, str]
 
 
 def _count(config: JsonView, names: tuple[str, ...], default: int) -> int:
-    """The first of a config's fields that is a number of something."""
+    """Return the first of these config fields that is a positive integer, else the default."""
     for name in names:
         value = config.get(name)
         if is_whole(value) and value > 0:
@@ -80,7 +80,7 @@ def _count(config: JsonView, names: tuple[str, ...], default: int) -> int:
 
 
 def _heads(config: JsonView, types: Collection[object]) -> tuple[int, int]:
-    """(heads of queries, heads of keys and values) of a model, from its config."""
+    """Return (number of query heads, number of key/value heads) of a model, from its config."""
     heads = _count(config, ("num_attention_heads", "n_head", "n_heads"), 1)
     has_one_or_all = "falcon" in types or "gpt_bigcode" in types
     if has_one_or_all and not config.get("new_decoder_architecture"):
@@ -91,7 +91,7 @@ def _heads(config: JsonView, types: Collection[object]) -> tuple[int, int]:
 
 
 def _rows_by_group(q: int, head_size: int, period: int) -> dict[str, str]:
-    """Rows ordered by groups of heads: for each group its queries, its key and its value.
+    """Return the rows if they are ordered by head group: each group's queries, its key, its value.
 
     Args:
         q: Rows of a group's queries.

@@ -1,4 +1,4 @@
-"""Fused weights and their parts: which keys of an adapter are of one tensor, and which rows of it.
+"""The parts of fused weights: the adapter keys that share one tensor, and the rows of each.
 
 The base says it by its names, shapes and config, or a file does, in JSON of the ends of names:
 
@@ -29,14 +29,14 @@ Weights = Mapping[Roles, str]
 
 
 Rows = Mapping[str, Mapping[str, str]]
-"""Key of a whole → key of a part → its rows, as `part_rows` has them; empty where not known."""
+"""Key of the fused weight → key of a part → its rows, as in `part_rows`; empty if unknown."""
 
 
 _SPAN = re.compile(r"\d{1,6}:\d{1,6}(:[1-9]\d{0,5})?")
 
 
 def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool) -> Rows:
-    """Find the fused weights that an adapter updates, whole or in parts, by its base.
+    """Find the fused weights that an adapter updates, whole or in parts, by the base's tensors.
 
     Args:
         adapter: Its keys may have a prefix more, or less, than the base's names.
@@ -65,7 +65,7 @@ def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool
 
 
 def _is_adapted(roles: Roles, adapted: Weights, *, apart: bool) -> bool:
-    """Whether a module's updates are of the whole of these roles, or of a part of it."""
+    """Whether the adapter updates the fused weight (`apart`), or one of its parts."""
     if apart:
         return roles in adapted
     return any((role,) in adapted for role in roles)
@@ -74,7 +74,7 @@ def _is_adapted(roles: Roles, adapted: Weights, *, apart: bool) -> bool:
 def _rows_by_base(
     roles: Roles, adapted: Weights, stored: Weights, base: Tensors, config: JsonView
 ) -> dict[str, str] | None:
-    """Role → its rows in the fused weight; None if the base lacks it and one of its parts.
+    """Return role → rows in the fused weight; None if the base has neither it nor all its parts.
 
     Args:
         roles: Those of the parts.
@@ -104,7 +104,7 @@ def _rows_by_base(
 
 
 def _usual_names(roles: Roles) -> dict[Roles, str]:
-    """The names that most models have for a fused weight and its parts."""
+    """Return the names that most models have for a fused weight and its parts."""
     names: dict[Roles, str] = {(role,): f"{role}_proj.weight" for role in roles}
     if "q" in roles:
         names[roles] = "qkv_proj.weight"
@@ -114,13 +114,13 @@ def _usual_names(roles: Roles) -> dict[Roles, str]:
 
 
 def _in_module(module: str, name: str) -> str:
-    """The last part of a weight's name, with `.weight` where it has that, in another module."""
+    """Return the last part of a weight's name, prefixed with another module."""
     leaf = name[len(parent(name)) :].lstrip(".")
     return f"{module}.{leaf}" if module else leaf
 
 
 def _by_module(names: Iterable[str]) -> dict[str, dict[Roles, str]]:
-    """Module → roles of its weights → the first name that has them."""
+    """Return module → roles of its weights → the first name that has them."""
     modules: dict[str, dict[Roles, str]] = {}
     for name in names:
         weights = modules.setdefault(parent(name), {})
@@ -129,7 +129,7 @@ def _by_module(names: Iterable[str]) -> dict[str, dict[Roles, str]]:
 
 
 def rows_of_map(adapter: Adapter, table: JsonView, where: str) -> Rows:
-    """Find the fused weights that an adapter updates, whole or in parts, by a file's table.
+    """Find the fused weights that an adapter updates, whole or in parts, by a table from a file.
 
     Args:
         adapter: Its keys.
@@ -161,7 +161,7 @@ def rows_of_map(adapter: Adapter, table: JsonView, where: str) -> Rows:
 
 
 def _is_division(parts: object) -> bool:
-    """Whether a table's entry is parts with their rows."""
+    """Whether a table's entry is a non-empty map of parts to rows."""
     if not isinstance(parts, dict) or not parts:
         return False
     return all(_SPAN.fullmatch(str(span)) for span in parts.values())

@@ -1,4 +1,4 @@
-"""Weights of int8 codes with one scale for each row, which a merge quantises again by default.
+"""Weights as int8 codes with one scale for each row, which a merge requantises by default.
 
     W[i, j] = codes[i, j] · scales[i] / unit        unit 127: bitsandbytes' LLM.int8, whose scales
                                                     are the rows' largest values; 1: others
@@ -25,12 +25,12 @@ from lora_fx.files.stored_tensors import stored_bytes
 from lora_fx.ir.quantised import Quantised
 
 TOP = 127
-"""The code of the largest value of a row."""
+"""The code of the largest value in a row."""
 HINT = (
     "merge into the unquantised original and quantise the result, or keep the adapter as a "
     "separate branch"
 )
-"""The hint for codes that cannot take an update."""
+"""The hint for weights whose codes cannot take an update."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Int8:
 
     @property
     def top(self) -> np.float32:
-        """The largest value of a row over its scale."""
+        """The ratio of a row's largest value to its scale."""
         return np.float32(TOP / self.unit)
 
     def scale(self, largest: Array) -> Array:
-        """The scales that make the largest value of a row code 127; none of them is zero."""
+        """Return the scales that give each row's largest value the code 127; none is zero."""
         tiny = float(finfo(self.scales.dtype).smallest_subnormal)
         return np.asarray(np.maximum(largest / self.top, largest.dtype.type(tiny)))
 
     def check(self, name: str, info: TensorInfo, matrix: Matrix) -> None:
-        """Raise for updates with other rows than the codes, or that need the float original."""
+        """Raise for updates whose rows differ from the codes', or that need the float original."""
         for rectangle in matrix.rectangles:
             if rectangle.transposed or (matrix.rows, matrix.columns) != info.shape:
                 why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
@@ -85,7 +85,7 @@ class Int8:
 
 
 def int8_of(name: str, base: Checkpoint) -> Int8 | None:
-    """The layout of a weight's int8 codes; None if they have no supported layout."""
+    """Return the layout of a weight's int8 codes; None if they have no supported layout."""
     info = base.tensors.get(name)
     if info is None or info.dtype != "int8":
         return None
@@ -94,7 +94,7 @@ def int8_of(name: str, base: Checkpoint) -> Int8 | None:
 
 
 def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
-    """The layout of int8 codes, or why they have no supported layout."""
+    """Return the layout of int8 codes, or the reason why their layout is not supported."""
     module = name.removesuffix(".weight")
     suffixes = [
         suffix for suffix in ("SCB", "weight_scale") if f"{module}.{suffix}" in base.tensors
@@ -126,7 +126,7 @@ def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 
 
 
 def _bitsandbytes_refusal(module: str, base: Checkpoint) -> str:
-    """Why codes of bitsandbytes are refused; empty if they are accepted."""
+    """Return the reason why bitsandbytes codes are refused; empty if they are accepted."""
     order_info = base.tensors.get(f"{module}.weight_format")
     if order_info is None or order_info.stop <= order_info.start:
         return ""
@@ -137,7 +137,7 @@ def _bitsandbytes_refusal(module: str, base: Checkpoint) -> str:
 
 
 def _compressed_tensors_refusal(module: str, base: Checkpoint) -> str:
-    """Why codes of compressed-tensors are refused; empty if they are accepted."""
+    """Return the reason why compressed-tensors codes are refused; empty if they are accepted."""
     for suffix in ("weight_global_scale", "weight_g_idx", "weight_zero_point"):
         if f"{module}.{suffix}" in base.tensors:
             return f"it has {suffix}; expected symmetric codes with one scale for each row"

@@ -1,4 +1,4 @@
-"""The loaded model's names of a file's tensors: the table of releases, applied to its names.
+"""The names that a file's tensors get when transformers loads them, by the table of releases.
 
 `lora_fx.checkpoint.releases` has the table. A stack of experts that the file has one by one is a
 `Stack`: which tensor holds which rows of it.
@@ -20,7 +20,7 @@ _EXPERT_WEIGHT = re.compile(r"(.+\.experts)\.(\d{1,9})\.(\w+)\.weight")
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix of a stack: rows low ≤ i < high of one expert are the whole of a tensor."""
+    """A matrix of a stack: one tensor of the file holds rows low ≤ i < high of one expert."""
 
     tensor: str
     expert: int
@@ -43,7 +43,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The loaded model's names of a file's tensors, where they are others.
+    """The tensor names that change when the model is loaded.
 
     Attributes:
         names: Name in the model → in the file.
@@ -85,7 +85,7 @@ def loaded_of(tensors: Tensors, config: JsonView) -> Loaded:
 
 
 def _stacks(model: Mapping[str, str], tensors: Tensors, row: Stacked) -> dict[str, Stack]:
-    """Every stack that is whole: equal shapes, experts from 0 on without a gap."""
+    """Return every complete stack: equal shapes, and experts numbered from 0 without a gap."""
     stacks = {}
     for module, by_leaf in _expert_matrices(model).items():
         for leaf, spellings in row.leaves.items():
@@ -98,7 +98,7 @@ def _stacks(model: Mapping[str, str], tensors: Tensors, row: Stacked) -> dict[st
 
 
 def _expert_matrices(model: Mapping[str, str]) -> dict[str, dict[str, dict[int, str]]]:
-    """Module of experts → name of a matrix → expert → the tensor that holds it."""
+    """Return experts module → matrix name → expert → the tensor that holds the matrix."""
     matrices: dict[str, dict[str, dict[int, str]]] = {}
     for name, stored in model.items():
         match = _EXPERT_WEIGHT.fullmatch(name)
@@ -110,7 +110,7 @@ def _expert_matrices(model: Mapping[str, str]) -> dict[str, dict[str, dict[int, 
 
 
 def _stack(sides: list[dict[int, str]], tensors: Tensors) -> Stack | None:
-    """The stack of matrices that lie on each other in the order of `sides`; None where it is not.
+    """Return the stack of the matrices, joined in the order of `sides`; None if incomplete.
 
     Args:
         sides: Expert → tensor, of each matrix of an expert.

@@ -1,4 +1,4 @@
-"""Plan a merge from headers and adapters alone: what will be written, and every refusal.
+"""The plan of a merge, from headers and adapters alone: outputs, and every refusal.
 
 Only the headers of the base are read here, and samples of its weights if an adapter records
 which weights it was trained on. Nothing is written.
@@ -50,7 +50,7 @@ from lora_fx.text import by_key, human
 def make_plan(
     base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> MergePlan:
-    """Match adapters to a checkpoint and check everything that can be checked without reading it.
+    """Match adapters to a checkpoint, and check all that is possible without reading its values.
 
     Raises:
         LoraFxError: Every reason not to merge that headers and adapters show.
@@ -93,7 +93,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Matched:
-    """The updates of all adapters at their tensors.
+    """The updates of all adapters, matched to their tensors.
 
     Attributes:
         placed: The updates, in the order of the adapters.
@@ -111,7 +111,7 @@ class _Matched:
 def _match_all(
     base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> _Matched:
-    """Match every adapter, or the one mix of them.
+    """Match every adapter, or the mix of all adapters.
 
     Raises:
         LoraFxError: An adapter that does not fit the base.
@@ -154,7 +154,7 @@ def _match_all(
 def _weighted(
     adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> list[tuple[Adapter, str]]:
-    """(adapter, name) pairs to add one after the other: the adapters themselves, or their mix."""
+    """Return (adapter, name) pairs to add in order: the adapters themselves, or their mix."""
     if len(adapters) > 1 and options.how not in ("sum", "cat"):
         parts = [(item.adapter, item.weight) for item in adapters]
         where = " + ".join(item.where for item in adapters)
@@ -168,7 +168,7 @@ def _weighted(
 
 
 def _new_tensors(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
-    """Whole tensors that the base lacks, such as a new head, in the dtype of most of the base."""
+    """Return whole tensors that the base lacks (a new head), in the base's most used dtype."""
     last_shard = base.folder / list(base.shards)[-1]
     dtypes = [info.dtype for info in base.tensors.values() if info.dtype in FLOATING]
     dtypes = dtypes or ["float32"]
@@ -186,7 +186,7 @@ def _new_tensors(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
 
 @contextlib.contextmanager
 def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterator[None]:
-    """A block whose errors begin with the two models' names, if the configs name two models."""
+    """A block whose errors begin with both models' names if the configs name two models."""
     try:
         yield
     except LoraFxError as error:
@@ -201,7 +201,7 @@ def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterato
 def _check_adapters(
     base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> None:
-    """Raise for weights that are not finite, and for an adapter that is merged twice."""
+    """Raise for a weight that is not finite, and for an adapter that is given twice."""
     names_by_hash: dict[str, str] = {}
     for item in adapters:
         if not math.isfinite(item.weight):
@@ -222,7 +222,7 @@ def _check_adapters(
 
 
 def _check_other_readers(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> list[str]:
-    """Notes about weights that other operations read too, which the updates do not reach.
+    """Return notes on updated weights that other operations read too, without the update.
 
     Raises:
         LoraFxError: There are such, and they are not allowed.
@@ -272,7 +272,7 @@ def _check_codes(
 def _cost_of_codes(
     base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> str:
-    """The cost of each way to merge into codes; empty where neither can be done."""
+    """Return the cost of each way to merge into quantised codes; empty if no way is possible."""
     try:
         plan = make_plan(base, adapters, replace(options, dequantise=True))
         folds = [
@@ -294,7 +294,7 @@ def _cost_of_codes(
 
 @dataclass(frozen=True)
 class _Parted:
-    """All updates, after the uses of a tied table were separated if only one of them changes.
+    """All updates, with the uses of a tied table separated if only one of them changes.
 
     Attributes:
         placed: The updates.
@@ -334,7 +334,7 @@ def _part_uses(matched: _Matched, base: Checkpoint, options: MergeOptions) -> _P
 def _changes(
     parted: _Parted, base: Checkpoint, stored: Checkpoint, options: MergeOptions
 ) -> dict[str, TensorChange]:
-    """The change of each tensor, in the order of the base, then of tensors to add.
+    """Return the change of each tensor: tensors of the base in order, then added tensors.
 
     Args:
         parted: All updates.
@@ -376,7 +376,7 @@ def _output_dtype(info: TensorInfo, options: MergeOptions) -> str | None:
 def _with_scales(
     change: TensorChange, by_tensor: Mapping[str, Sequence[Placed]], base: Checkpoint
 ) -> dict[str, TensorChange]:
-    """Name → change, of a tensor and of its int8 scales if it has any."""
+    """Return name → change, for a tensor and for its int8 scales if it has any."""
     changes = {change.name: change}
     int8 = change.int8
     if int8 is None:
@@ -392,7 +392,7 @@ def _with_scales(
 
 
 def _int8_notes(changes: Mapping[str, TensorChange], options: MergeOptions) -> list[str]:
-    """A note of the tensors that a dtype does not reach."""
+    """Return a note on the int8 tensors that stay int8 despite `dtype`."""
     int8 = [change.name for change in changes.values() if change.int8 is not None]
     if not int8 or options.dtype is None:
         return []
@@ -400,7 +400,7 @@ def _int8_notes(changes: Mapping[str, TensorChange], options: MergeOptions) -> l
 
 
 def _home(base: Checkpoint, source: str | None) -> str:
-    """The shard for a new tensor: the shard of the tensor that it copies, else the last one."""
+    """Return the shard for a new tensor: the shard of its source tensor, else the last one."""
     for name, header in base.shards.items():
         if source in header.tensors:
             return name

@@ -1,4 +1,4 @@
-"""Match each entry of an adapter to a tensor of a checkpoint, and decide its layout there.
+"""The match of adapter entries to checkpoint tensors, with each entry's layout.
 
 No graph is read, so the shapes decide: a weight stored [out, in] or, as GPT-2's Conv1D, [in, out].
 For a square one, the rest of the adapter and the model's family decide. Where the head is the
@@ -35,7 +35,7 @@ def match(
     allow_missing: bool = False,
     source: str = "ADAPTER",
 ) -> tuple[list[Placed], list[str]]:
-    """Place every entry of an adapter at its tensor; returns notes too.
+    """Match every entry of an adapter to its tensor; also return notes.
 
     Args:
         adapter: Bound or not.
@@ -88,7 +88,7 @@ def match(
 
 
 def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
-    """The tensors of a checkpoint that an entry changes: its own first, then those tied to it.
+    """Return the tensors that an entry changes: its own tensor first, then tensors tied to it.
 
     Empty where the checkpoint has none of them, or has a stack's matrices as tensors of their own.
     """
@@ -101,7 +101,7 @@ def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
 def _placed_at(
     key: str, entry: Entry, names: list[str], tensors: Tensors, in_out: Collection[str]
 ) -> Iterator[Placed]:
-    """Place an entry at its tensor, and at tensors that PEFT tied to it.
+    """Place an entry at its tensor, and at the tensors that PEFT tied to it.
 
     Args:
         key: The adapter's.
@@ -123,7 +123,7 @@ def _placed_at(
 def _hint_for_unmatched(
     unmatched: list[str], adapter: Adapter, rename: Renaming, where: str, source: str
 ) -> str:
-    """A hint for an adapter with updates for tensors that the checkpoint lacks.
+    """Return a hint for an adapter with updates of tensors that the checkpoint lacks.
 
     The first of these that holds decides:
     1. both have experts: convert the adapter to their layout in the checkpoint;
@@ -153,7 +153,7 @@ def _hint_for_unmatched(
 
 
 def _hint_for_renamed(config: JsonView) -> str:
-    """A hint for a base whose file has other names than the loaded model; may be empty."""
+    """Return a hint for a base whose tensor names change when it is loaded; may be empty."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return ""
@@ -168,7 +168,7 @@ def _hint_for_renamed(config: JsonView) -> str:
 def _check_missing(
     adapter: Adapter, rename: Renaming, where: str, *, allow_missing: bool
 ) -> list[str]:
-    """A note about layers that an adapter's config adapts and its file lacks, if there are any.
+    """Return a note on layers that the adapter's config names and its file lacks, if any.
 
     Raises:
         LoraFxError: There are, and they are not allowed.

@@ -1,4 +1,4 @@
-"""merge: fold adapters into a checkpoint in a stream, and check the result before it gets its name.
+"""merge: stream a checkpoint with adapters folded in, and check the output before its final name.
 
 W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything else byte for byte.
 """
@@ -34,7 +34,7 @@ from lora_fx.spellings import under_either_name
 from lora_fx.text import StrPath, counted, is_whole
 
 OTHER_MODELS = (".onnx", ".pt2")
-"""Suffixes of models that a merge into a checkpoint does not write."""
+"""File suffixes of models that `merge` does not write when the base is a checkpoint."""
 Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
 
 
@@ -121,7 +121,7 @@ def merge(
 
 
 def plan_merge(base: StrPath, adapters: Adapters, options: MergeOptions | None = None) -> MergePlan:
-    """Plan what `merge` would do with these options; nothing is written."""
+    """Plan what `merge` would do with these options; write nothing."""
     options = options or MergeOptions()
     base = local(base)
     with explained(base), trusting(options.trust):
@@ -169,7 +169,7 @@ def run(
 
 
 def _check_target(plan: MergePlan, target: Path, *, link: bool) -> None:
-    """Raise for an output of a kind that a merge into a checkpoint does not write."""
+    """Raise for an output file of a kind that a merge into a checkpoint does not write."""
     if target.suffix in PICKLES:
         raise LoraFxError(
             f"{target}: lora-fx does not write pickles", "pass -o X.safetensors, or a folder"
@@ -188,7 +188,7 @@ def _check_target(plan: MergePlan, target: Path, *, link: bool) -> None:
 
 
 def _output_names(plan: MergePlan, target: Path) -> set[str]:
-    """The files that the output can have, and those of an earlier output with other shards."""
+    """Return the output's possible file names, and those of an earlier output with other shards."""
     companions, _ = plan.base.companions()
     names = {*map(str, companions), *plan.base.shards, *REPORTS}
     if target.is_dir():
@@ -199,7 +199,7 @@ def _output_names(plan: MergePlan, target: Path) -> set[str]:
 
 
 def _check_effect(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> None:
-    """Raise where nothing has changed, or codes keep too little of the updates.
+    """Raise if nothing has changed, or if the codes keep too little of the updates.
 
     Raises:
         NoEffectError: Every element of the output is what it was.
@@ -218,7 +218,7 @@ def _check_effect(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> 
 
 
 def _has_effect(plan: MergePlan, stats: Mapping[str, Stats]) -> bool:
-    """Whether a tensor was replaced whole, or an element of one that was folded has moved."""
+    """Whether a tensor was replaced, or a fold changed at least one element."""
     for change in plan.changes.values():
         if change.fold is None and not change.scales_of:
             return True
@@ -237,7 +237,7 @@ def _prove(plan: MergePlan, stage: Path, target: Path, threads: int) -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
@@ -246,14 +246,14 @@ def cores() -> int:
 def read_adapters(
     adapters: Adapters, most: int | None = None, base: Path | None = None
 ) -> list[WeightedAdapter]:
-    """Read adapters as `merge` takes them; `most` and `base` are those of load_adapter."""
+    """Read adapters as `merge` takes them; `most` and `base` are passed to load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
     return [_read_adapter(item, most, base) for item in adapters]
 
 
 def _read_adapter(item: object, most: int | None, base: Path | None) -> WeightedAdapter:
-    """One adapter, or a pair of one and its weight."""
+    """Read one adapter, given alone or as (adapter, weight)."""
     adapter = item
     weight: object = 1.0
     stated = isinstance(item, tuple) and len(item) == 2

@@ -33,16 +33,16 @@ from lora_fx.formats.io import without_ending
 from lora_fx.text import Json
 
 _WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Seconds between tries at an output that another merge is writing."""
+"""Seconds to wait before another try at an output that another merge is writing."""
 
 
 _OTHER_ENDINGS = (".bin", ".onnx")
-"""Suffixes removed from names besides those of formats; a version (llama-3.2) is no suffix."""
+"""Suffixes removed from names, in addition to suffixes of formats (llama-3.2 has none)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to merge: its path, its weight, and the path of its checkpoint."""
+    """One adapter to merge: its path, its weight, and the path of the output checkpoint."""
 
     adapter: str
     weight: float
@@ -55,7 +55,7 @@ def jobs_of(
     shard: tuple[int, int] = (1, 1),
     suffix: str = "",
 ) -> list[Job]:
-    """The jobs of one shard; each output is named by the shortest unique end of its path.
+    """Return the jobs of one shard; each output is named by the shortest unique end of its path.
 
     Args:
         adapters: (path, weight).
@@ -78,7 +78,7 @@ def jobs_of(
 
 
 def _output_names(paths: Sequence[str]) -> dict[str, str]:
-    """Path → its shortest end that no other path has, with `__` for separators.
+    """Return path → its shortest unique end, with `__` for separators.
 
     >>> _output_names(["a/x", "b/x", "y.safetensors"])
     {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
@@ -121,7 +121,7 @@ def merge_all(
     link: bool = False,
     options: MergeOptions | None = None,
 ) -> Iterator[Json]:
-    """Merge every job; one result each, as they finish.
+    """Merge every job; yield one result each, as they finish.
 
     Args:
         base: The checkpoint.
@@ -160,7 +160,7 @@ def merge_all(
 
 
 def command_line(options: MergeOptions) -> list[str]:
-    """The command-line options of `lora-fx merge` for these options.
+    """Return the command-line options of `lora-fx merge` that equal these options.
 
     >>> command_line(MergeOptions(dtype="fp16", untie=True))
     ['--dtype', 'float16', '--untie']
@@ -182,7 +182,7 @@ _PROGRAM = (*isolated.PYTHON, "-m", "lora_fx.cli")
 
 
 def _unanswered(code: int, stderr: str) -> Json:
-    """The failure of a merge that ended without its result: its error and hint."""
+    """Return the result for a merge process that ended without one: error and hint."""
     *_, last_line = stderr.strip().split("\n")
     last_line = one_line(last_line, 200)
     reason = f": {last_line}" if last_line else ""
@@ -202,7 +202,7 @@ def _unanswered(code: int, stderr: str) -> Json:
 
 
 class _Running:
-    """The processes of the merges that run now.
+    """The merge processes that are running.
 
     Args:
         base: The checkpoint.
@@ -220,7 +220,7 @@ class _Running:
         self._processes: set[subprocess.Popen[str]] = set()
 
     def run(self, command: Sequence[str]) -> tuple[int, str, str]:
-        """Run a command; returns its exit code, stdout and stderr."""
+        """Run a command; return its exit code, stdout and stderr."""
         with self._lock:
             if self._stopped:
                 return -signal.SIGTERM, "", ""
@@ -236,7 +236,7 @@ class _Running:
         return process.returncode, stdout, stderr
 
     def stop(self) -> None:
-        """Stop the running merges, which clean up after themselves, and start no new ones."""
+        """Stop the running merges, let them clean up, and start no new ones."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
@@ -273,7 +273,7 @@ class _Running:
         return row
 
     def _run_merge(self, job: Job) -> tuple[int, str, str]:
-        """Run a job's merge, again while another merge writes its output; returns what `run` does.
+        """Run a job's merge, and retry while another merge writes its output; return as `run` does.
 
         A merge of a run that was killed lives on: it may be this very one.
         """
@@ -288,7 +288,7 @@ class _Running:
         return self.run(command)
 
     def _is_kept(self, job: Job) -> bool:
-        """True if the output exists already and its metadata records this same merge."""
+        """Whether the output exists already and its metadata records this same merge."""
         if self.options is None or not job.out.exists():
             return False
         out = open_checkpoint(job.out)

@@ -21,13 +21,13 @@ from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 
 
 def plain_in(base: str | None, adapter: Adapter, **goal: Any) -> tuple[Adapter, list[Approximated]]:
-    """Make plain LoRA of an adapter (adapter/truncate.py); `base` is read where a ΔW needs W."""
+    """Convert an adapter to plain LoRA (see `as_lora`); read `base` if a ΔW depends on W."""
     delta_of = partial(delta_in, open_checkpoint(base)) if base else None
     return as_lora(adapter, **goal, delta_of=delta_of)
 
 
 def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
-    """The ΔW [out, in] that a merge of an adapter of one update adds, whatever that reads of W.
+    """Return the ΔW [out, in] that a merge would add, for an adapter with one update.
 
     Raises:
         LoraFxError: The base lacks its tensor, or the update does not fit.

@@ -11,14 +11,14 @@ from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.files.copying import copy_range, preallocate
 
 Done = tuple[int, str, Stats | None]
-"""The result of a job: bytes written, the tensor, and the statistics of its change."""
+"""The result of a job: bytes written, the tensor name, and the statistics of its change."""
 
 
 Job = Callable[[], Done]
 
 
 def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
-    """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
+    """Yield jobs of `width` files at a time, alternating, because writers of one file wait."""
     waiting = iter(files)
     open_files = deque(itertools.islice(waiting, width))
     while open_files:
@@ -32,19 +32,19 @@ def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
 
 
 def flushed(fds: Iterable[int]) -> None:
-    """Send written data to the disk early, where the system can; the merge's end syncs it all."""
+    """Ask the system to write data to the disk early; the merge's end syncs everything."""
     if hasattr(os, "fdatasync"):
         for fd in fds:
             os.fdatasync(fd)
 
 
 def reserved(fd: int, size: int) -> Done:
-    """Take the bytes of a new file from the disk; OSError where it is full."""
+    """Allocate the bytes of a new file on the disk; raise OSError if the disk is full."""
     preallocate(fd, size)
     return 0, "", None
 
 
 def copied(source: int, target: int, start: int, at: int, count: int) -> Done:
-    """Copy `count` bytes from `start` of one file to `at` of another."""
+    """Copy `count` bytes from offset `start` of one file to offset `at` of another."""
     copy_range(source, target, start, at, count)
     return count, "", None

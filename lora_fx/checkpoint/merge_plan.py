@@ -90,7 +90,7 @@ class MergePlan:
         return json.dumps([*history(self.base), merge], separators=(",", ":"))
 
     def _recorded_options(self) -> Json:
-        """The options that decide which numbers are written, if they differ from the defaults."""
+        """Return the options that affect the written numbers, if they differ from the defaults."""
         options: Json = {}
         if len(self.adapters) > 1 and self.options.how in ("linear", "svd"):
             options["how"] = self.options.how
@@ -102,19 +102,19 @@ class MergePlan:
         return options
 
     def replaced_tensors(self) -> Iterator[tuple[str, TensorInfo]]:
-        """The tensors of the base that change, with their names."""
+        """The base tensors that change, with their names."""
         for name in self.changes:
             if name not in self.added:
                 yield name, self.base.tensors[name]
 
     @property
     def touched_bytes(self) -> int:
-        """Bytes of the output that are computed."""
+        """The number of computed bytes in the output."""
         return sum(change.nbytes for change in self.changes.values())
 
     @property
     def disk(self) -> int:
-        """Bytes that the output will take, without headers' growth."""
+        """The size of the output in bytes, without the growth of headers."""
         replaced = 0
         for name, change in self.changes.items():
             if name not in self.added:
@@ -130,7 +130,7 @@ class MergePlan:
         }
 
     def __str__(self) -> str:
-        """A table, and the sums."""
+        """A table of the plan, and its totals."""
         rows: list[tuple[str, ...]] = [("tensor", "shape", "dtype", "update")]
         for change in self.changes.values():
             shape = "×".join(map(str, change.shape))

@@ -15,7 +15,7 @@ from lora_fx.files.checkpoint import PICKLES
 from lora_fx.text import Json, some, table
 
 GAIN = 0.95
-"""A merge warns if the stored dtype keeps less than this share of Δ."""
+"""The share of Δ below which a merge warns about rounding in the stored dtype."""
 
 
 _INT8_NUMBERS = ("error", "own")
@@ -35,7 +35,7 @@ def report_of(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Repo
 
 
 def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[str]:
-    """Warnings about tensors whose dtype or codes keep too little of their updates."""
+    """Yield warnings on tensors whose dtype or codes keep too little of their updates."""
     rounded: list[str] = []
     int8: list[str] = []
     requantised: list[str] = []
@@ -62,7 +62,7 @@ def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[
 
 
 def _output_warnings(plan: MergePlan) -> Iterator[str]:
-    """Warnings about what a caller may not expect in the output's files and config."""
+    """Yield warnings on unexpected facts about the output's files and config."""
     if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
         yield f"{plan.base.path}: its weights are pickles; the output's weights are safetensors"
     _, not_copied = plan.base.companions()
@@ -89,7 +89,7 @@ def _output_warnings(plan: MergePlan) -> Iterator[str]:
 
 
 def report_json(report: Report) -> Json:
-    """The content of report.json; no paths, so that equal inputs give equal folders."""
+    """Return the content of report.json; it has no paths, so equal inputs give equal folders."""
     row = report.to_json()
     for name in ("command", "outputs", "parity"):
         row.pop(name, None)
@@ -129,7 +129,7 @@ def lines(report: Report) -> str:
 
 
 def _fold_cells(row: Json) -> list[str]:
-    """The size of a tensor's update, and the share that arrived; empty where it was not folded."""
+    """Return the size of a tensor's update and the share kept; empty if it was not folded."""
     if row["gain"] is None:
         return ["", "", ""]
     ratio = "∞" if row["ratio"] is None else f"{row['ratio']:.2e}"
@@ -137,7 +137,7 @@ def _fold_cells(row: Json) -> list[str]:
 
 
 def _int8_cells(row: Json) -> list[str]:
-    """The errors of quantising W + Δ and W; empty if unknown."""
+    """Return the quantisation errors of W + Δ and of W; empty if unknown."""
     if not row["int8"]:
         return ["", ""]
     numbers = [row["int8"][name] for name in _INT8_NUMBERS]
@@ -145,7 +145,7 @@ def _int8_cells(row: Json) -> list[str]:
 
 
 def _noise_cell(row: Json) -> str:
-    """The noise of a tensor that was quantised again."""
+    """Return the noise of a tensor that was requantised."""
     if not row["requantised"] or row["requantised"]["noise"] is None:
         return ""
     return f"{row['requantised']['noise']:.2f}"

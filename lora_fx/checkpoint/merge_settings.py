@@ -1,4 +1,4 @@
-"""The options of a merge: which numbers it writes, and what it accepts."""
+"""The options of a merge: they affect the written numbers, and the accepted inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.text import size_in_bytes
 
 
 def refuse_rank(how: str, rank: int | None) -> None:
-    """Refuse a rank for a mix that does not take one."""
+    """Raise for a rank given with a mix that does not take one."""
     if rank is not None and how != "svd":
         raise LoraFxError(
             f"rank has no effect for a {how} mix", "leave it out; only svd takes a rank"
@@ -82,17 +82,17 @@ class MergeOptions:
 
     @property
     def reads_codes(self) -> bool:
-        """True where weights that are stored as codes are to be changed."""
+        """Whether the merge changes weights that are stored as quantised codes."""
         return self.dequantise or self.requantise
 
     @property
     def dtype_of_codes(self) -> str:
-        """The dtype of weights that were codes."""
+        """The output dtype of dequantised weights."""
         return self.dtype or "bfloat16"
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of a shard when codes become floats; raises for a text that is not a size."""
+        """The shard size in bytes for dequantised weights; raise for a text that is not a size."""
         if self.max_shard_size is None:
             return SHARD
         if isinstance(self.max_shard_size, int):
@@ -101,4 +101,4 @@ class MergeOptions:
 
 
 LENIENT = MergeOptions(untie=True, again=True, any_base=True, other_readers=True)
-"""Options for a merge that is only planned: what an option would allow is not refused."""
+"""Options for a merge that is only planned, with four refusals turned off."""

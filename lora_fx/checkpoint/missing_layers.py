@@ -1,4 +1,4 @@
-"""Find layers that an adapter's config adapts and its file lacks."""
+"""Layers that an adapter's config names and its file lacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 
 
 def missing_layers_of(adapter: Adapter, rename: Renaming) -> dict[str, str]:
-    """Base modules that PEFT would have adapted and the adapter lacks → their target_modules entry.
+    """Return base modules that PEFT would adapt and the adapter lacks → their target_modules entry.
 
     PEFT compares target_modules with the names of the model that it was given, which are the
     file's, or those that transformers 5 makes of them. Where the adapter's own names do not tell
@@ -37,7 +37,7 @@ def missing_layers_of(adapter: Adapter, rename: Renaming) -> dict[str, str]:
 
 
 def _names_of(adapter: Adapter) -> list[str]:
-    """The keys of an adapter, and other names of the same tensors."""
+    """Return the keys of an adapter, and other names of the same tensors."""
     names = list(adapter.entries)
     for low in adapter.lowrank.values():
         names += [low.use, *low.origin.twins]
@@ -45,7 +45,7 @@ def _names_of(adapter: Adapter) -> list[str]:
 
 
 def _adaptable_weights(rename: Renaming, *, has_experts: bool) -> list[str]:
-    """The weights of a base whose modules PEFT can adapt."""
+    """Return the weights of a base whose modules PEFT can adapt."""
     weights = []
     for name, info in rename.tensors.items():
         if not name.endswith(".weight") or len(info.shape) < 2:
@@ -58,7 +58,7 @@ def _adaptable_weights(rename: Renaming, *, has_experts: bool) -> list[str]:
 def _missing_of(
     config: JsonView, weights: list[str], adapted: list[str], rename: Renaming, *, loaded: bool
 ) -> dict[str, str]:
-    """The missing modules under the names of the file, or of the loaded model.
+    """Return the missing modules, by the names of the file or of the loaded model.
 
     Args:
         config: The adapter's, of PEFT.

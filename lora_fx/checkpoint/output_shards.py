@@ -21,7 +21,7 @@ from lora_fx.text import Json
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """One tensor of an output file: its place, and its source."""
+    """One tensor of an output file: its position and its source."""
 
     name: str
     dtype: str
@@ -41,12 +41,12 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return len(self.head) + sum(slot.stop - slot.start for slot in self.slots)
 
 
 def untouched_runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
-    """Untouched tensors that lie one behind the other, in what is read as in what is written."""
+    """Yield runs of untouched tensors that are adjacent both in the source and in the output."""
 
     def shift(slot: TensorSlot) -> tuple[Path, int] | None:
         if slot.change is not None:
@@ -59,7 +59,7 @@ def untouched_runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
 
 
 def lay_out(plan: MergePlan, name: str, target: Path, record: str) -> Shard | None:
-    """Lay out the output file of a shard; None where nothing in it changes.
+    """Lay out the output file of a shard; return None if nothing in it changes.
 
     Args:
         plan: The plan.
@@ -84,7 +84,7 @@ def lay_out(plan: MergePlan, name: str, target: Path, record: str) -> Shard | No
 def _slots(
     header: Header, changes: Mapping[str, TensorChange], added: Sequence[TensorChange]
 ) -> dict[str, TensorSlot]:
-    """The place of each tensor in the output: in the order of the base, new tensors last."""
+    """Return each tensor's position in the output: the base's order, then new tensors."""
     slots: dict[str, TensorSlot] = {}
     start = 0
 
@@ -112,7 +112,7 @@ def _head(
     added: Sequence[TensorChange],
     record: str,
 ) -> bytes:
-    """The header of an output file: names in the base's order, new ones last."""
+    """Return the header of an output file: names in the base's order, then new tensors."""
     # A file without metadata loads in transformers, one without this of its metadata does not.
     metadata = header.metadata or {"format": "pt"}
     entries: Json = {"__metadata__": {**metadata, METADATA: record}}

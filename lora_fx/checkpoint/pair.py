@@ -1,4 +1,4 @@
-"""A base and an adapter side by side, for doctor, whether they are sound or not."""
+"""A base and an adapter, read together for doctor, whether they are valid or not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Pair:
     options: MergeOptions
 
     def tensor(self, key: str) -> TensorInfo | None:
-        """The base's tensor that a merge would change for a key; of a stack, its first matrix."""
+        """Return the base tensor that a merge would change for a key; a stack's first matrix."""
         entry = self.adapter.entries.get(key)
         names = [] if entry is None else stored_names(key, entry, self.rename)
         if names:
@@ -90,7 +90,7 @@ Check = Callable[[Pair], Iterable[Finding]]
 
 
 def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> Pair:
-    """Read the headers of a base and the whole of an adapter.
+    """Read the headers of a base and the whole content of an adapter.
 
     Raises:
         LoraFxError: A file that cannot be read at all.
@@ -139,7 +139,7 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
 def _read_adapter(
     path: Path, base: str | Path, tensors: Tensors
 ) -> tuple[Adapter | None, LoraFxError | None, str]:
-    """An adapter as far as its reader takes it, why it takes no more, and the adapter's hash.
+    """Return the adapter as far as it can be read, the error that stopped the reader, and a hash.
 
     Args:
         path: Its file or folder.
@@ -157,7 +157,7 @@ def _read_adapter(
 
 
 def _codes_of(checkpoint: Checkpoint) -> Tensors:
-    """The quantised weights of a checkpoint, as floats; none where they cannot be read."""
+    """Return a checkpoint's quantised weights as floats; empty if they cannot be read."""
     try:
         tensors = dequantised(checkpoint, "bfloat16").tensors
     except LoraFxError:  # a finding of a check of its own
@@ -166,7 +166,7 @@ def _codes_of(checkpoint: Checkpoint) -> Tensors:
 
 
 def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
-    """Why one update does not fit its tensor; empty if it fits or has no tensor."""
+    """Return why an update does not fit its tensor; empty if it fits or has no tensor."""
     adapter_name = base_name(key)
     stack = rename.stack(adapter_name)
     if stack:
@@ -191,7 +191,7 @@ def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
 
 
 def sample(info: TensorInfo) -> Array:
-    """Elements of a float tensor from its start, middle and end, in fp64."""
+    """Return elements of a float tensor from its start, middle and end, in fp64."""
     try:
         samples = stretches(info, 4096, (0.0, 0.5, 1.0))
     except LoraFxError:  # codes or scales that are no numbers

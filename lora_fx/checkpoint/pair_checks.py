@@ -24,7 +24,7 @@ from lora_fx.targets.keys import base_name
 from lora_fx.text import JsonView, near
 
 LARGE = 1.0
-"""‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""
+"""The ‖ΔW‖/‖W‖ above which an update gets a finding: usual updates are below .3."""
 
 
 TAKEN = (
@@ -58,7 +58,7 @@ def _codes(pair: Pair, key: str) -> str:
 
 
 def _is_of_other_model(pair: Pair) -> bool:
-    """True where no update fits the base: the adapter is another model's."""
+    """Whether no update fits the base, so that the adapter is another model's."""
     updates = set(_updates(pair))
     misfits = {key for key in pair.misfits if not _vocabulary_sizes(pair, key)}
     fitting = updates - {*_unmatched(pair)} - misfits
@@ -99,7 +99,7 @@ def model(pair: Pair) -> Iterator[Finding]:
 
 
 def _trained_model_type(config: JsonView) -> str:
-    """The model type in an adapter's auto_mapping; empty where there is none."""
+    """Return the trained model's type, from the adapter's auto_mapping; empty if there is none."""
     mapping = config.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     if not isinstance(library, str):
@@ -109,7 +109,7 @@ def _trained_model_type(config: JsonView) -> str:
 
 
 def prefix(pair: Pair) -> Iterator[Finding]:
-    """Check that the adapter's names begin as the base's do."""
+    """Check that the adapter's names have the same prefix as the base's names."""
     extra_prefix = pair.rename.prefix.more
     missing_prefix = pair.rename.prefix.less
     if pair.raw.prefixes:
@@ -140,7 +140,7 @@ def prefix(pair: Pair) -> Iterator[Finding]:
 
 
 def _other_prefix(pair: Pair) -> tuple[str, str] | None:
-    """(prefix of the adapter, prefix of the base) that would place every unmatched name.
+    """Return the (adapter, base) prefixes whose exchange would match every unmatched name.
 
     None where a name would fall on a tensor that another update has, or on another layer.
     """
@@ -203,7 +203,7 @@ def missing(pair: Pair) -> Iterator[Finding]:
 
 
 def _vocabulary_sizes(pair: Pair, key: str) -> tuple[int, int] | None:
-    """(rows of the adapter, rows of the base) of a vocabulary that differs; else None."""
+    """Return (rows of the adapter, rows of the base) if a vocabulary size differs; else None."""
     entry = pair.adapter.entries[key]
     info = pair.tensor(key)
     if info is None or len(info.shape) != 2 or not _VOCABULARY.search(base_name(key)):
@@ -280,7 +280,7 @@ def quantised(pair: Pair) -> Iterator[Finding]:
 
 
 def _kind_of_codes(pair: Pair, key: str) -> tuple[str, str] | None:
-    """The format of the codes that a key would change, and the severity of that.
+    """Return the format of the codes that a key would change, and the finding's severity.
 
     None for a plain float tensor, and for one that the base lacks.
     """
@@ -310,7 +310,7 @@ def _kind_of_codes(pair: Pair, key: str) -> tuple[str, str] | None:
 
 
 def base(pair: Pair) -> Iterator[Finding]:
-    """Check that the base is the one that the adapter says it was trained on."""
+    """Check that the base is the one that the adapter's metadata names."""
     try:
         why = base_note(pair.adapter, "the adapter", pair.base, pair.tensors, any_base=False)
     except LoraFxError as error:
@@ -344,7 +344,7 @@ def values(pair: Pair) -> Iterator[Finding]:
 
 
 def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
-    """True where the scale, or ΔW in root mean square, is beyond the range of its tensor."""
+    """Whether the scale, or ΔW in root mean square, exceeds the range of the tensor's dtype."""
     info = pair.tensor(key)
     if info is None or info.dtype not in FLOATING or 0 in info.shape:
         return False

@@ -1,4 +1,4 @@
-"""An entry of an adapter with its tensor, the region that it changes, and its layout."""
+"""An adapter entry with its checkpoint tensor, the region that it changes, and its layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_fx.targets.keys import base_name, split_key, split_use
 
 @dataclass(frozen=True)
 class Placed:
-    """An entry of an adapter at its tensor.
+    """An adapter entry matched to its tensor.
 
     Attributes:
         key: The adapter's.
@@ -69,7 +69,7 @@ class Placed:
     def _is_tensor_of_one_use(
         self, use: str, tie: Tie | None, base: Checkpoint, *, untie: bool
     ) -> bool:
-        """Whether the tensor named as the use is, or will be, read by that use alone."""
+        """Whether the tensor with the use's name is, or will be, read by that use alone."""
         if tie is not None and self.tensor in (tie.table, tie.head, *tie.lookups):
             return True  # the merge parts the uses of these by itself
         name = base_name(self.key)
@@ -78,7 +78,7 @@ class Placed:
 
 
 def use_of(key: str, entry: Entry) -> str:
-    """The use of a shared tensor that an entry is for; empty for all uses."""
+    """Return the use of a shared tensor that an entry is for; empty for all uses."""
     if isinstance(entry, LowRank) and entry.use:
         return entry.use
     _, use = split_use(key)
@@ -86,7 +86,7 @@ def use_of(key: str, entry: Entry) -> str:
 
 
 def region_of(key: str, info: TensorInfo) -> Region:
-    """The region of a tensor that a key names; the whole tensor where it names none.
+    """Return the region of a tensor that a key names; the whole tensor if it names none.
 
     Raises:
         MisfitError: The tensor has no such region.
@@ -101,14 +101,14 @@ def region_of(key: str, info: TensorInfo) -> Region:
 
 
 def _is_within(bounds: Region, shape: tuple[int, ...]) -> bool:
-    """Whether bounds lie inside a shape and hold at least one element of each axis."""
+    """Whether bounds are inside a shape and contain at least one element of each axis."""
     if len(bounds) != len(shape):
         return False
     return all(0 <= low < high <= size for (low, high), size in zip(bounds, shape, strict=True))
 
 
 def with_layout(key: str, entry: Entry, info: TensorInfo, bounds: Region, in_out: bool) -> Entry:
-    """An entry with the layout that it has in its tensor.
+    """Return the entry with its layout in the tensor.
 
     Args:
         key: The adapter's.
@@ -144,7 +144,7 @@ def with_layout(key: str, entry: Entry, info: TensorInfo, bounds: Region, in_out
 
 
 def _check_whole(key: str, entry: Full, info: TensorInfo, shape: tuple[int, ...]) -> None:
-    """Raise where a whole tensor has another shape than what it replaces."""
+    """Raise if a whole tensor's shape differs from the tensor that it replaces."""
     value = entry.value
     if tuple(value.shape) == shape:
         return
@@ -165,7 +165,7 @@ def _check_rows(key: str, entry: ReplacedRows, info: TensorInfo, shape: tuple[in
 
 
 def _check_row_tensors(key: str, entry: LowRank, info: TensorInfo, layout: Layout) -> None:
-    """Raise if a variant's per-row tensors (besides A and B) have another number of rows."""
+    """Raise if a variant's per-row tensors (other than A and B) have a wrong number of rows."""
     variant = variant_of(entry)
     if not variant.by_rows:
         return
@@ -175,7 +175,7 @@ def _check_row_tensors(key: str, entry: LowRank, info: TensorInfo, layout: Layou
 
 
 def _laid_rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
-    """A rotation with the layout of its tensor [out, in] or [out, in, 1, 1]."""
+    """Return a rotation with the layout of its tensor [out, in] or [out, in, 1, 1]."""
     if math.prod(info.shape[2:]) > 1:
         raise LoraFxError(
             f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is OFT of a "
@@ -192,7 +192,7 @@ def _laid_rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
 
 
 def _misfit(key: str, info: TensorInfo, what: str, hint: str = "") -> LoraFxError:
-    """The refusal of an entry whose shape is not its tensor's."""
+    """Return the error for an entry whose shape is not its tensor's."""
     return MergeRefusal(
         SHAPES,
         [key],
@@ -202,7 +202,7 @@ def _misfit(key: str, info: TensorInfo, what: str, hint: str = "") -> LoraFxErro
 
 
 def layout_in(change: Change, shape: tuple[int, ...], in_out: bool) -> Layout | None:
-    """The layout of a change [*batch, out, in] in a tensor of this shape; None if it does not fit.
+    """Return the layout of a change [*batch, out, in] in a tensor of this shape; None if unfit.
 
     A table that is looked up is [in, out]. Other tensors are [*batch, out, *in], or, where that
     does not fit or `in_out` says so, [*batch, in, out].

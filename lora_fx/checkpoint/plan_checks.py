@@ -30,15 +30,15 @@ TAKEN_BY: Mapping[str, tuple[str, ...]] = {
     "new tensors": ("add",),
     "quantised base": ("dequantise", "requantise"),
 }
-"""Check → the options of a merge, each of which accepts what the check finds."""
+"""Check → the merge options that accept the check's finding; each of them is enough."""
 
 
 LENIENT: Json = {names[0]: True for names in TAKEN_BY.values() if len(names) == 1}
-"""Options of a merge that accepts what other checks have reported already."""
+"""Merge options that accept what other checks have already reported."""
 
 
 def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
-    """Plan a merge of these entries; `lenient` accepts what a check has reported already."""
+    """Plan a merge of these entries; `lenient` accepts what a check has already reported."""
     adapter = replace(pair.adapter, entries=entries)
     options = replace(pair.options, **LENIENT) if lenient else pair.options
     weighted = WeightedAdapter(adapter, 1.0, str(pair.path), pair.digest)
@@ -46,7 +46,7 @@ def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) ->
 
 
 def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxError:
-    """Plan `lora-fx merge`; returns the refusal if it cannot be planned.
+    """Plan `lora-fx merge`; return the refusal if it cannot be planned.
 
     Args:
         pair: The pair.
@@ -110,7 +110,7 @@ def added(pair: Pair) -> Iterator[Finding]:
 
 
 def trained(pair: Pair) -> Iterator[Finding]:
-    """Check for updates that are zero: B (or A) was never moved from its start."""
+    """Check for updates that are zero: B (or A) still has its initial value."""
     zero: list[str] = []
     for key, low in pair.adapter.lowrank.items():
         is_added = not low.mutated and not variant_of(low).reads_weight

@@ -1,4 +1,4 @@
-"""Check that a merged checkpoint is what its plan says.
+"""Proof that a merged checkpoint agrees with its plan.
 
 What was merged is reopened. Untouched tensors are compared with the base's byte by byte. Rows of
 every touched tensor are computed again in fp64, by the definition, and compared within what
@@ -42,13 +42,13 @@ from lora_fx.ir.quantised import Quantised
 
 Weights = Mapping[str, QuantisedWeight]
 ROWS = 4
-"""Rows of every touched tensor that a merge computes again before it is done."""
+"""The number of rows of every changed tensor that a merge computes again at its end."""
 
 
 def prove(
     plan: MergePlan, out: Checkpoint, *, rows: int | None = ROWS, threads: int = 1
 ) -> Iterator[Difference]:
-    """Find what differs between a merged checkpoint and its plan.
+    """Yield the differences between a merged checkpoint and its plan.
 
     Args:
         plan: The plan of the merge.
@@ -100,7 +100,7 @@ def _tensor(
 def _recomputed(
     change: TensorChange, out: Checkpoint, weights: Weights, rows: int | None
 ) -> Iterator[Difference]:
-    """Compute some rows of a tensor again that the merge changes, and compare them."""
+    """Recompute some rows of a tensor that the merge changes, and compare them."""
     info = out.tensors[change.name]
     if change.scales_of:
         return  # looked at with the codes
@@ -141,7 +141,7 @@ def _recomputed(
 
 
 def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]]:
-    """Ranges of rows to compute again: all, or some single rows, the same in every run."""
+    """Yield the ranges of rows to recompute: all, or some single rows, the same in every run."""
     assert change.fold is not None
     matrix = change.fold.matrix
     if rows is None or rows >= matrix.rows:
@@ -154,7 +154,7 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
 
 
 def _exact(change: TensorChange, last: TensorFold) -> list[Stage]:
-    """The folds of a change, oldest first, with every factor in fp64."""
+    """Return the folds of a change, oldest first, with every factor in fp64."""
     stages: list[Stage] = []
     for fold, dtype in (*change.earlier, (last, change.dtype)):
         stages.append((replace(fold, matrix=in_dtype(fold.matrix, np.float64)), dtype))
@@ -165,7 +165,7 @@ def _exact(change: TensorChange, last: TensorFold) -> list[Stage]:
 
 
 def _ratio(source: TensorInfo, stages: list[Stage], info: TensorInfo, low: int, high: int) -> float:
-    """The largest error of rows low ≤ i < high, as a multiple of what is allowed.
+    """Return the largest error of rows low ≤ i < high, as a multiple of the allowed error.
 
     Args:
         source: The base's tensor.
@@ -195,7 +195,7 @@ def _ratio(source: TensorInfo, stages: list[Stage], info: TensorInfo, low: int, 
 def _ratio_codes(
     change: TensorChange, requantised: QuantisedWeight, exact: TensorFold, low: int, high: int
 ) -> float:
-    """The largest error of the codes of rows low ≤ i < high, as a multiple of what is allowed.
+    """Return the largest error of the codes of rows low ≤ i < high over the allowed error.
 
     1. Codes are the nearest by the scales beside them.
     2. The whole is no worse than by the scales that the format's rule gives.
@@ -239,7 +239,7 @@ def _ratio_codes(
 
 
 def _whole_steps(weight: QuantisedWeight, low: int, high: int) -> slice:
-    """The least rows around low ≤ i < high that can be read alone."""
+    """Return the smallest range of rows around low ≤ i < high that can be read alone."""
     first_of_matrix = low - low % weight.shape[-2]
     start = low - (low - first_of_matrix) % weight.step
     first, behind_last = next(weight.spans(high - start + weight.step - 1, start))
@@ -249,7 +249,7 @@ def _whole_steps(weight: QuantisedWeight, low: int, high: int) -> slice:
 def _ratio_scales(
     int8: Int8, before: Quantised, after: Quantised, want: Array, error: Array, slack: Array
 ) -> float:
-    """The largest error of the scales of int8 rows, as a multiple of what is allowed.
+    """Return the largest error in the scales of int8 rows, as a multiple of the allowed error.
 
     Args:
         int8: How the weight is stored.
@@ -270,7 +270,7 @@ def _ratio_scales(
 
 
 def _stage(fold: TensorFold, weight: Array, low: int, high: int) -> tuple[Array, Array]:
-    """W + ΔW of rows low ≤ i < high, and what its rounding errors are proportional to."""
+    """Return W + ΔW of rows low ≤ i < high, and the magnitudes that bound its rounding errors."""
     want, _ = fold.sum(weight, low, Space())
     size = np.abs(weight)
     for i, rectangle in enumerate(fold.matrix.rectangles):
@@ -289,7 +289,7 @@ def _stage(fold: TensorFold, weight: Array, low: int, high: int) -> tuple[Array,
 
 
 def _row_ratios(error: Array, allowed: Array) -> Array:
-    """The largest error of each row as a multiple of what is allowed; infinite for NaN."""
+    """Return each row's largest error as a multiple of the allowed error; infinite for NaN."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(error == 0.0, 0.0, error / allowed)
     ratios = np.where(np.isnan(ratios), np.inf, ratios)
@@ -297,7 +297,7 @@ def _row_ratios(error: Array, allowed: Array) -> Array:
 
 
 def _size(rectangle: Rectangle, low: int, high: int, weight: Array) -> Array:
-    """(r + 3)·s·|B||A|: what rounding errors of the product are proportional to."""
+    """Return (r + 3)·s·|B||A|, which bounds the product's rounding errors up to a constant."""
     change = rectangle.change
     if isinstance(change, Rotation):
         absolute = replace(change, turn=np.abs(change.turn))
@@ -309,7 +309,7 @@ def _size(rectangle: Rectangle, low: int, high: int, weight: Array) -> Array:
 
 
 def half_ulp(x: Array, dtype: str) -> Array:
-    """Half the spacing of `dtype` at x, a little more for ties; x in fp64."""
+    """Return half the spacing of `dtype` at x, a little more for ties; x in fp64."""
     info = finfo(dtype)
     lowest = int(info.minexp)
     _, exponents = np.frexp(np.abs(x))

@@ -1,4 +1,4 @@
-"""The origin of merged weights: hashes of the base and the adapters, in the files' metadata.
+"""The origin of merged weights: hashes of base and adapters in the metadata of files.
 
 `lora_fx.merge` in the `__metadata__` of every shard that a merge wrote is JSON: a list of merges,
 oldest first, each {"version", "format", "base": {"layout", "sample"}, "adapters": [{"hash",
@@ -31,7 +31,7 @@ from lora_fx.text import Json, JsonView
 
 METADATA = "lora_fx.merge"
 SAMPLE = 32 << 10
-"""Bytes at each end of a tensor that its sample holds."""
+"""The number of bytes at each end of a tensor that a sample holds."""
 
 
 _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
@@ -47,13 +47,13 @@ _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
 
 
 def layout_hash(tensors: Tensors) -> str:
-    """A hash of the sorted (name, dtype, shape) of all tensors: every fine-tune has its base's."""
+    """Return a hash of the sorted (name, dtype, shape) of all tensors, equal for all fine-tunes."""
     rows = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
-    """A hash of both ends of these tensors, which differs between a base and its fine-tunes."""
+    """Return a hash of both ends of these tensors; a base and its fine-tunes differ in it."""
     digest = hashlib.sha256()
     for name, info in sorted(tensors, key=lambda item: item[0]):
         size = info.stop - info.start
@@ -64,7 +64,7 @@ def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
 
 
 def adapter_hash(adapter: Adapter) -> str:
-    """A hash of all factors and scales, by key; names of files and metadata do not count."""
+    """Return a hash of all factors and scales, by key; file names and metadata do not count."""
     digest = hashlib.sha256()
     for key in sorted(adapter.entries):
         digest.update(key.encode() + b"\0")
@@ -80,7 +80,7 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def _hashed(entry: Entry) -> Iterator[tuple[str, Any]]:
-    """The fields of an update that its adapter's hash is made of, in order."""
+    """Yield the fields of an update that go into its adapter's hash, in order."""
     for name in _HASHED[type(entry)]:
         yield name, getattr(entry, name)
     if isinstance(entry, LowRank):
@@ -88,7 +88,7 @@ def _hashed(entry: Entry) -> Iterator[tuple[str, Any]]:
 
 
 def history(checkpoint: Checkpoint) -> list[Json]:
-    """The merges that a checkpoint has been through; of the shard that has most of them."""
+    """Return the merges that a checkpoint records, from the shard with the most of them."""
     shards = (checkpoint.of or checkpoint).shards  # those of a view are not on disk
     histories = []
     for name, header in shards.items():
@@ -98,7 +98,7 @@ def history(checkpoint: Checkpoint) -> list[Json]:
 
 
 def merges_of(text: str | None, where: str) -> list[Json]:
-    """The merges in a file's metadata; empty if it records none.
+    """Return the merges in a file's metadata; empty if it records none.
 
     Raises:
         LoraFxError: The text is not a list of merges, or a later lora-fx wrote it.
@@ -129,7 +129,7 @@ def _is_merge(merge: object) -> bool:
 def refuse_again(
     path: Path, merges: Iterable[JsonView], adapters: Iterable[tuple[str, str]], *, again: bool
 ) -> None:
-    """Raise if one of the adapters, (where, hash), is already in the merges of a file."""
+    """Raise if one of the adapters, given as (where, hash), is already merged into a file."""
     merged: set[object] = set()
     for merge in merges:
         merged |= {adapter.get("hash") for adapter in merge["adapters"]}

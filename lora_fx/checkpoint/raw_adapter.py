@@ -33,7 +33,7 @@ from lora_fx.formats.peft.target_modules import facts
 from lora_fx.text import JsonView
 
 _ADAPTER = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)\w+")
-"""The adapter's name inside a tensor's name, which PEFT leaves out of its files."""
+"""The adapter name inside a tensor's name, which PEFT omits from its files."""
 
 
 _SAVED = ("modules_to_save", "original_module")
@@ -62,7 +62,7 @@ class Raw:
     broken: dict[str, str] = field(default_factory=dict)
 
     def adapter(self) -> Adapter:
-        """The adapter with the valid tensors; `broken` gets the others. An unknown alpha is NaN."""
+        """Return the adapter of the valid tensors; add the rest to `broken`. Unknown alpha: NaN."""
         entries: dict[str, Entry] = {}
         for key, group in self.updates.items():
             try:
@@ -74,7 +74,7 @@ class Raw:
         return Adapter(entries, {"peft": facts(self.config)})
 
     def _update(self, key: str, group: Group) -> LowRank:
-        """The update of a key's tensors; raises where they make none."""
+        """Return the update of a key's tensors; raise if they do not make one."""
         a, b = self._factors(group)
         op = ""
         kernel: tuple[int, ...] = ()
@@ -88,7 +88,7 @@ class Raw:
         return grouped(low, size) if size > 0 else low
 
     def _factors(self, group: Group) -> tuple[Array, Array]:
-        """A and B in fp32; raises where one is missing, empty or no float."""
+        """Return A and B in fp32; raise if one is missing, empty or not float."""
         if "a" not in group.names:
             raise LoraFxError("it has B and no A", "save the adapter again")
         if "b" not in group.names:
@@ -104,7 +104,7 @@ class Raw:
             return a.astype(np.float32), b.astype(np.float32)
 
     def _alpha(self, key: str) -> float:
-        """The alpha of an update by the config; NaN where it gives none."""
+        """Return the alpha of an update from the config; NaN if there is none."""
         alpha = None
         with contextlib.suppress(LoraFxError):
             pattern = Pattern(self.config, "alpha_pattern", "lora_alpha", str(self.file))

@@ -1,4 +1,4 @@
-"""The merges that a file's metadata records, planned again one after the other.
+"""The merges that a file's metadata records, and their plans in order.
 
 Each merge that is recorded after those of the base is a stage: its adapters, weights and options.
 The plan of all stages is the one that `prove` checks: a tensor that several stages change is
@@ -25,7 +25,7 @@ from lora_fx.text import Json, JsonView
 
 @dataclass(frozen=True)
 class Recorded:
-    """An adapter that a file records: the number of its merge, and the adapter given for it."""
+    """A recorded adapter: the number of its merge, and the adapter that was given for it."""
 
     merge: int
     hash: str
@@ -47,7 +47,7 @@ class Recorded:
 def chain_of(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[WeightedAdapter]
 ) -> tuple[MergePlan, list[Recorded], list[str]]:
-    """Plan a file's recorded merges again, in the dtypes that the file has.
+    """Plan a file's recorded merges again, with the dtypes of that file.
 
     Args:
         merged: The file.
@@ -104,7 +104,7 @@ class _Assigned:
 def _assigned(records: Sequence[JsonView], adapters: Sequence[WeightedAdapter]) -> _Assigned:
     """Assign adapters to the recorded merges by their hashes.
 
-    One that is recorded several times and given once is the one of all these records.
+    An adapter that is recorded several times and given once is used for all these records.
     """
     stages: list[list[WeightedAdapter]] = [[] for _ in records]
     recorded: list[Recorded] = []
@@ -130,7 +130,7 @@ def _assigned(records: Sequence[JsonView], adapters: Sequence[WeightedAdapter]) 
 def _adapter_of(
     digest: str, adapters: Sequence[WeightedAdapter], used: Collection[int]
 ) -> WeightedAdapter | None:
-    """The adapter of a recorded hash; one for several records only where it is given once."""
+    """Return the adapter with a recorded hash; reuse it for several records only if given once."""
     candidates = [adapter for adapter in adapters if adapter.hash == digest]
     for adapter in candidates:
         if id(adapter) not in used:
@@ -141,7 +141,7 @@ def _adapter_of(
 
 
 def _note_of_missing(recorded: Sequence[Recorded], merged: Checkpoint) -> list[str]:
-    """A note about recorded adapters that were not given, if there are any."""
+    """Return a note on recorded adapters that were not given, if any."""
     count = sum(not row.given for row in recorded)
     if not count:
         return []
@@ -158,7 +158,7 @@ def _plans(
     merged: Checkpoint,
     notes: list[str],
 ) -> list[MergePlan]:
-    """The plan of every merge, each from what the one before has made; adds notes."""
+    """Return the plan of every merge, each based on the previous result; add notes."""
     plans: list[MergePlan] = []
     stages = [*zip(records, assigned.stages, strict=True), ({}, assigned.unrecorded)]
     for record, adapters in stages:
@@ -182,7 +182,7 @@ def _plans(
 def _options(
     record: JsonView, adapters: Sequence[WeightedAdapter], base: Checkpoint, merged: Checkpoint
 ) -> MergeOptions:
-    """The options of a recorded merge, as far as they decide its numbers."""
+    """Return the options of a recorded merge that affect its numbers."""
     recorded = record.get("options")
     if not isinstance(recorded, dict):
         recorded = {}
@@ -209,7 +209,7 @@ def _options(
 def _adds_tensors(
     adapters: Sequence[WeightedAdapter], base: Checkpoint, merged: Checkpoint
 ) -> bool:
-    """Whether a whole tensor of an adapter is in the merged file, and not in the base."""
+    """Whether a whole tensor of an adapter is in the merged file but not in the base."""
     for adapter in adapters:
         for key in adapter.adapter.full:
             if key in merged.tensors and key not in base.tensors:
@@ -218,7 +218,7 @@ def _adds_tensors(
 
 
 def _after(plan: MergePlan) -> Checkpoint:
-    """The start of a later merge: its names and config, with the base's values."""
+    """Return the base of the next merge: the output's names and config, the base's values."""
     base = plan.base
     added = {name: plan.changes[name].source for name in plan.added}
     settings = base.settings
@@ -228,7 +228,7 @@ def _after(plan: MergePlan) -> Checkpoint:
 
 
 def _other_base(record: JsonView, base: Checkpoint, plan: MergePlan | None) -> bool:
-    """Whether the first merge records that it started from other weights, or another model.
+    """Whether the first recorded merge started from other weights, or from another model.
 
     Args:
         record: What is recorded of it.
@@ -248,7 +248,7 @@ def _other_base(record: JsonView, base: Checkpoint, plan: MergePlan | None) -> b
 
 
 def _joined(plans: Sequence[MergePlan], merged: Checkpoint) -> MergePlan:
-    """The plan of several merges as one, in the dtypes that the merged file has."""
+    """Return one plan for several merges, with the dtypes of the merged file."""
     adapters: list[WeightedAdapter] = []
     changes: dict[str, TensorChange] = {}
     added: dict[str, str] = {}
@@ -305,7 +305,7 @@ def _are_codes(*changes: TensorChange) -> bool:
 
 
 def _needs_file_between(first: TensorChange, second: TensorChange) -> str:
-    """Why the second change needs the file between the two merges: what the first change did.
+    """Return how the first change makes the second one need the file between both merges.
 
     Empty where the second can be computed without it.
     """

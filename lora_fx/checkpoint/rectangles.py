@@ -28,17 +28,17 @@ from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Region
 
 BLOCK = 1 << 19
-"""Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock
+"""The elements of a block. Fewer fit a core's cache better, but threads then wait for Python's lock
 after every few microseconds: with 2¹⁶ two threads were no faster than one."""
 
 
 WINDOW = 16
-"""Rows that a product is computed for at least: BLAS sums few rows in another order than many."""
+"""The least number of rows in a product: BLAS sums fewer rows in another order."""
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Rows top ≤ i < bottom and columns left ≤ j < right of a tensor, and their ΔW.
+    """Rows top ≤ i < bottom and columns left ≤ j < right of a tensor, with their ΔW.
 
     Attributes:
         change: What is added.
@@ -56,11 +56,11 @@ class Rectangle:
 
     @property
     def reads_weight(self) -> bool:
-        """True where rows of W + ΔW are then multiplied by what W makes of them, as in DoRA."""
+        """Whether rows of W + ΔW are rescaled by factors that depend on W, as in DoRA."""
         return isinstance(self.change, LowRank) and variant_of(self.change).reads_weight
 
     def row_factors(self, rows: slice, squares: Array, where: str) -> Array:
-        """The factors of those rows of W + ΔW; see `Variant.row_factors`."""
+        """Return the factors of these rows of W + ΔW; see `Variant.row_factors`."""
         assert isinstance(self.change, LowRank)
         return variant_of(self.change).row_factors(self.change, rows, squares, where)
 
@@ -72,7 +72,7 @@ class Rectangle:
         return self.change.mutated
 
     def moved(self, down: int, along: int) -> Rectangle:
-        """The same so many rows and columns further."""
+        """Return the rectangle moved by this many rows and columns."""
         return replace(
             self,
             top=self.top + down,
@@ -84,7 +84,7 @@ class Rectangle:
     def delta(
         self, low: int, high: int, out: Array | None = None, weight: Array | None = None
     ) -> Array:
-        """ΔW of the tensor's rows low ≤ i < high, all within the rectangle, in the factors' dtype.
+        """Return ΔW for the tensor's rows low ≤ i < high, all within the rectangle.
 
         Args:
             low: The first row.
@@ -109,7 +109,7 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor as [rows, columns] and the rectangles that change, in the order of the adapters."""
+    """A tensor as [rows, columns], and its changed rectangles in the order of the adapters."""
 
     rows: int
     columns: int
@@ -117,12 +117,12 @@ class Matrix:
 
     @property
     def rows_per_block(self) -> int:
-        """For a block of about BLOCK elements; more of very wide tensors, never below WINDOW."""
+        """The rows in a block of about BLOCK elements: a multiple of WINDOW."""
         return max(1, BLOCK // max(1, self.columns * WINDOW)) * WINDOW
 
 
 def whole(shape: tuple[int, ...], change: Change) -> Matrix:
-    """One change of a whole tensor of this shape.
+    """Return the matrix with one change of a whole tensor of this shape.
 
     The first of these that holds decides:
     1. stored [*batch, out, in]: one rectangle for each matrix of the batch;
@@ -144,7 +144,7 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
 def _stacked(
     change: Change, layout: Layout, rows: int, columns: int, *, transposed: bool
 ) -> Matrix:
-    """The matrices of a change one above the other, of so many rows and columns each."""
+    """Return the matrices of a change stacked along the rows, each [rows, columns]."""
     count = math.prod(layout.batch_shape)
     rectangles = []
     for i in range(count):
@@ -154,7 +154,7 @@ def _stacked(
 
 
 def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Matrix:
-    """ΔW computed at once, in the stored order."""
+    """Return the matrix with ΔW computed at once, in the stored order."""
     if not isinstance(change, LowRank) or variant_of(change).reads_weight:
         raise LoraFxError(
             f"an update of kind {type(change).__name__} uses the axes of {list(shape)} in an "
@@ -171,7 +171,7 @@ def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Mat
 
 
 def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
-    """One change of a region of a tensor: `bounds` half-open, per stored axis.
+    """Return the matrix with one change of a region; `bounds` are half-open, per stored axis.
 
     Raises:
         LoraFxError: The region is no rectangle of rows and columns.
@@ -198,7 +198,7 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
 
 
 def _flat_range(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> range | None:
-    """The flat range that bounds take of axes; None where it has gaps."""
+    """Return the range of flat indices inside the bounds; None if they are not contiguous."""
     first = 0
     behind_last = 1
     for (low, high), size in zip(bounds, shape, strict=True):
@@ -210,7 +210,7 @@ def _flat_range(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> rang
 
 
 def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
-    """Several changes of one tensor, which must all see the same rows and columns."""
+    """Combine several changes of one tensor, which must all have the same rows and columns."""
     sizes = {(matrix.rows, matrix.columns) for matrix in matrices}
     if len(sizes) != 1:
         raise LoraFxError(
@@ -225,7 +225,7 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
 
 
 def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
-    """The matrix with every factor in `dtype`, which is what ΔW is then computed in."""
+    """Return the matrix with every factor in `dtype`, so that ΔW is computed in `dtype`."""
     rectangles = tuple(
         replace(rectangle, change=_cast(rectangle.change, dtype)) for rectangle in matrix.rectangles
     )
@@ -233,7 +233,7 @@ def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
 
 
 def _cast(change: Change, dtype: Floating) -> Change:
-    """A change with all of its arrays cast to `dtype`, without copies where possible."""
+    """Return a change with all its arrays cast to `dtype`, without copies if possible."""
     arrays: dict[str, Any] = {}
     for name, value in vars(change).items():
         if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""An adapter refitted: updates of parts of fused weights as updates of the whole, or back."""
+"""Conversion of an adapter's updates between fused weights and their parts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import JsonView
 
 _MOST = 10**6
-"""Rows that a whole can have."""
+"""The largest number of rows of a fused weight."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows low ≤ i < high of a whole or, with a period, of every so many rows of it."""
+    """Rows low ≤ i < high of a fused weight or, with a period, of every `period` rows of it."""
 
     low: int
     high: int
@@ -37,11 +37,11 @@ class Span:
 
     @classmethod
     def of(cls, text: str) -> Span:
-        """The span of `LOW:HIGH` or `LOW:HIGH:PERIOD`."""
+        """Return the span of `LOW:HIGH` or `LOW:HIGH:PERIOD`."""
         return cls(*map(int, text.split(":")))
 
     def rows(self, out: int) -> Array:
-        """The numbers of the rows, in a whole of `out` rows."""
+        """Return the row numbers, in a fused weight of `out` rows."""
         rows = np.arange(out)
         period = max(1, out) if self.period is None else self.period
         return rows[(self.low <= rows % period) & (rows % period < self.high)]
@@ -50,7 +50,7 @@ class Span:
 def refitted(
     adapter: Adapter, base: str | None, fuse: bool, split: bool, table: str | None
 ) -> tuple[Adapter, list[str]]:
-    """Fuse or split an adapter's updates of fused weights; returns what became of which, too.
+    """Fuse or split an adapter's updates of fused weights; also return what was converted.
 
     Args:
         adapter: As a loader returned it.
@@ -99,7 +99,7 @@ def refitted(
 
 
 class _Refit:
-    """The state of an adapter while parts become whole tensors, or whole tensors parts.
+    """The state of a conversion from parts to fused weights, or from fused weights to parts.
 
     Args:
         adapter: Its updates.
@@ -122,7 +122,7 @@ class _Refit:
         self.notes: list[str] = []
 
     def move(self, whole: str, parts: Mapping[str, str], regions: Mapping[str, str]) -> None:
-        """Replace the updates of one whole tensor, or of its parts.
+        """Replace the updates of one fused tensor, or of its parts.
 
         Args:
             whole: Its key.
@@ -159,7 +159,7 @@ class _Refit:
     def _check_division(
         self, whole: str, parts: Mapping[str, str], rows: Mapping[str, Array]
     ) -> None:
-        """Raise where a row of the whole is in no part, or in two."""
+        """Raise if a row of the fused weight is in no part, or in two."""
         covered = np.concatenate([rows[name] for name in parts or [whole]])
         if np.array_equal(np.sort(covered), rows[whole]):
             return
@@ -175,7 +175,7 @@ class _Refit:
         replacing: Mapping[str, LowRank],
         spans: Mapping[str, str],
     ) -> None:
-        """Record what became of updates: other readers of their tensors, the move, notes."""
+        """Record a conversion: other readers of the tensors, a line for people, and notes."""
         for name in lows:
             if name in self.readers:
                 for key in replacing:
@@ -194,7 +194,7 @@ class _Refit:
 
 
 def _split(low: LowRank, rows: Mapping[str, Array]) -> dict[str, LowRank]:
-    """The update of each part; those that change nothing are left out, unless none does."""
+    """Return the update of each part, without parts that do not change (unless no part changes)."""
     parts = {key: sliced(low, part_rows) for key, part_rows in rows.items()}
     changing = {}
     for key, part in parts.items():
@@ -204,7 +204,7 @@ def _split(low: LowRank, rows: Mapping[str, Array]) -> dict[str, LowRank]:
 
 
 def _regions(adapter: Adapter, base: Tensors) -> dict[str, dict[str, str]]:
-    """Regions of whole rows of a matrix, as parts of it; others stay what they are.
+    """Find updates of row regions of a matrix, which count as parts of it.
 
     Returns:
         Tensor → key of a region that is updated → its rows.
@@ -228,7 +228,7 @@ def _regions(adapter: Adapter, base: Tensors) -> dict[str, dict[str, str]]:
 
 
 def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
-    """Return a LoRA or DoRA update whose rows can be moved; raise for others."""
+    """Return a LoRA or DoRA update whose rows can be moved; raise for other updates."""
     bias = f"{key.removesuffix('weight')}bias"
     if bias in others:
         raise LoraFxError(
@@ -243,7 +243,7 @@ def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
 
 
 def _has_movable_rows(low: LowRank) -> bool:
-    """Whether rows of an update's B stand for rows of the weight, and each can be had alone."""
+    """Whether rows of an update's B match rows of the weight and can be moved separately."""
     if not is_on_base(low) or not variant_of(low).rows_apart:
         return False
     origin = low.origin
@@ -253,7 +253,7 @@ def _has_movable_rows(low: LowRank) -> bool:
 
 
 def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]) -> dict[str, str]:
-    """An example of a map: the parts of a tensor one after another, in their known sizes.
+    """Return an example of a map: a tensor's parts in sequence, with their known sizes.
 
     Args:
         key: The whole.
@@ -276,7 +276,7 @@ def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]
 
 
 def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where: str) -> int:
-    """Count the rows of a whole, by an update of it, or by one of a part and that part's rows.
+    """Return the number of rows of a fused weight, from an update of it or of one of its parts.
 
     Raises:
         LoraFxError: The rows of a part are not known.

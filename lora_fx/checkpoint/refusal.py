@@ -1,4 +1,4 @@
-"""The refusals of a merge that doctor collects, each with the name of a check."""
+"""The merge refusals that doctor collects, each with the name of a check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READ_TOO = "other readers"
 
 
 class MergeRefusal(LoraFxError):
-    """A refusal to merge that an option, or other keys, would avoid.
+    """An error of a merge that an option, or other keys, would avoid.
 
     Args:
         check: The name of the check, one of the constants above.
@@ -32,5 +32,5 @@ class MergeRefusal(LoraFxError):
         self.keys = tuple(keys)
 
     def after(self, lead: str) -> Self:
-        """The same refusal with `lead` before its message."""
+        """Return the same refusal with `lead` before its message."""
         return type(self)(self.check, self.keys, f"{lead}: {self.message}", self.hint)

@@ -1,4 +1,4 @@
-"""A table of the parameters that releases of transformers rename when they load a file.
+"""A table of the parameter names that transformers releases change when they load a file.
 
 A release may rename parameters when it loads a checkpoint, and back when it saves it. An adapter
 made on the loaded model then has names that the file has not. A row of `RENAMED` says one such
@@ -18,12 +18,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 START = "^"
-"""Before a part that is renamed only where it begins the name."""
+"""The mark before a part that is renamed only at the beginning of a name."""
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """Parts of names that models of some types have otherwise than their files.
+    """Name parts that differ between some models and their files.
 
     Attributes:
         since: The release that renamed them.
@@ -38,7 +38,7 @@ class Renamed:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Experts that are one by one in a file and stacks [experts, out, in] in the model.
+    """Experts that are separate tensors in a file and stacks [experts, out, in] in the model.
 
     Attributes:
         since: The release that stacked them.
@@ -145,7 +145,7 @@ STACKED = (
 
 
 def renamed_parts(model_type: object) -> dict[str, str]:
-    """Parts of names in the file → in the model of a type; empty where none is renamed.
+    """Return name parts in the file → in the model, for a model type; empty if none is renamed.
 
     >>> renamed_parts("phimoe"), renamed_parts("llama")
     ({'block_sparse_moe': 'mlp', 'mlp.gate': 'mlp.router'}, {})
@@ -158,7 +158,7 @@ def renamed_parts(model_type: object) -> dict[str, str]:
 
 
 def name_in_model(name: str, parts: Mapping[str, str]) -> str:
-    """The loaded model's name for a tensor of the file; replaces the first match of each part.
+    """Return the loaded model's name for a tensor of the file; replace each part's first match.
 
     >>> name_in_model("language_model.model.norm.weight", renamed_parts("llava"))
     'model.language_model.norm.weight'
@@ -172,6 +172,6 @@ def name_in_model(name: str, parts: Mapping[str, str]) -> str:
 
 
 def stacked_experts(types: Iterable[object]) -> tuple[Stacked, ...]:
-    """The rows of `STACKED` that hold for a model, by its model_type and those of its parts."""
+    """Return the rows of `STACKED` for a model, by its model_type and those of its parts."""
     model_types = tuple(types)
     return tuple(row for row in STACKED if any(kind in row.types for kind in model_types))

@@ -1,4 +1,4 @@
-"""The way from an adapter's names to a checkpoint's."""
+"""The mapping from an adapter's names to a checkpoint's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_fx.text import JsonView
 
 @dataclass(frozen=True, eq=False)
 class Renaming:
-    """The checkpoint's names of the tensors that an adapter names.
+    """A function from an adapter's tensor names to the checkpoint's.
 
     A prefix that the adapter's names have more, or less, than the checkpoint's; then the names of
     the loaded model: rules of `lora_fx.targets.names`. Called with a name of the adapter it gives
@@ -37,7 +37,7 @@ class Renaming:
 
     @cached_property
     def _model_names(self) -> dict[str, str]:
-        """Name in the file → in the loaded model, where it is another."""
+        """Name in the file → name in the loaded model, if they differ."""
         return {stored: name for name, stored in self.loaded.names.items()}
 
     @cached_property
@@ -49,40 +49,40 @@ class Renaming:
         return Names(self.tensors, NameRule(readings=read), also_called(in_model, read))
 
     def __call__(self, name: str) -> str:
-        """The checkpoint's name of a tensor; if it has no such tensor, the name with its prefix."""
+        """Return the checkpoint's name of a tensor; if it has none, the name with its prefix."""
         hits = self._names.find(name)
         if not hits:
             return self.prefixed(name)
         return hits[0]
 
     def prefixed(self, name: str) -> str:
-        """A name of the adapter with the checkpoint's prefix, if there is one."""
+        """Return an adapter's name with the checkpoint's prefix, if there is one."""
         return self.prefix.changed(name)
 
     def stack(self, name: str) -> Stack | None:
-        """The matrices that the checkpoint has instead of one tensor of this name."""
+        """Return the stack if the checkpoint stores this tensor as separate matrices, else None."""
         return self.loaded.stacks.get(self.prefixed(name))
 
     def info(self, name: str) -> TensorInfo | None:
-        """The tensor of an adapter's name; of a stack, its shape and its first matrix."""
+        """Return the tensor of an adapter's name; for a stack, its shape and its first matrix."""
         stack = self.stack(name)
         if stack is not None:
             return stack.info
         return self.tensors.get(self(name))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of that tensor."""
+        """Return the shape of the tensor of an adapter's name; None if there is none."""
         info = self.info(name)
         return None if info is None else info.shape
 
     def back(self, name: str, *, loaded: bool = False) -> str:
-        """The adapter's name of a tensor of the checkpoint, or of the model that loads it."""
+        """Return the adapter's name of a tensor of the checkpoint, or of the loaded model."""
         if loaded:
             name = self._model_names.get(name, name)
         return self.prefix.back(name)
 
     def tellers(self, names: Iterable[str]) -> tuple[bool, bool]:
-        """Whether an adapter has names that only the file has, and names only the model has."""
+        """Return (has names only of the file, has names only of the model) for an adapter."""
         prefixed = [self.prefixed(name) for name in names]
         names_file = any(name in self._model_names for name in prefixed)
         names_model = any(name in self.loaded for name in prefixed)

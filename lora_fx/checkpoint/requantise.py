@@ -1,4 +1,4 @@
-"""W̃ + Δ written back into a quantised weight's codes, block by block, and the share of Δ kept.
+"""The addition of Δ to a quantised weight: new codes, block by block, and the share of Δ kept.
 
 kept = ⟨Q(W̃+Δ) − W̃, Δ⟩ / ⟨Δ, Δ⟩, noise = ‖Q(W̃+Δ) − (W̃+Δ)‖ / ‖Δ‖. Which scales a format takes
 is said in its own file: new ones by its rule, or those that are stored.
@@ -25,13 +25,13 @@ from lora_fx.ir.quantised import Quantised
 from lora_fx.text import by_key
 
 LEAST = 0.5
-"""The least share of an update that codes must keep, unless `lossy` is given."""
+"""The least share of an update that the codes must keep, unless `lossy` is given."""
 
 
 def recoded(
     weight: QuantisedWeight, codes: Quantised, fold: TensorFold, rows: slice, space: Space
 ) -> tuple[Stats, list[Written]]:
-    """Quantise rows with their update again; returns their statistics and the ranges to write.
+    """Requantise rows with their update; return their statistics and the ranges to write.
 
     Args:
         weight: The weight.
@@ -62,7 +62,7 @@ def recoded(
 
 
 def joined(written: Sequence[Written]) -> Iterator[Written]:
-    """Join ranges that follow each other along a later axis: fewer, longer writes."""
+    """Join ranges that are adjacent along a later axis, for fewer and longer writes."""
     for ranges_of_tensor in by_key((part.name, part) for part in written).values():
         first = ranges_of_tensor[0]
         if first.axis and len(ranges_of_tensor) > 1:
@@ -73,7 +73,7 @@ def joined(written: Sequence[Written]) -> Iterator[Written]:
 
 
 def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
-    """The bytes that a range becomes in its tensor, with their offsets."""
+    """Yield the byte offsets in the tensor, and the bytes, of a range to write."""
     data = np.ascontiguousarray(part.data)
     if part.axis is None:
         yield part.low, data.reshape(-1).view(np.uint8).data
@@ -88,7 +88,7 @@ def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
 
 
 def in_all(blocks: Iterable[Stats]) -> tuple[float, float]:
-    """The share of the update that weights keep, and their noise; 1 and 0 without update."""
+    """Return the share of the update that weights keep, and their noise; 1 and 0 if none."""
     total = Stats()
     for stats in blocks:
         total.add(stats)
@@ -108,7 +108,7 @@ def refuse_loss(blocks: Iterable[Stats], where: object) -> None:
 
 
 def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> Iterator[Stats]:
-    """Requantise some rows in the middle of some weights, as a sample of them all."""
+    """Requantise some rows in the middle of some weights, as a sample of all."""
     writable = [(info, fold) for info, fold in folds if info.weight.anew is not None]
     step = max(1, len(writable) // count)
     for info, fold in writable[::step][:count]:

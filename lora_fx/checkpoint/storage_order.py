@@ -1,4 +1,4 @@
-"""Square weights that are stored [in, out], where their shape cannot tell.
+"""The storage order of square weights: [out, in] or [in, out], which their shape does not show.
 
 One model may have both orders, as one of a BERT encoder and a GPT-2 decoder has. So each weight is
 decided by itself, by the weights that are most like it and are not square; see `is_stored_in_out`.
@@ -24,7 +24,7 @@ from lora_fx.text import JsonView
 
 @dataclass(frozen=True)
 class WeightKind:
-    """Weights that a model stores in the same order.
+    """A group of weights that a model stores in the same order.
 
     Attributes:
         dimensions: How many axes they have.
@@ -38,7 +38,7 @@ class WeightKind:
 
 
 def kind_of(name: str, info: TensorInfo) -> WeightKind:
-    """The kind of a weight, by its name and shape."""
+    """Return the kind of a weight, by its name and shape."""
     part, _, _ = name.partition(".")
     _, _, module = name.removesuffix(".weight").rpartition(".")
     return WeightKind(len(info.shape), part, module)
@@ -60,7 +60,7 @@ class Evidence:
     fan_in_fan_out: bool
 
     def orders(self, accepts: Callable[[WeightKind], bool]) -> set[bool]:
-        """The orders that weights of all accepted kinds have."""
+        """Return the storage orders of the weights of all accepted kinds."""
         orders: set[bool] = set()
         for kind, votes in self.votes.items():
             if accepts(kind):
@@ -95,19 +95,19 @@ def is_stored_in_out(name: str, info: TensorInfo, evidence: Evidence) -> bool:
 
 
 def by_same_kind(kind: WeightKind, evidence: Evidence) -> bool | None:
-    """The storage order of all adapted weights of a kind; None if there are none or they differ."""
+    """Return the order of all adapted weights of a kind; None if there are none or they differ."""
     return _only(evidence.votes.get(kind, set()))
 
 
 def by_other_stacks(kind: WeightKind, evidence: Evidence) -> bool | None:
-    """The order of all adapted weights of as many dimensions; None as in `by_same_kind`."""
+    """Return the order of all adapted weights of equal dimension; None as in `by_same_kind`."""
     return _only(evidence.orders(lambda other: other.dimensions == kind.dimensions))
 
 
 def by_same_part(name: str, kind: WeightKind, evidence: Evidence) -> bool | None:
-    """The order of the matrices in one part of the model; None as in `by_same_kind`.
+    """Return the order of the matrices in one part of the model; None as in `by_same_kind`.
 
-    Those with names of Conv1D layers tell nothing of the others, and the other way round.
+    Matrices with names of Conv1D layers are no evidence for other matrices, and vice versa.
     """
     has_conv1d_name = is_conv1d_name(name)
 
@@ -120,7 +120,7 @@ def by_same_part(name: str, kind: WeightKind, evidence: Evidence) -> bool | None
 
 
 def by_model_type(name: str, types: frozenset[str]) -> bool | None:
-    """The order of a model's layers by its types; None where they tell nothing."""
+    """Return the order of a model's layers by its types; None if the types do not tell."""
     if types and types <= CONV1D_MODELS:  # all parts of the model have such layers
         return True
     if types & CONV1D_MODELS:
@@ -129,26 +129,26 @@ def by_model_type(name: str, types: frozenset[str]) -> bool | None:
 
 
 def _only(orders: set[bool]) -> bool | None:
-    """The only order in the list; None if it has none or both."""
+    """Return the only order in the set; None if it has none or both."""
     if len(orders) != 1:
         return None
     return next(iter(orders))
 
 
 def is_conv1d_name(name: str) -> bool:
-    """True for the name of a weight that Conv1D layers of the GPT-2 family have."""
+    """Whether this is the name of a weight in a Conv1D layer of the GPT-2 family."""
     return bool(CONV1D_NAMES.search(name))
 
 
 def is_lookup(entry: Entry) -> bool:
-    """True for an update of a table that is looked up."""
+    """Whether the entry updates a lookup table."""
     return isinstance(entry, LowRank) and entry.origin.op == "embedding"
 
 
 def in_out_weights(
     adapter: Adapter, rename: Renaming, where: str, notes: list[str]
 ) -> frozenset[str]:
-    """Names of square weights that are stored [in, out].
+    """Return the names of square weights that are stored [in, out].
 
     Args:
         adapter: Its updates.
@@ -181,7 +181,7 @@ def in_out_weights(
 
 
 def _by_shapes(adapter: Adapter, rename: Renaming) -> tuple[list[str], dict[WeightKind, set[bool]]]:
-    """(square weights, orders that the shapes of the other weights show) of an adapter."""
+    """Return (square weights, orders that the shapes of the other weights show) of an adapter."""
     square: list[str] = []
     votes: dict[WeightKind, set[bool]] = {}
     for key, entry in adapter.entries.items():
@@ -211,7 +211,7 @@ def _has_doubtful_order(entry: Entry, info: TensorInfo) -> TypeGuard[Change]:
 
 
 def _has_linear_layers_only(evidence: Evidence) -> bool:
-    """Whether no matrix of the model is stored [in, out], as far as is known."""
+    """Whether no matrix of the model is known to be stored [in, out]."""
     if evidence.model_types & CONV1D_MODELS:
         return False
     orders = evidence.orders(lambda kind: kind.dimensions == 2)
@@ -221,7 +221,7 @@ def _has_linear_layers_only(evidence: Evidence) -> bool:
 
 
 def model_types(config: JsonView) -> frozenset[str]:
-    """model_type of the model and of its parts."""
+    """Return the model_type of the model and of its parts."""
     inner = [value for value in config.values() if isinstance(value, dict)]
     types = [section.get("model_type") for section in (config, *inner)]
     return frozenset(kind for kind in types if isinstance(kind, str) and kind)

@@ -1,4 +1,4 @@
-"""Decide which weights stored as codes can take an update, and why others cannot.
+"""The weights stored as codes: which of them an update can be folded into, and why not others.
 
 Folding means to requantise W + Δ. A typical Δ is far below a step of 4 bits, so rounding snaps
 back to the same codes and the adapter is lost; in FP8 the same holds for most of it. int8 with a
@@ -32,7 +32,7 @@ LOST = "an update is merged into codes only if requested"
 
 
 def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> None:
-    """Raise if the base has a weight of the adapter only as codes, under other names."""
+    """Raise if the base stores an updated weight only as codes, under other names."""
     for key in keys:
         name = base_name(key)
         info = base.tensors.get(name)
@@ -44,7 +44,7 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> Non
 
 
 def codes_of(name: str, base: Checkpoint, config: JsonView) -> str:
-    """The format of a weight's codes, from the base's tensors or its config.
+    """Return the format of a weight's codes, from the base's tensors or its config.
 
     Empty where it has none.
     """
@@ -61,7 +61,7 @@ def codes_of(name: str, base: Checkpoint, config: JsonView) -> str:
 
 
 def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry]) -> Int8 | None:
-    """The int8 layout of a weight that an update can be folded into; None for plain floats.
+    """Return the int8 layout of a weight that can take an update; None for plain floats.
 
     Args:
         name: The tensor's name.
@@ -92,7 +92,7 @@ def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry
 
 
 def _refuse_empty(name: str, info: TensorInfo) -> None:
-    """Raise for a tensor without elements, as ZeRO-3 leaves them."""
+    """Raise for a tensor without elements, as ZeRO-3 writes."""
     if 0 in info.shape:
         raise LoraFxError(
             f"{info.file}: tensor {name!r} is empty, {list(info.shape)}; expected a weight",
@@ -103,7 +103,7 @@ def _refuse_empty(name: str, info: TensorInfo) -> None:
 def _refusal(
     name: str, info: TensorInfo | None, scheme: str, base: Checkpoint, why: str = LOST
 ) -> LoraFxError:
-    """The refusal of an update of codes.
+    """Return the error for an update of codes.
 
     Args:
         name: The tensor's name.

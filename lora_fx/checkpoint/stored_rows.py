@@ -1,4 +1,4 @@
-"""Rows of a stored tensor, read into memory that a thread uses again."""
+"""Readers of a stored tensor's rows, with memory that a thread reuses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lora_fx.files.safetensors import TensorInfo
 
 
 class Space:
-    """Arrays that one thread uses again for block after block: allocating costs page faults."""
+    """Arrays that a thread reuses for every block, because allocation causes page faults."""
 
     def __init__(self) -> None:
         self._bytes: dict[str, Array] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: NumpyDtype) -> Array:
-        """An array with any content; the next of this name takes its place."""
+        """Return an uninitialised array; the next array with this name reuses its memory."""
         size = math.prod(shape) * dtype.itemsize
         buffer = self._bytes.get(name)
         if buffer is None or len(buffer) < size:
@@ -32,7 +32,7 @@ class Space:
 def read_rows(
     fd: int, info: TensorInfo, low: int, high: int, columns: int, space: Space | None = None
 ) -> Array:
-    """Rows low ≤ i < high of a stored tensor that is seen with `columns` columns.
+    """Read rows low ≤ i < high of a stored tensor, seen as rows of `columns` columns.
 
     Args:
         fd: Its file, opened.
@@ -56,6 +56,6 @@ def read_rows(
 
 
 def read_block(info: TensorInfo, low: int, high: int, columns: int) -> Array:
-    """Rows low ≤ i < high of a stored tensor, as `read_rows` gives them; its file is opened."""
+    """Open the file of a stored tensor and read rows low ≤ i < high, as `read_rows` does."""
     with open_input(info.file) as file:
         return read_rows(file.fileno(), info, low, high, columns)

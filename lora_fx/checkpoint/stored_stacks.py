@@ -1,4 +1,4 @@
-"""Updates of stacks of experts: at a base that has them one by one, and in another layout."""
+"""Updates of expert stacks for a base that stores the experts separately, or for another layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lora_fx.text import JsonView
 
 
 def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
-    """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
+    """Return the adapter with updates of expert stacks under parameter names."""
     turned = stacks_turned(adapter, rename.config)
     entries = place(adapter.entries, rename.shape, turned=turned)
     return replace(adapter, entries=entries)
@@ -41,7 +41,7 @@ _EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 def laid_for(
     adapter: Adapter, layout: ExpertLayout, base: str | None, model_type: str | None
 ) -> Adapter:
-    """An adapter with its experts in a layout.
+    """Return the adapter with its experts in a layout.
 
     Args:
         adapter: Its updates of experts, in any layout.
@@ -73,7 +73,7 @@ def laid_for(
 
 
 def _stacked_by_base(adapter: Adapter, base: str, config: JsonView) -> Adapter:
-    """An adapter with its updates of the base's stacks under their own names.
+    """Return the adapter with updates of the base's expert stacks under parameter names.
 
     Parameters that are one matrix, such as routers, stay as PEFT has them.
     """
@@ -91,7 +91,7 @@ def _stacked_by_base(adapter: Adapter, base: str, config: JsonView) -> Adapter:
 def _check_every_expert(
     adapter: Adapter, layout: ExpertLayout, base: str, config: JsonView
 ) -> None:
-    """Raise if a layout stacks the experts and the adapter lacks the last ones of the base."""
+    """Raise if a layout stacks the experts and the adapter lacks the base's last experts."""
     count = experts_of({**config, **text_config(config)})
     numbers: list[int] = []
     for key in adapter.entries:
@@ -105,7 +105,7 @@ def _check_every_expert(
 
 
 def placed_in_stack(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
-    """An entry of a stack, or of a region of one, at the tensors that hold its matrices.
+    """Place an update of a stack, or of its region, at the tensors that hold the matrices.
 
     ΔW [E, out, in] of the stack is s·b[e]·a[e] for expert e; a tensor that is rows low ≤ i < high
     of expert e gets s·b[e, low:high]·a[e]. So every part has the rank and the scale of the whole.
@@ -128,7 +128,7 @@ def placed_in_stack(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
 
 
 def _expert_rows(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> Entry:
-    """Some rows of one expert of an entry, as an entry for a separate tensor."""
+    """Return some rows of one expert's update, as an entry for a separate tensor."""
     if isinstance(entry, Full):
         return Full(np.ascontiguousarray(entry.value[expert, rows]))
 
@@ -157,7 +157,7 @@ def _expert_rows(key: str, entry: Entry, expert: int, rows: slice, stack: Stack)
 
 
 def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
-    """How PEFT reads the stacks of experts of a model type; see `Family`.
+    """Whether PEFT reads the expert stacks of a model type as [E, in, out]; see `Family`.
 
     PEFT writes in and out but not which of the two comes first in [E, …, …].
 
@@ -172,7 +172,7 @@ def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
 
 
 def saved_by(adapter: Adapter) -> str:
-    """The release of PEFT that wrote an adapter's file; empty if the file does not record it."""
+    """Return the PEFT release that wrote an adapter's file; empty if it is not recorded."""
     peft = adapter.metadata.get("peft")
     if not isinstance(peft, Mapping):
         return ""

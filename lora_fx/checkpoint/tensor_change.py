@@ -1,4 +1,4 @@
-"""The change of one tensor of a checkpoint: all of its updates, checked against it."""
+"""The change of one tensor of a checkpoint: all updates of the tensor, checked against its data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ONE_BY_ONE = "merge one adapter after the other"
 
 
 Stage = tuple[TensorFold, str]
-"""The change of a tensor by a merge: its fold, and the dtype of the result."""
+"""One merge's change of a tensor: its fold, and the dtype of the result."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class TensorChange:
 
     @property
     def weight(self) -> TensorInfo:
-        """The tensor, or the codes, that W is read from."""
+        """The tensor, or the codes, from which W is read."""
         return self.codes or self.source
 
     def spans(self, most: int) -> Iterator[tuple[int, int]]:
-        """Ranges of about `most` of the rows that are folded, each of which can be done alone."""
+        """Yield ranges of about `most` folded rows that can be computed independently."""
         assert self.fold is not None
         if self.codes is not None:
             yield from self.codes.weight.spans(most)
@@ -79,21 +79,21 @@ class TensorChange:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the base's tensor, which is that of the output's."""
+        """The shape of the base's tensor, which is also the output's shape."""
         return self.source.shape
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the output's tensor has."""
+        """The number of bytes in the output's tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
     @property
     def requantised(self) -> bool:
-        """True if its codes are written again because of `requantise`."""
+        """Whether the tensor's codes are written again because of `requantise`."""
         return self.codes is not None and self.int8 is None
 
     def to_json(self, stats: Stats | None = None) -> Json:
-        """A row of `tensors[]` in docs/json.md; without `stats`, fields that need them are null."""
+        """Return a row of `tensors[]` in docs/json.md; null for fields that lack their `stats`."""
         row: Json = {
             "key": self.name,
             "shape": list(self.shape),
@@ -136,7 +136,7 @@ class TensorChange:
 def change_of(
     name: str, info: TensorInfo, placed: Sequence[Placed], base: Checkpoint, dtype: str | None
 ) -> TensorChange:
-    """Join all updates of one tensor into its change.
+    """Combine all updates of one tensor into its change.
 
     Args:
         name: The tensor's name.
@@ -180,7 +180,7 @@ def change_of(
 
 
 def _whole_of(name: str, placed: Sequence[Placed], base: Checkpoint) -> Full | None:
-    """The entry that replaces a whole tensor; None if there is none.
+    """Return the entry that replaces a whole tensor; None if there is none.
 
     Raises:
         LoraFxError: Another update changes the tensor too.
@@ -199,7 +199,7 @@ def _whole_of(name: str, placed: Sequence[Placed], base: Checkpoint) -> Full | N
 
 
 def _as_rows(info: TensorInfo) -> Matrix:
-    """A tensor without a change, as rows along its first axis; of codes along all but the last."""
+    """Return an unchanged tensor as rows: along its first axis; codes along all but the last."""
     split = -1 if isinstance(info, CodesInfo) else 1
     rows = math.prod(info.shape[:split])
     columns = math.prod(info.shape[split:])
@@ -209,7 +209,7 @@ def _as_rows(info: TensorInfo) -> Matrix:
 def requantised(
     name: str, info: CodesInfo, placed: Sequence[Placed], base: Checkpoint
 ) -> dict[str, TensorChange]:
-    """Join all updates of a weight that is quantised again; returns the change of each tensor.
+    """Combine all updates of a weight that is requantised; return the change of each stored tensor.
 
     Raises:
         LoraFxError: A format that lora-fx cannot write, or a whole tensor that replaces codes.
@@ -246,13 +246,13 @@ def requantised(
 
 
 def scales_change(name: str, info: TensorInfo, weight: str) -> TensorChange:
-    """The change of the scales of a weight that is quantised again."""
+    """Return the change of the scales of a weight that is requantised."""
     what = (f"new scales of {weight}",)
     return TensorChange(name, info, info.dtype, what=what, scales_of=weight)
 
 
 def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
-    """Raise where a whole tensor cannot be stored as `dtype`."""
+    """Raise if a whole tensor cannot be stored as `dtype`."""
     value_dtype = value.dtype.name
     are_floats = dtype in FLOATING and value_dtype in FLOATING
     if not are_floats and value_dtype != dtype:
@@ -296,7 +296,7 @@ def _check_order(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
 
 
 def _needs_base_alone(entry: Entry) -> str:
-    """Why an update needs the base's unchanged weight; empty for one that is only added."""
+    """Return why an update needs the unchanged base weight; empty if it is only added."""
     if isinstance(entry, Rotation):
         return "rotates it (OFT)"
     if not isinstance(entry, LowRank):
@@ -309,7 +309,7 @@ def _needs_base_alone(entry: Entry) -> str:
 
 
 def _replaced_rows(name: str, placed: Sequence[Placed], base: Checkpoint) -> Mapping[int, Array]:
-    """Row → its new values, each from one update."""
+    """Return row → its new values; each row has one update."""
     rows: dict[int, Array] = {}
     for update in placed:
         if not isinstance(update.entry, ReplacedRows):
@@ -325,7 +325,7 @@ def _replaced_rows(name: str, placed: Sequence[Placed], base: Checkpoint) -> Map
 
 
 def _described(update: Placed) -> str:
-    """The kind, region, rank and scale of an update, for people."""
+    """Describe the kind, region, rank and scale of an update, for people."""
     entry = update.entry
     if isinstance(entry, ReplacedRows):
         return f"{len(entry.index)} rows"

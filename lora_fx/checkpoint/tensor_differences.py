@@ -1,4 +1,4 @@
-"""Two checkpoints compared tensor by tensor: names, shapes, dtypes and values, streamed.
+"""The comparison of two checkpoints, tensor by tensor: names, shapes, dtypes and values.
 
 rel = max|a − b| / max|b| of a tensor, both in fp64. Equal bytes are equal, whatever they mean;
 NaN or an infinity on one side only, and a difference where b is all zero, are infinite.
@@ -21,7 +21,7 @@ from lora_fx.text import Json, strict_json
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that differs from what it should be.
+    """A tensor that differs from the expected one.
 
     Attributes:
         tensor: Its name.
@@ -40,7 +40,7 @@ class Difference:
     elements: int | None = None
 
     def to_json(self) -> Json:
-        """Plain values; an infinite difference is null."""
+        """Return plain values; an infinite difference is null."""
         row: Json = strict_json(vars(self))
         return {"key": row.pop("tensor"), **row}
 
@@ -66,7 +66,7 @@ def unlike(a: Tensors, b: Tensors, tol: float = 0.0) -> Iterator[Difference]:
 def _difference(
     name: str, ours: TensorInfo, theirs: TensorInfo | None, tol: float
 ) -> Difference | None:
-    """The difference of a tensor from the reference; None if it is at most `tol`."""
+    """Return the difference of a tensor from the reference; None if it is at most `tol`."""
     if theirs is None:
         return Difference(name, "is missing in B", elements=0)
     if ours.shape != theirs.shape:
@@ -81,7 +81,7 @@ def _difference(
 
 
 def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | None:
-    """The difference between the values of two tensors of one shape; None if they are equal."""
+    """Return the difference between the values of two tensors of one shape; None if equal."""
     if same_bytes(ours, theirs):
         return None
     if DTYPES[ours.dtype].bits % 8 or DTYPES[theirs.dtype].bits % 8 or "complex" in ours.dtype:
@@ -116,7 +116,7 @@ def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | Non
 
 
 def _same_outside(block: Array, reference: Array, finite: Array) -> bool:
-    """Whether two blocks have the same infinities in the same places, and no NaN.
+    """Whether two blocks have no NaN, and the same infinities in the same places.
 
     Args:
         block: Of one side.

@@ -18,12 +18,12 @@ from lora_fx.files.safetensors import TensorInfo
 from lora_fx.files.stored_tensors import stored_elements
 
 BLOCK = 1 << 18
-"""Elements of one block."""
+"""The number of elements of one block."""
 
 
 @dataclass(frozen=True)
 class TensorPair:
-    """The same tensor of two checkpoints, seen as `batch` matrices of rows × columns as stored.
+    """The same tensor of two checkpoints, viewed as `batch` stored matrices of rows × columns.
 
     Elements are numbered in stored order, so that a matrix and a block of its rows are ranges.
     """
@@ -41,7 +41,7 @@ class TensorPair:
         return np.dtype(arithmetic(self.base.dtype, self.tuned.dtype))
 
     def delta(self, batch: int) -> tuple[Array, float, float]:
-        """One matrix of Δ, ‖Δ‖² and ‖base‖² of it in fp64.
+        """Return one matrix of Δ, and its ‖Δ‖² and ‖base‖² in fp64.
 
         Raises:
             LoraFxError: NaN or infinite values on either side.
@@ -68,7 +68,7 @@ class TensorPair:
         return result.reshape(self.rows, self.columns), changed, original
 
     def _finite(self, info: TensorInfo, low: int, high: int) -> Array:
-        """Elements low ≤ i < high of one side, in Δ's dtype; raises where one is not finite."""
+        """Read elements low ≤ i < high of one side, in Δ's dtype; raise if one is not finite."""
         block = stored_elements(info, low, high).astype(self.dtype, copy=False)
         count = np.count_nonzero(~np.isfinite(block))
         if count:
@@ -81,7 +81,7 @@ class TensorPair:
 
 
 def pair_of(key: str, base: TensorInfo, tuned: TensorInfo, lead: int) -> TensorPair:
-    """A tensor of two checkpoints, of which `lead` leading axes count matrices."""
+    """Return a tensor of two checkpoints, whose `lead` leading axes count matrices."""
     shape = base.shape or (1,)
     batch = math.prod(shape[:lead])
     columns = math.prod(shape[lead + 1 :])
@@ -89,7 +89,7 @@ def pair_of(key: str, base: TensorInfo, tuned: TensorInfo, lead: int) -> TensorP
 
 
 def _squares(block: Array) -> float:
-    """The sum of squares of a block, in fp64."""
+    """Return the sum of squares of a block, in fp64."""
     wide = block.astype(np.float64, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.dot(wide, wide))

@@ -1,4 +1,4 @@
-"""Guess how a model reads the tensors of a checkpoint, from names, shapes and config.json.
+"""The likely use of each checkpoint tensor, from its name and shape and from config.json.
 
 ==========  ========================================  =======================================
 linear      [out, in]                                 the rule for two dimensions
@@ -29,7 +29,7 @@ CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transform
 
 
 CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
-"""Names of such layers."""
+"""A pattern of the names of Conv1D layers."""
 
 
 _STACK = re.compile(r"(^|\.)\w*(experts|moe)(\.|$)")
@@ -62,12 +62,12 @@ class TensorUse:
 
     @property
     def swapped(self) -> bool:
-        """True where the rows of the stored matrix are in."""
+        """Whether the rows of the stored matrix are the inputs."""
         return self.layout is not None and self.layout.out == (self.lead + 1,)
 
 
 def config_of(path: str | Path) -> JsonView:
-    """The config.json of a folder, or next to a file; empty if there is none."""
+    """Return the config.json of a folder, or next to a file; empty if there is none."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
@@ -77,7 +77,7 @@ def config_of(path: str | Path) -> JsonView:
 def uses(
     tensors: Tensors, found: Found, config: JsonView, fan_in_fan_out: bool | None, table: str | None
 ) -> dict[str, TensorUse]:
-    """The use of every tensor by its name.
+    """Return the use of every tensor, by name.
 
     Args:
         tensors: The checkpoint's tensors.
@@ -116,28 +116,28 @@ def uses(
 
 
 def _stack_use(shape: tuple[int, ...], *, in_out: bool) -> TensorUse:
-    """A stack of experts, [experts, out, in] or [experts, in, out]."""
+    """Return the use of an expert stack, [experts, out, in] or [experts, in, out]."""
     if in_out:
         return TensorUse(Layout(shape, (0,), (2,), (1,), shape), "bmm")
     return TensorUse(Layout(shape, (0,), (1,), (2,), shape), "bmm")
 
 
 def _table_use(shape: tuple[int, ...], *, is_tied: bool) -> TensorUse:
-    """An embedding table; one that is the output head too is read as a linear layer."""
+    """Return the use of an embedding table; a tied table is read as a linear layer."""
     if is_tied:
         return TensorUse(plain_layout(shape), "linear", tied=True)
     return TensorUse(Layout(shape, (), (1,), (0,), shape), "embedding")
 
 
 def _linear_use(shape: tuple[int, ...], *, in_out: bool) -> TensorUse:
-    """A linear layer [out, in], or Conv1D's [in, out]."""
+    """Return the use of a linear layer's weight [out, in], or of Conv1D's [in, out]."""
     if in_out:
         return TensorUse(Layout(shape, (), (1,), (0,), shape), "addmm")
     return TensorUse(plain_layout(shape), "linear")
 
 
 def _is_tied(roles: Mapping[str, str], config: JsonView) -> bool:
-    """True when the file has no head of its own and the config says that there is one."""
+    """Whether the file stores no output head and the config does not untie it."""
     if "head" in roles.values() or says_tied(config) is False:
         return False
     classes = config.get("architectures") or ()

@@ -1,4 +1,4 @@
-"""The names of embedding tables and output heads, tied and untied: one table for all verbs.
+"""The names of embedding tables and output heads, tied and untied: one table for all commands.
 
 Names are those of transformers' files. A tied head is not stored; untied, the same classes look for
 it under `head`, and for whatever else the config's one flag has tied: `lookups` are other names of
@@ -25,23 +25,23 @@ _GENERATES = re.compile(
 
 
 def is_table(name: str) -> bool:
-    """True for the name of a lookup table of tokens."""
+    """Whether this is the name of a token embedding table."""
     return bool(_TABLE.search(name))
 
 
 def is_head(name: str) -> bool:
-    """True for the name of an output head's weight."""
+    """Whether this is the name of an output head's weight."""
     return bool(_HEAD.search(name))
 
 
 def generates(classes: Iterable[object]) -> bool:
-    """True where one of a config's `architectures` has an output head over tokens."""
+    """Whether one of a config's `architectures` has an output head over tokens."""
     return any(isinstance(name, str) and _GENERATES.search(name) for name in classes)
 
 
 @dataclass(frozen=True)
 class Tie:
-    """A table that is the output head too, and the other names that the config's one flag ties.
+    """An embedding table that is also the output head, and other names tied by the config's flag.
 
     Attributes:
         table: The table's name; it is stored where the two are tied.
@@ -59,13 +59,13 @@ class Tie:
     apart: bool = True
 
     def sources(self) -> dict[str, str]:
-        """Every other name → the stored tensor that it is."""
+        """Return every other name → the stored tensor that it stands for."""
         names = [self.head] if self.head else []
         names += self.lookups
         return {**dict.fromkeys(names, self.table), **self.biases}
 
     def known(self, tensors: Tensors) -> dict[str, TensorInfo]:
-        """The tensors under every name that an adapter may use."""
+        """Return the tensors under every name that an adapter may use."""
         known: dict[str, TensorInfo] = {}
         for name, source in self.sources().items():
             if source in tensors:
@@ -73,7 +73,7 @@ class Tie:
         return known | dict(tensors)
 
     def new(self, tensors: Collection[str]) -> dict[str, str]:
-        """The tensors that an untied file has and this one lacks: name → the tensor to copy."""
+        """Return the tensors that only an untied file has: name → the tensor to copy."""
         copies: dict[str, str] = {}
         for name, source in self.sources().items():
             if name in tensors or source not in tensors:
@@ -84,17 +84,17 @@ class Tie:
 
 
 def _two_lookups(lead: str) -> tuple[str, str]:
-    """The tables of an encoder and a decoder."""
+    """Return the names of the tables of an encoder and a decoder."""
     return f"{lead}encoder.embed_tokens.weight", f"{lead}decoder.embed_tokens.weight"
 
 
 def _masked(model: str, head: str) -> Tie:
-    """The tie of an encoder."""
+    """Return the tie of a masked language model: word embeddings and head."""
     return Tie(f"{model}.embeddings.word_embeddings.weight", f"{head}.weight")
 
 
 def _biased(model: str, head: str) -> Tie:
-    """The tie of an encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
+    """Return the tie of a model with head `HEAD.decoder` and its bias also as `HEAD.bias`."""
     tied = _masked(model, f"{head}.decoder")
     return replace(tied, biases={f"{head}.decoder.bias": f"{head}.bias"})
 
@@ -119,11 +119,11 @@ FAMILIES = (
     (r"^DistilBertForMaskedLM$", _masked("distilbert", "vocab_projector")),
     (r"^Electra(ForMaskedLM|ForCausalLM)$", _masked("electra", "generator_lm_head")),
 )
-"""Pattern of classes, as config.json's `architectures` has them, and the names of their tie."""
+"""Patterns of the class names in config.json's `architectures`, each with the names of the tie."""
 
 
 def tie_in(classes: Iterable[object], names: Iterable[str]) -> Tie | None:
-    """The names of a checkpoint's family, by its classes and those of its tensors, if known."""
+    """Return the tie of the family that a checkpoint's classes and tensor names fit; else None."""
     class_names = [str(name) for name in classes] or [""]
     tensor_names = set(names)
     for pattern, tie in FAMILIES:

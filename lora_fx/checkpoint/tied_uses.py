@@ -1,4 +1,4 @@
-"""A checkpoint whose output head is its embedding: one tensor, two uses.
+"""Checkpoints whose output head is their embedding table: one tensor, two uses.
 
 An adapter on one of the two must not reach the other. The file holds the tensor once, or twice
 with config.json tying them again when it is loaded: the two are untied or the merge is refused.
@@ -22,19 +22,19 @@ from lora_fx.files.safetensors import Tensors
 from lora_fx.text import JsonView, some
 
 _SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
-"""model_types whose logits are scaled if the head is tied, unless the config says otherwise."""
+"""The model_types that scale their logits if the head is tied, unless the config differs."""
 
 
 _SAYS_SCALE = frozenset(("t5", "umt5", "longt5"))
-"""Those model_types whose config can have the field scale_decoder_outputs."""
+"""The model_types in _SCALED whose config can have the field scale_decoder_outputs."""
 
 
 _ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "udop"))
-"""model_types that are tied whenever no head is stored, whatever the config says."""
+"""The model_types that are tied whenever no head is stored, whatever the config has."""
 
 
 def tie_of(tensors: Tensors, config: JsonView, keys: Iterable[str] = ()) -> Tie | None:
-    """The tie of a checkpoint, from its names and config; None if it has none.
+    """Return the tie of a checkpoint, from its names and config; None if it has none.
 
     Without a word in the config a model that generates and has no head of its own is tied: that
     is the default of its class.
@@ -70,14 +70,14 @@ def tie_of(tensors: Tensors, config: JsonView, keys: Iterable[str] = ()) -> Tie 
 
 
 def _head_of(family: Tie, heads: Sequence[str], keys: Iterable[str]) -> str:
-    """The name of a tied head: as stored, as an adapter calls it, or as its family does."""
+    """Return the name of a tied head: from the file, else from an adapter, else from its family."""
     if not heads:
         return next((key for key in keys if is_head(key)), family.head)
     return family.head if family.head in heads else heads[0]
 
 
 def tie_and_names(base: Checkpoint, keys: Iterable[str]) -> tuple[Tie | None, Tensors]:
-    """The tie of a checkpoint, and its tensors under every name that an adapter may use."""
+    """Return the tie of a checkpoint, and its tensors under every name that an adapter may use."""
     tie = tie_of(base.tensors, base.config(), keys)
     if tie is None:
         return None, base.tensors
@@ -87,9 +87,9 @@ def tie_and_names(base: Checkpoint, keys: Iterable[str]) -> tuple[Tie | None, Te
 def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -> None:
     """Raise if an update is for one use of a tensor that may be both table and head.
 
-    That is a table of all tokens of a model that generates and stores no head, or stores the table
-    more than once, under names that are not known here; or a head beside which nothing else has
-    a row for every token.
+    Such a tensor is the token table of a generating model, under unknown names, if the model
+    stores no head or stores the table more than once; or a head, if no other tensor has a row for
+    every token.
     """
     config = base.config()
     is_untied = says_tied(config) is False
@@ -131,17 +131,17 @@ def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -
 
 
 def _is_tied_pair(update: Placed) -> bool:
-    """True for a low-rank update that its adapter has for table and head together."""
+    """Whether this is a low-rank update that its adapter marks as tied."""
     return isinstance(update.entry, LowRank) and is_tied(update.entry)
 
 
 def _is_looked_up(update: Placed) -> bool:
-    """True for an update of an embedding lookup."""
+    """Whether this updates an embedding lookup."""
     return isinstance(update.entry, ReplacedRows) or is_lookup(update.entry)
 
 
 def means_both_uses(update: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
-    """True for an update of table and head at once; PEFT means both by rows of tokens."""
+    """Whether this updates table and head; token rows do, unless the head has its own rows."""
     if not isinstance(update.entry, ReplacedRows):
         return is_tied(update.entry)
     return not any(
@@ -150,7 +150,7 @@ def means_both_uses(update: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
 
 
 def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
-    """Make one update of equal whole tensors of table, head and lookups.
+    """Replace equal whole tensors of table, head and lookups by one update.
 
     PEFT saves a tied table under each name of its modules, and the same numbers where it keeps
     them tied (ensure_weight_tying).
@@ -176,7 +176,7 @@ def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
 def of_one_use(
     placed: Sequence[Placed], tie: Tie, config: JsonView, where: str, *, untie: bool
 ) -> list[Placed]:
-    """The updates that mean one use of a tied table and not all; for them the uses are untied.
+    """Return the updates that are for one use of a tied table; they need the uses to be untied.
 
     Args:
         placed: All updates.
@@ -217,7 +217,7 @@ def of_one_use(
 
 
 def _check_lookups(of_one: Sequence[Placed], tie: Tie, where: str) -> None:
-    """Raise if an update is for one lookup of a table that has several."""
+    """Raise if an update is for one lookup of a table with several lookups."""
     for update in of_one:
         if update.tensor in tie.lookups and not tie.apart:
             raise LoraFxError(
@@ -238,7 +238,7 @@ def _check_lookups(of_one: Sequence[Placed], tie: Tie, where: str) -> None:
 
 
 def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[Placed]:
-    """Repeat each update for every other tensor among `names` that it applies to.
+    """Repeat each update for every other tensor in `names` that it applies to.
 
     1. The two names of a bias are one, unless each has an update.
     2. A name that is no tensor of its own is the one that it stands for.

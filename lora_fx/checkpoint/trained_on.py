@@ -1,4 +1,4 @@
-"""Check whether a checkpoint is the base that an adapter was trained on."""
+"""The check whether a checkpoint is the base that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.text import JsonView, is_whole
 
 
 def other_model(adapter: Adapter, where: str, base: Checkpoint) -> str:
-    """A message if the configs of an adapter and a checkpoint name different models.
+    """Return a message if the configs of an adapter and a checkpoint name different models.
 
     Empty if one of them names none, or both name the same.
     """
@@ -36,14 +36,14 @@ def other_model(adapter: Adapter, where: str, base: Checkpoint) -> str:
 
 
 def _last_part(name: str) -> str:
-    """The last part of a path or of a model's id, in small letters."""
+    """Return the last part of a path or model id, in lower case."""
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def base_note(
     adapter: Adapter, where: str, base: Checkpoint, known: Tensors, any_base: bool
 ) -> str:
-    """Why the base could not be verified; empty if the adapter was trained on this checkpoint.
+    """Return why the base could not be verified; empty if this is the adapter's base.
 
     Args:
         adapter: An adapter with metadata["base"], or without.

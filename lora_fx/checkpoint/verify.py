@@ -1,4 +1,4 @@
-"""verify on tensor files: nothing is run, tensors are compared; see `lora_fx.verify`.
+"""verify for tensor files: compares tensors and runs no model; see `lora_fx.verify`.
 
 MERGED against BASE and adapters: every touched tensor is W + Σ wᵢ·sᵢ·BᵢAᵢ in the dtype that MERGED
 has it in, within what fp32 and one rounding allow (see prove.py); all others are the base's bytes.
@@ -28,11 +28,11 @@ from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json
 
 _SHOWN = 20
-"""Differences that are shown to people."""
+"""The number of differences that are shown to people."""
 
 
 def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
-    """True for a `.safetensors` file or a pickle, or a folder of them, but not an adapter."""
+    """Whether this is a `.safetensors` file, a pickle, or a folder of them, and not an adapter."""
     if not isinstance(path, (str, os.PathLike)):
         return False
     path = Path(path)
@@ -49,7 +49,7 @@ def verify_files(
     tol: float = 0.0,
     rows: int | None = ROWS,
 ) -> Report:
-    """Compare two checkpoints tensor by tensor; with adapters, check that A is B with them merged.
+    """Compare two checkpoints; with adapters, check that A is B with the adapters merged.
 
     Args:
         a: A Hugging Face folder or a `.safetensors` file.
@@ -75,7 +75,7 @@ def verify_files(
 
 
 def _compare(first: Checkpoint, second: Checkpoint, tol: float) -> Report:
-    """The report of two checkpoints that are to be equal."""
+    """Return the report of two checkpoints that should be equal."""
     differences = list(unlike(first.tensors, second.tensors, tol))
     differences.sort(key=lambda difference: -difference.rel)
     details = _counts({*first.tensors, *second.tensors}, differences)
@@ -87,7 +87,7 @@ def _compare(first: Checkpoint, second: Checkpoint, tol: float) -> Report:
 def _check_merged(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[WeightedAdapter], rows: int | None
 ) -> Report:
-    """The report of a checkpoint that is to be a base with adapters merged into it."""
+    """Return the report of a checkpoint that should be a base with adapters merged into it."""
     plan, recorded, notes = chain_of(merged, base, adapters)
     differences = list(prove(plan, merged, rows=rows, threads=cores()))
     differences.sort(key=lambda difference: -difference.ratio)
@@ -101,13 +101,13 @@ def _check_merged(
 
 
 def _counts(names: Collection[str], differences: Sequence[Difference]) -> Json:
-    """The number of tensors, and of those that are as expected."""
+    """Return the number of tensors, and of tensors without a difference."""
     different = {difference.tensor for difference in differences}
     return {"tensors": len(names), "equal": len(names) - len(different)}
 
 
 def _listed(adapter: Any) -> list[AdapterLike | tuple[AdapterLike, float]]:
-    """One adapter, or one (adapter, weight), as a list of it."""
+    """Return a list of adapters; a single adapter or (adapter, weight) becomes its only item."""
     if isinstance(adapter, (str, os.PathLike, Adapter)):
         return [adapter]
     is_pair = isinstance(adapter, tuple) and len(adapter) == 2
@@ -117,7 +117,7 @@ def _listed(adapter: Any) -> list[AdapterLike | tuple[AdapterLike, float]]:
 
 
 def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
-    """Check that every key of an adapter has a tensor of its shape in a checkpoint; runs nothing.
+    """Check that every adapter key has a checkpoint tensor of its shape; run nothing.
 
     Raises:
         LoraFxError: A key without such a tensor, a layer that the adapter's config has and its file

@@ -1,4 +1,4 @@
-"""Carry out a plan: stream a checkpoint into a new one.
+"""The execution of a plan: stream a checkpoint into a new one.
 
 Untouched byte ranges are copied by the kernel; touched tensors are folded block by block by
 worker threads, each with one block of memory. In every file the data comes first and the header
@@ -34,17 +34,17 @@ from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.quantised.quantised_weight import Written
 
 CHUNK = 64 << 20
-"""Bytes of one copy job."""
+"""The number of bytes in one copy job."""
 RUN = 4
-"""Blocks of one fold job."""
+"""The number of blocks in one fold job."""
 RUN_OF_CODES = 8
-"""The same of codes, which may lie by columns: few rows of them are many short reads."""
+"""The blocks in one fold job of codes: more, since few rows of column-wise codes read slowly."""
 FLUSH = 128 << 20
-"""Bytes after which what is written is sent to the disk, while more is folded."""
+"""The number of written bytes after which they are flushed to the disk."""
 WAITING = 16
-"""Jobs a thread that are made ahead: all jobs of a large checkpoint would take memory."""
+"""The number of prepared jobs for each thread; all jobs of a large checkpoint need much memory."""
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""A function that is called with the bytes done and the total bytes."""
 
 
 def write(
@@ -94,7 +94,7 @@ def _no_progress(done: int, total: int) -> None:
 
 
 class _Run:
-    """One merge under way: open files, threads, bytes done.
+    """A running merge: open files, threads, bytes done.
 
     Attributes:
         open_files: Closes every file at the end.
@@ -124,7 +124,7 @@ class _Run:
     def go(
         self, touched: list[Shard], untouched: dict[str, Path], *, link: bool
     ) -> dict[str, Stats]:
-        """Make files of their full size, let the threads fill them, and write their headers.
+        """Create files of their full size, let the threads fill them, and write their headers.
 
         Args:
             touched: Files in which something changes.
@@ -164,7 +164,7 @@ class _Run:
     def _work(
         self, pool: ThreadPoolExecutor, disk: ThreadPoolExecutor, jobs: Iterable[Job]
     ) -> dict[str, Stats]:
-        """Run the jobs; sums are added up in their order, so that two runs report the same."""
+        """Run the jobs; add up statistics in job order, so that two runs report the same."""
         stats: dict[str, Stats] = {}
         waiting: deque[Future[Done]] = deque()
         for job in jobs:
@@ -177,7 +177,7 @@ class _Run:
         return stats
 
     def _finish(self, job: Future[Done], disk: ThreadPoolExecutor, stats: dict[str, Stats]) -> None:
-        """Wait for a job, count what it did, and have it flushed where enough was written."""
+        """Wait for a job, add its result to the totals, and flush once enough was written."""
         count, name, block_stats = job.result()
         if block_stats is not None:
             stats.setdefault(name, Stats()).add(block_stats)
@@ -189,7 +189,7 @@ class _Run:
         self.progress(self.bytes_done, self.bytes_in_all)
 
     def _create(self, path: Path, size: int) -> int:
-        """Make a file of its full size, to be filled; returns its descriptor."""
+        """Create a file of its full size; return its descriptor."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self.open_files.callback(os.close, fd)
@@ -199,7 +199,7 @@ class _Run:
         return fd
 
     def _open(self, path: Path) -> int:
-        """Open a file of the base, once; returns its descriptor."""
+        """Open a file of the base, once; return its descriptor."""
         if path not in self.sources:
             fd = os.open(path, os.O_RDONLY)
             self.open_files.callback(os.close, fd)
@@ -207,7 +207,7 @@ class _Run:
         return self.sources[path]
 
     def _copies(self, name: str, target: Path, *, link: bool) -> Iterator[Job]:
-        """Jobs that copy a whole shard; none where it can be linked or cloned at once."""
+        """Return jobs that copy a whole shard; none if it can be linked or cloned at once."""
         path = self.plan.base.folder / name
         head = self.plan.base.shards[name].data
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ class _Run:
         return _copy_jobs(source, copy, head, head, size - head)
 
     def _jobs(self, shard: Shard, fd: int) -> Iterator[Job]:
-        """Fold jobs first, since they take longest; runs of untouched tensors as one range."""
+        """Yield a shard's jobs: folds first since they take longest, then untouched tensors."""
         for slot in shard.slots:
             if slot.change is not None:
                 yield from self._fold_jobs(slot.change)
@@ -235,7 +235,7 @@ class _Run:
             yield from _copy_jobs(source, fd, first.source.start, start, count)
 
     def _fold_jobs(self, change: TensorChange) -> Iterator[Job]:
-        """Jobs that write one tensor that changes."""
+        """Yield the jobs that write one changed tensor."""
         if change.scales_of:
             return  # written with the codes
         if change.fold is None:
@@ -249,7 +249,7 @@ class _Run:
             yield partial(work, change, fold, low, high)
 
     def _replace(self, change: TensorChange) -> Done:
-        """Write a tensor that is replaced whole."""
+        """Write a tensor that is replaced as a whole."""
         assert change.value is not None
         fd, start = self.places[change.name]
         value = np.atleast_1d(change.value).astype(numpy_dtype(change.dtype))
@@ -285,7 +285,7 @@ class _Run:
         return space
 
     def _recode(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
-        """Quantise rows again; write their codes, and their scales if the format has new ones."""
+        """Requantise rows; write their codes, and their scales if the format has new ones."""
         assert change.codes is not None
         weight = change.codes.weight
         codes = weight.read(slice(low, high))
@@ -308,12 +308,12 @@ class _Run:
 
 
 def _copy_jobs(source: int, target: int, start: int, to: int, count: int) -> Iterator[Job]:
-    """Jobs that copy `count` bytes from `start` of one file to `to` of another."""
+    """Yield jobs that copy `count` bytes from `start` of one file to `to` of another."""
     for offset in range(0, count, CHUNK):
         size = min(CHUNK, count - offset)
         yield partial(copied, source, target, start + offset, to + offset, size)
 
 
 def _bytes(array: Array) -> memoryview:
-    """The bytes of an array in order; numpy's own buffers do not know bf16."""
+    """Return the bytes of an array in order; numpy's buffers do not support bf16."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data

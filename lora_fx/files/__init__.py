@@ -1,1 +1,1 @@
-"""Bytes on disk: atomic writing, locks, copying, strict safetensors and checkpoint folders."""
+"""Files on disk: atomic writing, locks, copying, strict safetensors and checkpoint folders."""

@@ -1,4 +1,4 @@
-"""The adapter formats, as far as this folder needs them, which stands below them.
+"""The interface to adapter formats that this folder uses; `lora_fx.formats` implements it.
 
 `lora_fx.formats.registry` registers itself here when it is imported.
 """
@@ -10,16 +10,16 @@ from typing import Protocol
 
 
 class AdapterFiles(Protocol):
-    """All adapter formats, as far as files are told apart and replaced."""
+    """All adapter formats: how to recognise and replace their files."""
 
     def suffixes(self) -> tuple[str, ...]:
-        """The endings of adapter files, each with its dot."""
+        """Return the suffixes of adapter files, each with its dot."""
 
     def ending_by_magic(self, head: bytes) -> str:
-        """The ending of the files that begin so; empty where no format has this magic."""
+        """Return the suffix of files that begin with this magic; empty if no format has it."""
 
     def kind_of(self, file: Path, head: bytes) -> str | None:
-        """The kind of an adapter file, for people, by its first 64 KiB.
+        """Return the kind of an adapter file, for people, from its first 64 KiB.
 
         Returns:
             None for the file of no adapter format, and an empty text for one that is no adapter.
@@ -35,7 +35,7 @@ def register(formats: AdapterFiles) -> None:
 
 
 def adapter_files() -> AdapterFiles | None:
-    """The adapter formats; None in a process that has not imported them."""
+    """Return the adapter formats; None in a process that has not imported them."""
     if not _registered:
         return None
     return _registered[0]

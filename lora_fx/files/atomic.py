@@ -1,4 +1,4 @@
-"""Writing that leaves nothing behind: a lock, a temporary sibling, fsync, rename.
+"""Atomic writing of files and folders: a lock, a temporary sibling, fsync, rename.
 
 Beside a target NAME lie, while it is written, `.NAME.lock` and the folder
 `.NAME.lora_fx_XXXXXXXX.tmp` with what is being written. A killed run leaves the folder; the next
@@ -29,7 +29,7 @@ from lora_fx.files.side_outputs import Beside
 from lora_fx.text import human
 
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors that only writing raises; the block also reads, and names the files it reads itself."""
+"""Errors that only writing raises; the block reads files too, and names those in its errors."""
 _AT_FDCWD = -100  # linux/fcntl.h
 _EXCHANGE = 2  # Linux' RENAME_EXCHANGE and macOS' RENAME_SWAP
 
@@ -44,7 +44,7 @@ def replacing(
     beside: Beside | None = None,
     parts: Beside | None = None,
 ) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends without an error.
+    """A block that writes a temporary path, which becomes `path` when the block ends without error.
 
     The block may make a file or a folder of it. One process at a time writes a path.
 
@@ -114,7 +114,7 @@ def replacing(
 
 
 def _sync_folder_of(target: Path, beside: Beside | None) -> None:
-    """Write the folder of an output that has its name to disk.
+    """Fsync the folder of an output that was renamed to its final name.
 
     Args:
         target: The output.
@@ -145,7 +145,7 @@ def check_output(
     new: Path | None = None,
     names: Collection[str] | None = None,
 ) -> None:
-    """Refuse an output, before any work is done, that exists or whose folder does not.
+    """Raise if an output exists or its folder does not, before any work is done.
 
     Args:
         path: The output.
@@ -174,7 +174,7 @@ def check_output(
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:
-    """Refuse when the disk of `folder` has less than `needed` bytes free for this user."""
+    """Raise if the disk of `folder` has less than `needed` bytes free for this user."""
     with explained(folder):
         disk = shutil.disk_usage(folder)
     if disk.total and disk.free < needed:  # a total of 0: the file system does not say
@@ -185,7 +185,7 @@ def check_space(folder: str | os.PathLike[str], needed: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Fsync a file, or every file of a folder and the folder; links are not followed."""
+    """Fsync a file, or a folder and every file in it; do not follow links."""
     mode = path.lstat().st_mode
     if stat.S_ISDIR(mode):
         for child in path.iterdir():
@@ -213,7 +213,7 @@ def _fsync(path: Path) -> None:
 
 
 def _swap(new: Path, target: Path, replaced: Path) -> None:
-    """Give `new` the name `target`; a folder with content cannot be renamed over.
+    """Rename `new` to `target`; an existing folder is exchanged or moved away first.
 
     Args:
         new: What was written.
@@ -229,7 +229,7 @@ def _swap(new: Path, target: Path, replaced: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; False where the system cannot."""
+    """Exchange two names atomically; return False if the system cannot."""
     try:
         import ctypes
 

@@ -23,14 +23,14 @@ from lora_fx.text import Json, JsonView
 
 STEMS = ("model", "diffusion_pytorch_model")
 PICKLED = ("pytorch_model", "diffusion_pytorch_model")
-"""Beginnings of the names of weight files, as safetensors and as pickles."""
+"""Beginnings of the names of weight files, the same for safetensors and pickles."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".data", ".gguf", ".safetensors", ".npz")
-"""Suffixes of files that hold weights: next to merged weights they would be stale copies."""
+"""Suffixes of weight files, which a merge does not copy, because its own weights differ."""
 
 
 QUANTISER_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files that AutoGPTQ, AutoAWQ and ModelOpt write next to config.json."""
+"""The config files that AutoGPTQ, AutoAWQ and ModelOpt write next to config.json."""
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model_type": (str,),
@@ -45,11 +45,11 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "head_dim": (int, float, list),
     "vocab_size": (int,),
 }
-"""Fields of config.json that are looked at, and what they can be."""
+"""The fields of config.json that are checked, and their possible types."""
 
 
 def model_config(file: Path) -> Json:
-    """Read config.json and check the types of its fields, also in its text_config.
+    """Read config.json and check the types of its fields, also in text_config.
 
     Raises:
         LoraFxError: Names the field.
@@ -74,7 +74,7 @@ def model_config(file: Path) -> Json:
 
 
 def text_config(config: JsonView) -> JsonView:
-    """The part of a config.json for the language model in a multimodal model; empty for others."""
+    """Return the language model's part of a multimodal config.json; empty for other models."""
     section = config.get("text_config")
     if isinstance(section, dict):
         return section
@@ -82,7 +82,7 @@ def text_config(config: JsonView) -> JsonView:
 
 
 def says_tied(config: JsonView) -> bool | None:
-    """Whether config.json ties embedding and head; None if it does not say.
+    """Whether config.json ties embedding and head; None if it has no such field.
 
     The model's own word counts before that of its `text_config`, and null is no word.
     """
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of all shards."""
+        """The size of all shards in bytes."""
         total = 0
         for header in self.shards.values():
             total += header.data
@@ -136,7 +136,7 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def config(self) -> Json:
-        """config.json of a folder; empty for a file, or where there is none."""
+        """Return config.json of a folder; empty for a file, or if there is none."""
         if self.settings is not None:
             return dict(self.settings)
         file = self.path / "config.json"
@@ -145,7 +145,7 @@ class Checkpoint:
         return {}
 
     def companions(self) -> tuple[list[PurePosixPath], list[str]]:
-        """Relative paths of the folder's other files, and names that are left out.
+        """Return relative paths of the folder's other files, and the names of files left out.
 
         Hidden names, other weight files and folders that lora-fx wrote are left out.
 
@@ -177,7 +177,7 @@ class Checkpoint:
 
 
 def _walk(folder: Path, prefix: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool]]:
-    """Every file below a folder, and whether it goes along with other weights."""
+    """Yield every file below a folder, and whether it is copied with other weights."""
     for child in sorted(folder.iterdir()):
         name = prefix / child.name
         hidden = child.name.startswith(".")
@@ -220,7 +220,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _of_pickles(base: Checkpoint) -> Checkpoint:
-    """The view of a checkpoint whose weights are pickles."""
+    """Return the view of a checkpoint whose weights are pickles."""
     for name, tensor in base.tensors.items():
         if tensor.start < 0:
             raise LoraFxError(
@@ -236,7 +236,7 @@ def _of_pickles(base: Checkpoint) -> Checkpoint:
 
 
 def _weights_of(folder: Path) -> tuple[Path, bool]:
-    """The file that holds a folder's weights, or the index of its shards and True.
+    """Return the file with a folder's weights and False, or the index of its shards and True.
 
     The first of these that is there:
     1. a file or an index by one of the usual names;
@@ -282,7 +282,7 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
 
 
 def _usual_name(folder: Path, stems: tuple[str, ...], ending: str) -> tuple[Path, bool] | None:
-    """The first of these that is there: a file of weights, or an index and True."""
+    """Return the first of these weight files that exists, or its index and True."""
     for stem in stems:
         file = folder / f"{stem}{ending}"
         if os.path.lexists(file):
@@ -294,7 +294,7 @@ def _usual_name(folder: Path, stems: tuple[str, ...], ending: str) -> tuple[Path
 
 
 def _sharded(folder: Path, index: Path) -> Checkpoint:
-    """All shards; if two hold the same tensor, the index decides which one is used."""
+    """Return all shards; if two have the same tensor, the index decides which one is used."""
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(v, str) for v in shard_of.values()):
         raise LoraFxError(f"{index}: no weight_map of tensor names to file names", AGAIN)
@@ -323,7 +323,7 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
 
 
 def _shard(index: Path, name: str, shard_of: Mapping[str, str]) -> Header:
-    """The header of a shard that an index names.
+    """Return the header of a shard that an index names.
 
     Args:
         index: The file of the index.
@@ -356,7 +356,7 @@ def _shard(index: Path, name: str, shard_of: Mapping[str, str]) -> Header:
 
 
 def tensors(path: str | Path) -> dict[str, TensorInfo]:
-    """Every tensor of a `.safetensors` file or of a Hugging Face folder, in file order.
+    """Return every tensor of a `.safetensors` file or Hugging Face folder, in file order.
 
     Args:
         path: A file, or a folder with one file or with shards and their index.

@@ -1,4 +1,4 @@
-"""Bytes from file to file by the fastest way that the system has.
+"""Copying of bytes between files, by the fastest way that the system has.
 
 Descriptors with offsets, so that threads share them: nothing here moves a file position that
 others see.
@@ -13,12 +13,12 @@ import os
 from pathlib import Path
 
 CHUNK = 1 << 20
-"""Bytes that are copied through memory at once."""
+"""The number of bytes that are copied through memory at once."""
 
 _CALL = 1 << 28  # for the kernel in one call, so that Ctrl-C waits for no more
 _FICLONE = 0x40049409  # linux/fs.h
 _CANNOT = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)
-"""Errors of calls that this system or this pair of files does not have; others are real."""
+"""The errors of unsupported calls, for which a slower way is tried; other errors are raised."""
 
 
 def copy_range(source: int, target: int, source_at: int, target_at: int, count: int) -> None:
@@ -45,7 +45,7 @@ def copy_range(source: int, target: int, source_at: int, target_at: int, count: 
 
 
 def _copy_in_kernel(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    """Copy by copy_file_range; returns how many bytes it copied before it could not."""
+    """Copy by copy_file_range; return the number of bytes copied before it failed."""
     copied = 0
     if not hasattr(os, "copy_file_range"):
         return copied
@@ -66,7 +66,7 @@ def _copy_in_kernel(source: int, target: int, source_at: int, target_at: int, co
 
 
 def read_into(fd: int, data: memoryview, at: int) -> None:
-    """Fill `data` with the bytes from `at`.
+    """Fill `data` with the bytes from offset `at`.
 
     Raises:
         OSError: The file ends before (without errno), or cannot be read.
@@ -82,7 +82,7 @@ def read_into(fd: int, data: memoryview, at: int) -> None:
 
 
 def write_at(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
-    """Write all of `data` at `at`, in as many system calls as needed."""
+    """Write all of `data` at offset `at`, in as many system calls as needed."""
     unwritten = memoryview(data).cast("B")
     while unwritten:
         n_bytes = os.pwrite(fd, unwritten, at)
@@ -93,7 +93,7 @@ def write_at(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
 
 
 def preallocate(fd: int, size: int) -> None:
-    """Make a new file `size` bytes long, with its space reserved where the system can.
+    """Set a new file's size to `size` bytes, and reserve the space if the system can.
 
     Raises:
         OSError: ENOSPC when that much is not free, before any byte is written.
@@ -108,7 +108,7 @@ def preallocate(fd: int, size: int) -> None:
 
 
 def reflink(source: Path, target: Path) -> bool:
-    """Make `target` a copy of `source` that shares its blocks, where the file system can.
+    """Make `target` a copy-on-write clone of `source`, if the file system can.
 
     Returns:
         False where it cannot; `target` then does not exist.

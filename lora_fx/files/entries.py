@@ -1,4 +1,4 @@
-"""Entries of a folder, without following links."""
+"""Entries of a folder, read without following links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def exists(path: Path) -> bool:
-    """True for a link to nothing too. Raises when that cannot be told, unlike lexists."""
+    """Whether the path exists, also as a broken link; errors are raised, unlike in lexists."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -16,12 +16,12 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """True for a folder; False for a link to one. Raises where nothing has the name."""
+    """Whether the path is a folder, and not a link to one; raise if it does not exist."""
     return stat.S_ISDIR(path.lstat().st_mode)
 
 
 def inode_of(path: Path) -> int | None:
-    """The inode that has a name; None for none."""
+    """Return the inode of a path; None if it does not exist."""
     try:
         return path.lstat().st_ino
     except OSError:

@@ -1,4 +1,4 @@
-"""Models and adapters of the Hugging Face Hub by id, as folders of its cache.
+"""Models and adapters of the Hugging Face Hub, downloaded by id into its cache.
 
 `hf:ORG/NAME[/PART][@REVISION]` is downloaded by huggingface_hub: its cache, its login (HF_TOKEN or
 `hf auth login`), its endpoint and its switch HF_HUB_OFFLINE are the user's. Taken are safetensors,
@@ -29,20 +29,20 @@ from lora_fx.text import StrPath, human, some
 PREFIX = "hf:"
 _NAME = r"(?!\.+(?:/|@|$))[\w.-]+"
 _REVISION = r"(?!\.+(?:/|$))[^\s/\\:@\0]+(?:/(?!\.+(?:/|$))[^\s/\\:@\0]+)*"
-"""A branch, a tag or a commit: huggingface_hub makes a path of it."""
+"""The pattern of a branch, tag or commit, checked because huggingface_hub makes a path of it."""
 _FORM = re.compile(rf"hf:({_NAME}/{_NAME})((?:/{_NAME})*)(?:@({_REVISION}))?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(/.*)?$")
 _SMALL = (
     "*.json", "*.jinja", "*.tiktoken", "*.spm", "vocab.txt", "merges.txt", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-"""Configs, indexes, tokenizers and chat templates, wherever they lie in a repository."""
+"""Configs, indexes, tokenizers and chat templates, in any folder of a repository."""
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
-"""The files that a model is read from; others next to them are copies in another form."""
+"""The weight files that a model is read from; other weight files hold the same in another form."""
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 Names = Callable[[], Collection[str]]
 _FILES = (".safetensors", ".onnx", ".pt2", ".bin", ".gguf", ".py")
-"""Ends of files, which no name of a model has."""
+"""Suffixes of files, which no model name has."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class HubId:
 
     @property
     def names_file(self) -> bool:
-        """True where the part is one .safetensors file."""
+        """Whether the part is a single .safetensors file."""
         return self.part.endswith(".safetensors")
 
     @property
     def folder(self) -> str:
-        """The folder of the repository that is asked for, with a slash at its end; or empty."""
+        """The requested folder in the repository, with a slash at its end; empty for the whole."""
         folder = self.part
         if self.names_file:
             folder = self.part.rpartition("/")[0]
@@ -83,7 +83,7 @@ class HubId:
 
 
 def local(path: StrPath, *, weights: bool = True, files: Names = tuple) -> str | Path:
-    """A local path for a path or an id of the Hub; downloads what the cache lacks.
+    """Return a local path for a path or a Hub id; download what the cache lacks.
 
     Args:
         path: An argument of the user's.
@@ -105,7 +105,7 @@ def local(path: StrPath, *, weights: bool = True, files: Names = tuple) -> str |
 
 
 def parse(text: str) -> HubId:
-    """The parts of an id.
+    """Parse an id into its parts.
 
     Raises:
         LoraFxError: It is of another form.
@@ -125,7 +125,7 @@ def parse(text: str) -> HubId:
 
 
 def origin(path: StrPath) -> dict[str, str]:
-    """The fields of an adapter's config for a base from the Hub: id and commit; else empty."""
+    """Return the config fields of an adapter whose base is from the Hub: id, commit; else empty."""
     match = _SNAPSHOT.search(_absolute(path))
     if match is None:
         return {}
@@ -134,7 +134,7 @@ def origin(path: StrPath) -> dict[str, str]:
 
 
 def hub_record(path: StrPath | None) -> dict[str, str]:
-    """The same as ORG/NAME@COMMIT, for the record of a merge."""
+    """Return {"hub": ID@COMMIT} for a base from the Hub, for the record of a merge; else empty."""
     if not path:
         return {}
     snapshot = origin(path)
@@ -144,7 +144,7 @@ def hub_record(path: StrPath | None) -> dict[str, str]:
 
 
 def known_as(path: str) -> str:
-    """COMMIT/ORG/NAME[/PART] of a snapshot, whose end is its name; any other path as it is."""
+    """Return COMMIT/ORG/NAME[/PART] for the path of a snapshot; any other path unchanged."""
     match = _SNAPSHOT.search(_absolute(path))
     if match is None:
         return path
@@ -153,12 +153,12 @@ def known_as(path: str) -> str:
 
 
 def _absolute(path: StrPath) -> str:
-    """An absolute path with slashes, as `_SNAPSHOT` reads it."""
+    """Return an absolute path with slashes, as `_SNAPSHOT` needs."""
     return Path(os.path.abspath(path)).as_posix()
 
 
 def fetch(text: str, *, weights: bool = True, files: Names = tuple) -> tuple[Path, str]:
-    """Download what the cache lacks of a model of the Hub.
+    """Download what the cache lacks of a model on the Hub.
 
     A branch is looked up every time, and a new commit of it is another folder; where the Hub
     cannot be reached, the commit that it had last is taken from the cache.
@@ -197,7 +197,7 @@ def fetch(text: str, *, weights: bool = True, files: Names = tuple) -> tuple[Pat
 
 
 def _writable_paths(hub: ModuleType, hub_id: HubId) -> list[Path]:
-    """The folders that a download may write: the repository's cache, and its locks.
+    """Return the folders that a download may write: the repository's cache, and its locks.
 
     A commit and an ETag are names of files there, and a server could give any.
     """
@@ -208,7 +208,7 @@ def _writable_paths(hub: ModuleType, hub_id: HubId) -> list[Path]:
 
 
 def _library(text: str) -> ModuleType:
-    """huggingface_hub, with the modules that are read here."""
+    """Return huggingface_hub, with its needed modules imported."""
     with importing(f"{text}: huggingface_hub", "pip install 'lora-fx[hf]'"):
         for module in ("constants", "errors", "utils"):
             import_module(f"huggingface_hub.{module}")
@@ -218,7 +218,7 @@ def _library(text: str) -> ModuleType:
 def _download(
     hub: ModuleType, hub_id: HubId, weights: bool, adapter_files: Collection[str]
 ) -> tuple[Path, Mapping[str, int]]:
-    """Download what the cache lacks of a commit.
+    """Download the files of a commit that the cache lacks.
 
     Returns:
         The folder of the commit in the cache, and the bytes of every file that the commit has.
@@ -237,7 +237,7 @@ def _download(
 
 
 def _download_small_files(hub: ModuleType, hub_id: HubId) -> Path:
-    """Download configs, indexes and tokenizers; returns the folder of the commit in the cache."""
+    """Download configs, indexes and tokenizers; return the folder of the commit in the cache."""
     patterns: list[str] = []
     for name in _SMALL:
         patterns += [name, f"*/{name}"]
@@ -255,7 +255,7 @@ def _download_small_files(hub: ModuleType, hub_id: HubId) -> Path:
 
 
 def _sizes(hub: ModuleType, hub_id: HubId, folder: Path) -> dict[str, int]:
-    """The bytes of every file of a commit, by name."""
+    """Return the size in bytes of every file of a commit, by name."""
     try:
         tree = hub.get_cached_repo_tree(hub_id.repo, revision=folder.name)
         return {file.path: file.size for file in tree}
@@ -265,7 +265,7 @@ def _sizes(hub: ModuleType, hub_id: HubId, folder: Path) -> dict[str, int]:
 
 
 def _download_files(hub: ModuleType, hub_id: HubId, folder: Path, sizes: Mapping[str, int]) -> None:
-    """Download those of some files, by name and bytes, that the folder of the commit lacks."""
+    """Download the files in `sizes` that the folder of the commit lacks."""
     missing = [name for name in sizes if not (folder / name).exists()]
     total = human(sum(sizes[name] for name in missing))
     for number, name in enumerate(missing, 1):
@@ -277,7 +277,7 @@ def _download_files(hub: ModuleType, hub_id: HubId, folder: Path, sizes: Mapping
 
 
 def _weight_files(hub_id: HubId, names: Sequence[str], adapter_files: Collection[str]) -> list[str]:
-    """The files of a commit that hold the requested weights.
+    """Return the files of a commit that hold the requested weights.
 
     1. The file that the id names.
     2. The .safetensors files that a reader of the folder opens: a model's or an adapter's.
@@ -307,7 +307,7 @@ def _weight_files(hub_id: HubId, names: Sequence[str], adapter_files: Collection
 def _without_weights(
     hub_id: HubId, inside: Sequence[str], safetensors: Sequence[str]
 ) -> LoraFxError:
-    """The error of a folder that has no .safetensors file.
+    """Return the error for a folder that has no .safetensors file.
 
     Args:
         hub_id: What is asked for.
@@ -332,7 +332,7 @@ def _without_weights(
 
 
 def _as_lora_fx_error(hub_id: HubId, hub: ModuleType, error: Exception) -> LoraFxError:
-    """The error of the library in one line, with a hint."""
+    """Convert an error of huggingface_hub to a LoraFxError: one line, with a hint."""
     errors = hub.errors
     site = hub.constants.ENDPOINT
     cache = hub.constants.HF_HUB_CACHE

@@ -1,7 +1,7 @@
-"""Processes that lora-fx starts, which import nothing from the current folder.
+"""Subprocesses of lora-fx, which import nothing from the current folder.
 
-That may be a folder of somebody else's files, with a click.py in it. Without -P Python makes it the
-first place of imports, and with -P an empty entry of PYTHONPATH still stands for it.
+The current folder may hold somebody else's files, such as a click.py. Without -P Python imports
+from it first, and even with -P an empty entry of PYTHONPATH means the current folder.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 PYTHON = (sys.executable, "-P")
-"""The beginning of the command of such a process."""
+"""The start of a subprocess command: Python without the current folder in its import path."""
 
 
 def environment() -> dict[str, str]:
-    """The variables of such a process: PYTHONPATH without empty entries."""
+    """Return the environment for a subprocess: PYTHONPATH without empty entries."""
     from importlib import metadata  # an import of 20 ms, which few need
 
     places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]

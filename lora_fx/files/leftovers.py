@@ -1,4 +1,4 @@
-"""Temporary folders next to an output: their names, and removal after a failed or killed run.
+"""Temporary folders next to an output: their names, and their removal after a failed run.
 
 An output NAME is written in `.NAME.lora_fx_XXXXXXXX.tmp`, whose token, the XXXXXXXX, outputs that
 belong together share. In that folder lie also the old output, between two renames, and a hard link
@@ -20,23 +20,23 @@ from lora_fx.files.entries import exists, is_folder
 from lora_fx.files.locks import locked
 
 REPLACED = "replaced"
-"""The old output's name in a temporary folder."""
+"""The name of the replaced output inside a temporary folder."""
 NEW = "new"
-"""The name there of a hard link to an output that stands beside a main one."""
+"""The name, in a temporary folder, of a hard link to a side output."""
 
 
 def temporary_folder(target: Path, token: str) -> Path:
-    """The temporary folder of an output."""
+    """Return the path of an output's temporary folder."""
     return target.with_name(f".{target.name}.lora_fx_{token}.tmp")
 
 
 def token_of(holder: Path) -> str:
-    """The token in the name of a temporary folder."""
+    """Return the token in the name of a temporary folder."""
     return holder.name[-len("XXXXXXXX.tmp") : -len(".tmp")]
 
 
 def take_back(target: Path, inode: int, copies: Sequence[Path]) -> None:
-    """Remove an output, unless another has its name by now; put back what it replaced.
+    """Remove an output if it is still the file of this run, and restore what it replaced.
 
     Args:
         target: The output.
@@ -55,13 +55,13 @@ def take_back(target: Path, inode: int, copies: Sequence[Path]) -> None:
 
 
 def sweep(target: Path) -> None:
-    """Remove what an interrupt between two steps left of an output of this run."""
+    """Remove what an interrupted run left for this output, unless another run has the lock."""
     with contextlib.suppress(OSError, LoraFxError), locked(target):
         clear_stale(target)
 
 
 def clear_stale(target: Path) -> None:
-    """Remove what killed runs left of this target; its lock is held, so none of it is in use."""
+    """Remove what killed runs left for this target, whose lock the caller holds."""
     pattern = re.compile(re.escape(f".{target.name}.lora_fx_") + r"([0-9a-f]{8})\.tmp")
     for name in os.listdir(target.parent):
         match = pattern.fullmatch(name)
@@ -98,7 +98,7 @@ def _clear_beside(target: Path, token: str, has_its_name: bool) -> None:
 
 
 def discard(holder: Path, target: Path) -> None:
-    """Remove a temporary folder, and put back what it holds the only copy of.
+    """Remove a temporary folder, and restore files of which it has the only copy.
 
     Args:
         holder: The temporary folder.

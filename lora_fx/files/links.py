@@ -1,4 +1,4 @@
-"""Names from files, and links of a folder: both stay at home.
+"""Safe resolution of names from files and of links in folders: neither may leave its folder.
 
 A path that the user gives is followed wherever it leads. A name that stands in a file (a shard in
 an index, the data of an ONNX tensor) or in a folder that is copied whole is another's word: it is
@@ -17,7 +17,7 @@ from lora_fx.errors import LoraFxError
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """The path for a file name that another file gives; None if it leads out of the folder.
+    """Return the path for a name from another file; None if it leads out of the folder.
 
     Args:
         folder: Where the file lies in which the name stands.
@@ -33,7 +33,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 
 def within(folder: Path, name: str) -> Path | None:
-    """The target of a folder's entry with its links; None if it is outside of the folder."""
+    """Return the target of a folder's entry, links resolved; None if it is outside the folder."""
     try:
         home = folder.resolve()
         file = (folder / name).resolve()
@@ -50,7 +50,7 @@ def within(folder: Path, name: str) -> Path | None:
 
 
 def companion(folder: Path, name: str) -> Path:
-    """A file that lies in a folder and goes along with it, where its links stay in the folder.
+    """Return a file of a folder, if its links stay in the folder.
 
     Raises:
         LoraFxError: It is a link that leads out.
@@ -64,7 +64,7 @@ def companion(folder: Path, name: str) -> Path:
 
 
 def _blobs(folder: Path) -> Iterator[Path]:
-    """The folder that links of a Hugging Face snapshot lead to: REPOSITORY/blobs."""
+    """Yield REPOSITORY/blobs, where the links of a Hugging Face snapshot lead."""
     absolute = Path(os.path.abspath(folder))
     resolved = folder.resolve()
     for snapshot in (absolute, *absolute.parents, resolved, *resolved.parents):

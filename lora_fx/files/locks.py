@@ -1,4 +1,4 @@
-"""One writer for each target, by a lock file `.NAME.lock` next to it.
+"""One writer at a time for each target, by a lock file `.NAME.lock` next to it.
 
 With flock the file is empty and a killed run leaves nothing that counts: the kernel drops the
 lock with the process. The file is unlinked while it is held, so whoever gets the lock looks
@@ -27,7 +27,7 @@ _ATTEMPTS = 1000  # each one that fails means that another run ended in between
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold the lock of `target`; it is not waited for.
+    """A block that holds the lock of `target`; raise at once if another run has it.
 
     Raises:
         LoraFxError: Another run holds it.
@@ -46,7 +46,7 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def _acquire(lock: Path, target: Path) -> int | None:
-    """A descriptor of the lock file, which this process now holds; None without flock."""
+    """Return a descriptor of the locked lock file; None if the file system has no flock."""
     for _attempt in range(_ATTEMPTS):
         fd, must_unlink = _open(lock)
         is_locked = False
@@ -75,7 +75,7 @@ def _acquire(lock: Path, target: Path) -> int | None:
 
 @contextlib.contextmanager
 def _marked(lock: Path, target: Path) -> Iterator[None]:
-    """Hold the lock without flock: the file exists, and names the host and the process."""
+    """A block that holds the lock without flock: a file that names the host and the process."""
     from filelock import SoftFileLock, Timeout
 
     marker = SoftFileLock(lock, timeout=0)
@@ -91,7 +91,7 @@ def _marked(lock: Path, target: Path) -> Iterator[None]:
 
 
 def _process_of(lock: Path) -> str:
-    """The process that a lock file names, and its host."""
+    """Return the process that a lock file names, and its host."""
     try:
         words = lock.read_text(errors="replace").split()
     except OSError:
@@ -100,7 +100,7 @@ def _process_of(lock: Path) -> str:
 
 
 def _open(lock: Path) -> tuple[int, bool]:
-    """Open the lock file, or make it.
+    """Open the lock file, or create it.
 
     Returns:
         A descriptor, and whether the file was made by this call.
@@ -122,7 +122,7 @@ def _open(lock: Path) -> tuple[int, bool]:
 
 
 def _flock(fd: int) -> bool | None:
-    """Whether flock gives the lock; None where there is no flock."""
+    """Whether flock gave the lock; None if the file system has no flock."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -133,7 +133,7 @@ def _flock(fd: int) -> bool | None:
 
 
 def _leads_to(lock: Path, fd: int) -> bool:
-    """True where the lock's name is still that of the open file."""
+    """Whether the lock's path is still that of the open file."""
     try:
         return os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def _leads_to(lock: Path, fd: int) -> bool:
 
 
 def _release(fd: int, lock: Path) -> None:
-    """Unlink the file while it is locked, then close it, and raise nothing.
+    """Delete the file while it is locked, then close it; raise nothing.
 
     A file that could not be unlinked stops nobody.
     """
@@ -155,6 +155,6 @@ def _release(fd: int, lock: Path) -> None:
 
 
 def _busy(target: Path, further_hint: str = "") -> LoraFxError:
-    """The error of a target that another run is writing."""
+    """Return the error for a target that another run is writing."""
     hint = "wait for it to end, or choose another output"
     return LoraFxError(f"{BUSY} {target}", hint + further_hint)

@@ -17,7 +17,7 @@ _modes_of_copies: ContextVar[dict[Path, int] | None] = ContextVar("modes", defau
 
 @contextlib.contextmanager
 def remembering_modes() -> Iterator[Mapping[Path, int]]:
-    """A block in which files are copied: each copy → the mode of what it is a copy of."""
+    """A block that records, for each file copied in it, the mode of the original."""
     modes: dict[Path, int] = {}
     token = _modes_of_copies.set(modes)
     try:
@@ -27,7 +27,7 @@ def remembering_modes() -> Iterator[Mapping[Path, int]]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a regular file into what a block of `replacing` makes.
+    """Copy a regular file into an output that `replacing` makes.
 
     Others get no more access to the copy than they have to the source.
 
@@ -46,14 +46,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def keep_mode(source: os.stat_result, target: Path) -> None:
-    """Give a new file no more readers than the file that it is made from."""
+    """Give a new file no more read permissions than the file that it is made from."""
     modes = _modes_of_copies.get()
     if modes is not None:
         modes[target] = stat.S_IMODE(source.st_mode) | stat.S_IRUSR | stat.S_IWUSR
 
 
 def open_up(path: Path, folder_mode: int, modes_of_copies: Mapping[Path, int]) -> None:
-    """Give files and folders the modes that the umask leaves: what is made by tempfile has 0600.
+    """Give files and folders the modes that the umask allows, because tempfile gives 0600.
 
     Args:
         path: A file, or a folder with all that lies in it. Links, and files with other names, stay
@@ -73,7 +73,7 @@ def open_up(path: Path, folder_mode: int, modes_of_copies: Mapping[Path, int]) -
 
 
 def _change_mode(path: Path, status: os.stat_result, permissions: int) -> None:
-    """Set the permissions of a file or folder where they differ; its other bits stay."""
+    """Set the permissions of a file or folder if they differ; keep its other mode bits."""
     mode = stat.S_IMODE(status.st_mode)
     new_mode = mode & ~0o777 | permissions
     if new_mode != mode:

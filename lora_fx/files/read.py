@@ -1,4 +1,4 @@
-"""The one gate for what is read: regular files of a bounded size."""
+"""Opening of input files: only regular files of a bounded size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _trust: ContextVar[bool] = ContextVar("trust", default=False)
 
 @contextlib.contextmanager
 def trusting(on: bool = True) -> Iterator[None]:
-    """A block in which pickles are read, by torch's unpickler that runs no code, where it is on."""
+    """A block that may read pickles (with `on`), by torch's unpickler that runs no code."""
     token = _trust.set(on or _trust.get())
     try:
         yield
@@ -35,12 +35,12 @@ def trusting(on: bool = True) -> Iterator[None]:
 
 
 def trusted() -> bool:
-    """True within a block of `trusting`."""
+    """Whether the caller is in a block of `trusting`."""
     return _trust.get()
 
 
 def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> BufferedReader:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Args:
         path: What to open. Links are followed; a pipe or device is not waited for.
@@ -80,7 +80,7 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
 
 
 def _kind_of_entry(mode: int) -> str:
-    """A name for the kind of a path that is not a regular file, from its st_mode."""
+    """Return the kind of a path that is no regular file, for people, from its st_mode."""
     for is_kind, kind in _KINDS.items():
         if is_kind(mode):
             return kind
@@ -88,7 +88,7 @@ def _kind_of_entry(mode: int) -> str:
 
 
 def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:
-    """A regular file's content; see open_input. A git-LFS pointer is refused as such."""
+    """Return a regular file's content (see open_input); refuse a git-LFS pointer."""
     unread = f"{os.fspath(path)}: cannot be read"
     with open_input(path, most=most) as file, explained(unread, itself=True):
         data = file.read()
@@ -97,7 +97,7 @@ def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> byte
 
 
 def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
-    """A regular file's text, which has to be UTF-8; a mark of byte order is left out."""
+    """Return a regular file's text, decoded as UTF-8 without a byte order mark."""
     data = read_bytes(path, most=most)
     try:
         return data.decode("utf-8-sig")

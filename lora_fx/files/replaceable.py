@@ -1,4 +1,4 @@
-"""Decide what --force may replace, and what no output may touch.
+"""The rules on what --force may replace, and what an output may never replace.
 
 --force takes the place of what lora-fx made. That is a file of the same kind as the new one, told
 by its ending where no other program has that, else by its content; a folder whose `lora_fx.json`
@@ -22,23 +22,23 @@ from lora_fx.files.strict_json import MAX_JSON, json_object
 from lora_fx.text import some
 
 CONTENTS = "lora_fx.json"
-"""The list of a folder that lora-fx wrote: its files by name and size."""
+"""The name of the file that lists a written folder's files by name and size."""
 CURVE = "step,loss,validation"
-"""The first line of a training's losses as CSV."""
+"""The first line of the CSV file with a training's losses."""
 _HEAD_BYTES = 1 << 16
 _MOVE_AWAY = "move it away yourself, or choose another output"
 _ENDINGS = (".onnx", ".pt2", ".safetensors")
 
 
 def write_contents(folder: Path) -> None:
-    """Write the list of a new folder's files into it."""
+    """Write the list of a new folder's files into the folder."""
     files = {name: size for name, size in sorted(_files(folder)) if name != CONTENTS}
     text = json.dumps({**stamp(), "files": files}, indent=1)
     (folder / CONTENTS).write_text(text + "\n", encoding="utf-8")
 
 
 def check_apart(target: Path) -> None:
-    """Refuse an output that exists and is, holds or hard-links an input of this run.
+    """Raise if an existing output is, contains or hard-links an input of this run.
 
     Raises:
         LoraFxError: Names the input.
@@ -60,7 +60,7 @@ def check_apart(target: Path) -> None:
 
 
 def _would_replace(target: Path, replaced_input: str) -> LoraFxError:
-    """The error of an output that is or holds an input."""
+    """Return the error for an output that is or contains an input."""
     return LoraFxError(
         f"{target}: the output would replace the input {replaced_input}",
         "inputs are never changed: choose another output",
@@ -68,7 +68,7 @@ def _would_replace(target: Path, replaced_input: str) -> LoraFxError:
 
 
 def check_replaceable(target: Path, new: Path | None, names: Collection[str] | None) -> None:
-    """Refuse to replace files that lora-fx did not write.
+    """Raise if files would be replaced that lora-fx did not write.
 
     Args:
         target: An output that exists.
@@ -96,7 +96,7 @@ def check_replaceable(target: Path, new: Path | None, names: Collection[str] | N
 
 
 def _check_both_folders_or_files(target: Path, replaces_folder: bool, is_folder: bool) -> None:
-    """Refuse to replace a folder by a file, or a file by a folder."""
+    """Raise if a file would replace a folder, or a folder a file."""
     if replaces_folder and not is_folder:
         raise LoraFxError(f"{target} is a folder, and a file would replace it", _MOVE_AWAY)
     if is_folder and not replaces_folder:
@@ -104,7 +104,7 @@ def _check_both_folders_or_files(target: Path, replaces_folder: bool, is_folder:
 
 
 def _check_file(target: Path, new: Path | None) -> None:
-    """Refuse to replace a file that lora-fx does not write, or by a file of another kind.
+    """Raise if the replaced file is not written by lora-fx, or is of another kind.
 
     An empty file is replaced by any.
     """
@@ -126,7 +126,7 @@ def _check_file(target: Path, new: Path | None) -> None:
 
 
 def _check_folder(target: Path, new: Path | None, names: Collection[str] | None) -> None:
-    """Refuse a folder with files that lora-fx did not write; for `new` see check_replaceable."""
+    """Raise for a folder with files that lora-fx did not write; for `new` see check_replaceable."""
     if new is not None:
         names = {name for name, _size in _files(new)}
     foreign = _foreign_files(target, names)
@@ -138,7 +138,7 @@ def _check_folder(target: Path, new: Path | None, names: Collection[str] | None)
 
 
 def kind_of(file: Path) -> str | None:
-    """The kind of a file that lora-fx may have written, for people; None for any other file."""
+    """Return the kind of a file that lora-fx may have written, for people; None for other files."""
     with file.open("rb") as opened:
         head = opened.read(_HEAD_BYTES)
     adapters = adapter_files()
@@ -165,13 +165,13 @@ def kind_of(file: Path) -> str | None:
 
 
 def _begins_as_safetensors(file: Path, head: bytes) -> bool:
-    """True where the first bytes are the length of a header that fits into the file, and a `{`."""
+    """Whether the first bytes are a header length that fits the file, followed by `{`."""
     length = int.from_bytes(head[:8], "little")
     return head[8:9] == b"{" and 8 + length <= file.stat().st_size
 
 
 def _is_json_of_ours(file: Path, head: bytes) -> bool:
-    """True for a JSON object with the version and format that lora-fx writes into each."""
+    """Whether this is a JSON object with lora-fx's version and format fields."""
     if not head.lstrip().startswith(b"{"):
         return False
     try:
@@ -182,7 +182,7 @@ def _is_json_of_ours(file: Path, head: bytes) -> bool:
 
 
 def _foreign_files(folder: Path, names: Collection[str] | None) -> list[str]:
-    """Names of a folder's files that lora-fx did not write, or that were changed since.
+    """Return the names of a folder's files that lora-fx did not write, or that changed since.
 
     Args:
         folder: The folder, with or without the list of its files.
@@ -211,12 +211,12 @@ def _foreign_files(folder: Path, names: Collection[str] | None) -> list[str]:
 
 
 def _is_clutter(name: str) -> bool:
-    """True for what desktops and network file systems leave in a folder."""
+    """Whether desktops or network file systems create a file with this name."""
     return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith(".nfs")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """(name, size) of every file below a folder; of a link, pipe or device the size is -1."""
+    """Yield (name, size) of every file below a folder; size −1 for links, pipes and devices."""
     for path in sorted(folder.iterdir()):
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode):

@@ -26,7 +26,7 @@ _TEMPORARY = re.compile(r"^\..+\.lora_fx_[0-9a-f]{8}\.(tmp|onnx)$")
 
 
 class FileState(NamedTuple):
-    """Inode, size and time of writing: they tell that a file is another, or was written to."""
+    """The inode, size and write time of a file, by which a replaced or changed file is detected."""
 
     inode: int
     size: int
@@ -34,7 +34,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
-        """The state of a file whose status was read; the time is in nanoseconds."""
+        """Return the state from a file's status; the time is in nanoseconds."""
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -59,7 +59,7 @@ class Remembered:
     scratch: list[Path] = field(default_factory=list)
 
     def is_input(self, path: Path) -> bool:
-        """False for files that the run itself writes, and for its temporary folders."""
+        """False for the run's own outputs and temporary folders."""
         if any(_TEMPORARY.search(name) for name in path.parts):
             return False
         places = {path, *path.parents}
@@ -68,7 +68,7 @@ class Remembered:
 
     @property
     def written(self) -> list[Path]:
-        """The outputs that have their name."""
+        """The outputs that were renamed to their final name."""
         return [
             output
             for output, inode_before in self.outputs.items()
@@ -81,7 +81,7 @@ _run: ContextVar[Remembered | None] = ContextVar("run", default=None)
 
 @contextlib.contextmanager
 def remembering() -> Iterator[Remembered]:
-    """A run: what is read within is remembered until its end. One within another is part of it."""
+    """A block that is a run, in which inputs are recorded; a nested block joins the outer run."""
     outer = _run.get()
     if outer is not None:
         yield outer
@@ -95,12 +95,12 @@ def remembering() -> Iterator[Remembered]:
 
 
 def run_of_files() -> Remembered | None:
-    """The files of the run that goes on; None outside of one."""
+    """Return the files of the current run; None outside of a run."""
     return _run.get()
 
 
 def remember(*paths: str | os.PathLike[str]) -> None:
-    """Remember files and folders as inputs of this run, if there is a run.
+    """Record files and folders as inputs of this run, if there is a run.
 
     A path that names nothing is passed over. `open_input` remembers the files that it opens: this
     is for those that a library opens by their names.
@@ -114,7 +114,7 @@ def remember(*paths: str | os.PathLike[str]) -> None:
 
 
 def note_input(run: Remembered, path: str | os.PathLike[str], status: os.stat_result) -> None:
-    """Take a file or folder, whose status was read, for an input of a run."""
+    """Record a file or folder, with its status, as an input of a run."""
     absolute = Path(os.path.abspath(path))
     run.paths[absolute] = os.fspath(path)
     run.inodes[status.st_dev, status.st_ino] = os.fspath(path)
@@ -125,7 +125,7 @@ def note_input(run: Remembered, path: str | os.PathLike[str], status: os.stat_re
 
 
 def _tensor_files(folder: Path) -> frozenset[str]:
-    """The names of a folder's files that decide which tensors a reader finds."""
+    """Return the names of a folder's files that decide which tensors a reader finds."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -136,7 +136,7 @@ def _tensor_files(folder: Path) -> frozenset[str]:
 
 
 def check_unchanged() -> None:
-    """Raise where an input of the run that goes on is not the file that it was at first.
+    """Raise if an input of the current run has changed since it was first read.
 
     Its size, its time of writing and its inode are compared, and of a folder the names of its
     tensor files. A file that was only touched counts as changed: nothing else tells numbers that
@@ -167,7 +167,7 @@ def check_unchanged() -> None:
 
 @contextlib.contextmanager
 def naming_changes() -> Iterator[None]:
-    """A block that computes with the numbers of inputs.
+    """A block that computes with values from inputs; errors name an input that changed meanwhile.
 
     Raises:
         LoraFxError: The block raised one, and an input has changed since. Its numbers may mix both
@@ -181,7 +181,7 @@ def naming_changes() -> Iterator[None]:
 
 
 def _difference(path: Path, before: FileState) -> str:
-    """The difference of a file from its earlier state, for people; empty if there is none."""
+    """Describe the difference of a file from its earlier state; empty if there is none."""
     try:
         now = FileState.of(os.stat(path))
     except OSError:
@@ -196,7 +196,7 @@ def _difference(path: Path, before: FileState) -> str:
 
 
 def _changed(name: str, what: str) -> LoraFxError:
-    """The error of an input that another program changed."""
+    """Return the error for an input that another program changed."""
     return LoraFxError(
         f"{name} changed while it was read: {what}; the output would be a mix of both",
         "nothing was written; run this again when no other program writes the input",
@@ -204,7 +204,7 @@ def _changed(name: str, what: str) -> LoraFxError:
 
 
 def inputs_are_in_memory() -> None:
-    """Allow the inputs of this run to change from now on, because none is read again."""
+    """Allow the inputs of this run to change from now on, because no more is read from them."""
     run = _run.get()
     if run is not None:
         run.states.clear()
@@ -213,7 +213,7 @@ def inputs_are_in_memory() -> None:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[str]:
-    """A temporary folder; what is read from it is no input of the run."""
+    """A temporary folder whose files do not count as inputs of the run."""
     with tempfile.TemporaryDirectory() as folder:
         run = _run.get()
         if run is not None:

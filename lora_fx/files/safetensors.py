@@ -1,4 +1,4 @@
-"""Read the header of a safetensors file strictly, without its tensors.
+"""Strict reading of the header of a safetensors file, without its tensors.
 
 A file is 8 bytes (little-endian length n), n bytes of JSON, then the data:
 https://github.com/huggingface/safetensors#format. Everything that a hostile or torn file can get
@@ -22,7 +22,7 @@ from lora_fx.files.read import AGAIN, open_input, refuse_pointer, trusted
 from lora_fx.files.strict_json import MAX_JSON, json_object
 
 MAX_DIMS = 64
-"""numpy's limit; without one, the product of a hostile shape would never end."""
+"""The most axes of a tensor (numpy's limit), which bounds the product of a hostile shape."""
 
 _BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
 CONVERT = (
@@ -34,7 +34,7 @@ TRUST = f"--trust reads it with torch's unpickler that runs no code; or {CONVERT
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The place of a tensor: bytes start ≤ i < stop of `file`; dtype by numpy's name."""
+    """The position of a tensor: bytes start ≤ i < stop of `file`; dtype by numpy's name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,19 +43,19 @@ class TensorInfo:
     stop: int
 
     def __getitem__(self, i: int) -> TensorInfo:
-        """Entry i along the first axis; an IndexError behind the last, where other bytes lie."""
+        """Return entry i along the first axis; raise IndexError beyond the last."""
         size = (self.stop - self.start) // self.shape[0]
         at = self.start + range(self.shape[0])[i] * size
         return replace(self, shape=self.shape[1:], start=at, stop=at + size)
 
 
 Tensors = Mapping[str, TensorInfo]
-"""The places of the tensors of a file or of a whole checkpoint, by name."""
+"""The positions of the tensors of a file or of a whole checkpoint, by name."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """One file's header; `data` is the offset of its first data byte."""
+    """The header of one file; `data` is the offset of its first data byte."""
 
     tensors: Tensors
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Header:
 
 
 def read_header(file: str | Path) -> Header:
-    """The checked header of one `.safetensors` file, or of a pickle within `trusting`."""
+    """Read and check the header of a `.safetensors` file, or of a pickle within `trusting`."""
     file = Path(file)
     size, head = _open(file, 64)
     if trusted() and is_pickle(head):
@@ -74,7 +74,7 @@ def read_header(file: str | Path) -> Header:
 
 
 def parse_header(data: bytes, size: int, file: Path) -> Header:
-    """The checked header of a file's first bytes.
+    """Parse and check the header in a file's first bytes.
 
     All that the safetensors library accepts is accepted, except what no writer makes and what two
     readers could take for two different things: a key that stands twice, fields beside dtype, shape
@@ -103,30 +103,30 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
 
 
 def _are_texts(metadata: object) -> bool:
-    """True for a map whose values are texts."""
+    """Whether this is a map whose values are texts."""
     if not isinstance(metadata, dict):
         return False
     return all(isinstance(value, str) for value in metadata.values())
 
 
 def first_bytes(path: Path) -> bytes:
-    """The first 64 bytes of a file, which tell its kind."""
+    """Return the first 64 bytes of a file, which show its kind."""
     _size, head = _open(path, 64)
     return head
 
 
 def may_be_safetensors(head: bytes) -> bool:
-    """True for the first bytes of a file where a header begins behind the length of 8 bytes."""
+    """Whether a JSON header can begin after the 8-byte length in these first bytes."""
     return head[8:9] in (b"{", b" ")
 
 
 def is_pickle(head: bytes) -> bool:
-    """True for the first bytes of what torch.save writes; a safetensors file may begin alike."""
+    """Whether these are the first bytes of a torch.save file and not of a safetensors file."""
     return not may_be_safetensors(head) and head.startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _of_pickle(file: Path) -> Header:
-    """The header of a pickle: its `data` is 0, and each `start` is that of `pickled_places`."""
+    """Return the header of a pickle: `data` is 0, and each `start` is from `pickled_places`."""
     from lora_fx.fx.torch_pickles import pickled_places
 
     tensors = {}
@@ -139,7 +139,7 @@ def _of_pickle(file: Path) -> Header:
 
 
 def _length(head: bytes, size: int, file: Path) -> int:
-    """The length of the header's JSON in bytes, from the first 8 bytes of the file."""
+    """Return the length of the header's JSON in bytes, from the first 8 bytes of the file."""
     length = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
@@ -156,7 +156,7 @@ def _length(head: bytes, size: int, file: Path) -> int:
 
 
 def _open(file: Path, count: int) -> tuple[int, bytes]:
-    """The size of a file and its first `count` bytes.
+    """Return the size of a file and its first `count` bytes.
 
     Raises:
         LoraFxError: It cannot be read, or is a git-LFS pointer.
@@ -169,7 +169,7 @@ def _open(file: Path, count: int) -> tuple[int, bytes]:
 
 
 def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    """The place of a tensor from its header entry; the offsets count from `data_start`."""
+    """Return the position of a tensor from its header entry, with offsets from `data_start`."""
     if not isinstance(entry, dict):
         raise _wrong(file, name, f"has {entry!r}", "expected dtype, shape and data_offsets")
     if set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -201,13 +201,13 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
 
 
 def _wrong(file: Path, name: str, found: str, expected: str) -> LoraFxError:
-    """The error of a tensor's entry: what it has, and what was expected."""
+    """Return the error for a tensor's header entry: what was found, and what was expected."""
     tensor = one_line(repr(name), 120)
     return LoraFxError(f"{file}: tensor {tensor}: {one_line(found, 120)}; {expected}", AGAIN)
 
 
 def _are_sizes(value: object) -> bool:
-    """True for a list of whole numbers from 0 up to 2^63 − 1."""
+    """Whether this is a list of whole numbers from 0 to 2^63 − 1."""
     if not isinstance(value, list):
         return False
     return all(type(size) is int and 0 <= size < 1 << 63 for size in value)

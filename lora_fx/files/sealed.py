@@ -1,4 +1,4 @@
-"""Blocks in which a library reaches no more than it has to.
+"""Blocks that restrict library code: its network access, pickles, and file access.
 
 Constructors of transformers and timm look names up on the Hub, with the user's token, and open the
 files that a config names; a download writes where the Hub says. Python raises an audit event before
@@ -27,9 +27,9 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.text import StrPath
 
 ALWAYS = ("/proc", "/sys", "/dev")
-"""Folders of the system that libraries ask about the machine."""
+"""System folders that libraries read for facts about the machine."""
 CODE = (".py", ".pyc", ".so", ".pyd", ".dylib", ".dll")
-"""Ends of files that an import opens, wherever a package is installed."""
+"""Suffixes of the files that an import opens, allowed in any folder."""
 LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
 CONNECTIONS = ("socket.connect", "socket.sendto", "socket.sendmsg")
 CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
@@ -37,20 +37,20 @@ CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "os.symlink": ((1, 2),), "os.remove": ((0, 1),), "os.rmdir": ((0, 1),),
     "os.truncate": ((0, None),), "os.chmod": ((0, 2),), "os.utime": ((0, 3),),
 }  # fmt: skip
-"""Event of a change on disk → the places of the changed paths among its arguments.
+"""The audit event of a change on disk → the positions of the changed paths in its arguments.
 
 Each comes with the place of the descriptor of the folder that the path is relative to, or None.
 """
 TORCH_LOAD = "lora_fx.torch.load"
-"""The event of a call of torch.load, which with weights_only looks no class up."""
+"""The event for a call of torch.load; with weights_only, that call looks up no class."""
 HUB_CLIENT = "lora_fx.hub_client"
-"""The event of a new client of the Hub, with the Hub's address."""
+"""The event for a new Hub client, with the Hub's address."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @dataclass(eq=False)
 class Boundary:
-    """The rules of a block, and what was refused in it.
+    """The rules of a block, and the errors raised for what they do not allow.
 
     Attributes:
         what: What is done in the block, as the subject of a sentence.
@@ -69,20 +69,20 @@ class Boundary:
         raise NotImplementedError
 
     def refuse(self, attempt: str, hint: str) -> None:
-        """Raise an error, and remember it."""
+        """Raise an error, and record it."""
         error = LoraFxError(f"{self.what} {attempt}", hint)
         self.refused.append(error)
         raise error
 
     def _may_touch(self, path: str) -> bool:
-        """True for code, and for what lies in the block's folders or in those of the system."""
+        """Whether the path is code, or in the block's folders or the system's."""
         if path.endswith(CODE):
             return True
         return any(_is_below(path, folder) for folder in (*self.folders, *ALWAYS))
 
 
 class _Sealed(Boundary):
-    """Allows no network, no pickles, and no file outside its folders and installed libraries."""
+    """The rules of a block without network, pickles, and files outside folders and libraries."""
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         if event in LOOKUPS or event == HUB_CLIENT:
@@ -124,7 +124,7 @@ class _Sealed(Boundary):
 
     @functools.cached_property
     def _libraries(self) -> frozenset[str]:
-        """Where installed libraries and their data lie."""
+        """The folders of installed libraries and their data."""
         places = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path} - {""}
         for name, module in list(sys.modules.items()):
             if "." not in name and hasattr(module, "__path__"):  # installed apart from the others
@@ -134,7 +134,7 @@ class _Sealed(Boundary):
 
 
 class _Confined(Boundary):
-    """Allows no change on disk outside its folders."""
+    """The rules of a block that may change files only in its folders."""
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -155,7 +155,7 @@ class _Confined(Boundary):
             self._check_change(path, os.path.join(os.path.realpath(parent), name))
 
     def _check_change(self, path: str, changed: str) -> None:
-        """Raise where what is changed, by a path that is named, lies beyond the folders."""
+        """Raise if the changed path is outside the block's folders."""
         if not self._may_touch(changed):
             self.refuse(
                 f"would write {path}, which is outside of its part of the cache",
@@ -163,14 +163,14 @@ class _Confined(Boundary):
             )
 
     def _may_make(self, folder: str) -> bool:
-        """True for a folder that exists already, and for one that the block's folders lie in."""
+        """Whether a folder exists already, or contains one of the block's folders."""
         if os.path.isdir(folder):
             return True
         return any(_is_below(block_folder, folder) for block_folder in self.folders)
 
 
 def _path(value: object, folder: int = -1) -> str | None:
-    """An absolute path; None for what is none, such as a descriptor.
+    """Return an absolute path; None for an object that is not a path, such as a descriptor.
 
     Args:
         value: An argument of a call.
@@ -186,7 +186,7 @@ def _path(value: object, folder: int = -1) -> str | None:
 
 
 def _place_of(descriptor: int) -> str:
-    """The path of an open folder."""
+    """Return the path of an open folder."""
     if sys.platform == "darwin":
         place = fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024))
         return os.fsdecode(place.rstrip(b"\0"))
@@ -194,7 +194,7 @@ def _place_of(descriptor: int) -> str:
 
 
 def _is_below(path: str, folder: str) -> bool:
-    """True for a folder itself too."""
+    """Whether the path is the folder itself or below it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -206,7 +206,7 @@ _EVENTS = frozenset(
 
 
 def _present() -> Boundary | None:
-    """The boundary of this thread, where it is in a block or was started in one."""
+    """Return the boundary of this thread, from its block or the block that started the thread."""
     boundary = _boundary.get()
     if boundary is None and _started:
         boundary = _started.get(threading.current_thread())
@@ -216,7 +216,7 @@ def _present() -> Boundary | None:
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    """Let the boundary of this thread check an event."""
+    """Check an audit event against the boundary of this thread."""
     if event not in _EVENTS:
         return
     boundary = _present()
@@ -226,7 +226,7 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
 
 @functools.cache
 def _install() -> None:
-    """Set the hook, which stays until the process ends, and follow threads as they are started.
+    """Install the audit hook, which stays until the process ends, and track started threads.
 
     Python raises an event for threads from 3.12 on.
     """
@@ -245,7 +245,7 @@ def _install() -> None:
 
 @contextlib.contextmanager
 def sealed(what: str, *folders: StrPath) -> Iterator[Boundary]:
-    """A block without the network, pickles, and files beyond some folders and the libraries.
+    """A block without network and pickles, and with files only from some folders and libraries.
 
     Args:
         what: What is built in it, as the subject of a sentence.
@@ -260,7 +260,7 @@ def sealed(what: str, *folders: StrPath) -> Iterator[Boundary]:
 
 @contextlib.contextmanager
 def confined(what: str, *folders: StrPath) -> Iterator[Boundary]:
-    """A block in which nothing is written beyond some folders.
+    """A block that may write only in some folders.
 
     Args:
         what: What is written in it, as the subject of a sentence.
@@ -275,7 +275,7 @@ def confined(what: str, *folders: StrPath) -> Iterator[Boundary]:
 
 @contextlib.contextmanager
 def _bounded(boundary: Boundary) -> Iterator[Boundary]:
-    """A block within a boundary, whose errors name what was refused."""
+    """A block with this boundary, whose errors name what was refused."""
     _install()
     token = _boundary.set(boundary)
     try:
@@ -298,7 +298,7 @@ def _bounded(boundary: Boundary) -> Iterator[Boundary]:
 
 @contextlib.contextmanager
 def unsealed() -> Iterator[None]:
-    """A block within one of `sealed` in which lora-fx itself reads what the user named."""
+    """A block inside `sealed` in which lora-fx itself may read what the user named."""
     token = _boundary.set(None)
     try:
         yield
@@ -307,7 +307,7 @@ def unsealed() -> Iterator[None]:
 
 
 def _cause(error: BaseException, refused: list[BaseException]) -> BaseException | None:
-    """The refusal that caused an error, which may have come through other errors; None for none."""
+    """Return the refusal that caused an error, also through other errors; None if there is none."""
     visited: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:

@@ -1,4 +1,4 @@
-"""Outputs beside a main one, which go again where that one does not get its name."""
+"""Side outputs of a main output, removed if the main output does not get its final name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_fx.files.leftovers import NEW, REPLACED, take_back, token_of
 
 
 class Beside(contextlib.ExitStack):
-    """Outputs beside a main one, which go again where that one does not get its name.
+    """The side outputs of a main output; they are undone if the main output is not completed.
 
     What they replaced comes back. A run can be killed between two renames. The next run of the main
     output then takes away the outputs in the same folder: each has a link in a temporary folder
@@ -29,7 +29,7 @@ class Beside(contextlib.ExitStack):
     temporary: Path | None = None
 
     def on_error(self, undo: Callable[[], object]) -> None:
-        """Call `undo` where an error comes before the main output has its name."""
+        """Call `undo` if an error occurs before the main output has its final name."""
         main_inode: int | None = None
         if self.temporary is not None:
             main_inode = inode_of(self.temporary)
@@ -43,13 +43,13 @@ class Beside(contextlib.ExitStack):
         self.push(undo_on_error)
 
     def _has_its_name(self, main_inode: int | None) -> bool:
-        """True once the main output, which had this inode, has its name."""
+        """Whether the main output, which had this inode, has its final name."""
         if self.target is None or main_inode is None:
             return False
         return inode_of(self.target) == main_inode
 
     def token(self, target: Path) -> str:
-        """The token of an output's temporary folder: the main one's, where it lies beside it."""
+        """Return the token of an output's temporary folder: the main one's if in one folder."""
         if self.temporary is None:
             return secrets.token_hex(4)
         main_holder = self.temporary.parent
@@ -58,7 +58,7 @@ class Beside(contextlib.ExitStack):
         return token_of(main_holder)
 
     def add(self, target: Path, new: Path) -> None:
-        """Take in an output that is about to be renamed from `new` to `target`.
+        """Register an output that is about to be renamed from `new` to `target`.
 
         `new` lies in the output's temporary folder.
         """

@@ -1,4 +1,4 @@
-"""Tensors of a file, or parts of them, by plain reads: nothing is mapped."""
+"""Reading of a file's tensors or of parts of them, without memory mapping."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lora_fx.files.read import AGAIN, open_input
 from lora_fx.files.safetensors import TensorInfo
 
 CHUNK = 1 << 20
-"""Bytes that are compared at once."""
+"""The number of bytes that are compared at once."""
 
 
 def stored_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
-    """Bytes lo ≤ i < hi of a tensor.
+    """Read bytes lo ≤ i < hi of a tensor.
 
     Raises:
         LoraFxError: The file ends before them, or cannot be read.
@@ -30,7 +30,7 @@ def stored_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
 
 
 def stored(info: TensorInfo, part: slice = slice(None), axis: int = 0) -> Array:
-    """A tensor, or a part of it along one axis.
+    """Read a tensor, or a part of it along one axis.
 
     Raises:
         LoraFxError: The file ends before it, or cannot be read.
@@ -55,13 +55,13 @@ def stored(info: TensorInfo, part: slice = slice(None), axis: int = 0) -> Array:
 
 
 def stored_elements(info: TensorInfo, lo: int, hi: int) -> Array:
-    """Elements lo ≤ i < hi of a tensor in its own dtype."""
+    """Read elements lo ≤ i < hi of a tensor in its stored dtype."""
     dtype = numpy_dtype(info.dtype)
     return stored_bytes(info, lo * dtype.itemsize, hi * dtype.itemsize).view(dtype)
 
 
 def same_bytes(a: TensorInfo | Array, b: TensorInfo | Array) -> bool:
-    """True where two tensors, stored or arrays, have one dtype and shape and are equal bit by bit.
+    """Whether two tensors, stored or arrays, have one dtype and shape and the same bytes.
 
     Reading stops at the first block that differs: either may be larger than memory.
 
@@ -82,7 +82,7 @@ def same_bytes(a: TensorInfo | Array, b: TensorInfo | Array) -> bool:
 
 
 def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
-    """The bytes of a tensor, CHUNK at a time.
+    """Yield the bytes of a tensor, CHUNK at a time.
 
     Always in the same buffer, since new ones would cost page faults; behind the last, shorter block
     are still bytes of the one before. A bytearray, because comparing two of them took a sixth of
@@ -104,7 +104,7 @@ def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
 
 @contextlib.contextmanager
 def reading(info: TensorInfo) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name the file."""
+    """A block whose OSErrors become LoraFxErrors that name the tensor's file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""JSON files, read strictly: what two readers could take for two things is refused."""
+"""Strict reading of JSON files: content that readers may interpret differently is refused."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_fx.files.read import AGAIN, read_bytes
 from lora_fx.text import Json
 
 MAX_JSON = 32 << 20
-"""Largest JSON file, header or index, in bytes; Python's json takes about 12 times that."""
+"""The size in bytes of the largest JSON file, header or index; parsing takes 12 times as much."""
 
 
 def json_value(
     raw: str | bytes, where: str, *, sizes: bool = False, constants: bool = False, hint: str = AGAIN
 ) -> Any:
-    """A JSON value, read strictly: no key twice, no NaN, no half of a surrogate pair.
+    """Parse a JSON value strictly: no repeated key, no NaN, no unpaired surrogate.
 
     A whole number of more than 64 bits is a float, as in other languages: nothing that is counted
     is as large, and no array holds it. One of more than 300 digits is refused, since Python's time
@@ -52,7 +52,7 @@ def json_value(
 
 
 def _parsed(text: str, sizes: bool, constants: bool) -> Any:
-    """The value of a text, by json.loads and the checks of `json_value`.
+    """Parse a text by json.loads, with the checks of `json_value`.
 
     Python's own reading of numbers is faster, and right where no number is long.
 
@@ -81,7 +81,7 @@ def _parsed(text: str, sizes: bool, constants: bool) -> Any:
 
 
 def _object_without_repeated_keys(pairs: list[tuple[str, object]]) -> Json:
-    """A JSON object of its keys and values."""
+    """Return a JSON object from its keys and values; raise for a repeated key."""
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
@@ -96,14 +96,14 @@ def _refuse_constant(name: str) -> None:
 
 
 def _size(digits: str) -> int | float:
-    """A whole number that may be a size."""
+    """Parse a whole number that may be a size: -0 is refused."""
     if digits == "-0":
         raise ValueError("-0 is not a size")
     return _integer(digits)
 
 
 def _integer(digits: str) -> int | float:
-    """A whole number; a float where it has more than 64 bits."""
+    """Parse a whole number; return a float if it has more than 64 bits."""
     if len(digits) > 300:
         raise ValueError(f"a whole number of {len(digits)} digits")
     number = int(digits)
@@ -113,7 +113,7 @@ def _integer(digits: str) -> int | float:
 
 
 def _fraction(digits: str) -> float:
-    """A number with a fraction or an exponent."""
+    """Parse a number with a fraction or an exponent."""
     value = float(digits)
     if math.isinf(value):
         raise ValueError(f"{one_line(digits, 40)} is larger than a float holds")
@@ -123,7 +123,7 @@ def _fraction(digits: str) -> float:
 def json_object(
     raw: str | bytes, where: str, *, sizes: bool = False, constants: bool = False, hint: str = AGAIN
 ) -> Json:
-    """A JSON object; see json_value.
+    """Parse a JSON object; see json_value.
 
     Raises:
         LoraFxError: The text is not JSON, or not an object.
@@ -135,6 +135,6 @@ def json_object(
 
 
 def read_json(path: str | os.PathLike[str], *, constants: bool = False, hint: str = AGAIN) -> Json:
-    """The JSON object of a file of at most MAX_JSON bytes; see json_object."""
+    """Read the JSON object in a file of at most MAX_JSON bytes; see json_object."""
     text = read_bytes(path, most=MAX_JSON)
     return json_object(text, os.fspath(path), constants=constants, hint=hint)

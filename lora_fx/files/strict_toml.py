@@ -1,4 +1,4 @@
-"""TOML, of which Python's reader is slow, and slower than linear for dotted keys."""
+"""Reading of TOML with limits, because tomllib is slow, and not linear in dotted keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lora_fx.files.read import read_text
 from lora_fx.text import Json
 
 MAX_TOML = 1 << 19
-"""Largest TOML file, in bytes: 5,000 paths of adapters. Python's tomllib takes a second for it."""
+"""The size in bytes of the largest TOML file (5,000 adapter paths); tomllib takes a second."""
 MAX_DOTS = 16
-"""Parts of a dotted key; of one of 20,000 parts tomllib takes 18 s and 2 GB."""
+"""The most parts of a dotted key; for a key of 20,000 parts tomllib takes 18 s and 2 GB."""
 _QUOTED = re.compile(
     r"""(?sx) \"{3} (?: \\. | (?!\"{3}). )*+ (?: \"{3} | \Z)
     | '{3} (?: (?!'{3}). )*+ (?: '{3} | \Z)
@@ -22,13 +22,13 @@ _QUOTED = re.compile(
     | ' [^'\n]*+ '?
     | \# [^\n]*+"""
 )
-"""A text in quotes, which may lack its end, or a comment."""
+"""The pattern of a quoted text, whose end may be missing, or of a comment."""
 _LONG_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MAX_DOTS}}}[\w-]")
-"""A dotted key of more than MAX_DOTS parts; quoted parts are replaced before."""
+"""The pattern of a dotted key of more than MAX_DOTS parts, without quoted parts."""
 
 
 def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
-    """The tables of a TOML file of at most MAX_TOML bytes.
+    """Read the tables of a TOML file of at most MAX_TOML bytes.
 
     Args:
         path: The file.
@@ -57,7 +57,7 @@ def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
 
 
 def _keys_of_large_integers(value: object, key: str = "it") -> Iterator[str]:
-    """The keys whose values hold a whole number of more than 64 bits."""
+    """Yield the keys whose values hold a whole number of more than 64 bits."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _keys_of_large_integers(item, one_line(repr(name), 80))

@@ -1,4 +1,4 @@
-"""safetensors files as numpy arrays: strict reading, and writing with reproducible bytes.
+"""Strict reading of safetensors files into numpy arrays, and reproducible writing.
 
 The header is written here rather than by `safetensors.numpy.save`, which (0.8.0) writes the bytes
 of a transposed array in the wrong order and puts metadata in an order that changes from run to
@@ -29,7 +29,7 @@ _CODES = {numpy_dtype(name): DTYPES[name].code for name in _PLAIN}
 
 
 def is_float(array: Array) -> bool:
-    """True for the four float dtypes that adapters are stored in."""
+    """Whether the array has one of the four float dtypes that adapters are stored in."""
     return array.dtype in _FLOATS
 
 
@@ -69,7 +69,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """All tensors of a safetensors file in file order, and the texts of its header.
+    """Read all tensors of a safetensors file in file order, and the texts of its header.
 
     Within `trusting`, those of a pickle too.
 
@@ -93,7 +93,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Raise for files of other kinds, from their first bytes, with a matching hint."""
+    """Raise for a file of another kind, told by its first bytes, with a matching hint."""
     head = first_bytes(path)
     # First, because the length of a header may begin with any byte, a pickle's included.
     if may_be_safetensors(head) or (trusted() and is_pickle(head)):
@@ -118,5 +118,5 @@ def refuse_other_kinds(path: Path) -> None:
 
 @np.errstate(invalid="ignore")  # ml_dtypes says it of NaN that signal
 def finite(array: Array) -> bool:
-    """True when every element is a number; exact in any float dtype."""
+    """Whether every element is finite; exact in any float dtype."""
     return bool(np.isfinite(array).all())

@@ -1,1 +1,1 @@
-"""Adapter file formats, one a file; foreign names exist only here."""
+"""Adapter file formats, one module each; the names of other libraries appear only here."""

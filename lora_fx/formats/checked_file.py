@@ -1,4 +1,4 @@
-"""Tensors of a foreign file as fp32 masters and numbers, checked on the way in."""
+"""Tensors and numbers from a foreign file, checked and converted to fp32."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.tensor_files import finite, is_float
 
 Arrays = Mapping[str, Array]
-"""Tensors by name, or those of a module by the ends of their names."""
+"""Tensors by name, or the tensors of a module by the ends of their names."""
 
 
 @dataclass(frozen=True)
 class File:
-    """One file that is read.
+    """A file that is being read.
 
     Attributes:
         name: For messages.
@@ -30,7 +30,7 @@ class File:
     notes: list[str] = field(default_factory=list)
 
     def master(self, name: str, array: Array) -> Array:
-        """One tensor as contiguous fp32; raises as `check`."""
+        """Return one tensor as contiguous fp32; raise as `check` does."""
         self.check(name, array)
         master = np.ascontiguousarray(array, np.float32)
         if array.dtype == np.float64 and not np.array_equal(master, array):
@@ -38,7 +38,7 @@ class File:
         return master
 
     def check(self, name: str, array: Array) -> None:
-        """Check a tensor of floats.
+        """Check that a tensor holds finite floats.
 
         Raises:
             LoraFxError: It is empty, no float, or not finite.
@@ -54,7 +54,7 @@ class File:
         self.check_finite(name, array)
 
     def vector(self, name: str, array: Array, size: int) -> Array:
-        """A magnitude or a bias as fp32 [size]; PEFT keeps axes of size 1 around it."""
+        """Return a magnitude or a bias as fp32 [size]; PEFT adds axes of size 1."""
         if array.size != size or size not in array.shape:
             raise self.error(
                 name,
@@ -73,7 +73,7 @@ class File:
             )
 
     def alpha(self, name: str, array: Array | None) -> float | None:
-        """The number in an alpha tensor; None without a tensor, which means alpha = rank.
+        """Return the number in an alpha tensor; None without a tensor, which means alpha = rank.
 
         Raises:
             LoraFxError: Not one finite number, or 0: that is rank to its trainers (kohya, LyCORIS)
@@ -123,12 +123,12 @@ class File:
         return modules
 
     def error(self, name: str, what: str, hint: str = "is the file complete?") -> LoraFxError:
-        """An error about one tensor."""
+        """Return an error for one tensor."""
         return LoraFxError(f"{self.name}: {name!r} {what}", hint)
 
 
 def module_and_part(pattern: re.Pattern[str], name: str) -> tuple[str, str] | None:
-    """(module, end) of a tensor's name, by a pattern's two groups; None without a match."""
+    """Return (module, end) of a tensor's name by a pattern's two groups; None without a match."""
     match = pattern.fullmatch(name)
     if match is None:
         return None

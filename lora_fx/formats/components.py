@@ -1,4 +1,4 @@
-"""Components of an image model, each a model of its own: a UNet or transformer, and text encoders.
+"""The components of an image model: a UNet or transformer, and text encoders.
 
 =================  =================================  =========================================
 component          kohya, with "_" for "."            diffusers, and single-file checkpoints
@@ -21,7 +21,7 @@ from lora_fx.files.checkpoint import tensors
 
 @dataclass(frozen=True)
 class Component:
-    """The names of one component in files.
+    """The names that files use for one component.
 
     Attributes:
         prefixes: Kohya's, which has "_" for ".".
@@ -48,11 +48,11 @@ _ONLY_OF = {
     "transformer": ("transformer_blocks.", "single_transformer_blocks."),
     "text_encoder": ("text_model.",),
 }
-"""component → beginnings that the names of no other component's modules have."""
+"""Component → name beginnings of modules that no other component has."""
 
 
 def split_component(key: str) -> tuple[str, str]:
-    """(component, the rest) of a dotted key; no component where it names none.
+    """Return (component, the rest) of a dotted key; an empty component if the key names none.
 
     >>> split_component("text_encoder_2.text_model.x.weight"), split_component("h.0.fc.weight")
     (('text_encoder_2', 'text_model.x.weight'), ('', 'h.0.fc.weight'))
@@ -64,13 +64,13 @@ def split_component(key: str) -> tuple[str, str]:
 
 
 def has_home(key: str) -> bool:
-    """True for a key that begins with a component, or as in a single-file checkpoint."""
+    """Whether a key begins with a component's prefix, or as in a single-file checkpoint."""
     component, _ = split_component(key)
     return bool(component) or key.startswith(_DIFFUSION)
 
 
 def guess_component(key: str) -> str:
-    """The component that a key without one can only belong to; empty where several could."""
+    """Return the only component that a key without prefix can belong to; empty if not unique."""
     for component, starts in _ONLY_OF.items():
         if key.startswith(starts):
             return component
@@ -78,7 +78,7 @@ def guess_component(key: str) -> str:
 
 
 def names_of(base: str | Path) -> tuple[str, ...]:
-    """Tensor names of a model's folder or file; of a pipeline's, with the component before them."""
+    """Return the tensor names of a model; in a pipeline, with the component as a prefix."""
     base = Path(base)
     if not is_pipeline(base):
         return tuple(tensors(base))
@@ -91,5 +91,5 @@ def names_of(base: str | Path) -> tuple[str, ...]:
 
 
 def is_pipeline(base: str | Path) -> bool:
-    """True for a folder of diffusers with one folder a component."""
+    """Whether this is a diffusers folder with one subfolder for each component."""
     return (Path(base) / "model_index.json").is_file()

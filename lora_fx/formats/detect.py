@@ -1,4 +1,4 @@
-"""Tells an adapter file by its content: its magic first, then its tensors and its header.
+"""Detection of an adapter file's format from its content: magic, tensor names and header.
 
 Here is the door that every file passes before a format's `read` gets it, whatever format that is.
 Git-LFS pointers are refused, pickles too outside a block of `trusting`, headers of safetensors
@@ -22,13 +22,13 @@ from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.registry import FORMATS, files_of, pickles_of
 
 NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
-"""Endings that no adapter is written under."""
+"""Suffixes that an adapter is never written with."""
 
 _LARGE = 64 << 20
 _ZIP = b"PK\x03\x04"
 _PICKLED = (".pkl", ".pickle")
 _WIDEST = 8
-"""Bytes of an element, at most."""
+"""The largest size of a tensor element in bytes."""
 
 
 def look(path: Path) -> FileHead:
@@ -62,7 +62,7 @@ def _is_pickled(path: Path, head: bytes) -> bool:
 
 
 def format_in(path: Path, seen: FileHead) -> Format:
-    """The one format that a file is of.
+    """Return the one format that a file has.
 
     Raises:
         LoraFxError: No format knows the file, or several do; a format that might cannot be
@@ -91,7 +91,7 @@ def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
 
 
 def format_of(path: str | Path) -> str:
-    """The format of an adapter, from its content; raises as load_adapter does."""
+    """Return the format of an adapter, from its content; raise as load_adapter does."""
     path = tensor_file(Path(path))
     if path.suffix == ".onnx":
         return "onnx"
@@ -99,7 +99,7 @@ def format_of(path: str | Path) -> str:
 
 
 def format_for(path: str | Path) -> str:
-    """The format for an output's name, if only one format uses such names.
+    """Return the format for an output's name, if only one format uses such names.
 
     >>> format_for("x.onnx_adapter"), format_for("folder")
     ('onnx_adapter', 'peft')
@@ -127,7 +127,7 @@ def format_for(path: str | Path) -> str:
 
 
 def tensor_file(path: Path) -> Path:
-    """The one file with an adapter's tensors; a pickle only if there is no other."""
+    """Return the one file with an adapter's tensors; a pickle only if there is no other."""
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
     if path.is_file():
@@ -143,7 +143,7 @@ def tensor_file(path: Path) -> Path:
 
 
 def _hint_for_folder(path: Path, weights: str) -> str:
-    """The hint for a folder without an adapter: names a file or folders that may have one."""
+    """Return a hint for a folder without an adapter: a file or folders that may hold one."""
     files = sorted(path.glob("*.safetensors"))
     if files:
         return f"give the adapter's file: {files[0]}"
@@ -154,13 +154,13 @@ def _hint_for_folder(path: Path, weights: str) -> str:
 
 
 def files_with_tensors(formats: Collection[Format]) -> tuple[str, ...]:
-    """The names that the file of the tensors has in folders of these formats; pickles come last."""
+    """Return the names that these formats give their tensor file in a folder, pickles last."""
     safe = [format.folder_files[0] for format in formats if format.folder_files]
     return (*safe, *pickles_of(formats))
 
 
 def _lies_beside(path: Path) -> bool:
-    """Whether a file has the name of one that lies beside the tensors in a folder, a config say."""
+    """Whether the name is that of an additional file (such as a config) in an adapter folder."""
     for formats in FORMATS.in_turn():
         if any(path.name in format.folder_files[1:] for format in formats):
             return True
@@ -170,7 +170,7 @@ def _lies_beside(path: Path) -> bool:
 
 
 def is_adapter(path: str | PathLike[str]) -> bool:
-    """Whether load_adapter would read a path; decided from files and headers, not from names."""
+    """Whether load_adapter would read this path, decided from its files and their headers."""
     path = Path(path)
     if path.is_dir():
         return any(_has_file_of(path, formats) for formats in FORMATS.in_turn())
@@ -181,12 +181,12 @@ def is_adapter(path: str | PathLike[str]) -> bool:
 
 
 def _has_file_of(folder: Path, formats: Collection[Format]) -> bool:
-    """Whether a folder has one of the files that folders of these formats have."""
+    """Whether a folder has a file that these formats write."""
     return any((folder / name).is_file() for name in files_of(formats))
 
 
 def check_elements(path: str | PathLike[str], most: int) -> None:
-    """Refuse, before they are read, tensors of more elements than an adapter of a base can have.
+    """Raise, before reading, if tensors have more elements than an adapter of a base can have.
 
     Files up to 64 MiB are read in any case.
     """

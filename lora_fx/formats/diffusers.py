@@ -1,4 +1,4 @@
-"""Adapters as diffusers stores them: one safetensors file for all components of a pipeline.
+"""Adapters in the format of diffusers: one safetensors file for all components of a pipeline.
 
 ==================================================  ===========================================
 names, behind `unet.`, `text_encoder.` …            written by
@@ -64,7 +64,7 @@ _refused = partial(refused, "a diffusers file")
 
 
 def detect(seen: FileHead) -> bool:
-    """True for a file with pairs under a component's name, or with diffusers' header."""
+    """Whether a file has A/B pairs under a component's name, or diffusers' header."""
     if seen.config or any(name.startswith(PREFIX) for name in seen.names):
         return False
     if HEADER in seen.metadata:
@@ -73,7 +73,7 @@ def detect(seen: FileHead) -> bool:
 
 
 def _is_name_of_diffusers(name: str) -> bool:
-    """Whether a name is of A or B, under a component or of an attention processor."""
+    """Whether this names A or B, under a component or of an attention processor."""
     split = _split_name(name)
     if split is None or split[1] not in ("A", "B"):
         return False
@@ -81,7 +81,7 @@ def _is_name_of_diffusers(name: str) -> bool:
 
 
 def read(path: str | Path) -> Adapter:
-    """An adapter from a file, or from a folder with pytorch_lora_weights.safetensors.
+    """Read an adapter from a file, or from a folder with pytorch_lora_weights.safetensors.
 
     Returns:
         An Adapter with the keys described above; layouts are None, and the updates of convolutions
@@ -113,13 +113,13 @@ def read(path: str | Path) -> Adapter:
 
 
 def _components_of(keys: Iterable[str]) -> tuple[str, ...]:
-    """The components that keys begin with, sorted."""
+    """Return the components that keys begin with, sorted."""
     components = {split_component(key)[0] for key in keys}
     return tuple(sorted(components - {""}))
 
 
 def _split_name(name: str) -> tuple[str, str] | None:
-    """(module, what) of a tensor's name; what is A, B, alpha, lora_magnitude_vector, lora_B.bias.
+    """Return (module, part) of a name; part: A, B, alpha, lora_magnitude_vector, lora_B.bias.
 
     >>> _split_name("unet.mid.attn1.processor.to_out_lora.up.weight")
     ('unet.mid.attn1.to_out.0', 'B')
@@ -143,7 +143,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
 
 
 def _module_of_processor(attention: str, leaf: str) -> str:
-    """The module that a part of an attention processor acts on."""
+    """Return the module that a part of an attention processor acts on."""
     if attention.startswith("text_encoder"):
         leaf = _TEXT.get(leaf, leaf)
     elif leaf == "to_out":
@@ -155,7 +155,7 @@ def _module_of_processor(attention: str, leaf: str) -> str:
 
 
 def _entries(module: str, tensors: Arrays, configs: _Configs, file: File) -> dict[str, Entry]:
-    """The update of one module, and of its bias where B has one."""
+    """Return the update of one module, and the update of its bias if B has one."""
     if "A" not in tensors or "B" not in tensors:
         have = ", ".join(sorted(tensors))
         raise file.error(module, f"has {have}; expected lora_A and lora_B (or down and up)")
@@ -178,7 +178,7 @@ def _entries(module: str, tensors: Arrays, configs: _Configs, file: File) -> dic
 def _alpha_and_variant(
     module: str, tensors: Arrays, configs: _Configs, file: File, *, rank: int
 ) -> tuple[float, str]:
-    """(alpha, variant) of a module; alpha comes from the tensor or the header, else is the rank.
+    """Return (alpha, variant) of a module; alpha is from the tensor, the header, or the rank.
 
     Raises:
         LoraFxError: The two are there and differ.
@@ -197,14 +197,14 @@ def _alpha_and_variant(
 
 
 def _vector(module: str, end: str, tensors: Arrays, rows: int, file: File) -> Array | None:
-    """A magnitude or a bias of B; None where there is none."""
+    """Return a magnitude or a bias of B; None if there is none."""
     if end not in tensors:
         return None
     return file.vector(f"{module}.{end}", tensors[end], rows)
 
 
 class _Configs:
-    """The configs in a file's header, one a component; all may be missing."""
+    """The configs in a file's header, one for each component; any may be missing."""
 
     def __init__(self, header: Mapping[str, str], file: File) -> None:
         self.file = file
@@ -220,7 +220,7 @@ class _Configs:
             self.alphas[component] = Pattern(config, "alpha_pattern", "lora_alpha", where)
 
     def _check(self, config: Json, where: str) -> None:
-        """Hold a config to PEFT's rules; raise for one that is of more than plain LoRA."""
+        """Check a config by PEFT's rules; raise for anything but plain LoRA."""
         # DoRA and biases show in the tensors; the rest of the config is held to PEFT's rules.
         checked = {
             field: value
@@ -237,7 +237,7 @@ class _Configs:
             )
 
     def of(self, module: str, rank: int) -> tuple[float | None, str]:
-        """(alpha, variant) of one module; no alpha where the header has no config of it."""
+        """Return (alpha, variant) of a module; alpha is None if the header has no config for it."""
         component, name = split_component(module)
         if component not in self.alphas:
             component = ""
@@ -254,20 +254,20 @@ class _Configs:
         return alpha, variant
 
     def notes(self) -> Iterator[str]:
-        """Notes on alphas that no module has, or more than one pattern gives."""
+        """Yield notes on alpha patterns that match no module, or that several patterns match."""
         for pattern in self.alphas.values():
             yield from pattern.notes()
 
 
 def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
-    """Write a folder that `load_lora_weights` takes; otherwise as `write_file`."""
+    """Write a folder that `load_lora_weights` accepts; otherwise as `write_file`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     return write_file(adapter, directory / WEIGHTS)
 
 
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
-    """Write one .safetensors file; returns notes on what other readers will not see.
+    """Write one .safetensors file; return notes on what other readers ignore.
 
     Raises:
         LoraFxError: A key without a known component, or an update that the format cannot store:
@@ -311,7 +311,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
 
 
 def _component_and_module(key: str, form: PeftForm) -> tuple[str, str]:
-    """(component, module) of an update; the component is named, or is the only one with the module.
+    """Return (component, module) of an update: the named component, or the only one that fits.
 
     Raises:
         LoraFxError: It may be of several components.
@@ -327,7 +327,7 @@ def _component_and_module(key: str, form: PeftForm) -> tuple[str, str]:
 
 
 def _config(component: str, updates: dict[str, LowRank]) -> Json:
-    """PEFT's config of one component, as diffusers puts it into the header."""
+    """Return PEFT's config of one component, as diffusers stores it in the header."""
     variants = {update.variant for update in updates.values()}
     with_magnitude = {update.magnitude is not None for update in updates.values()}
     if len(variants) > 1 or len(with_magnitude) > 1 or not variants <= {"lora", "rslora"}:
@@ -351,15 +351,15 @@ class DiffusersFile(Format):
     pickles = ("pytorch_lora_weights.bin",)
 
     def detect(self, seen: FileHead) -> bool:
-        """Whether there are pairs under a component's name, or diffusers' header."""
+        """Whether the file has A/B pairs under a component's name, or diffusers' header."""
         return detect(seen)
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:
-        """Read one file, or a folder with it."""
+        """Read one file, or a folder with that file."""
         return read(path)
 
     def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
-        """Write one file, or a folder with it."""
+        """Write one file, or a folder with that file."""
         if path.suffix in self.suffixes:
             return write_file(adapter, path)
         return write(adapter, path)

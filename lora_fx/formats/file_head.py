@@ -1,4 +1,4 @@
-"""The head of a file, by which formats know it: its header, and whether a config lies beside it."""
+"""The facts that identify a file's format: its header, its first bytes, and a config next to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tensors_head(path: Path) -> FileHead:
 
 
 def head_with(header: Header, head: bytes, path: Path) -> FileHead:
-    """The head of a file with such a header and such first bytes."""
+    """Return the head of a file with this header and these first bytes."""
     return FileHead(
         head,
         names=tuple(header.tensors),
@@ -32,5 +32,5 @@ def head_with(header: Header, head: bytes, path: Path) -> FileHead:
 
 
 def has_config(path: Path) -> bool:
-    """Whether adapter_config.json lies beside a file."""
+    """Whether adapter_config.json exists next to a file."""
     return (path.parent / "adapter_config.json").is_file()

@@ -1,4 +1,4 @@
-"""Format: the properties of a kind of adapter file, and how to read and write it.
+"""Format: the interface of an adapter file format, to detect, read and write its files.
 
 Whoever adds a format writes one object of this protocol. Nothing outside it knows its name: the
 registry (`lora_fx.formats.registry`) lists the formats, and `load_adapter`, `save_adapter`,
@@ -16,12 +16,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 
 HEAD = 64
-"""Bytes of a file's beginning that tell its kind."""
+"""The number of bytes at a file's beginning that show its kind."""
 
 
 @dataclass(frozen=True)
 class Magic:
-    """The bytes that every file of a format has at a fixed place.
+    """The bytes that every file of a format has at a fixed offset.
 
     Attributes:
         text: The bytes.
@@ -41,7 +41,7 @@ class Magic:
 
 @dataclass(frozen=True)
 class FileHead:
-    """The beginning of a file, by which a format's `detect` decides; no tensor is read for it.
+    """The beginning of a file, from which a format's `detect` decides; tensors are not read.
 
     Attributes:
         head: The first 64 bytes.
@@ -59,7 +59,7 @@ class FileHead:
 
 
 class Format(Protocol):
-    """One kind of adapter file. Subclass it and make one object; defaults are optional.
+    """One kind of adapter file: subclass it and create one object. Defaults are optional.
 
     Attributes:
         name: What `--format` and `save_adapter(format=…)` call it.
@@ -101,16 +101,16 @@ class Format(Protocol):
     def detect(self, seen: FileHead) -> bool:
         """Whether a file is of this format, decided from its content and never from its name.
 
-        It is asked of files with the magic, or of safetensors files where the format has none; one
-        of another package, only of files that no format of lora-fx's own knows. Two formats that
-        both say True are an error, so be strict.
+        lora-fx calls this for files with the magic, or for safetensors files if the format has no
+        magic. Formats of other packages get only files that no format of lora-fx detects. It is an
+        error if two formats return True, so be strict.
         """
         return self.magic is not None
 
     def resembles(self, seen: FileHead) -> bool:
-        """Whether a file that no format detects is one of these that lacks something.
+        """Whether a file that no format detects looks like this format but is incomplete.
 
-        Then `read` gets it, and says what is missing.
+        In that case `read` is called, and its error says what is missing.
         """
         return False
 
@@ -122,7 +122,7 @@ class Format(Protocol):
         return True
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:
-        """Read a file that `detect` knows.
+        """Read a file for which `detect` is true.
 
         Args:
             path: The file; of a folder the one that holds the tensors.
@@ -138,7 +138,7 @@ class Format(Protocol):
         ...
 
     def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
-        """Write an adapter, of at least one update unless the format takes an empty one.
+        """Write an adapter: with at least one update, unless the format allows an empty one.
 
         Args:
             adapter: Bound to a model or not.
@@ -156,7 +156,7 @@ class Format(Protocol):
         )
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
-        """Write a file for one switchable .onnx file, with the names and shapes of its inputs.
+        """Write a file for a switchable .onnx file, with the names and shapes of the file's inputs.
 
         Args:
             graph: The .onnx file.

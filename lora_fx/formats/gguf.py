@@ -74,20 +74,20 @@ _KEY = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d{1,5
 _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)")
 _BLOCK = re.compile(r"0|[1-9]\d{0,4}", re.A)
 _MOST_VALUES = 50_000
-"""Values of a header that are read; an adapter has some thousands."""
+"""The largest number of header values that are read; an adapter has some thousands."""
 _UNCODED = {"F32", "F16", "BF16"}
-"""Types of tensors that are no codes of a quantised one."""
+"""The tensor types that are not quantised."""
 _NO_EXPERT = -1
 _refused = partial(refused, "a GGUF adapter")
 
 
 def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
-    """The values of an adapter's header by key, and its tensors in fp32."""
+    """Return the values of an adapter's header by key, and its tensors in fp32."""
     gguf = gguf_package()
     calls = itertools.count()
 
     class Strict(gguf.GGUFReader):  # type: ignore[misc, name-defined]
-        """The package's reader has no limits; this one stops at the end and after many values."""
+        """A reader with limits: it stops at the file's end and after many values."""
 
         def _get(self, offset: int, dtype: type, count: int = 1, *order: str, **more: str) -> Array:
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
@@ -127,7 +127,7 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
 
 
 def _check_places(reader: Any) -> None:
-    """Raise ValueError for tensors that overlap, or whose places the package's sums wrapped to."""
+    """Raise ValueError for tensors that overlap, or whose position overflowed in the package."""
     data_start = int(reader.data_offset)
     starts = {tensor.name: data_start + int(tensor.field.parts[5][0]) for tensor in reader.tensors}
     end_so_far = data_start
@@ -144,7 +144,7 @@ def _check_places(reader: Any) -> None:
 
 
 def read(path: StrPath, base: StrPath | None = None) -> Adapter:
-    """An adapter from one .gguf file.
+    """Read an adapter from one .gguf file.
 
     Args:
         path: The file.
@@ -189,7 +189,7 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
 
 
 def _names_for(fields: Json, base: StrPath | None, file: File) -> LlamaCppNames:
-    """The names of the base, or of the file's header; raises if the architectures differ."""
+    """Return the names for the base or the file's header; raise if the architectures differ."""
     architecture = str(fields.get("general.architecture"))
     heads = {name: fields.get(f"{architecture}.attention.{field}") for name, field in HEADS.items()}
     names = names_of_base(base) or names_of_architecture(architecture, heads, file.name)
@@ -202,7 +202,7 @@ def _names_for(fields: Json, base: StrPath | None, file: File) -> LlamaCppNames:
 def _updates(
     stem: str, pair: Factors, alpha: float | None, names: LlamaCppNames, file: File
 ) -> dict[str, Entry]:
-    """The updates of one tensor of llama.cpp, under Hugging Face's names."""
+    """Return the updates of one llama.cpp tensor, under Hugging Face names."""
     a, b = pair
     module = _module_outside_layers(stem)
     if module:
@@ -226,7 +226,7 @@ def _updates(
 
 
 def _module_outside_layers(stem: str) -> str:
-    """Hugging Face's module of the embedding or the head; empty for another tensor."""
+    """Return the Hugging Face module of the embedding or the head; empty for other tensors."""
     for module, name in OUTSIDE_LAYERS.items():
         if name == stem:
             return module
@@ -234,7 +234,7 @@ def _module_outside_layers(stem: str) -> str:
 
 
 def _module_of_layer(stem: str, names: LlamaCppNames) -> str:
-    """Hugging Face's module of a tensor blk.N.…; empty if it is unknown."""
+    """Return the Hugging Face module of a tensor blk.N.…; empty if it is unknown."""
     block, _, name_in_layer = stem.removeprefix("blk.").partition(".")
     if not stem.startswith("blk.") or not _BLOCK.fullmatch(block):
         return ""
@@ -245,7 +245,7 @@ def _module_of_layer(stem: str, names: LlamaCppNames) -> str:
 
 
 def _check_shapes(stem: str, stored: Factors, pair: Factors, axes: int, file: File) -> None:
-    """Raise for A and B, as stored and transposed, that do not have the expected axes."""
+    """Raise if A and B, as stored (transposed), do not have the expected axes."""
     a, b = pair
     has_axes = a.ndim == b.ndim == axes
     if has_axes and a.shape[:-2] == b.shape[:-2] and a.shape[-2] == b.shape[-1]:
@@ -259,7 +259,7 @@ def _check_shapes(stem: str, stored: Factors, pair: Factors, axes: int, file: Fi
 
 @dataclass(frozen=True)
 class _Piece:
-    """The matrices that one update puts into one tensor of llama.cpp.
+    """The factors that one update contributes to one llama.cpp tensor.
 
     Attributes:
         tensor: The tensor's name.
@@ -277,7 +277,7 @@ class _Piece:
 
 
 def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> tuple[str, ...]:
-    """Write one .gguf file in fp32; returns notes, such as which scales went into B.
+    """Write one .gguf file in fp32; return notes, such as the scales that were folded into B.
 
     Args:
         adapter: Bound or not.
@@ -331,7 +331,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
 
 
 def _one_alpha(alphas: Iterable[float]) -> float:
-    """The alpha of the file: the most frequent one that fp32 holds, and not 0; else 1."""
+    """Return the file's alpha: the most frequent nonzero one in fp32's range; else 1."""
     usable = Counter(alpha for alpha in alphas if 1e-30 < abs(alpha) < 1e30)  # 0 would mean s = 1
     if not usable:
         return 1.0
@@ -340,7 +340,7 @@ def _one_alpha(alphas: Iterable[float]) -> float:
 
 
 def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
-    """The update, where llama.cpp can apply it."""
+    """Return the update; raise if llama.cpp cannot apply it."""
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.origin.kernel or entry.use or "@" in key or key.endswith("]"):
@@ -353,7 +353,7 @@ def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
 
 
 def _pieces(key: str, update: LowRank, names: LlamaCppNames, file: File) -> Iterator[_Piece]:
-    """The pieces of llama.cpp's tensors that an update makes.
+    """Yield the pieces of llama.cpp tensors that an update makes.
 
     1. The embedding and the head are tensors by themselves.
     2. A fused stack of gate and up goes into the two halves.
@@ -389,7 +389,7 @@ def _pieces(key: str, update: LowRank, names: LlamaCppNames, file: File) -> Iter
 
 
 def _outside_layers(key: str, update: LowRank) -> Factors:
-    """A and B of the embedding or the head, in llama.cpp's order of the embedding's table."""
+    """Return A and B of the embedding or the head, in llama.cpp's order."""
     if TABLE not in key:
         return update.a, update.b
     if update.layout:
@@ -402,7 +402,7 @@ def _outside_layers(key: str, update: LowRank) -> Factors:
 
 
 def _split_gate_up(module: str, b: Array) -> dict[str, Array]:
-    """Module → rows of B; a fused gate_up_proj of experts is two modules."""
+    """Return module → rows of B; a fused gate_up_proj of experts is two modules."""
     if not module.endswith(".experts.gate_up_proj"):
         return {module: b}
     half = b.shape[-2] // 2
@@ -411,7 +411,7 @@ def _split_gate_up(module: str, b: Array) -> dict[str, Array]:
 
 
 def _stacked(name: str, by_expert: Mapping[int, _Piece], names: LlamaCppNames) -> Factors:
-    """A and B of all experts of a layer, which have to be there, and of one shape."""
+    """Return A and B of all experts of a layer, stacked; raise if one is missing or differs."""
     count = experts_of(names.config) or max(by_expert) + 1
     key = next(iter(by_expert.values())).key
     if len(by_expert) != count or max(by_expert) != count - 1:
@@ -444,7 +444,7 @@ def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: Lla
 
 
 class GgufAdapter(Format):
-    """One file of llama.cpp; models have the same ending and magic, which `read` refuses."""
+    """A llama.cpp adapter file; models have the same suffix and magic, and `read` refuses them."""
 
     name = "gguf"
     suffixes = (".gguf",)

@@ -1,4 +1,4 @@
-"""JSON in the header of files that lora-fx writes, with what a foreign format has no field for.
+"""The JSON in the header of files that lora-fx writes, for facts that a format cannot store.
 
 The format's own tensors stay as every reader expects them. Under `lora_fx_names` stands, for each
 update, the key that it had, its layout, use and variant, so that reading our own file gives back
@@ -24,7 +24,7 @@ FIELD = "lora_fx_names"
 
 
 def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
-    """The JSON for an adapter whose key K is called names[K] in the file.
+    """Return the JSON for an adapter; names[K] is the name of key K in the file.
 
     Raises:
         LoraFxError: Metadata is no JSON.
@@ -46,7 +46,7 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
 
 
 def metadata_text(metadata: JsonView) -> str:
-    """Metadata as text for a file's header; raises LoraFxError if it cannot be JSON."""
+    """Return metadata as text for a file's header; raise LoraFxError if it cannot be JSON."""
     try:
         return json.dumps(metadata, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -59,7 +59,7 @@ def metadata_text(metadata: JsonView) -> str:
 def restore(
     entries: Mapping[str, Entry], header: Mapping[str, str], file: str
 ) -> tuple[dict[str, Entry], Json, bool]:
-    """Entries of a file under the keys that they were written from.
+    """Return the entries of a file under the keys that they were written from.
 
     Returns:
         The entries, the metadata that was written, and True when no key is the file's own name.
@@ -91,7 +91,7 @@ def restore(
 
 
 def _restored(entry: Entry, row: JsonView) -> Entry:
-    """An update with the layout, use and variant of its row.
+    """Return an update with the layout, use and variant of its row.
 
     Raises:
         ValueError: The row says another scale than the tensors, or a layout of other sizes.
@@ -108,7 +108,7 @@ def _restored(entry: Entry, row: JsonView) -> Entry:
 
 
 def holds(layout: Layout | None, shape: tuple[int, ...]) -> bool:
-    """True when a layout is sound and has the sizes of [*batch, out, in], or is not known."""
+    """Whether a layout is valid for [*batch, out, in] of this shape, or is unknown."""
     if layout is None:
         return True
     axes = sorted(layout.batch + layout.out + layout.in_)

@@ -1,4 +1,4 @@
-"""Formats of other installed packages, found by their entry points in the group `lora_fx.formats`.
+"""Formats from other installed packages, found by their entry points `lora_fx.formats`.
 
     [project.entry-points."lora_fx.formats"]        in the pyproject.toml of the package
     mine = "my_package.my_module:MINE"              the format's name, and its object
@@ -40,11 +40,11 @@ _MEMBERS = (
 )  # fmt: skip
 _METHODS = ("detect", "resembles", "is_adapter", "read", "write", "write_for")
 OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".pt2", ".json")
-"""Endings of files that are something else to lora-fx: models, pickles and configs."""
+"""Suffixes of files that lora-fx reads as something else: models, pickles and configs."""
 
 
 def entry_points() -> dict[str, EntryPoint]:
-    """The entry points of installed formats by name; nothing is imported.
+    """Return the entry points of installed formats by name; import nothing.
 
     A distribution that lies in the current folder is not installed, though Python may have that
     folder among the places of its imports.
@@ -60,7 +60,7 @@ def entry_points() -> dict[str, EntryPoint]:
 
 
 def _points() -> Iterator[EntryPoint]:
-    """The entry points of the group; of a package that is found at several places, the first's."""
+    """Yield the entry points of the group; the first one of a package that is found repeatedly."""
     from importlib import metadata  # an import of 20 ms, which few need
 
     packages = set[str]()
@@ -73,12 +73,12 @@ def _points() -> Iterator[EntryPoint]:
 
 
 def package_of(point: EntryPoint) -> str:
-    """The name of the installed package that an entry point is of."""
+    """Return the name of the installed package of an entry point."""
     return point.dist.name if point.dist else point.module
 
 
 def two_of_one_name(name: str, package: str, other: str) -> LoraFxError:
-    """The error about two packages that have a format of one name."""
+    """Return the error for two packages with formats of one name."""
     first, second = sorted((package, other), key=lambda name: (name != "lora-fx", name))
     return LoraFxError(
         f"the packages {first} and {second} both have an adapter format {name!r}",
@@ -108,7 +108,7 @@ def load(point: EntryPoint) -> InstalledFormat:
 
 
 def _fault(name: str, loaded: Format) -> str:
-    """The reason why an object is not the Format of this name; empty where it is."""
+    """Return the reason why an object is not the Format of this name; empty if it is."""
     if isinstance(loaded, type):
         return f"{loaded.__name__} is a class; expected an object of it"
     missing = [member for member in _MEMBERS if not hasattr(loaded, member)]
@@ -154,7 +154,7 @@ def _are_texts(value: object) -> bool:
 
 
 class InstalledFormat(Format):
-    """A format of another package, whose errors and wrong results become one-line errors.
+    """A format of another package; its errors and invalid results become one-line errors.
 
     Attributes:
         package: The name of the package.
@@ -192,7 +192,7 @@ class InstalledFormat(Format):
             return bool(self._inner.is_adapter(head))
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:
-        """Read a file, and check that updates of numbers came out."""
+        """Read a file, and check that the result is valid updates of numbers."""
         with self._retold("cannot read it", f"{path}: "):
             adapter = self._inner.read(path, base)
             if not isinstance(adapter, Adapter):
@@ -220,7 +220,7 @@ class InstalledFormat(Format):
         return f"the adapter format {self.name!r} of the package {self.package}"
 
     def _written(self, path: Path, notes: object) -> tuple[str, ...]:
-        """The notes of a writer; raises if it wrote nothing, or a link."""
+        """Return the notes of a writer; raise if it wrote nothing, or a link."""
         if not path.exists() or path.is_symlink():
             raise self._error(f"{path.name}: ", "wrote nothing")
         if not isinstance(notes, (tuple, list)):
@@ -228,7 +228,7 @@ class InstalledFormat(Format):
         return tuple(map(str, notes))
 
     def _check_texts(self, where: str, adapter: Adapter) -> None:
-        """Raise for keys that are not names, and for notes that are not texts."""
+        """Raise for keys that are not valid names, and for notes that are not texts."""
         if not isinstance(adapter.entries, Mapping):
             read = type(adapter.entries).__name__
             raise self._error(where, f"read entries of type {read}; expected a mapping")
@@ -259,7 +259,7 @@ class InstalledFormat(Format):
                 File(where).check_finite(name, value)
 
     def _check_factors(self, where: str, update: LowRank) -> None:
-        """Raise for A and B that are no finite fp32 of [*batch, r, in] and [*batch, out, r]."""
+        """Raise for A and B that are not finite fp32 of [*batch, r, in] and [*batch, out, r]."""
         expect_variant(update.variant, where)
         for half, factor in (("A", update.a), ("B", update.b)):
             if not isinstance(factor, np.ndarray):
@@ -292,7 +292,7 @@ class InstalledFormat(Format):
 
     @contextlib.contextmanager
     def _retold(self, what: str, where: str = "") -> Iterator[None]:
-        """Raise whatever the package raises as one line; its LoraFxErrors are lines already."""
+        """A block whose errors become one-line LoraFxErrors; LoraFxErrors stay."""
         try:
             yield
         except LoraFxError:

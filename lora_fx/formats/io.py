@@ -1,4 +1,4 @@
-"""Saving and loading adapters, whatever the format: `save_adapter` and `load_adapter`.
+"""Saving and loading of adapters in any format: `save_adapter` and `load_adapter`.
 
 The content of a file tells its format. Output is written to a temporary sibling and renamed, so a
 crash leaves the old adapter or none, never half of one. Inputs are never changed.
@@ -46,7 +46,7 @@ Format = FormatName
 
 
 def check_real(updates: Updates) -> None:
-    """Raise for factors of complex numbers: every reader of these formats takes them for real."""
+    """Raise for complex factors: every reader of these formats would read them as real."""
     for key, update in updates.items():
         if "c" in (update.a.dtype.kind, update.b.dtype.kind):
             raise LoraFxError(
@@ -107,7 +107,7 @@ def save_adapter(
 def save_for(
     graph: str, adapter: Adapter, path: str | Path, format: FormatName, *, force: bool = False
 ) -> tuple[str, ...]:
-    """Write a file for one switchable .onnx file, with the names and shapes of its inputs.
+    """Write a file for a switchable .onnx file, with the names and shapes of the file's inputs.
 
     Args:
         graph: The .onnx file.
@@ -133,7 +133,7 @@ def save_for(
 
 
 def _check_variants(adapter: Adapter, writer: AdapterFormat) -> None:
-    """Raise for an update that is no sum W + s·b·a, in a format that stores A and B alone."""
+    """Raise for an update that is no sum W + s·b·a, if the format stores only A and B."""
     if writer.keeps_variants:
         return
     for key, update in adapter.lowrank.items():
@@ -143,7 +143,7 @@ def _check_variants(adapter: Adapter, writer: AdapterFormat) -> None:
 
 
 def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:
-    """A note for each variant that the format stores only as ΔW, without its trained tensors."""
+    """Return a note on each variant that the format stores only as ΔW, without its own tensors."""
     if writer.keeps_variants:
         return []
     variants = {variant_of(update).name: variant_of(update) for update in adapter.lowrank.values()}
@@ -155,7 +155,7 @@ def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:
 
 
 def _writer(format: str) -> AdapterFormat:
-    """The format of a name, where adapters are written in it."""
+    """Return the format of this name; raise if it cannot be written."""
     writer = FORMATS.get(format)
     if writer is None or writer.only_read:
         why = "lora-fx only reads this format" if writer else "there is no such format"
@@ -168,7 +168,7 @@ def _writer(format: str) -> AdapterFormat:
 
 @contextlib.contextmanager
 def _output(target: Path, writer: AdapterFormat, force: bool) -> Iterator[Path]:
-    """A temporary path that becomes the output; raises if it would replace other files."""
+    """A block with a temporary path that becomes the output; raise if it may not be replaced."""
     if target.exists() or str(target).startswith(PREFIX):
         check_output(target, force=force, names=writer.folder_files)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def _output(target: Path, writer: AdapterFormat, force: bool) -> Iterator[Path]:
 
 
 def _check_readable(written: Path, writer: AdapterFormat) -> None:
-    """Raise if a file of an installed format would be read as another format, or not at all."""
+    """Raise if load_adapter would not read the written file as its (installed) format."""
     if not isinstance(writer, InstalledFormat):
         return
     detecting: list[str] = []
@@ -251,7 +251,7 @@ def load_adapter(
 
 
 def _resolved(adapter: Adapter, base: str | Path) -> Adapter:
-    """The adapter under a model's names, of a pipeline with the component before them."""
+    """Return the adapter with a model's names as keys; in a pipeline, with the component first."""
     resolved = adapter.resolved(names_of(base))
     components = {split_component(key)[0] for key in resolved} - {""}
     if components and is_pipeline(base):
@@ -260,7 +260,7 @@ def _resolved(adapter: Adapter, base: str | Path) -> Adapter:
 
 
 def _with_failures(adapter: Adapter) -> Adapter:
-    """The adapter with a note about each format that could not be tried on the file."""
+    """Return the adapter with a note on each format that could not be tried on the file."""
     failures = FORMATS.failures()
     if not failures:
         return adapter
@@ -273,7 +273,7 @@ AdapterLike = str | PathLike[str] | Adapter
 
 
 def adapter_name(path: str | PathLike[str]) -> str:
-    """The name of an adapter in a file that holds several: its folder or file, without ending.
+    """Return an adapter's name in a file that holds several: its folder or file, without suffix.
 
     >>> adapter_name("runs/french"), adapter_name("german.onnx_adapter")
     ('french', 'german')
@@ -282,19 +282,19 @@ def adapter_name(path: str | PathLike[str]) -> str:
 
 
 def without_ending(name: str) -> str:
-    """The name of an adapter's file without the ending that its format gives it."""
+    """Return the name of an adapter's file without its format's suffix."""
     return name.removesuffix(FORMATS.suffix_of(name))
 
 
 def as_adapter(given: AdapterLike) -> Adapter:
-    """An adapter as it is, or the one that lies at a path."""
+    """Return the given adapter, or load it if a path is given."""
     if isinstance(given, Adapter):
         return given
     return load_adapter(given)
 
 
 def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
-    """True to write one file, False for a folder; raises if the format has no such output."""
+    """Whether to write one file and not a folder; raise if the format has no such output."""
     if path.suffix in writer.suffixes:
         return True
     has_ending_of_another = FORMATS.suffix_of(path.suffix)

@@ -1,4 +1,4 @@
-"""Adapters as kohya's sd-scripts and LyCORIS store them: one safetensors file, alpha as a tensor.
+"""Adapters of kohya's sd-scripts and of LyCORIS: one safetensors file, alpha as a tensor.
 
 ==========================================  ==================================================
 tensors of X                                change of X's weight (biases where it says so)
@@ -54,7 +54,7 @@ _NAME = re.compile(
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12]))"
 )
 _split_name = partial(module_and_part, _NAME)
-"""(module, end) of a tensor's name; None for a name of another kind."""
+"""Returns (module, end) of a tensor's name; None for a name of another format."""
 _OTHER_METHODS = {
     "oft_": "OFT, which multiplies the weight by an orthogonal matrix",
     "boft_": "BOFT, which multiplies the weight by orthogonal matrices",
@@ -64,19 +64,19 @@ _OTHER_METHODS = {
     "lora_up.bias": "a bias of lora_up",
 }
 _CHANGED_AS_STORED = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
-"""The end of a tensor that is added as it is → the parameter that it is added to."""
+"""The end of a tensor that is a plain difference → the parameter that it is added to."""
 _refused = partial(refused, "a kohya file")
 
 
 def detect(seen: FileHead) -> bool:
-    """True for a file with tensors of these names that are not PEFT's."""
+    """Whether a file has tensors with these names that are not PEFT's."""
     if FIELD in seen.metadata:
         return any(".lora_down." in name or _split_name(name) for name in seen.names)
     return any(_is_name_of_kohya(name) for name in seen.names)
 
 
 def _is_name_of_kohya(name: str) -> bool:
-    """Whether only kohya files have tensors of this name; alpha is in several formats."""
+    """Whether only kohya files have a tensor with this name; several formats have alpha."""
     if name.endswith((".oft_blocks", ".oft_diag")):
         return True
     split = _split_name(name)
@@ -84,7 +84,7 @@ def _is_name_of_kohya(name: str) -> bool:
 
 
 def read(path: str | Path) -> Adapter:
-    """An adapter from one .safetensors file.
+    """Read an adapter from one .safetensors file.
 
     Returns:
         An Adapter with the file's names as keys (see above); of a file that lora-fx wrote, the
@@ -107,7 +107,7 @@ def read(path: str | Path) -> Adapter:
 
 
 def _entries(module: str, tensors: Arrays, file: File) -> dict[str, Entry]:
-    """The updates of one module: of its weight, and perhaps of its bias.
+    """Return the updates of one module: of its weight, and perhaps of its bias.
 
     Args:
         module: Its name in the file.
@@ -156,7 +156,7 @@ def _entries(module: str, tensors: Arrays, file: File) -> dict[str, Entry]:
 
 
 def _lowrank(module: str, tensors: Arrays, alpha: float | None, file: File) -> LowRank:
-    """The low-rank update of one module.
+    """Return the low-rank update of one module.
 
     Args:
         module: Its name in the file.
@@ -193,7 +193,7 @@ def _lowrank(module: str, tensors: Arrays, alpha: float | None, file: File) -> L
 
 
 def _fit(down: Array, up: Array, mid: Array | None) -> bool:
-    """Whether the factors are [r, in, *kernel] and [out, r, 1, …], or those of Tucker."""
+    """Whether the shapes are [r, in, *kernel] and [out, r, 1, …], or those of a Tucker product."""
     if down.ndim < 2 or up.ndim < 2 or not set(up.shape[2:]) <= {1}:
         return False
     rank = len(down)
@@ -205,7 +205,7 @@ def _fit(down: Array, up: Array, mid: Array | None) -> bool:
 
 
 def _magnitude(module: str, dora_scale: Array | None, rows: int, file: File) -> Array | None:
-    """The norms of the rows; raises for norms of columns."""
+    """Return the norms of the rows; raise for norms of columns."""
     if dora_scale is None:
         return None
     if dora_scale.shape[0] != rows or dora_scale.size != rows:
@@ -218,7 +218,7 @@ def _magnitude(module: str, dora_scale: Array | None, rows: int, file: File) -> 
 
 
 def _unknown_name(name: str, file: File) -> LoraFxError:
-    """The error about a tensor that kohya and LyCORIS would not have written."""
+    """Return the error for a tensor that kohya and LyCORIS do not write."""
     for end, method in _OTHER_METHODS.items():
         if end in name:
             return file.error(
@@ -234,7 +234,7 @@ def _unknown_name(name: str, file: File) -> LoraFxError:
 
 
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
-    """Write one .safetensors file; returns notes on what other readers will not see.
+    """Write one .safetensors file; return notes on what other readers ignore.
 
     Raises:
         LoraFxError: The format cannot store an update: whole tensors, embeddings, parts of a
@@ -272,7 +272,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
 
 
 def file_name(module: str, *, second: bool) -> str:
-    """The name of a module in the file.
+    """Return the name of a module in the file.
 
     Args:
         module: Its path in the model, with the component before it or not.
@@ -295,7 +295,7 @@ def file_name(module: str, *, second: bool) -> str:
 
 
 def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]:
-    """(module, tensors by the ends of their names, alpha) of one update.
+    """Return (module, tensors by the ends of their names, alpha) of one update.
 
     Raises:
         LoraFxError: The format cannot store it.
@@ -319,7 +319,7 @@ def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | Non
 
 
 def _encoded_lowrank(key: str, update: LowRank) -> tuple[str, dict[str, Array], float]:
-    """(module, factors by the ends of their names, alpha) of a low-rank update."""
+    """Return (module, factors by the ends of their names, alpha) of a low-rank update."""
     form = module_form(key, update, _refused)
     tensors = to_tensors(form, update)
     a_name, b_name = form.names
@@ -334,7 +334,7 @@ def _encoded_lowrank(key: str, update: LowRank) -> tuple[str, dict[str, Array], 
 
 
 def _number(value: float) -> Array:
-    """A scalar in fp32, or in fp64 where fp32 would round it."""
+    """Return a scalar in fp32, or in fp64 if fp32 would round it."""
     narrow = np.asarray(value, np.float32)
     if float(narrow) == value:
         return narrow
@@ -342,7 +342,7 @@ def _number(value: float) -> Array:
 
 
 class Kohya(Format):
-    """One safetensors file of sd-scripts or LyCORIS, whose names need a model to be understood."""
+    """A safetensors file of sd-scripts or LyCORIS, whose names only a model resolves."""
 
     name = "kohya"
     suffixes = (".safetensors",)

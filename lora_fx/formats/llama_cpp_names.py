@@ -1,4 +1,4 @@
-"""llama.cpp's names of tensors, by architecture."""
+"""llama.cpp's tensor names, by architecture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     "starcoder2": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
 }
-"""llama.cpp's architecture → Hugging Face's modules of a layer, where nothing but q and k moves."""
+"""llama.cpp's architecture → Hugging Face modules of a layer, unchanged but for rows of q, k."""
 _MODEL_TYPES = {
     "mistral": "llama",
     "mixtral": "llama",
@@ -40,11 +40,11 @@ _MODEL_TYPES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
 }
-"""Hugging Face's model_type → llama.cpp's architecture, where the two differ."""
+"""Hugging Face's model_type → llama.cpp's architecture, for names that differ."""
 _NEIGHBOURS = ("llama", "smollm3", "granite")
-"""Architectures in which the rows of q and k are put in neighbouring pairs."""
+"""Architectures with q and k rows in llama.cpp's order, in which rotary pairs are neighbours."""
 HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
-"""Fields of config.json → those of a GGUF header, after `ARCH.attention.`."""
+"""A field of config.json → the GGUF header field, after `ARCH.attention.`."""
 HEAD = "lm_head"
 TABLE = "model.embed_tokens"
 OUTSIDE_LAYERS = {HEAD: "output.weight", TABLE: "token_embd.weight"}
@@ -68,14 +68,14 @@ class LlamaCppNames:
     where: str
 
     def turned(self, b: Array, module: str, file: File, order: Callable[..., Array]) -> Array:
-        """Rows of B in another order, for q or k if llama.cpp orders their rows differently."""
+        """Return B with its rows reordered, if this is q or k and llama.cpp's order differs."""
         if self.architecture not in _NEIGHBOURS or not module.endswith((".q_proj", ".k_proj")):
             return b
         return order(b, heads_of(module, len(b), self.config, self.where, file))
 
 
 def names_of_architecture(architecture: str, config: JsonView, where: str) -> LlamaCppNames:
-    """The names of an architecture or model type; raises for one that is not known here."""
+    """Return the names of an architecture or model type; raise for an unknown one."""
     gguf = gguf_package()
     known_names = (*_ARCHITECTURES, *_MODEL_TYPES)
     if architecture not in known_names:
@@ -95,7 +95,7 @@ def names_of_architecture(architecture: str, config: JsonView, where: str) -> Ll
 
 
 def names_of_base(base: StrPath | None) -> LlamaCppNames | None:
-    """The names of a base model, by its config.json; None where there is none."""
+    """Return the names of a base model, from its config.json; None if it has none."""
     if not base:
         return None
     home = Path(base)
@@ -109,7 +109,7 @@ def names_of_base(base: StrPath | None) -> LlamaCppNames | None:
 
 
 def gguf_package() -> ModuleType:
-    """The package gguf, or an error that says how to install it."""
+    """Return the package gguf; raise with the installation command if it is missing."""
     try:
         import gguf
     except ImportError as error:

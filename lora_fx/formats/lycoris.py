@@ -1,4 +1,4 @@
-"""LoHa and LoKr: their tensors in files of LyCORIS (kohya's naming) and of PEFT, to changes.
+"""Conversion of LoHa and LoKr tensors, in files of LyCORIS (kohya's naming) and PEFT.
 
 LoHa  ΔW = s · (w1_a w1_b) ∘ (w2_a w2_b)             w_a [out, r], w_b [r, in·k]
       with t1, t2 [r, r, *k] (Tucker): each factor is Σᵢⱼ w_a[i, out] · t[i, j, k] · w_b[j, in],
@@ -27,13 +27,13 @@ _LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1
 
 
 def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """The plain pair (b [out, r], a [r, in·k]) of t [r, r, *k], a [r, out] and b [r, in]."""
+    """Return (b [out, r], a [r, in·k]) for the Tucker form t [r, r, *k], a [r, out], b [r, in]."""
     wide = np.einsum("ij...,jp->ip...", t.astype(np.float64), b.astype(np.float64))
     return np.ascontiguousarray(a.T), wide.reshape(len(t), -1).astype(np.float32)
 
 
 def loha(tensors: Arrays, alpha: float | None, file: File, module: str) -> Hadamard:
-    """The change of one module.
+    """Return the LoHa update of one module.
 
     Args:
         tensors: hada_w1_a … as fp32, by the ends of their names.
@@ -56,7 +56,7 @@ def loha(tensors: Arrays, alpha: float | None, file: File, module: str) -> Hadam
 def _loha_factor(
     tensors: Arrays, number: str, file: File, module: str
 ) -> tuple[Array, Array, tuple[int, ...]]:
-    """B [out, r] and a [r, in·k] of one of the two factors, and the kernel of its Tucker form."""
+    """Return b [out, r] and a [r, in·k] of one of the two factors, and its Tucker form's kernel."""
     b = tensors[f"hada_w{number}_a"]
     a = tensors[f"hada_w{number}_b"]
     t = tensors.get(f"hada_t{number}")
@@ -73,7 +73,7 @@ def _loha_factor(
 def lokr(
     tensors: Arrays, alpha: float | None, file: File, module: str, rank: float | None = None
 ) -> Kronecker | Dense:
-    """The change of one module; `rank` is PEFT's, from its config. Otherwise as `loha`."""
+    """Return the LoKr update of one module; `rank` is from PEFT's config. See `loha`."""
     if "lokr_t1" in tensors:
         raise file.error(
             module,
@@ -105,7 +105,7 @@ def lokr(
 
 
 def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]:
-    """Tensors of LyCORIS by the ends of their names, and alpha (None: none is needed).
+    """Return LyCORIS tensors by the ends of their names, and alpha (None: not needed).
 
     A scale other than 1 needs a rank: w1 is then stored as w1 · I, of rank i1 and alpha s·i1.
     """
@@ -130,7 +130,7 @@ def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]
 
 
 def _lokr_factor(tensors: Arrays, name: str, file: File, module: str) -> tuple[Array, int | None]:
-    """w1 or w2, and its rank where it is a product."""
+    """Return w1 or w2, and its rank if it is stored as a product."""
     stored = tensors.get(name)
     a = tensors.get(f"{name}_a")
     b = tensors.get(f"{name}_b")
@@ -156,17 +156,17 @@ def _lokr_factor(tensors: Arrays, name: str, file: File, module: str) -> tuple[A
 
 
 def _fits(a: Array, b: Array, t: Array) -> bool:
-    """Whether a [r, out], b [r, in] and t [r, r, *k] are a product of Tucker."""
+    """Whether a [r, out], b [r, in] and t [r, r, *k] form a Tucker product."""
     return a.ndim == b.ndim == 2 and t.ndim > 2 and t.shape[:2] == (len(a), len(b))
 
 
 def _kernel(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """The kernel by a tensor's last sizes; PEFT gives the t1 of a Conv1d a fourth axis of 1."""
+    """Return the kernel from a tensor's last sizes; PEFT adds an axis of 1 to t1 of a Conv1d."""
     return () if kernel[1:] == (1,) else kernel
 
 
 def _check(fits: bool, file: File, module: str, *arrays: Array) -> None:
-    """Raise for factors that do not fit each other."""
+    """Raise if factors do not fit each other."""
     if fits:
         return
     shapes = ", ".join(str(list(array.shape)) for array in arrays)

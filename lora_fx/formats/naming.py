@@ -1,4 +1,4 @@
-"""Names of foreign files that do not name a parameter of one model, and how a model resolves them.
+"""The names in foreign files that are not parameter names, and their resolution by a model.
 
 `lora_fx.formats.components` has what files put before a name. "_" for "." cannot be undone by
 itself (`a_b.c` and `a.b_c` are one text), so names stay the file's until `ForeignNames.resolve`
@@ -25,7 +25,7 @@ _PREFIXES_OF_ANY_MODEL = ("lycoris_", "lora_")
 
 @dataclass(frozen=True)
 class ForeignNames:
-    """The names of one file, which its reader puts on the adapter.
+    """The naming of one file, which its reader records in the adapter.
 
     Attributes:
         format: kohya or diffusers.
@@ -36,14 +36,14 @@ class ForeignNames:
     components: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
-        """The fields for it in lora-fx's JSON, among the metadata."""
+        """Return the fields for this naming, in the metadata of lora-fx's JSON."""
         fields: Json = {"naming": self.format}
         if self.components:
             fields["components"] = list(self.components)
         return fields
 
     def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
-        """The adapter under a model's parameter names.
+        """Return the adapter with a model's parameter names as keys.
 
         Updates of a component that the model has nothing of are left out, with a note, as long as
         another component fits.
@@ -100,14 +100,14 @@ class ForeignNames:
 
 
 def taken_names(metadata: Json) -> ForeignNames | None:
-    """Take the names that `ForeignNames.to_json` put there out of metadata; None without any."""
+    """Remove from metadata what `ForeignNames.to_json` wrote, and return it; None if missing."""
     format = metadata.pop("naming", None)
     components = metadata.pop("components", ())
     return ForeignNames(str(format), tuple(components)) if format else None
 
 
 def _component_of(key: str) -> str:
-    """The first component that a key may belong to; empty if it names none."""
+    """Return the first component that a key may belong to; empty if it names none."""
     named, _ = split_component(key)
     if named:
         return named
@@ -115,7 +115,7 @@ def _component_of(key: str) -> str:
 
 
 def one_model(adapter: Adapter, what: str) -> Adapter:
-    """Prepare an adapter for a format that holds one model's updates under its parameter names.
+    """Convert an adapter for a format that holds one model's updates under its parameter names.
 
     Args:
         adapter: From any file.
@@ -143,14 +143,14 @@ def one_model(adapter: Adapter, what: str) -> Adapter:
 
 
 def _readings(key: str) -> Iterator[Flat]:
-    """Everything that a name of a file may mean."""
+    """Yield every possible meaning of a name from a file."""
     module, _, leaf = key.rpartition(".")
     for component, flat in _readings_of_module(module):
         yield component, flat, leaf
 
 
 def _readings_of_module(module: str) -> Iterator[tuple[str, str]]:
-    """(component, the module in it with "_" for ".") of a module's name, component first."""
+    """Yield (component, module with "_" for ".") for a module's name from a file."""
     for name, component in COMPONENTS.items():
         for prefix in (*component.prefixes, *component.homes):
             if not module.startswith(prefix):
@@ -167,14 +167,14 @@ def _readings_of_module(module: str) -> Iterator[tuple[str, str]]:
 
 
 def _spellings(name: str) -> Iterator[Flat]:
-    """Everything by which a parameter of a model may stand in a file."""
+    """Yield every name that a parameter of a model may have in a file."""
     module, _, leaf = name.rpartition(".")
     for component, flat in _spellings_of_module(module):
         yield component, flat, leaf
 
 
 def _spellings_of_module(module: str) -> Iterator[tuple[str, str]]:
-    """(component, the module in it with "_" for ".") by which a file may name a module."""
+    """Yield (component, module with "_" for ".") by which a file may name a model's module."""
     yield "", module.replace(".", "_")
     for component, home in _homes_of(module):
         path = module.removeprefix(home)
@@ -187,7 +187,7 @@ def _spellings_of_module(module: str) -> Iterator[tuple[str, str]]:
 
 
 def _homes_of(module: str) -> list[tuple[str, str]]:
-    """(component, what stands before its modules) that a name begins with, else all components."""
+    """Return (component, prefix) pairs that a name begins with, else all components."""
     homes = []
     for name, component in COMPONENTS.items():
         homes += [(name, home) for home in component.homes if module.startswith(home)]
@@ -195,4 +195,4 @@ def _homes_of(module: str) -> list[tuple[str, str]]:
 
 
 FLAT = NameRule(_spellings, _readings)
-"""The rule by which names of files meet those of a model; see `lora_fx.targets.names`."""
+"""The rule that matches names of files with a model's names; see `lora_fx.targets.names`."""

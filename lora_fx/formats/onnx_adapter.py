@@ -45,7 +45,7 @@ TRANSPOSED = "other tools and older exports store A and B transposed, without a 
 
 
 class OnnxAdapter(Format):
-    """One file of ONNX Runtime, which matches its tensors with a graph's inputs by name."""
+    """A file of ONNX Runtime, which matches the file's tensors to a graph's inputs by name."""
 
     name = "onnx_adapter"
     suffixes = (".onnx_adapter",)
@@ -55,7 +55,7 @@ class OnnxAdapter(Format):
     sole_suffix = True
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:
-        """An adapter from a file of lora-fx, or one with names X.lora_A, X.lora_B.
+        """Read an adapter from a file of lora-fx, or from one with names X.lora_A, X.lora_B.
 
         Returns:
             An Adapter: LowRank in fp32 with alpha = rank, and whole tensors; layouts are None.
@@ -125,14 +125,14 @@ _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the mod
 
 
 def _transposed(tensor: Array) -> Array:
-    """A or B transposed; a vector stays as it is."""
+    """Return A or B transposed; a vector is returned unchanged."""
     if tensor.ndim < 2:
         return tensor
     return tensor.swapaxes(-1, -2)
 
 
 def _tensors(key: str, entry: Entry) -> dict[str, Array]:
-    """The tensors of one entry by name; raises for an update that the format cannot store."""
+    """Return the tensors of one entry by name; raise for an update that the format cannot store."""
     if isinstance(entry, Full):
         return {name: entry.value for name in (key, *entry.twins)}
     if not isinstance(entry, LowRank) or not is_plain(entry):
@@ -154,7 +154,7 @@ def _tensors(key: str, entry: Entry) -> dict[str, Array]:
 
 
 def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
-    """The update of one key; raises for half a pair, and for shapes that do not fit."""
+    """Return the update of one key; raise for a missing factor, and for shapes that do not fit."""
     a_name = f"{key}.lora_A"
     b_name = f"{key}.lora_B"
     for name in (a_name, b_name):
@@ -175,7 +175,7 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
 
 
 def _full(name: str, array: Array, file: File) -> Full:
-    """A whole tensor; narrow floats become fp32, other dtypes stay."""
+    """Return a whole tensor; narrow floats become fp32, other dtypes stay."""
     if not is_float(array):
         return Full(array)
     file.check(name, array)

@@ -1,4 +1,4 @@
-"""The adapter formats: those of lora-fx, and those of other installed packages.
+"""The registry of adapter formats: lora-fx's own, and those of other installed packages.
 
 The registry answers which formats there are, what their files are called and which of them can do
 something. Packages are looked for where no format of lora-fx knows a name or a file, and
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGUF)
-"""The formats of lora-fx. The first is that of a folder whose name says nothing else."""
+"""The formats of lora-fx. The first is the default for a folder."""
 
 FormatName = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"] | str
-"""The name of a format that adapters are written in: ours, or an installed one."""
+"""The name of a format that can be written: lora-fx's own, or an installed one."""
 
 _PACKAGE = "lora-fx"
 _TENSORS = re.compile(rb"(?i)lora|hada_|lokr_|oft_")
-"""Texts that the names of an adapter's tensors hold."""
+"""Texts in the tensor names of an adapter."""
 
 
 class Registry(Mapping[str, Format]):
-    """The formats by name; those of other packages are looked up when they are first asked for."""
+    """The formats by name; other packages are searched for formats on the first need."""
 
     def __init__(self, ours: tuple[Format, ...]) -> None:
         self._ours = {format.name: format for format in ours}
@@ -52,7 +52,7 @@ class Registry(Mapping[str, Format]):
 
     @functools.cached_property
     def _points(self) -> dict[str, EntryPoint]:
-        """The entry points of the formats of other packages by name; nothing is imported."""
+        """The entry points of other packages' formats by name; nothing is imported."""
         points = installed.entry_points()
         reserved = {*self._ours, *LAYOUTS, "onnx"}
         for name, point in points.items():
@@ -61,7 +61,7 @@ class Registry(Mapping[str, Format]):
         return points
 
     def __getitem__(self, name: str) -> Format:
-        """A format; one of another package is imported.
+        """Return a format; import the package that has it.
 
         Raises:
             KeyError: There is no such format.
@@ -74,11 +74,11 @@ class Registry(Mapping[str, Format]):
         return self._loaded[name]
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a format of this name; no package is imported."""
+        """Whether there is a format with this name; import no package."""
         return name in self._ours or name in self._points
 
     def __iter__(self) -> Iterator[str]:
-        """The names; no package is imported."""
+        """Yield the names; import no package."""
         yield from self._ours
         yield from self._points
 
@@ -87,13 +87,13 @@ class Registry(Mapping[str, Format]):
         return len(self._ours) + len(self._points)
 
     def refresh(self) -> None:
-        """Look for packages again, after one was installed while this process runs."""
+        """Search for packages again, after one was installed while this process runs."""
         self._loaded.clear()
         for looked_up in ("_points", "_imports"):
             vars(self).pop(looked_up, None)
 
     def writers(self) -> tuple[str, ...]:
-        """The names of the formats that are written; no package is imported.
+        """Return the names of the formats that can be written; import no package.
 
         Whether one of another package is only read is seen when it is asked to write.
         """
@@ -101,16 +101,16 @@ class Registry(Mapping[str, Format]):
         return (*ours, *self._points)
 
     def importable(self) -> list[Format]:
-        """The formats that can be imported, ours first."""
+        """Return the formats that can be imported, lora-fx's own first."""
         return [*self._ours.values(), *self._imports[0]]
 
     def failures(self) -> list[LoraFxError]:
-        """The errors of formats that cannot be imported."""
+        """Return the errors of formats that cannot be imported."""
         return self._imports[1]
 
     @functools.cached_property
     def _imports(self) -> tuple[list[Format], list[LoraFxError]]:
-        """The formats of other packages, and what was raised in place of some."""
+        """The formats of other packages, and the errors of those that cannot be imported."""
         formats: list[Format] = []
         failures: list[LoraFxError] = []
         for name in self._points:
@@ -121,7 +121,7 @@ class Registry(Mapping[str, Format]):
         return formats, failures
 
     def in_turn(self) -> Iterator[Sequence[Format]]:
-        """The formats of lora-fx, and then those of other packages, which are imported by then.
+        """Yield lora-fx's formats, and then those of other packages, which are imported only then.
 
         Whoever finds an answer among the first does not go on.
         """
@@ -129,11 +129,11 @@ class Registry(Mapping[str, Format]):
         yield self._imports[0]
 
     def suffixes(self) -> tuple[str, ...]:
-        """The endings of adapter files, each with its dot."""
+        """Return the suffixes of adapter files, each with its dot."""
         return tuple(dict.fromkeys(suffixes_of(self.importable())))
 
     def suffix_of(self, name: str) -> str:
-        """The ending of a file's name that some format has; empty where none has it."""
+        """Return the suffix of a file name that some format has; empty if none has it."""
         if "." not in name:
             return ""
         for formats in self.in_turn():
@@ -143,22 +143,22 @@ class Registry(Mapping[str, Format]):
         return ""
 
     def is_pickle(self, name: str) -> bool:
-        """Whether a file of this name is the pickle in a folder of an adapter."""
+        """Whether a file of this name is the pickle in an adapter's folder."""
         return any(name in pickles_of(formats) for formats in self.in_turn())
 
     def files_of_folders(self) -> tuple[str, ...]:
-        """The names of all files that a folder of an adapter can have, pickles among them."""
+        """Return the names of all files that an adapter folder can have, pickles included."""
         return files_of(self.importable())
 
     def names_of_input(self) -> tuple[str, ...]:
-        """The names of the files in the folder of an adapter that was read in this process.
+        """Return the file names that an adapter folder read in this process can have.
 
         A package that was not imported has read none.
         """
         return files_of([*self._ours.values(), *self._loaded.values()])
 
     def detecting(self, seen: FileHead) -> list[Format]:
-        """The formats that a file is of, by its content: one, where all is well.
+        """Return the formats that a file has, by its content: normally exactly one.
 
         Packages are asked about files that no format of lora-fx knows.
         """
@@ -169,7 +169,7 @@ class Registry(Mapping[str, Format]):
         return []
 
     def with_magic(self, head: bytes) -> list[Format]:
-        """The formats whose magic a file's first bytes have.
+        """Return the formats whose magic is in a file's first bytes.
 
         A file that begins as a safetensors file is one, whatever magic it has besides. Packages are
         asked about files that have no magic of lora-fx's formats.
@@ -183,12 +183,12 @@ class Registry(Mapping[str, Format]):
         return []
 
     def ending_by_magic(self, head: bytes) -> str:
-        """The ending of the files that begin so; empty where no format has this magic."""
+        """Return the suffix of files that begin with this magic; empty if no format has it."""
         with_magic = self.with_magic(head)
         return _called(with_magic[0]) if with_magic else ""
 
     def kind_of(self, file: Path, head: bytes) -> str | None:
-        """The kind of an adapter file in words, by its first 64 KiB.
+        """Return the kind of an adapter file in words, from its first 64 KiB.
 
         Files of one kind take each other's place under `--force`: those of formats with one ending.
 
@@ -210,7 +210,7 @@ class Registry(Mapping[str, Format]):
 
 
 def files_of(formats: Collection[Format]) -> tuple[str, ...]:
-    """The names of all files that folders of these formats can have, pickles among them."""
+    """Return the names of all files that folders of these formats can have, pickles included."""
     names: list[str] = []
     for format in formats:
         names += format.folder_files
@@ -218,29 +218,29 @@ def files_of(formats: Collection[Format]) -> tuple[str, ...]:
 
 
 def pickles_of(formats: Collection[Format]) -> Iterator[str]:
-    """The names of the pickles that folders of these formats can have."""
+    """Yield the names of the pickles that folders of these formats can have."""
     for format in formats:
         yield from format.pickles
 
 
 def suffixes_of(formats: Collection[Format]) -> Iterator[str]:
-    """The endings of the files of these formats, in their order."""
+    """Yield the file suffixes of these formats, in order."""
     for format in formats:
         yield from format.suffixes
 
 
 def with_magic_among(formats: Collection[Format], head: bytes) -> list[Format]:
-    """The formats among these whose magic a file's first bytes have."""
+    """Return the formats among these whose magic is in a file's first bytes."""
     return [format for format in formats if format.magic is not None and format.magic.begins(head)]
 
 
 def begins_as_safetensors(head: bytes) -> bool:
-    """Whether a file with these first bytes is a safetensors file, or a damaged one."""
+    """Whether these first bytes are those of a safetensors file, also of a damaged one."""
     return may_be_safetensors(head) and int.from_bytes(head[:8], "little") <= MAX_JSON
 
 
 def detecting_among(formats: Collection[Format], seen: FileHead) -> list[Format]:
-    """The formats among these that a file is of, by its content."""
+    """Return the formats among these that a file has, by its content."""
     if not seen.names and not begins_as_safetensors(seen.head):
         with_magic = with_magic_among(formats, seen.head)
         if with_magic:
@@ -249,14 +249,14 @@ def detecting_among(formats: Collection[Format], seen: FileHead) -> list[Format]
 
 
 def _called(format: Format) -> str:
-    """The word for the files of a format: their ending, or the format's name."""
+    """Return a word for the files of a format: their suffix, or the format's name."""
     if format.suffixes:
         return format.suffixes[0]
     return format.name
 
 
 def _holds_an_adapter(file: Path, head: bytes, formats: list[Format]) -> bool:
-    """Whether a safetensors file is an adapter: its names say so, or one of these formats does.
+    """Whether a safetensors file is an adapter, by its tensor names or by one of these formats.
 
     A checkpoint that `merge` wrote has its record in the header's metadata, which is none.
     """

@@ -1,4 +1,4 @@
-"""The rows of q and k, in the order in which rotary embeddings pair them.
+"""The row order of q and k, which depends on how rotary embeddings pair the rows.
 
 Rotary embeddings turn pairs of rows of q and k. torchtune and some models of llama.cpp pair
 neighbours, Hugging Face's Llama the two halves of a head. With d rows a head, row h·d + 2i + j of
@@ -21,7 +21,7 @@ from lora_fx.text import JsonView
 
 
 def to_halves(rows: Array, heads: int) -> Array:
-    """Rows of q or k, [heads·d, …], from neighbouring pairs to paired halves.
+    """Reorder rows of q or k, [heads·d, …], from neighbouring pairs to pairs across two halves.
 
     >>> to_halves(np.arange(8), 2).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
@@ -41,7 +41,7 @@ def to_neighbours(rows: Array, heads: int) -> Array:
 
 
 def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -> int:
-    """The number of heads in the rows of a q_proj or k_proj.
+    """Return the number of heads in the rows of a q_proj or k_proj.
 
     Args:
         module: Its name.
@@ -69,7 +69,7 @@ def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -
 
 
 def _fit(heads: Any, head_size: Any, rows: int) -> bool:
-    """Whether so many heads, of an even number of rows each, have these rows."""
+    """Whether the rows divide into this many heads, each with an even number of rows."""
     if not isinstance(heads, int) or heads <= 0 or rows % (2 * heads) != 0:
         return False
     return head_size is None or bool(head_size * heads == rows)

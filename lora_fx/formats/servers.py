@@ -1,4 +1,4 @@
-"""Rules for how programs that apply a PEFT adapter read experts and scales.
+"""The rules by which programs that apply a PEFT adapter read experts and scales.
 
 RULES is the table, one row a kind of content: read in the programs' sources, in the releases that
 SERVERS names, and compared with readers written from those sources in the tests. `seen` says what
@@ -28,7 +28,7 @@ _JOINED = frozenset((
     "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
     "qwen3_next", "qwen3_omni_moe", "sarvam_mla", "solar_open",
 ))  # fmt: skip
-"""model_type of models for which PEFT makes stacks of experts one by one; qwen2_moe is not there:
+"""Models (model_type) with separate experts, which PEFT stacks; qwen2_moe is not among them:
 `_MODEL_TO_CONVERSION_PATTERN` of transformers 5.24 has it as a value only."""
 
 
@@ -116,7 +116,7 @@ STAYS = ("half", "partial", "own", "use_dora", "lora_bias", "alpha_pattern", "ra
 """Kinds of content that `convert --format` cannot convert."""
 
 _FLAGS = ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias")
-"""Fields of the config that are kinds of content by themselves."""
+"""Fields of the config, each of which is a kind of content."""
 _EXPERTS = re.compile(
     r"(?P<module>(?:.+\.)?experts)(?P<wrapper>(?:\.base_layer)?)"
     r"(?:\.(?P<expert>\d{1,9}))?(?:\.(?P<leaf>[a-z]\w*))?\.lora_A\.weight"
@@ -126,7 +126,7 @@ _EXPERTS = re.compile(
 def seen(
     shapes: Mapping[str, tuple[int, ...]], config: JsonView, family: Family
 ) -> dict[str, list[str]]:
-    """The kinds of content of RULES that a file has, with names of tensors or of fields.
+    """Return the kinds of content in RULES that a file has, with names of tensors or fields.
 
     Args:
         shapes: Of the file's tensors.
@@ -168,7 +168,7 @@ def seen(
 def _kind_of_stacks(
     names_by_wrapper: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
-    """Whether a module has both stacks, one of them, or stacks with in and out swapped."""
+    """Return the kind of a module's stacks: "stacks", "half" (one is missing), or "turned"."""
     down_name = names_by_wrapper.get("", "")
     gate_up_name = names_by_wrapper.get(f".{WRAPPER}", "")
     in_of_gate_up = shapes.get(gate_up_name, ())[1:2]
@@ -180,7 +180,7 @@ def _kind_of_stacks(
 
 
 def _add_fields(contents: dict[str, list[str]], config: JsonView) -> None:
-    """Add the kinds of content that the config has."""
+    """Add the kinds of content that the config shows."""
     for field in _FLAGS:
         if config.get(field):
             contents[field] = [field]
@@ -198,7 +198,7 @@ def _add_fields(contents: dict[str, list[str]], config: JsonView) -> None:
 def verdicts(
     server: str, contents: Mapping[str, list[str]], family: Family, types: frozenset[str]
 ) -> Iterator[tuple[Rule, list[str]]]:
-    """The row of RULES that holds for each kind of content, with the names that it is about.
+    """Yield the row of RULES for each kind of content, with the names of its tensors or fields.
 
     Args:
         server: A key of SERVERS.

@@ -1,4 +1,4 @@
-"""Names of a Stable Diffusion UNet: those of diffusers → those of the original code (sgm, ldm).
+"""Names of a Stable Diffusion UNet: diffusers' names → the original names (sgm, ldm).
 
 kohya trains SDXL on the original names, so its files hold `lora_unet_input_blocks_4_1_…` for what
 diffusers calls `down_blocks.1.attentions.0.…`. Both UNets (1.x, 2.x, XL) have two layers a block:
@@ -38,7 +38,7 @@ _OUTSIDE = {
 
 
 def sgm_names(module: str) -> tuple[str, ...]:
-    """The original names that a module of diffusers' UNet may have; empty for other modules.
+    """Return the original names that a module of diffusers' UNet may have; empty for others.
 
     >>> sgm_names("down_blocks.1.attentions.0.proj_in"), sgm_names("mid_block.resnets.1.conv1")
     (('input_blocks.4.1.proj_in',), ('middle_block.2.in_layers.2',))
@@ -67,7 +67,7 @@ def sgm_names(module: str) -> tuple[str, ...]:
 
 
 def _names_of_sampler(direction: str, block: int) -> tuple[str, ...]:
-    """The names of a block's downsampler or upsampler; that one may follow an attention or not."""
+    """Return the names of a block's sampler; an upsampler may follow an attention or not."""
     if direction == "down":
         return (f"input_blocks.{3 + 3 * block}.0.op",)
     output = f"output_blocks.{2 + 3 * block}"
@@ -75,7 +75,7 @@ def _names_of_sampler(direction: str, block: int) -> tuple[str, ...]:
 
 
 def _inner_name(kind: str, inner: str | None) -> str:
-    """The end of a name inside a resnet or an attention, with its dot; empty for all of that."""
+    """Return the end of a name inside a resnet or attention, with its dot; empty for the whole."""
     name = (inner or "").removeprefix(".")
     if kind == "resnets":
         name = _RESNET.get(name, name)

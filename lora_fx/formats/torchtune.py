@@ -1,4 +1,4 @@
-"""Adapters in torchtune's own names, read only: Llama's layers, with torchtune's order of q and k.
+"""Adapters with torchtune's names (read only): Llama layers with torchtune's order of q and k.
 
 ==================================================  ===========================================
 torchtune                                           Hugging Face (key)
@@ -61,12 +61,12 @@ _HALVES = frozenset(("qwen2",))
 
 
 def detect(seen: FileHead) -> bool:
-    """True for a file with lora_a and lora_b, in small letters."""
+    """Whether a file has lora_a and lora_b, in lower case."""
     return any(name.endswith((".lora_a.weight", ".lora_b.weight")) for name in seen.names)
 
 
 def read(path: str | Path, base: str | Path | None = None) -> Adapter:
-    """An adapter from one .safetensors file with adapter_config.json beside it.
+    """Read an adapter from one .safetensors file with adapter_config.json next to it.
 
     Args:
         path: The file.
@@ -97,14 +97,14 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
 
 
 def _config_of_model(folder: Path, base: str | Path | None) -> Path:
-    """config.json of the base, or beside the adapter; the first of the two where none is there."""
+    """Return config.json of the base, or next to the adapter; if neither exists, the first path."""
     folders = [folder] if base is None else [Path(base), folder]
     files = [folder / "config.json" for folder in folders]
     return next((file for file in files if file.is_file()), files[0])
 
 
 def _in_halves(module: str, update: LowRank, path: Path, file: File) -> LowRank:
-    """The update with the rows of q or k in Hugging Face's order; `path` is the model's config."""
+    """Return the update with q or k rows in Hugging Face's order; `path` is the model's config."""
     leaf = module.rpartition(".")[2]
     if leaf not in ("q_proj", "k_proj"):
         return update
@@ -132,7 +132,7 @@ def _in_halves(module: str, update: LowRank, path: Path, file: File) -> LowRank:
 
 
 def _config(path: Path, file: File) -> Json:
-    """adapter_config.json, with r and lora_alpha as numbers above 0."""
+    """Read adapter_config.json; r and lora_alpha must be numbers above 0."""
     if not path.is_file():
         raise LoraFxError(
             f"{file.name}: no {path.name} next to it; expected one with r and lora_alpha, which "
@@ -151,7 +151,7 @@ def _config(path: Path, file: File) -> Json:
 
 
 def _lowrank(module: str, factors: Mapping[str, Array], config: JsonView, file: File) -> LowRank:
-    """The update of one module; its rows are in the order of the file."""
+    """Return the update of one module; its rows are in the file's order."""
     a = factors.get("lora_a")
     b = factors.get("lora_b")
     magnitude = factors.get("magnitude")
@@ -167,7 +167,7 @@ def _lowrank(module: str, factors: Mapping[str, Array], config: JsonView, file: 
 
 
 def _name(module: str, file: File) -> str:
-    """Hugging Face's name of a module."""
+    """Return the Hugging Face name of a module."""
     if module == "output":
         return "lm_head"
     match = _LAYER.fullmatch(module)
@@ -178,7 +178,7 @@ def _name(module: str, file: File) -> str:
 
 
 class Torchtune(Format):
-    """One safetensors file with adapter_config.json beside it, whose rows are in another order."""
+    """A safetensors file of torchtune with adapter_config.json; its rows have another order."""
 
     name = "torchtune"
     suffixes = (".safetensors",)
@@ -186,7 +186,7 @@ class Torchtune(Format):
     takes_base = True
 
     def detect(self, seen: FileHead) -> bool:
-        """Whether there are lora_a and lora_b, in small letters."""
+        """Whether there are lora_a and lora_b, in lower case."""
         return detect(seen)
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:

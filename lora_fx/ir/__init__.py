@@ -1,1 +1,1 @@
-"""The parts of a graph that a pass sees, without a graph library: sites, views, layouts, kinds."""
+"""The parts of a graph that a pass uses, for any graph library: sites, views, layouts, kinds."""

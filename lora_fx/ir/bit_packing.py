@@ -1,4 +1,4 @@
-"""Codes of a few bits each in bytes and words.
+"""Packing of codes with a few bits each into bytes and words.
 
 The first code lies in the lowest bits or, where `high` says so, in the highest.
 """
@@ -13,7 +13,7 @@ from lora_fx.dtypes import Array
 
 
 def unpacked(words: Array, bits: int, axis: int = -1, *, high: bool = False) -> Array:
-    """The codes in unsigned words, as uint8, along an axis that gets longer.
+    """Return the codes in unsigned words, as uint8, along an axis that becomes longer.
 
     Codes of 3, 5, 6 or 7 bits run on from word to word.
     """
@@ -33,7 +33,7 @@ def unpacked(words: Array, bits: int, axis: int = -1, *, high: bool = False) -> 
 
 @functools.cache
 def _codes_of_bytes(bits: int, high: bool) -> Array:
-    """The codes of every byte, as one number of as many bytes."""
+    """Return the codes of every byte, as an integer with one byte for each code."""
     shifts = np.arange(0, 8, bits)
     if high:
         shifts = shifts[::-1]
@@ -42,7 +42,7 @@ def _codes_of_bytes(bits: int, high: bool) -> Array:
 
 
 def packed(codes: Array, bits: int, *, high: bool = False) -> Array:
-    """Codes of the last axis in bytes; the axis is filled with zeros to whole bytes."""
+    """Pack codes along the last axis into bytes; the axis is zero-padded to whole bytes."""
     codes_per_byte = 8 // bits
     codes = _padded(codes, codes_per_byte)
     octets = np.zeros((*codes.shape[:-1], codes.shape[-1] // codes_per_byte), np.uint8)
@@ -67,6 +67,6 @@ def words_of(codes: Array, bits: int) -> Array:
 
 
 def _padded(codes: Array, multiple: int) -> Array:
-    """The codes as uint8, the last axis filled with zeros to a multiple."""
+    """Return the codes as uint8, with the last axis zero-padded to a multiple."""
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % multiple)]
     return np.pad(codes, padding).astype(np.uint8)

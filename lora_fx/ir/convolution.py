@@ -1,4 +1,4 @@
-"""Convolutions and their transposes as contractions.
+"""Convolutions and transposed convolutions as contractions.
 
 The groups are batch, and the kernel belongs to in, or to out of a transpose.
 """
@@ -17,25 +17,25 @@ DEPTHWISE = "depthwise, with one channel per group: too small for a low-rank upd
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; in spans the kernel too."""
+    """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; `in` includes the kernel."""
 
     name = "conv"  # for any number of dimensions
     has_branch = True
     groups: int = 1
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The groups are batch, and in is C_in/groups · ∏kernel."""
+        """Return the axes: groups are batch, and in is C_in/groups · ∏kernel."""
         if self.groups == 1:
             return Axes((), (0,), tuple(range(1, len(operand))))
         split = (self.groups, operand[0] // self.groups, *operand[1:])
         return Axes((0,), (1,), tuple(range(2, len(split))), (Reshape(split),))
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One convolution."""
+        """Emit one convolution."""
         return e.op("conv", x, w, groups=self.groups, **site.attrs)
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """The site's own convolution to g·rank channels, then a 1×1 one with b."""
+        """Emit the site's own convolution to g·rank channels, then a 1×1 convolution with b."""
         channels, *window = site.operand
         ones = (1,) * (len(window) - 1)
         a = e.op("reshape", f.a, shape=(FREE, *window))
@@ -43,7 +43,7 @@ class Conv:
         return e.op("conv", e.like(site, x, a), b, groups=self.groups)
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """The axis of the channels, before those of the size."""
+        """Return the shape of a per-channel value: the channel axis, then ones for the size."""
         ones = (1,) * len(site.operand[2:])
         return (out, *ones)
 
@@ -60,16 +60,16 @@ class ConvTranspose(Apart):
     groups: int = 1
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """A convolution's with out and in swapped: out is C_out/groups · ∏kernel."""
+        """Return a convolution's axes with out and in swapped: out is C_out/groups · ∏kernel."""
         conv = Conv(self.groups).axes(operand)
         return replace(conv, out=conv.in_, in_=conv.out)
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One transposed convolution."""
+        """Emit one transposed convolution."""
         return e.op("conv_transpose", x, w, groups=self.groups, **site.attrs)
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """A 1×1 convolution with a to g·rank channels, then the site's own op with b."""
+        """Emit a 1×1 convolution with a to g·rank channels, then the site's own op with b."""
         channels, *window = site.operand
         ones = (1,) * (len(window) - 1)
         a = e.op("reshape", f.a, shape=(FREE, channels // self.groups, *ones))

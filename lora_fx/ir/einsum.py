@@ -10,7 +10,7 @@ from lora_fx.ir.graph import Axes, Emitter, Factors, Kind, Site
 from lora_fx.ir.kinds import FREE, WeightForm, swap_last
 
 Shape = tuple[Any, ...]
-"""Sizes of a tensor; one that is no whole number is symbolic, and free at run time."""
+"""The sizes of a tensor; a size that is not an int is symbolic and varies at run time."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 RANK_LETTERS = "zuvabcdefghijklmnopqrstwxy"
@@ -35,7 +35,7 @@ class Einsum:
 
     @property
     def name(self) -> str:
-        """Linear where a matmul computes it, else einsum."""
+        """Linear if a matmul computes the contraction, else einsum."""
         return "linear" if self.form else "einsum"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
@@ -59,11 +59,11 @@ class Einsum:
         return Axes(tuple(batch), tuple(out), tuple(contracted))
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One einsum."""
+        """Emit one einsum."""
         return e.op("einsum", x, w, equation=f"{self.x},{self.w}->{self.y}")
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """Right: (x aᵀ) bᵀ; left: b (a x); else two einsums through a letter for the rank."""
+        """Emit (x aᵀ) bᵀ for right, b (a x) for left, else two einsums with a rank letter."""
         if self.form == "left":
             return e.op("matmul", f.b, e.op("matmul", f.a, x))
         if self.form == "right":
@@ -73,7 +73,7 @@ class Einsum:
         return self._branch_of_einsums(e, site, x, f)
 
     def _branch_of_einsums(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """The branch in letters: x with a [batch, rank, in], and that with b [batch, out, rank]."""
+        """Emit two einsums: x with a [batch, rank, in], then with b [batch, out, rank]."""
         axes = self.axes(site.operand)
         batch = self._letters_of(axes.batch)
         out = self._letters_of(axes.out)
@@ -97,33 +97,33 @@ class Einsum:
         return "".join(self.w[axis] for axis in axes)
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """The last axis of x @ W."""
+        """Return the shape of a per-row value for x @ W; empty for other forms."""
         if self.form == "right" and len(site.operand) == 2:
             return (out,)
         return ()
 
 
 def linear(batch: str = "") -> Einsum:
-    """X [..., in] with w [*batch, out, in]."""
+    """Return the Kind of x [..., in] with w [*batch, out, in]."""
     if batch:
         return Einsum(f"...{batch}ni", f"{batch}oi", f"...{batch}no", "right")
     return Einsum("...i", "oi", "...o", "right")
 
 
 def matmul_right(batch: str = "") -> Einsum:
-    """X [..., in] @ w [*batch, in, out]."""
+    """Return the Kind of x [..., in] @ w [*batch, in, out]."""
     return replace(linear(batch), w=f"{batch}io")
 
 
 def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
-    """W [*batch, out, in] @ x [..., in, n], or @ x [in]."""
+    """Return the Kind of w [*batch, out, in] @ x [..., in, n], or @ x [in]."""
     if vector:  # x Wᵀ is the same; ONNX Runtime 1.31 gets Aᵀ x wrong when it fuses the transpose
         return Einsum("i", "oi", "o", "right")
     return Einsum(f"...{batch}in", f"{batch}oi", f"...{batch}on", "left")
 
 
 def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:
-    """The Kind of x @ w (or w @ x) from the two shapes; why it is refused, or an empty text."""
+    """Return the Kind of x @ w (or w @ x) from the two shapes, and why it is refused (or "")."""
     if len(w) < 2:
         return matmul_right(), VECTOR
     if len(w) == 2:
@@ -148,7 +148,7 @@ def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:
 
 
 def _has_batch_axes(x: Shape, w: Shape) -> bool:
-    """Whether x has the batch axes of w [*batch, m, n], at the same sizes.
+    """Whether x has the batch axes of w [*batch, m, n], with equal sizes.
 
     Where it has not, one of the two is broadcast, and only the weight form is sure to mean the
     same. A size of None is as many matrices as data picks: it equals no other.
@@ -161,7 +161,7 @@ def _has_batch_axes(x: Shape, w: Shape) -> bool:
 
 
 def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
-    """The Kind of operand i of an einsum, and why it is refused or an empty text.
+    """Return the Kind of operand i of an einsum, and why it is refused (or "").
 
     Args:
         terms: The letters of each operand, and of the result at the end.
@@ -192,7 +192,7 @@ ONE_SIDED = "the weight has no input axis or no output axis: it is not a matrix"
 
 
 def _refusal(w: str, activations: list[str], y: str) -> str:
-    """The reason why a weight of an einsum cannot be adapted, from its letters; empty if it can."""
+    """Return why an einsum's weight cannot be adapted, from its letters; empty if it can."""
     if not activations:
         return "the einsum has only one operand"
     if any(len(set(term)) < len(term) for term in (w, *activations)):
@@ -209,7 +209,7 @@ def _refusal(w: str, activations: list[str], y: str) -> str:
 
 
 def _link_of_a_chain(w: str, first: str) -> WeightForm | None:
-    """The weight form of a link of a chain: its axes in the first operand are in."""
+    """Return the weight form of an operand in a chain: axes shared with the first are in."""
     met = tuple(axis for axis, letter in enumerate(w) if letter in first)
     unmet = tuple(axis for axis, letter in enumerate(w) if letter not in first)
     if met and unmet:
@@ -218,7 +218,7 @@ def _link_of_a_chain(w: str, first: str) -> WeightForm | None:
 
 
 def letters(equation: str, ranks: list[int]) -> list[str]:
-    """The operands' and the result's letters, with the ellipsis spelled out.
+    """Return the letters of the operands and the result, with the ellipsis expanded.
 
     Args:
         equation: As einsum takes it, with or without an arrow.

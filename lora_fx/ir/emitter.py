@@ -1,4 +1,4 @@
-"""Build nodes in some IR: the closed set of primitives."""
+"""The interface that builds nodes in an IR: a closed set of primitives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ V_co = TypeVar("V_co", covariant=True)
 
 
 class Ops(Protocol[V_co]):
-    """Builds the primitives of one closed set. A pass gets the wider `lora_fx.ir.graph.Emitter`.
+    """A builder of the primitives. A pass gets the wider `lora_fx.ir.graph.Emitter`.
 
     ========== ======================================= =========================
     prim       operands                                attributes

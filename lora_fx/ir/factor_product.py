@@ -1,4 +1,4 @@
-"""The product b @ a of a low-rank update, in the pieces that BLAS is fastest with.
+"""The product b @ a of a low-rank update, computed in the pieces that are fastest with BLAS.
 
 The two factors are thin, so the product costs less than what OpenBLAS does before it: it copies
 both into an order of its own. Its AVX-512 kernels for small products leave the copies out, and
@@ -16,15 +16,15 @@ import numpy as np
 from lora_fx.dtypes import Array
 
 SMALL = 10**6
-"""Up to this rows · columns · rank, OpenBLAS takes a product for a small one."""
+"""The largest rows · columns · rank for which OpenBLAS uses its kernels for small products."""
 
 
 RANK = 128
-"""Above this rank, the kernels for small products are the slower ones."""
+"""The highest rank at which the kernels for small products are faster."""
 
 
 ROWS = 16
-"""Rows of a piece. Fewer rows would be summed in another order, and give other bits."""
+"""The rows of a piece. Fewer rows would be summed in another order, and give other bits."""
 
 
 _KERNELS = ("openblas", "SkylakeX")  # which Intel and AMD processors with AVX-512 use
@@ -37,7 +37,7 @@ _COLUMNS = 64  # a piece has a multiple of them
 
 
 def product(b: Array, a: Array, out: Array | None = None) -> Array:
-    """The product of b [rows, rank] and a [rank, columns].
+    """Return the product of b [rows, rank] and a [rank, columns].
 
     `out` may be a C-contiguous array to compute in.
     """
@@ -63,7 +63,7 @@ def product(b: Array, a: Array, out: Array | None = None) -> Array:
 
 
 def _is_cut(b: Array, a: Array) -> bool:
-    """Whether the product has the same bits in pieces, and is faster so."""
+    """Whether a product in pieces has the same bits and is faster."""
     rows, rank = b.shape
     columns = a.shape[1]
     if rows < ROWS or not 0 < rank <= RANK or columns % _REGISTER:
@@ -74,7 +74,7 @@ def _is_cut(b: Array, a: Array) -> bool:
 
 
 def _piece_width(rank: int, columns: int) -> int:
-    """The number of columns of a piece, so that all pieces are small and about equally wide."""
+    """Return the columns of a piece: all pieces are small and about equally wide."""
     widest = SMALL // (ROWS * rank) // _COLUMNS * _COLUMNS
     pieces = -(-columns // widest)
     return min(widest, -(-columns // (pieces * _COLUMNS)) * _COLUMNS)
@@ -82,7 +82,7 @@ def _piece_width(rank: int, columns: int) -> int:
 
 @functools.cache
 def _small_is_fast() -> bool:
-    """True where every BLAS that is loaded has the kernels that this is about."""
+    """Whether every loaded BLAS has the fast kernels for small products."""
     from threadpoolctl import threadpool_info
 
     libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]

@@ -1,4 +1,4 @@
-"""The protocols that let one set of passes serve several IRs: Graph, Emitter and Site.
+"""The protocols by which one set of passes serves several IRs: Graph, Emitter and Site.
 
 A pass sees a graph only through these. `lora_fx.fx` and `lora_fx.onnx` implement them;
 `lora_fx.ir.numpy_emitter.NumpyEmitter` computes with numpy at once.
@@ -70,7 +70,7 @@ class Site:
 
 @dataclass(frozen=True)
 class OtherReader:
-    """A reader of a parameter, seen through a view, that is not a product of its sites.
+    """An op that reads a parameter through a view and is not a product (Site) of the parameter.
 
     An update of the parameter does not reach it: insert and fold leave it as it was.
     """
@@ -90,7 +90,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One stored tensor: all its names (the first is the canonical one), shape and dtype.
+    """A stored tensor: all its names (the first is canonical), its shape and its dtype.
 
     `format` and `bits` say how it is quantised; the shape is that of the numbers then.
     """
@@ -104,23 +104,23 @@ class Parameter:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All its names, the canonical one first."""
+        """All names of the tensor, the canonical one first."""
         return (self.name, *self.aliases)
 
 
 class Emitter(Ops[V], Protocol[V]):
-    """Builds nodes in one IR, at the place where it was made: before or after one site."""
+    """A builder of nodes in one IR, which inserts them before or after one site."""
 
     def like(self, site: Site, x: V, w: V) -> V:
-        """The site's own op, attributes kept and bias left out, with other operands."""
+        """Emit the site's own op with other operands; keep its attributes, leave out the bias."""
 
     def parameter(self, name: str, value: Array, role: Role) -> V:
-        """A new stored tensor, or the one of that name if it exists already."""
+        """Add a stored tensor, or return the existing one with this name."""
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """An array that is computed when it is wanted, so that a file can be larger than memory."""
+    """An array that is computed on use, so that a file can be larger than memory."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -128,14 +128,14 @@ class Deferred:
 
 
 class Analysed:
-    """Caches the analyses of a graph until the graph is edited."""
+    """A cache of a graph's analyses, valid until the graph is edited."""
 
     def __init__(self) -> None:
         self._kept: dict[str, object] = {}
         self._named: dict[str, object] = {}
 
     def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
-        """The result of `compute` for this version of the graph, computed once.
+        """Return the result of `compute` for this version of the graph, computed once.
 
         Args:
             what: A name for the analysis.
@@ -149,12 +149,12 @@ class Analysed:
         return cast(T, results[what])
 
     def changed(self) -> None:
-        """Drop every analysis: whoever edits the graph says so here."""
+        """Drop every analysis; call this after each edit of the graph."""
         self._kept = {}
         self._named = {}
 
     def share(self, named: dict[str, object]) -> None:
-        """Keep analyses by name in this dictionary, which graphs of the same nodes share."""
+        """Keep analyses by name in this dictionary, which graphs with the same nodes share."""
         self._named = named
 
 
@@ -162,87 +162,87 @@ class Graph(Protocol[V]):
     """A graph in one IR, as passes see it."""
 
     def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
-        """The same as `Analysed.kept`."""
+        """See `Analysed.kept`."""
 
     def changed(self) -> None:
-        """The same as `Analysed.changed`."""
+        """See `Analysed.changed`."""
 
     @property
     def alone(self) -> bool:
-        """True when no other graph reads the same stored tensors."""
+        """Whether no other graph reads the same stored tensors."""
 
     def sites(self) -> Sequence[Site]:
-        """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
+        """Return every use of a weight in execution order, except nodes that a pass emitted."""
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """The readers of a parameter other than its sites, in execution order, without shapes."""
+        """Return the readers of a parameter other than its sites, in execution order."""
 
     def parameters(self) -> Sequence[Parameter]:
-        """Every stored parameter, in definition order."""
+        """Return every stored parameter, in definition order."""
 
     def gathered_flops(self) -> Mapping[str, int]:
-        """FLOPs of products with rows gathered from a parameter, by its name."""
+        """Return FLOPs of products with rows gathered from a parameter, by its name."""
 
     def data_flops(self) -> int:
-        """FLOPs of the matmuls between activations, at the example's sizes."""
+        """Return the FLOPs of matmuls between activations, at the example's sizes."""
 
     def adapted(self) -> frozenset[str]:
-        """The ids of sites that already carry a branch."""
+        """Return the ids of sites that already have a branch."""
 
     def read(self, name: str) -> Array:
-        """A stored parameter as an array (bfloat16 through ml_dtypes)."""
+        """Return a stored parameter as an array (bfloat16 through ml_dtypes)."""
 
     def reader(self, name: str) -> Callable[[], Array]:
-        """The parameter's value as it is now, read when it is called."""
+        """Return a function that reads the parameter's current value."""
 
     def activation(self, site: Site) -> V:
-        """The other operand of the site, as it is now."""
+        """Return the current value of the site's other operand."""
 
     def kept_activation(self, site: Site) -> V:
-        """The activation, as a branch may keep it for backward."""
+        """Return the activation in the form that a branch may keep for the backward pass."""
 
     def weight(self, site: Site) -> V:
-        """The stored parameter that the site reads, as a value of this IR."""
+        """Return the stored parameter that the site reads, as a value of this IR."""
 
     def output(self, site: Site) -> V:
-        """The result of the site's op."""
+        """Return the result of the site's op."""
 
     def picked(self, site: Site, e: Emitter[V]) -> V:
-        """The ids [n] by which data picks the site's matrices from its stack."""
+        """Return the ids [n] by which data selects the site's matrices from a stack."""
 
     def zero_points(self, site: Site) -> ZeroPoints | None:
-        """Those of the codes [out, in] that the site reads; None where they may not be floats."""
+        """Return the zero points of the site's codes [out, in]; None if they cannot be floats."""
 
     def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
-        """Let sites of one weight read their codes by other zero points; returns their name."""
+        """Let sites of one weight use other zero points for their codes; return the new name."""
 
     def product(self, site: Site, e: Emitter[V]) -> V | None:
-        """The result of the site's op without its bias; None where that cannot be had apart."""
+        """Return the result of the site's op without its bias; None if that cannot be separated."""
 
     def emit(self, site: Site, *, before: bool = False) -> Emitter[V]:
-        """An emitter that inserts after the site, or before it, and marks its nodes."""
+        """Return an emitter that inserts after or before the site, and marks its nodes."""
 
     def replace_output(self, site: Site, y: V) -> None:
-        """Let every user of the site's result read y instead."""
+        """Replace the site's result by y for every user."""
 
     def rebase(self, site: Site, w: V) -> None:
-        """Let the site read w [stored shape], through its own view, instead of its weight."""
+        """Replace the site's weight by w [stored shape], read through the site's own view."""
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
-        """True when nothing but these sites reads the parameter, its views included."""
+        """Whether only these sites read the parameter and its views."""
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
-        """Let sites read another stored tensor of the same shape, through their own view."""
+        """Let sites read another stored tensor of the same shape, through their own views."""
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """Let `sites` read `value` [stored shape] for parameter `name`.
+        """Let `sites` read `value` [stored shape] instead of parameter `name`.
 
         When these are all its uses its own constant is replaced, else they get a constant of
         their own. Returns the name that holds the value.
         """
 
     def clone(self) -> Graph[V]:
-        """The same graph in new nodes; tensors are shared."""
+        """Return the same graph with new nodes; tensors are shared."""
 
     def lint(self) -> None:
         """Raise if the graph is not valid."""
@@ -250,7 +250,7 @@ class Graph(Protocol[V]):
 
 @dataclass(frozen=True)
 class Axes:
-    """The part that each axis of the operand plays, after `steps` have split it where needed."""
+    """The role of each operand axis, after `steps` have split axes where needed."""
 
     batch: tuple[int, ...]
     out: tuple[int, ...]
@@ -272,21 +272,21 @@ class Factors(Generic[V]):
 
 
 class Kind(Protocol):
-    """One kind of contraction, known to every IR; an op table says which op is which kind."""
+    """One kind of contraction, the same for every IR; an op table maps ops to kinds."""
 
     @property
     def name(self) -> str:
         """The name in refusals, FLOP counts and file formats, such as linear or conv."""
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The axes of an operand of this shape that are batch, out and in."""
+        """Return which axes of an operand of this shape are batch, out and in."""
 
     @property
     def has_branch(self) -> bool:
         """Whether b·(a·x) can be added to the op's output; else only the weight form exists."""
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """b·(a·x) in the shape of the op's output, where `has_branch` says that there is one."""
+        """Emit b·(a·x) in the shape of the op's output, if `has_branch`."""
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """The shape in which a number a row of W goes with the result; empty where none does."""
+        """Return the shape in which one number a row of W scales the result, or an empty one."""

@@ -17,12 +17,12 @@ from lora_fx.ir.view import Region
 
 
 def delta(e: Ops[V], layout: Layout, a: V, b: V, scale: float) -> V:
-    """s·b·a in the stored shape: b @ a first, then the scale, as PEFT does."""
+    """Emit s·b·a in the stored shape: b @ a first, then the scale, as PEFT does."""
     return layout.to_stored(e, e.op("mul", e.op("matmul", b, a), scale))
 
 
 def pad_region(e: Ops[V], value: V, region: Region, shape: tuple[int, ...]) -> V:
-    """A region's value with zeros around it, in the whole stored shape."""
+    """Emit a region's value padded with zeros to the whole stored shape."""
     before = tuple(start for start, _ in region)
     after = tuple(size - stop for size, (_, stop) in zip(shape, region, strict=True))
     if not any(before + after):
@@ -31,24 +31,24 @@ def pad_region(e: Ops[V], value: V, region: Region, shape: tuple[int, ...]) -> V
 
 
 FREE = -1
-"""The rank in a shape: inputs of a file may have another one in every run."""
+"""The rank in a shape if it is free: inputs of a file may have another rank in every run."""
 
 
 def swap_last(n_batch: int) -> tuple[int, ...]:
-    """The permutation that transposes the matrices of a stack."""
+    """Return the permutation that transposes the matrices of a stack."""
     return (*range(n_batch), n_batch + 1, n_batch)
 
 
 class Apart:
-    """A Kind whose result has no axis for the rows of W: DoRA takes its weight form there."""
+    """A Kind whose result has no axis for the rows of W, so that DoRA needs the weight form."""
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """Implement `Kind.along_out`."""
+        """See `Kind.along_out`."""
         return ()
 
 
 class Lookup(Apart):
-    """A Kind that picks rows of w [in, out] by ids; in is the number of rows.
+    """A Kind that selects rows of w [in, out] by ids; in is the number of rows.
 
     A lookup is a matmul with a one-hot x, and costs no FLOPs.
     """
@@ -57,15 +57,15 @@ class Lookup(Apart):
 
     @property
     def has_branch(self) -> bool:
-        """Implement `Kind.has_branch`."""
+        """See `Kind.has_branch`."""
         return True
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The rows are in, everything else is out."""
+        """Return the axes: the rows are in, all others are out."""
         return Axes((), tuple(range(1, len(operand))), (0,))
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """aᵀ[ids] bᵀ: rows of aᵀ are looked up by the site's own op."""
+        """Emit aᵀ[ids] bᵀ; the site's own op looks up the rows of aᵀ."""
         rows = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
         return e.op("matmul", rows, e.op("transpose", f.b, perm=(1, 0)))
 
@@ -77,29 +77,29 @@ class Embedding(Lookup):
 
 @dataclass(frozen=True)
 class EmbeddingBag(Lookup):
-    """Rows gathered by ids and reduced a bag at a time by sum, mean or max."""
+    """Rows that are gathered by ids and reduced for each bag by sum, mean or max."""
 
     mode: str = "sum"
 
     @property
     def has_branch(self) -> bool:
-        """Sum and mean are linear, so bag(aᵀ) bᵀ is theirs; max is not."""
+        """True for sum and mean, which are linear, so that bag(aᵀ) bᵀ is exact; False for max."""
         return self.mode != "max"
 
 
 @dataclass(frozen=True)
 class Grouped(Apart):
-    """Rows of x [n, in] sorted by group, each group times its own matrix of w [groups, in, out]."""
+    """Sorted rows of x [n, in], each group times its own matrix of w [groups, in, out]."""
 
     name = "grouped"  # as the experts of a mixture are
     has_branch = True
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The experts are batch."""
+        """Return the axes: the experts are batch."""
         return Axes((0,), (2,), (1,))
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """The site's own op twice, with aᵀ and with bᵀ."""
+        """Emit the site's own op twice, with aᵀ and with bᵀ."""
         a = f.a
         b = f.b
         padding = -f.rank % int(site.attrs.get("rank_multiple", 1))
@@ -115,7 +115,7 @@ class Grouped(Apart):
 
 @dataclass(frozen=True)
 class WeightForm(Apart):
-    """A contraction whose low-rank part cannot be had from its output: only W + s·b·a.
+    """A contraction that needs W + s·b·a, because no branch can be added to its output.
 
     The gates of a recurrent op (the low-rank part would have to run at every step inside it), a
     product that broadcasts its weight, an op inside the body of a higher-order op.
@@ -126,13 +126,13 @@ class WeightForm(Apart):
     has_branch = False
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Those that the op table's row names, whatever the operand."""
+        """Return the axes in the op table's row, for any operand."""
         return self.parts
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """There is none: the op reads W + s·b·a."""
+        """Raise: there is no branch, because the op reads W + s·b·a."""
         raise NotImplementedError(f"{self.name} has no branch")
 
 
 RECURRENT = WeightForm("recurrent", Axes((), (0,), (1,)))
-"""A weight [gates·hidden, in] of an LSTM, GRU or RNN: all gates are one matrix."""
+"""A weight [gates·hidden, in] of an LSTM, GRU or RNN: one matrix for all gates."""

@@ -30,17 +30,17 @@ class Layout:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the batch axes; empty for a plain matrix."""
+        """The sizes of the batch axes; empty for a plain matrix."""
         return self._sizes(self.batch)
 
     @property
     def out_size(self) -> int:
-        """Rows of one matrix: the product of its out axes."""
+        """The rows of one matrix: the product of its out axes."""
         return math.prod(self._sizes(self.out))
 
     @property
     def in_size(self) -> int:
-        """Columns of one matrix: the product of its in axes."""
+        """The columns of one matrix: the product of its in axes."""
         return math.prod(self._sizes(self.in_))
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -48,25 +48,25 @@ class Layout:
 
     @property
     def max_rank(self) -> int:
-        """The smaller side of one matrix: no update has a higher rank."""
+        """The smaller side of one matrix, which bounds the rank of an update."""
         return min(self.out_size, self.in_size)
 
     def parameters(self, rank: int) -> int:
-        """Number of elements in a and b together."""
+        """Return the number of elements of a and b together."""
         return math.prod(self.batch_shape) * rank * (self.out_size + self.in_size)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of a, [*batch, rank, in], and of b, [*batch, out, rank]."""
+        """Return the shapes of a, [*batch, rank, in], and of b, [*batch, out, rank]."""
         a_shape = (*self.batch_shape, rank, self.in_size)
         b_shape = (*self.batch_shape, self.out_size, rank)
         return a_shape, b_shape
 
     def transposed(self) -> Layout:
-        """The layout of a use that reads the tensor the other way round."""
+        """Return the layout for a use that reads the matrix transposed: out and in swapped."""
         return Layout(self.shape, self.batch, self.in_, self.out, self.stored)
 
     def narrow(self, bounds: Region) -> Layout | None:
-        """The layout of a part of the stored tensor; None where it cuts an axis that is split.
+        """Return the layout of a part of the stored tensor; None if the part cuts a split axis.
 
         Args:
             bounds: Half-open, per stored axis of this layout.
@@ -82,7 +82,7 @@ class Layout:
         return Layout(tuple(shape), self.batch, self.out, self.in_, stored)
 
     def starts(self, bounds: Region) -> tuple[int, ...]:
-        """The start of a part that `narrow` allows, for each axis of `shape`."""
+        """Return the start of a part that `narrow` allows, for each axis of `shape`."""
         starts = [0] * len(self.shape)
         for axes, (start, _) in zip(self.split(), bounds, strict=True):
             if axes:
@@ -90,7 +90,7 @@ class Layout:
         return tuple(starts)
 
     def split(self) -> list[range]:
-        """The axes of `shape` that each stored axis is split into."""
+        """Return the axes of `shape` that each stored axis is split into."""
         groups = []
         stop = 0
         for size in self.stored:
@@ -103,7 +103,7 @@ class Layout:
 
     @property
     def _matrix_axes(self) -> tuple[int, ...]:
-        """The axes of `shape` in the order of [*batch, out, in]."""
+        """The axes of `shape` in the order [*batch, out, in]."""
         return self.batch + self.out + self.in_
 
     @property
@@ -111,14 +111,14 @@ class Layout:
         return (*self.batch_shape, self.out_size, self.in_size)
 
     def from_stored(self, e: Ops[V], value: V) -> V:
-        """Bring a value from the stored shape to [*batch, out, in], in any IR."""
+        """Emit a value reordered from the stored shape to [*batch, out, in], in any IR."""
         axes = self._matrix_axes
         split = _reshaped(e, value, self.stored, self.shape)
         permuted = _permuted(e, split, axes)
         return _reshaped(e, permuted, self._sizes(axes), self._matrix_shape)
 
     def to_stored(self, e: Ops[V], delta: V) -> V:
-        """Bring a value from [*batch, out, in] to the stored shape, in any IR."""
+        """Emit a value reordered from [*batch, out, in] to the stored shape, in any IR."""
         axes = self._matrix_axes
         inverse = tuple(axes.index(axis) for axis in range(len(axes)))
         split = _reshaped(e, delta, self._matrix_shape, self._sizes(axes))
@@ -126,39 +126,39 @@ class Layout:
         return _reshaped(e, permuted, self.shape, self.stored)
 
     def to_json(self) -> dict[str, list[int]]:
-        """The five fields as plain lists, for manifests and file headers."""
+        """Return the five fields as plain lists, for manifests and file headers."""
         names = ("shape", "batch", "out", "in_", "stored")
         return {name: list(getattr(self, name)) for name in names}
 
     @classmethod
     def from_json(cls, data: dict[str, list[int]]) -> Layout:
-        """The Layout that `to_json` wrote."""
+        """Return the Layout that `to_json` wrote."""
         return cls(**{name: tuple(axes) for name, axes in data.items()})
 
 
 def _reshaped(e: Ops[V], value: V, before: tuple[int, ...], shape: tuple[int, ...]) -> V:
-    """The value under another shape; itself where that is the shape before."""
+    """Emit the value in another shape; return it unchanged if the shape is the same."""
     if before == shape:
         return value
     return e.op("reshape", value, shape=shape)
 
 
 def _permuted(e: Ops[V], value: V, perm: tuple[int, ...]) -> V:
-    """The value with its axes permuted; itself where they stay in their order."""
+    """Emit the value with its axes permuted; return it unchanged if their order is the same."""
     if perm == tuple(range(len(perm))):
         return value
     return e.op("transpose", value, perm=perm)
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
-    """Axis 0 is out and the rest is in, as nn.Linear and an ungrouped convolution store it."""
+    """Return the layout with axis 0 as out and the rest as in, as in nn.Linear and plain convs."""
     return Layout(shape, (), (0,), tuple(range(1, len(shape))), shape)
 
 
 def layout_of(
     tracked: Tracked, batch: tuple[int, ...], out: tuple[int, ...], in_: tuple[int, ...]
 ) -> Layout:
-    """The Layout of an operand whose axes play these parts.
+    """Return the Layout of an operand whose axes have these roles.
 
     Runs of one stored axis that stayed neighbours in the same part are joined again, so that two
     uses of a tensor compare equal however they split it.
@@ -197,14 +197,14 @@ def layout_of(
 
 
 class _Place(NamedTuple):
-    """The place of an atom in [*batch, out, in]."""
+    """The position of an atom in [*batch, out, in]."""
 
     side: int  # 0 batch, 1 out, 2 in
     position: int  # among the atoms of that side
 
 
 def _large_atoms(tracked: Tracked, axes: tuple[int, ...]) -> list[int]:
-    """The atoms of some axes of the operand, in their order, without those of size 1."""
+    """Return the atoms of some operand axes in order, without those of size 1."""
     atoms: list[int] = []
     for axis in axes:
         atoms += [atom for atom in tracked.axes[axis] if tracked.size[atom] != 1]
@@ -212,7 +212,7 @@ def _large_atoms(tracked: Tracked, axes: tuple[int, ...]) -> list[int]:
 
 
 def _runs(atoms: list[int], place: dict[int, _Place]) -> list[list[int]]:
-    """The atoms of one stored axis in runs; one empty run for an axis of size 1.
+    """Return the atoms of one stored axis in runs; one empty run for an axis of size 1.
 
     Atoms are joined that follow each other in out or in too. Batch axes stay as they are split.
     """

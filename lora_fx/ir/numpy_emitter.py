@@ -1,4 +1,4 @@
-"""The emitter that computes with numpy at once: a fold uses it, and so do tests."""
+"""The emitter that computes with numpy immediately, for folds and tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _slice(x: Array, axis: int, start: int, stop: int) -> Array:
 
 
 def _beside(x: Array, y: Array | float) -> Array:
-    """The second operand of x; a number takes the dtype of x."""
+    """Return the second operand for x; a number gets the dtype of x."""
     if isinstance(y, (int, float)):
         return np.asarray(y, x.dtype)
     return y
@@ -43,15 +43,15 @@ PRIMS: Mapping[str, Callable[..., object]] = {
     "cast": lambda x, dtype: x.astype(numpy_dtype(dtype)),
     "cast_like": lambda x, y: x.astype(y.dtype),
 }
-"""The function that computes each primitive of lora_fx.ir.emitter.Ops; a fold needs no conv."""
+"""The function that computes each primitive of lora_fx.ir.emitter.Ops; folds need no conv."""
 
 
 @dataclass(frozen=True)
 class NumpyEmitter:
-    """Computes every primitive at once, in the dtype of its operands."""
+    """An emitter that computes every primitive immediately, in the dtype of its operands."""
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Array:
-        """One primitive of the closed set (see lora_fx.ir.emitter.Ops)."""
+        """Compute one primitive of the closed set (see lora_fx.ir.emitter.Ops)."""
         if prim not in PRIMS:
             raise MistakeError(f"the numpy emitter has no primitive {prim!r}")
         return np.asarray(PRIMS[prim](*xs, **attrs))

@@ -1,4 +1,4 @@
-"""A quantised weight as one value, whatever file or graph it comes from.
+"""A quantised weight as one value, from any file or graph.
 
     W[i] = (codes[i] - zero[b(i)]) · scale[b(i)]        where the codes are numbers
     W[i] = levels[codes[i]] · scale[b(i)]               where they are places of a table
@@ -23,7 +23,7 @@ from lora_fx.dtypes import Array, NumpyDtype, finfo, numpy_dtype, values_of
 
 @dataclass(frozen=True)
 class Quantised:
-    """Codes of a weight and their meaning.
+    """The codes of a weight, and how to decode them.
 
     Attributes:
         codes: Integers, or floats of 8 bits, in the shape of the weight, one an element.
@@ -53,12 +53,12 @@ class Quantised:
 
     @property
     def flat(self) -> bool:
-        """True when blocks go on from row to row."""
+        """True if blocks continue from row to row."""
         return len(self.block) == 1 and len(self.shape) > 1
 
     @np.errstate(all="ignore")  # infinite values are found, and named, by who folds
     def dequantise(self, dtype: str = "float32", rows: slice = slice(None)) -> Array:
-        """The weight, or some of its rows along the first axis, in a dtype."""
+        """Return the weight, or some of its rows along the first axis, in a dtype."""
         codes = self.codes[rows]
         if self.levels is not None:
             weight = np.take(self.levels.astype(np.float32), codes)
@@ -76,7 +76,7 @@ class Quantised:
         return np.asarray(weight).astype(numpy_dtype(dtype), copy=False)
 
     def nearest(self, weight: Array, bits: int) -> Quantised:
-        """The same scales and zero points with the codes that are nearest to a weight's values."""
+        """Return the codes nearest to a weight's values, with the same scales and zero points."""
         scaled = np.array(weight, np.float32) / np.float32(self.unit)
         if self.order is not None:
             scaled = np.ascontiguousarray(scaled[:, self.order])
@@ -92,7 +92,7 @@ class Quantised:
         return replace(self, codes=self._nearest_integers(scaled, bits))
 
     def _nearest_levels(self, scaled: Array, levels: Array) -> Array:
-        """The indices in `levels` of the levels nearest to the scaled weight."""
+        """Return the indices in `levels` of the levels nearest to the scaled weight."""
         order = np.argsort(levels, kind="stable")
         ascending = levels.astype(np.float32)[order]
         places = np.zeros(scaled.shape, np.uint8)
@@ -107,7 +107,7 @@ class Quantised:
         return np.where(unchanged, self.codes, codes)
 
     def _nearest_integers(self, scaled: Array, bits: int) -> Array:
-        """The scaled weight, which is overwritten, rounded to the integers of so many bits."""
+        """Round the scaled weight to `bits`-bit integers; the scaled weight is overwritten."""
         lowest = 0
         if self.codes.dtype.kind != "u":
             lowest = -(2 ** (bits - 1))
@@ -118,7 +118,7 @@ class Quantised:
     def rescaled(
         self, stored: Array, weight: Array, delta: Array, rule: Callable[[Array], Array]
     ) -> Array:
-        """Scales as a file stores them, recomputed for the blocks that an update changes.
+        """Return scales as a file stores them, recomputed for the blocks that an update changes.
 
         Args:
             stored: The scales before, [blocks of the two axes].
@@ -135,7 +135,7 @@ class Quantised:
         return np.where(changed.reshape(stored.shape), scales.reshape(stored.shape), stored)
 
     def _largest_by_block(self, weight: Array) -> Array:
-        """The largest |value| in each block of rows and columns."""
+        """Return the largest |value| in each block of rows and columns."""
         n_rows, n_columns = weight.shape
         block_rows, block_columns = self.block
         magnitudes = np.abs(weight)
@@ -153,13 +153,13 @@ class Quantised:
         return np.asarray(largest_of_rows.reshape(rows // block_rows, block_rows, -1).max(1))
 
     def in_place(self) -> Array:
-        """The codes in the order of the weight's columns."""
+        """Return the codes in the order of the weight's columns."""
         if self.order is None:
             return self.codes
         return self.codes[:, np.argsort(self.order)]
 
     def cut(self, rows: slice) -> Quantised:
-        """Some of its rows, which begin and end where blocks do."""
+        """Return some rows of the weight; the range must start and end at block boundaries."""
         start = rows.start
         stop = min(rows.stop, len(self.codes))
         codes = self.codes[start:stop]
@@ -176,7 +176,7 @@ class Quantised:
         return replace(self, codes=codes, scale=self.scale[blocks], zero=zero)
 
     def _apply_by_block(self, op: np.ufunc, weight: Array, value: Array, rows: slice) -> None:
-        """Change some rows of the weight in place by a number a block, which `op` takes second."""
+        """Apply `op` in place to rows of the weight and one number for each block."""
         start, stop, _ = rows.indices(self.shape[0])
         value = value.astype(np.float32)
         if self.flat:
@@ -199,7 +199,7 @@ class Quantised:
     def _apply_by_flat_block(
         self, op: np.ufunc, weight: Array, value: Array, start: int, stop: int
     ) -> None:
-        """The same for blocks that go on from row to row: rows from start up to stop."""
+        """Apply `op` by blocks that continue from row to row, for rows start ≤ i < stop."""
         elements_of_row = math.prod(self.shape[1:])
         block = self.block[0]
         first = start * elements_of_row
@@ -219,7 +219,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class ZeroPoints:
-    """Scales and zeros of a matrix of codes whose reader takes floats for zeros.
+    """Scales and zero points of a code matrix whose reader accepts float zero points.
 
     W[o, i] = (codes[o, i] − zero[o, b]) · scale[o, b], b = i // block: what is added to W and is
     constant in each block goes into the zeros, and no code changes.
@@ -235,7 +235,7 @@ class ZeroPoints:
     block: int
 
     def same(self, other: ZeroPoints) -> bool:
-        """True if both mean the same numbers."""
+        """Whether both mean the same numbers."""
         return (
             self.block == other.block
             and np.array_equal(self.scale, other.scale)
@@ -243,9 +243,9 @@ class ZeroPoints:
         )
 
     def moved(self, delta: Array) -> Array:
-        """The zeros of W + Δ, Δ [rows, blocks], in the dtype of the scales.
+        """Return the zero points of W + Δ, Δ [rows, blocks], in the dtype of the scales.
 
-        They are infinite where Δ is not 0 and the scale is.
+        A zero point is infinite where the scale is 0 and Δ is not.
         """
         scale = self.scale.astype(np.float64)
         zero = self.zero.astype(np.float64)
@@ -254,18 +254,18 @@ class ZeroPoints:
             return np.asarray((zero - steps).astype(self.scale.dtype))
 
     def change(self, zero: Array) -> Array:
-        """The change of the weight by new zero points, [rows, blocks] in fp64."""
+        """Return the change of the weight by new zero points, [rows, blocks] in fp64."""
         steps = self.zero.astype(np.float64) - zero.astype(np.float64)
         return np.asarray(steps * self.scale, np.float64)
 
 
 def no_fold(kind: str) -> str:
-    """The reason why W + s·b·a cannot be stored in the place of a quantised weight."""
+    """Return the reason why W + s·b·a cannot be stored instead of a quantised weight."""
     return f"the weight is quantised ({kind})"
 
 
 def blocks_in(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the scales of a weight.
+    """Return the shape of a weight's scales.
 
     >>> blocks_in((4, 100), (1, 64)), blocks_in((4, 100), (64,)), blocks_in((4, 100), (4, 100))
     ((4, 2), (7,), (1, 1))
@@ -276,7 +276,7 @@ def blocks_in(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _nearest_narrow_floats(scaled: Array, dtype: NumpyDtype) -> Array:
-    """The scaled weight in a float dtype of 8 bits."""
+    """Return the scaled weight in an 8-bit float dtype."""
     halves = np.ascontiguousarray(scaled, "<f4").view("<u2").reshape(*scaled.shape, 2)
     lower = halves[..., 0]
     upper = halves[..., 1]
@@ -286,7 +286,7 @@ def _nearest_narrow_floats(scaled: Array, dtype: NumpyDtype) -> Array:
 
 @functools.cache
 def _narrow_floats(dtype: NumpyDtype) -> Array:
-    """The code of every float of 16 bits, the upper half of one of 32, in a dtype of 8 bits."""
+    """Return the code in an 8-bit float dtype for every 16-bit upper half of a float32."""
     with np.errstate(all="ignore"):
         upper_halves = np.arange(1 << 16, dtype=np.uint32)
         floats = (upper_halves << 16).view(np.float32)
@@ -303,15 +303,15 @@ NF4 = np.array(
     ],
     np.float32,
 )  # fmt: skip
-"""The 16 levels of NormalFloat (Dettmers and others, 2023, QLoRA, appendix E)."""
+"""The 16 levels of NormalFloat (Dettmers et al. 2023, QLoRA, appendix E)."""
 
 _TWELFTHS = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3])
 FP4 = (np.concatenate([_TWELFTHS, -_TWELFTHS]) / 12 + 0.0).astype(np.float32)
-"""The levels of bitsandbytes' floats of 4 bits, whose second zero is 0 and not -0."""
+"""The levels of bitsandbytes' 4-bit floats, whose second zero is 0 and not -0."""
 
 
 def quantise(weight: Array, kind: str) -> Quantised:
-    """A float matrix [out, in] as codes, symmetric, each block by its largest value.
+    """Quantise a float matrix [out, in] symmetrically, with each block's largest value as scale.
 
     Args:
         weight: Finite numbers.
@@ -324,7 +324,7 @@ def quantise(weight: Array, kind: str) -> Quantised:
 
 
 def _in_normal_floats(weight: Array) -> Quantised:
-    """A matrix as NF4 codes, in blocks of 64 along the flattened weight."""
+    """Quantise a matrix to NF4 codes, in blocks of 64 along the flattened weight."""
     padding = -weight.size % 64
     blocks = np.pad(weight.reshape(-1), (0, padding)).reshape(-1, 64)
     scale = np.abs(blocks).max(1)
@@ -337,7 +337,7 @@ def _in_normal_floats(weight: Array) -> Quantised:
 
 
 def _in_integers(weight: Array, bits: int) -> Quantised:
-    """A matrix as unsigned codes around a zero in their middle, in blocks of 32 of a row."""
+    """Quantise a matrix to unsigned codes with a mid-range zero, in blocks of 32 along rows."""
     rows, columns = weight.shape
     middle_code = 2 ** (bits - 1)
     blocks = np.pad(weight, ((0, 0), (0, -columns % 32))).reshape(rows, -1, 32)

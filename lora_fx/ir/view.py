@@ -22,14 +22,14 @@ class Permute:
 
 @dataclass(frozen=True)
 class Reshape:
-    """The same elements, in row-major order, under another shape."""
+    """A reshape: the same elements, in row-major order, under another shape."""
 
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The elements start ≤ i < stop of one axis."""
+    """A slice: the elements start ≤ i < stop of one axis."""
 
     axis: int
     start: int
@@ -38,14 +38,14 @@ class Slice:
 
 @dataclass(frozen=True)
 class Cast:
-    """The same numbers in another dtype, named as numpy and torch both do, such as bfloat16."""
+    """A cast to another dtype, whose name is the same in numpy and torch, such as bfloat16."""
 
     dtype: str
 
 
 @dataclass(frozen=True)
 class Gather:
-    """The entries of one axis that data picks, as a router picks experts."""
+    """A selection of entries of one axis by data, as a router selects experts."""
 
     axis: int
 
@@ -54,15 +54,15 @@ Step = Permute | Reshape | Slice | Cast | Gather
 
 
 _PRIMS = {Permute: "transpose", Reshape: "reshape", Slice: "slice", Cast: "cast"}
-"""Step → the primitive of `Ops` that it is; its fields are the attributes."""
+"""A step → its primitive of `Ops`; the step's fields are the attributes."""
 
 
 Region = tuple[tuple[int, int], ...]
-"""Half-open bounds per stored axis."""
+"""Half-open bounds for each stored axis."""
 
 
 class Opaque(Exception):
-    """The steps mix stored axes in a way that no region and no axis permutation describes."""
+    """An error: the steps mix stored axes, so that no region and no permutation describes them."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class View:
     steps: tuple[Step, ...] = ()
 
     def then(self, *steps: Step) -> View:
-        """This view followed by more steps."""
+        """Return this view followed by more steps."""
         return View(self.steps + steps)
 
     def replay(self, emitter: Ops[V], value: V, ids: V | None = None) -> V:
-        """Run the steps on a value of the emitter's IR that has the stored shape.
+        """Emit the steps for a value of the stored shape.
 
         `ids` are what a Gather picks, in a list.
         """
@@ -91,7 +91,7 @@ class View:
 
     @property
     def picked(self) -> int | None:
-        """The axis of the operand along which data picks; -1 where it is cut up, None for none."""
+        """The operand axis along which data selects; -1 if later steps split it, None if none."""
         axis: int | None = None
         for step in self.steps:
             if isinstance(step, Gather):
@@ -109,7 +109,7 @@ class View:
 
 @dataclass
 class Tracked:
-    """The axes of an operand in the stored tensor, after the steps so far.
+    """The operand's axes in terms of the stored tensor, after the steps so far.
 
     An atom is a run of one stored axis that the steps kept together; `stored[i]` lists the atoms
     of stored axis i, major first, `axes[j]` those of operand axis j, `size` their lengths.
@@ -121,7 +121,7 @@ class Tracked:
     size: dict[int, int]
 
     def regroup(self, shape: tuple[int, ...]) -> None:
-        """Follow a reshape: the same atoms, and pieces of them, make up other axes."""
+        """Follow a reshape: the same atoms, some of them split, form other axes."""
         # Axes of size 1 hold nothing, and could belong to either neighbour: they are left out.
         queue: list[int] = []
         for axis in self.axes:
@@ -148,7 +148,7 @@ class Tracked:
         return atoms
 
     def _split(self, atom: int, major_size: int) -> int:
-        """Cut an atom in two: it keeps its major elements, the atom of the minor is returned."""
+        """Split an atom: it keeps `major_size` elements; return the new minor atom."""
         if self.size[atom] % major_size:
             raise Opaque("reshape across stored axes")
         minor = max(self.size) + 1
@@ -162,7 +162,7 @@ class Tracked:
         return next(axis for axis, atoms in enumerate(self.stored) if atom in atoms)
 
     def narrow(self, step: Slice) -> None:
-        """Follow a slice: less of one stored axis is read."""
+        """Follow a slice: a smaller part of one stored axis is read."""
         atoms = self.axes[step.axis]
         if (step.start, step.stop) == (0, math.prod(self.size[atom] for atom in atoms)):
             return
@@ -205,7 +205,7 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
 
 
 def region_of(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
-    """The part of a parameter that a view shows: all of it where the view mixes its axes."""
+    """Return the part of a parameter that a view reads: the whole if the view mixes its axes."""
     try:
         return track(shape, steps).region
     except Opaque:

@@ -29,7 +29,7 @@ class BranchSum:
 
 
 def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
-    """Rewrite every branch of that form; branches with casts or stacks in them stay as they are."""
+    """Rewrite every branch of this form; leave branches with casts or stacks unchanged."""
     flat = FlatRows(graph)
     slots_by_names = {(slot.a, slot.b): slot for slot in slots if not slot.batch}
     for node in list(graph.model.graph.all_nodes()):
@@ -43,7 +43,7 @@ def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
 
 
 def _match(node: ir.Node) -> BranchSum | None:
-    """The values of Add(y, MatMul(MatMul(x, A), B)); None for other nodes."""
+    """Return the values of Add(y, MatMul(MatMul(x, A), B)); None for other nodes."""
     if node.op_type != "Add" or node.domain:
         return None
     for y, delta in (node.inputs, node.inputs[::-1]):
@@ -58,7 +58,7 @@ def _match(node: ir.Node) -> BranchSum | None:
 
 
 def _beside_codes(add: ir.Node, x: ir.Value) -> bool:
-    """True if a Reshape would get codes of activations as its input.
+    """Whether a Reshape would have quantised activations as its input.
 
     ONNX Runtime 1.31 moves QuantizeLinear over it, with a zero point of another dtype than the
     scale's own codes, and then refuses the graph.
@@ -68,7 +68,7 @@ def _beside_codes(add: ir.Node, x: ir.Value) -> bool:
 
 
 def _rewrite(add: ir.Node, branch: BranchSum, slot: SwitchSlot, flat: FlatRows) -> None:
-    """Make one product of the sum, or of the sum and its bias."""
+    """Replace the sum, or the sum and its bias, by one product."""
     total = add.outputs[0]
     if rank(branch.y) == 2:
         low = flat.emit(add, "MatMul", branch.x, branch.a)
@@ -93,7 +93,7 @@ def _rewrite(add: ir.Node, branch: BranchSum, slot: SwitchSlot, flat: FlatRows) 
 
 
 def _replace(total: ir.Value, product: ir.Value) -> None:
-    """Let all readers of a sum read the product; an output of the graph keeps its name."""
+    """Replace a sum by the product for all readers; an output of the graph keeps its name."""
     product.type = total.type
     total.replace_all_uses_with(product, replace_graph_outputs=True)
     if product.is_graph_output():

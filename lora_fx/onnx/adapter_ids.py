@@ -1,4 +1,4 @@
-"""The input `adapter_ids` of a file of mode batch: which adapter each row has."""
+"""The input `adapter_ids` of a file of mode batch: the adapter of each row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_fx.errors import LoraFxError
 from lora_fx.onnx.manifest import read_manifest
 
 IDS = "adapter_ids"
-"""The input of mode batch that says which adapter each row has."""
+"""The name of batch mode's input with the adapter of each row."""
 
 
 @dataclass(frozen=True)
 class RowChoice:
-    """The values that the input `adapter_ids` of a file of mode batch may hold.
+    """The valid values of the input `adapter_ids` in a file of mode batch.
 
     Attributes:
         adapters: Their names, in the order of their ids, 1, 2 …; 0 is the base.
@@ -31,7 +31,7 @@ class RowChoice:
     def from_text(
         cls, text: str | None, shapes: Mapping[str, Sequence[object]]
     ) -> RowChoice | None:
-        """The choice that a file's manifest leaves; None where it is of another mode.
+        """Return the valid ids from a file's manifest; None for a file of another mode.
 
         Args:
             text: The manifest, where the file has one.
@@ -91,14 +91,14 @@ class RowChoice:
             )
 
     def _row_count(self, feeds: Mapping[str, Array]) -> int | None:
-        """The size of the batch, from another input that has it; None if no input has."""
+        """Return the batch size from another input that has it; None if no input has."""
         for name in self.rowed:
             if name in feeds and feeds[name].ndim:
                 return int(feeds[name].shape[0])
         return None
 
     def _hint(self) -> str:
-        """The hint: the valid ids, with the names of at most four adapters."""
+        """Return a hint with the valid ids, and the names of at most four adapters."""
         names = [repr(name) for name in self.adapters]
         last = len(names)
         if last > 4:

@@ -1,4 +1,4 @@
-"""Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.
+"""Sessions on switchable ONNX files: adapters are loaded by name and chosen for each run.
 
 A and B go in as inputs (OrtValues, on the CPU side). ONNX Runtime's own active adapters do the
 same for plain runs; with IO binding it ignores them and says nothing, so here they are bound. To
@@ -31,7 +31,7 @@ Choice = str | Mapping[str, float] | None
 
 
 class Session:
-    """A switchable model and its adapters; a switch makes no new session.
+    """A switchable model and its adapters; a switch needs no new session.
 
     Args:
         path: The .onnx file.
@@ -86,7 +86,7 @@ class Session:
         self._idle_bindings: dict[str, list[ort.IOBinding]] = {}
 
     def _check_switchable(self, path: str | PathLike[str]) -> None:
-        """Raise where a run with an adapter cannot give an output, or the manifest is another's."""
+        """Raise if the manifest does not fit the file, or an output is no tensor."""
         for output in self.session.get_outputs():
             if not output.type.startswith("tensor("):
                 raise LoraFxError(
@@ -105,7 +105,7 @@ class Session:
         return tuple(self._arrays)
 
     def load(self, name: str, adapter: Adapter | str | PathLike[str]) -> None:
-        """Load an adapter, or its file in any format; a name that is taken is replaced.
+        """Load an adapter, or an adapter file in any format; a loaded one of this name is replaced.
 
         Raises:
             LoraFxError: The adapter does not fit the manifest.
@@ -123,7 +123,7 @@ class Session:
         self._idle_bindings[name] = []
 
     def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
-        """Run once, with the base model, one adapter or a mix, and give arrays by output name.
+        """Run once, with the base model, one adapter or a mix; return arrays by output name.
 
         Args:
             inputs: Arrays by input name.
@@ -148,13 +148,13 @@ class Session:
         return {name: value.numpy() for name, value in zip(self._outputs, outputs, strict=True)}
 
     def _arrays_of(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The inputs as the runtime takes them, checked."""
+        """Return the inputs in the runtime's form, checked."""
         arrays = arrays_of(inputs)
         check_inputs(arrays, self._inputs, self.ranges)
         return {name: np.ascontiguousarray(widened(array)) for name, array in arrays.items()}
 
     def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
-        """Run with a binding that has the adapter already and that no other thread is using."""
+        """Run with a binding that already has the adapter and that no other thread is using."""
         idle_bindings = self._idle_bindings[name]
         try:
             binding = idle_bindings.pop()
@@ -173,7 +173,7 @@ class Session:
         return self._arrays_of_outputs(outputs)
 
     def bind(self, inputs: Mapping[str, Array], adapter: Choice = None) -> ort.IOBinding:
-        """An IOBinding of the inputs and the adapter, outputs where the session runs.
+        """Return an IOBinding of the inputs and the adapter, with outputs on the session's device.
 
         Run it by `session.session.run_with_iobinding(binding)`.
         """
@@ -189,7 +189,7 @@ class Session:
         return binding
 
     def choice(self, adapter: Choice) -> Json:
-        """The OrtValues of a choice, by input name; those left out keep their defaults."""
+        """Return the OrtValues of a choice, by input name; inputs left out keep their defaults."""
         if isinstance(adapter, str):
             self._check_loaded(adapter)
             return self._values[adapter]
@@ -205,7 +205,7 @@ class Session:
         return ort_values(self._mixed(adapter))
 
     def _check_weight(self, name: str, weight: object) -> None:
-        """Raise for a weight that is no number, or infinite in the dtype that multiplies by it."""
+        """Raise for a weight that is not a number, or that is infinite in the multiplying dtype."""
         dtypes = {array.dtype for array in self._arrays[name].values()}
         is_number = isinstance(weight, Real) and not isinstance(weight, (bool, np.bool_))
         with np.errstate(over="ignore"), contextlib.suppress(OverflowError):
@@ -218,7 +218,7 @@ class Session:
         )
 
     def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
-        """The tensors of a mix: A side by side and w·B below one another, so the ranks add up.
+        """Return the tensors of a mix: A's and w·B's concatenated along the rank.
 
         Args:
             weights: w by the name of an adapter.
@@ -239,7 +239,7 @@ class Session:
         return mixed
 
     def _check_loaded(self, name: object) -> None:
-        """Raise for a name of no loaded adapter."""
+        """Raise if no loaded adapter has this name."""
         if isinstance(name, str) and name in self._arrays:
             return
         text = one_line(name, 80)
@@ -252,7 +252,7 @@ class Session:
 def _external_tensors(
     path: str | PathLike[str], adapter: Adapter | str | PathLike[str]
 ) -> dict[str, Array]:
-    """The tensors of an adapter, padded to the ranks of a file of mode load.
+    """Return the tensors of an adapter, padded to the ranks of a file of mode load.
 
     Raises:
         LoraFxError: The file is of another mode, or the adapter does not fit.

@@ -26,7 +26,7 @@ from lora_fx.onnx.row_adapters import RowAdapters
 
 SCALES = "adapter_scales"
 REFUSED = "over"
-"""The constant `adapter_ids_over`, that every id out of range becomes; `numbers` ends before it."""
+"""The constant `adapter_ids_over`: the id that replaces every id out of range, beyond `numbers`."""
 
 
 def batch_symbol(
@@ -34,7 +34,7 @@ def batch_symbol(
     why: str = "",
     hint: str = "capture with a dynamic batch (--dynamic NAME:0=batch)",
 ) -> str:
-    """The symbol of dimension 0 that the inputs share.
+    """Return the symbol of dimension 0 that the inputs share.
 
     Args:
         model: The model.

@@ -1,7 +1,7 @@
-"""Latency of .onnx files, interleaved: sessions on the same inputs, and the first one twice.
+"""Latency of .onnx files: interleaved sessions on the same inputs; the first file runs twice.
 
-One thread unless more are asked for, so that the process's CPU time is the model's. Every sample
-is the mean of so many runs that it lasts about 5 ms.
+The default is one thread, so that the process's CPU time is the model's. Every sample is the mean
+of several runs, which together last about 5 ms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_fx.onnx.timing import Sample, interleave, summary, timed
 from lora_fx.text import Json
 
 SIZES = ((1, 8), (1, 32))
-"""(batch, length)"""
+"""(batch, length) of each measurement."""
 SAMPLE_SECONDS = 0.005
 CONTROL = "again"
 
@@ -43,7 +43,7 @@ class Timings:
     samples: Mapping[str, Sequence[Sample]]
 
     def rows(self) -> list[Json]:
-        """One row for each model, with `cpu` and `wall` as `summary` gives them."""
+        """Return one row for each model, with `cpu` and `wall` as in `summary`."""
         base = next(iter(self.samples.values()))
         base_cpu = [sample.cpu for sample in base]
         base_wall = [sample.wall for sample in base]
@@ -55,7 +55,7 @@ class Timings:
         return rows
 
     def to_json(self) -> Json:
-        """One row of `timings[]`."""
+        """Return one row of `timings[]`."""
         return {
             "sizes": {name: list(shape) for name, shape in self.sizes.items()},
             "repeats": self.repeats,
@@ -74,7 +74,7 @@ class Timings:
 
 
 def _table_line(row: Json, width: int) -> str:
-    """A row of `Timings.rows` as a line of the table, the model's name `width` characters wide."""
+    """Return a row of `Timings.rows` as a line of the table, with the name `width` wide."""
     cpu = row["cpu"]
     wall = row["wall"]
     interval = ""
@@ -102,7 +102,7 @@ def bench(
     warmup: int = 2,
     provider: str = "cpu",
 ) -> list[Timings]:
-    """Time files against the first of them, one `Timings` a size.
+    """Time files against the first file; return one `Timings` for each size.
 
     Args:
         files: Paths of .onnx files.
@@ -145,7 +145,7 @@ def time_sessions(
     warmup: int = 2,
     seconds: float | None = None,
 ) -> Timings:
-    """Time sessions by name, interleaved, each on its own feeds.
+    """Time sessions by name, interleaved, each on its feeds.
 
     `seconds` is how long a sample of the first one shall last.
     """
@@ -175,7 +175,7 @@ def _shapes(feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
 
 
 def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, RuntimeSession]:
-    """The first file, the first again, and the others; equal paths get a number."""
+    """Open the first file twice, and the others once; equal paths get a number."""
     open_file = partial(open_session, provider=provider, threads=threads, exact=False)
     base = files[0]
     sessions = {base: open_file(base), f"{base} ({CONTROL})": open_file(base)}
@@ -190,7 +190,7 @@ def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, Ru
 def _feeds(
     name: str, session: RuntimeSession, size: tuple[int, int], inputs: Mapping[str, Array] | None
 ) -> dict[str, Array]:
-    """The input arrays of a session: arrays of the user, and sampled ones for other inputs."""
+    """Return a session's input arrays: the user's, and sampled ones for other inputs."""
     inputs = inputs or {}
     if inputs and set(inputs).isdisjoint(session.input_names):
         raise LoraFxError(

@@ -1,4 +1,4 @@
-"""The float32 form of a bfloat16 model.
+"""Conversion of a bfloat16 model to float32.
 
 ONNX Runtime's CPU has few ops for bfloat16, so a file of such a model is in float32, which has
 every bfloat16 number.
@@ -17,12 +17,12 @@ from lora_fx.onnx.graph.values import values_of
 
 
 def in_bfloat16(model: ir.Model) -> list[ir.Value]:
-    """The values of a model that are in bfloat16, bodies included."""
+    """Return the values of a model with dtype bfloat16, bodies included."""
     return [value for value in values_of(model) if value.dtype is ir.DataType.BFLOAT16]
 
 
 def widen(model: ir.Model) -> bool:
-    """Make bfloat16 float32 in place, in inputs and outputs too; whether there was any."""
+    """Convert bfloat16 to float32 in place, in inputs and outputs too; return whether any was."""
     values = in_bfloat16(model)
     for value in values:
         value.dtype = ir.DataType.FLOAT
@@ -34,7 +34,7 @@ def widen(model: ir.Model) -> bool:
 
 
 def _widen_attributes(node: ir.Node) -> None:
-    """Make bfloat16 float32 in the dtypes and the tensors that a node has as attributes."""
+    """Convert bfloat16 to float32 in a node's attributes: dtypes and tensors."""
     for name, attribute in list(node.attributes.items()):
         if name in ("to", "dtype") and attribute.value == ir.DataType.BFLOAT16:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
@@ -47,9 +47,9 @@ def _widen_attributes(node: ir.Node) -> None:
 def unround(
     model: ir.Model, exact: Mapping[str, Callable[[], Array]], copies: Mapping[str, str]
 ) -> frozenset[str]:
-    """Give weights that hold numbers of bfloat16 the float32 that these were rounded from.
+    """Replace weights that were rounded to bfloat16 by their exact float32 values.
 
-    A weight that does not hold those numbers, as stored or transposed, is left as it is.
+    A weight is left unchanged if neither it nor its transpose is the rounding of the exact values.
 
     Args:
         model: Of a bfloat16 model, widened; edited in place.
@@ -74,7 +74,7 @@ def unround(
 
 
 def _unrounded(stored: Array, exact: Array) -> Array | None:
-    """The exact numbers as they are stored; None where those stored are no rounding of them."""
+    """Return the exact values in the stored layout; None if they do not round to `stored`."""
     wide = exact.astype(np.float32, copy=False)
     rounded = wide.astype(ml_dtypes.bfloat16).astype(np.float32)
     if np.array_equal(rounded, stored):

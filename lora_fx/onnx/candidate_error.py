@@ -1,4 +1,4 @@
-"""Candidates for a model's graph, run in ONNX Runtime and compared with the model."""
+"""The error of candidates for a model's graph, measured against the model in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session
 
 Feeds = Sequence[Mapping[str, Array]]
-"""{input: array}, of every size that is compared."""
+"""The input arrays by name, for every size that is compared."""
 
 
 class WorstError:
-    """Candidate → the largest difference of its outputs to a model's; infinite if it fails.
+    """A function of a candidate that returns its largest output difference; infinite on failure.
 
     Attributes:
         base: The model's session.
@@ -37,7 +37,7 @@ class WorstError:
         self._expected = [self.base.run(feed) for feed in feeds]
 
     def __call__(self, candidate: ir.Model) -> float:
-        """The largest max|a − b| / max|b|."""
+        """Return the largest max|a − b| / max|b|."""
         self.failure = ""
         try:
             session = open_model(candidate, self._provider)
@@ -56,7 +56,7 @@ class WorstError:
 
 
 def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
-    """Value of the graph → the largest magnitude that it takes, before any rewrite."""
+    """Return value name → its largest magnitude in the graph, before any rewrite."""
     observed = model.clone()
     for node in observed.graph:
         for value in node.outputs:
@@ -74,7 +74,7 @@ def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
 
 
 def open_model(model: ir.Model, provider: str) -> RuntimeSession:
-    """Load a model from a scratch folder.
+    """Load a model from a temporary folder.
 
     Raises:
         MistakeError: The runtime cannot load it.

@@ -1,4 +1,4 @@
-"""Constants that onnxscript folds, and weights, which it leaves as they are."""
+"""Rules for constant folding by onnxscript: weights are not folded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_fx.onnx.names import FOLDED_FROM
 
 
 def unfolded(weights: Collection[str]) -> Callable[[ir.Node], bool | None]:
-    """A rule for onnxscript's folding of constants: whether it may fold a node, None for its own.
+    """Return a rule on whether onnxscript may fold a node (None: its own rule decides).
 
-    It computes from tensors of up to 8,192 elements whatever it can, and an update of a weight
-    would miss the rows that were looked up, or the part that was cut out. So small weights stay
-    as large ones do: products, lookups and views of them are nodes, and only what is the one
-    reader of a weight may be turned.
+    onnxscript folds everything that depends on tensors of up to 8,192 elements, and an update of
+    a weight would then miss folded rows or slices. So small weights are treated as large ones:
+    their products, lookups and views stay nodes, and a weight may be transposed only for its only
+    reader.
     """
     names = set(weights)
 
@@ -37,7 +37,7 @@ def unfolded(weights: Collection[str]) -> Callable[[ir.Node], bool | None]:
 
 
 def mark_data(model: ir.Model, weights: Collection[str]) -> None:
-    """Mark the constants that weights are multiplied by, or looked up at: they are no weights."""
+    """Mark constants that are a weight's factor or lookup index, because they are not weights."""
     flow = follow(model)
     names = set(weights)
     for node in filter(_is_site, model.graph.all_nodes()):
@@ -53,14 +53,14 @@ def mark_data(model: ir.Model, weights: Collection[str]) -> None:
 
 
 def _names_of(value: ir.Value) -> set[str]:
-    """The names of a value and of the tensors it was folded from; none for integers."""
+    """Return the names of a value and of the tensors that it was folded from; none for integers."""
     if value.dtype is not None and value.dtype.is_integer():
         return set()
     return {str(value.name), *value.meta.get(FOLDED_FROM, ())}
 
 
 def _is_site(node: ir.Node) -> bool:
-    """True for a product or a lookup; a Gather by a plain index is another reader."""
+    """Whether this is a product or a lookup; a Gather by a constant index does not count."""
     if row_of(node) is None:
         return False
     if node.op_type != "Gather":

@@ -1,4 +1,4 @@
-"""Find discrete choices of a graph, and make a file that can repeat the choices of another run.
+"""Discrete choices of a graph, and a file that can repeat the choices of another run.
 
 A choice is a value of integers or booleans that a node computes from floats: the indices of TopK,
 ArgMax or NonMaxSuppression, a comparison, a cast. Among near-equal scores rounding alone turns it,
@@ -30,17 +30,17 @@ from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session
 
 CHOSEN = ".chosen"
-"""The end of the name of the input that brings a choice."""
+"""The suffix of the input with the value of a choice."""
 TAKEN = ".taken"
-"""The end of the name of the input that says whether the choice is the one that is brought."""
+"""The suffix of the input that says whether the given choice is used."""
 SIZES = {"Shape", "Size"}
-"""Ops that make integers of floats, of which they read no number."""
+"""Ops that make integers from a float tensor without reading its numbers."""
 ROUNDS = 64
-"""Times that a file is run for choices which depend on choices."""
+"""The most runs of a file to match choices that depend on choices."""
 
 
 def choices_of(model: ir.Model) -> dict[str, tuple[str, ...]]:
-    """Choice → the floats that it is made among, in the graph's order, without nested graphs."""
+    """Return choice → the floats that it is made among, in order, without nested graphs."""
     choices: dict[str, tuple[str, ...]] = {}
     for node in model.graph:
         floats = [value for value in node.inputs if value is not None and _is_computed_float(value)]
@@ -64,7 +64,7 @@ def _is_discrete(value: ir.Value) -> bool:
 
 
 def let_choose(model: ir.Model, choices: Mapping[str, tuple[str, ...]]) -> None:
-    """Edit a model: its choices can come from outside, and they and their floats are outputs."""
+    """Edit a model so that choices can be given as inputs, and choices and floats are outputs."""
     values: dict[str, ir.Value] = {}
     for node in model.graph:
         for value in node.outputs:
@@ -82,7 +82,7 @@ def let_choose(model: ir.Model, choices: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def _choose_outside(graph: ir.Graph, value: ir.Value) -> None:
-    """Let readers of a value read an If that gives the value, or an input in its place."""
+    """Replace a value for its readers by an If that gives the value, or an input."""
     node = value.producer()
     assert node is not None
     uses = tuple(value.uses())  # before the If reads it, too
@@ -107,7 +107,7 @@ def _choose_outside(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _branch(name: str, source: ir.Value) -> ir.Graph:
-    """A branch of an If that gives a value from outside."""
+    """Return a branch graph of an If that gives a value of the outer graph."""
     result = ir.Value(name=name, type=source.type, shape=source.shape)
     node = ir.Node("", "Identity", [source], outputs=[result])
     return ir.Graph([], [result], nodes=[node], name=name)
@@ -115,7 +115,7 @@ def _branch(name: str, source: ir.Value) -> ir.Graph:
 
 @dataclass(eq=False)
 class ChoosingFile:
-    """A file that makes its own choices, or repeats those of another run; see `choosing_file`.
+    """A file that makes its own choices, or repeats the choices of another run.
 
     Attributes:
         session: The graph of let_choose.
@@ -134,7 +134,7 @@ class ChoosingFile:
     floats: dict[str, str] = field(default_factory=dict)
 
     def run(self, feeds: Named, chosen: Named | None = None) -> dict[str, Array]:
-        """Every output of the graph.
+        """Run the file, and return every output of the graph.
 
         Args:
             feeds: The inputs of the file.
@@ -148,7 +148,7 @@ class ChoosingFile:
         return self.session.run({**feeds, **inputs})
 
     def follow(self, feeds: Named, others: Mapping[str, Choice]) -> None:
-        """Learn which choices match another run, by the floats that they are made from.
+        """Match the choices with another run's choices, by the floats that they are made from.
 
         A choice that was turned moves the floats of later choices. So the file runs with the
         choices that it is known to share until no more of them are found.
@@ -171,11 +171,11 @@ class ChoosingFile:
                 self.floats |= choices[name].pairs(others[nearest])
 
     def outputs(self, results: Named) -> dict[str, Array]:
-        """The outputs of the original file among all outputs of a run."""
+        """Return the outputs of the original file among all outputs of a run."""
         return {name: value for name, value in results.items() if name not in self.inner}
 
     def chosen(self, others: Mapping[str, Choice]) -> dict[str, Array]:
-        """The choices that others make, by their names in the file."""
+        """Return the choices of another run, by their names in this file."""
         chosen: dict[str, Array] = {}
         for name, other in self.shared_choices.items():
             chosen[name] = _with_image_and_class(others[other].value, self.zeros[name].ndim)
@@ -183,14 +183,14 @@ class ChoosingFile:
 
 
 def _with_image_and_class(value: Array, ndim: int) -> Array:
-    """A choice as the file has it: boxes with their image and class before them, both the first."""
+    """Return a choice in the file's form: boxes get image and class in front, both 0."""
     if ndim == value.ndim + 1:
         return np.stack([np.zeros_like(value), np.zeros_like(value), value], axis=1)
     return value
 
 
 def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | None:
-    """The file that can repeat the choices of another run; None if it makes no choice.
+    """Return the file that can repeat another run's choices; None if it makes no choice.
 
     Args:
         path: The file.

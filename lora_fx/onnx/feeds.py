@@ -1,4 +1,4 @@
-"""Check what a session on an .onnx file is fed: arrays of inputs and tensors of adapters."""
+"""Checks of a session's feeds: arrays of inputs, and tensors of adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_fx.text import Json, near
 
 
 def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> dict[str, Array]:
-    """The tensors of an adapter, or of its file in any format, checked against a manifest."""
+    """Return an adapter's tensors, checked against a manifest; the adapter may be a file."""
     if isinstance(adapter, Adapter):
         return manifest.tensors(adapter)
     from lora_fx.formats.io import load_adapter
@@ -34,7 +34,7 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
 
 
 def arrays_of(inputs: object) -> dict[str, Array]:
-    """Inputs by name as arrays; lists of numbers, and tensors of torch on the CPU, are taken.
+    """Return inputs by name as arrays; lists of numbers and torch CPU tensors are accepted.
 
     Raises:
         LoraFxError: No mapping by name, or a value that is no array of numbers.
@@ -56,7 +56,7 @@ def arrays_of(inputs: object) -> dict[str, Array]:
 def check_inputs(
     inputs: Mapping[str, Array], names: Collection[str], ranges: Sequence[Condition]
 ) -> None:
-    """Raise for an input that is missing or unknown, and for sizes that a file is not true for.
+    """Raise for an input that is missing or unknown, and for sizes that the file does not allow.
 
     Args:
         inputs: Arrays by input name.
@@ -82,14 +82,14 @@ def check_inputs(
 
 
 def _check_dimension(name: str, array: Array, axis: int) -> None:
-    """Raise for an input that lacks a dimension."""
+    """Raise if an input lacks a dimension."""
     if array.ndim <= axis:
         dimensions = f"{array.ndim} dimensions; expected {axis + 1} at least"
         raise LoraFxError(f"input {name!r} has {dimensions}", "give arrays as the model takes them")
 
 
 def ort_values(tensors: Mapping[str, Array], device: str = "cpu") -> Json:
-    """The arrays as OrtValues on a device, by name."""
+    """Return the arrays as OrtValues on a device, by name."""
     from onnxruntime import OrtValue
 
     values = {}

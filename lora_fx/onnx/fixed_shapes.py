@@ -1,4 +1,4 @@
-"""A graph at given sizes: the shapes of its inputs in numbers, and the shapes that follow.
+"""A graph with fixed input sizes, and the shapes of values that result from them.
 
 Names of sizes in a file are free, and FLOPs need numbers: where nobody gives any, a batch is of one
 row, and every other free size, an image's height and width with it, is 64.
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def with_fixed_shapes(model: ir.Model, arrays: Named, where: str) -> tuple[ir.Model, Shapes]:
-    """A clone of a model whose inputs have numbers for sizes, and the shapes of these inputs.
+    """Return a clone of a model with fixed input sizes, and the shapes of the inputs.
 
     Args:
         model: The model; it stays as it is.
@@ -60,7 +60,7 @@ def with_fixed_shapes(model: ir.Model, arrays: Named, where: str) -> tuple[ir.Mo
 
 
 def _bind(value: ir.Value, shape: tuple[int, ...], symbols: dict[str, int], where: str) -> None:
-    """Note which numbers an array gives to the names of an input's sizes."""
+    """Record the numbers that an array gives to the symbols in an input's shape."""
     expected = list(value.shape) if value.shape is not None else [None] * len(shape)
     pairs = zip(expected, shape, strict=False)
     if len(expected) == len(shape) and all(_fits(*pair, symbols) for pair in pairs):
@@ -73,7 +73,7 @@ def _bind(value: ir.Value, shape: tuple[int, ...], symbols: dict[str, int], wher
 
 
 def _fits(size: int | ir.SymbolicDim | None, number: int, symbols: dict[str, int]) -> bool:
-    """Whether a size of the file may be a number; the first number of a name is noted."""
+    """Whether a size of the file can be this number; record the number for a new symbol."""
     if isinstance(size, int):
         return size in (number, -1)
     if size is not None and size.value:
@@ -84,7 +84,7 @@ def _fits(size: int | ir.SymbolicDim | None, number: int, symbols: dict[str, int
 def _shapes(
     inputs: Mapping[str, ir.Value], symbols: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every input, its free sizes as they are known, or 1 for a batch and else 64."""
+    """Return the shape of every input; unknown free sizes are 1 for a batch, else 64."""
     specs = []
     for name, value in inputs.items():
         if value.shape is None:
@@ -100,7 +100,7 @@ def _shapes(
 
 
 def _text(size: int | ir.SymbolicDim, symbols: Mapping[str, int]) -> str:
-    """A size as a number where it is known, else its name."""
+    """Return a size as a number if it is known, else its symbol."""
     if isinstance(size, int) and size >= 0:
         return str(size)
     name = str(getattr(size, "value", "") or "") or "free"
@@ -108,7 +108,7 @@ def _text(size: int | ir.SymbolicDim, symbols: Mapping[str, int]) -> str:
 
 
 def _numbers(inputs: Mapping[str, ir.Value], shapes: Shapes) -> dict[str, int]:
-    """The sizes by their names in the file."""
+    """Return the sizes by their symbols in the file."""
     numbers = {}
     for name, shape in shapes.items():
         for size, number in zip(inputs[name].shape or (), shape, strict=False):

@@ -1,4 +1,4 @@
-"""A layer, its branch and its bias on flat rows, where all that follows reshapes the result.
+"""A layer, its branch and its bias on flat rows, for results that are only reshaped.
 
     Reshape(x W + delta + bias, heads) → Reshape(Gemm(x', W, bias) + delta', heads)
 
@@ -18,7 +18,7 @@ from lora_fx.onnx.graph.values import constant, made_by, rank, remove_unread
 
 
 def product_operands(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """Both operands of the product that made a value which nothing else reads; else None."""
+    """Return both operands of the product that made a value with one reader; else None."""
     node = made_by(value, "MatMul")
     if node is None or len(node.outputs[0].uses()) != 1:
         return None
@@ -29,24 +29,24 @@ def product_operands(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None
 
 
 def keep_zeros(graph: EmittingGraph) -> dict[str, int]:
-    """Attributes of a Reshape to a computed shape: from opset 14 on, a size of 0 is one."""
+    """Return attributes for a Reshape in which a size of 0 means 0, not a copy (opset 14 on)."""
     return {"allowzero": 1} if graph.model.opset_imports.get("", 0) >= 14 else {}
 
 
 class FlatRows:
-    """Makes nodes before the Add of a branch; each activation is flattened once."""
+    """A builder of nodes before the Add of a branch; it flattens each activation only once."""
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self._rows: dict[tuple[int, int], ir.Value] = {}
 
     def emit(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        """A new node of the branch that `add` ends."""
+        """Emit a new node of the branch that ends in `add`."""
         mark = add.metadata_props.get(MARK, "")
         return OnnxEmitter(self.graph, add, mark, before=True).call(op, *inputs, **attributes)
 
     def rows(self, add: ir.Node, value: ir.Value, width: int) -> ir.Value:
-        """The value as [rows, width].
+        """Emit the value as [rows, width].
 
         Rows are counted from the width, never from a rank: that may be 0, and 0 rows would follow.
         """
@@ -61,7 +61,7 @@ class FlatRows:
         return self._rows[key]
 
     def biased_layer(self, add: ir.Node, bias: ir.Node, y: ir.Value, x_rows: ir.Value) -> ir.Value:
-        """Gemm(x_rows, W, bias) in the place of the product y = x W and the Add of the bias.
+        """Emit Gemm(x_rows, W, bias) to replace the product y = x W and the Add of the bias.
 
         Args:
             add: The sum of the product and its branch.
@@ -83,14 +83,14 @@ class FlatRows:
         return layer
 
     def flatten_layers(self) -> None:
-        """Rewrite every branch of the form of the module's docstring."""
+        """Rewrite every branch of the form in the module's docstring."""
         for node in list(self.graph.model.graph.all_nodes()):
             if node.op_type == "Add" and not node.domain and MARK in node.metadata_props:
                 self._rewrite(node)
         self.graph.changed()
 
     def _rewrite(self, add: ir.Node) -> None:
-        """Rewrite the branch that `add` ends, where it has that form."""
+        """Rewrite the branch that ends in `add`, if it has that form."""
         for y, delta in (add.inputs, add.inputs[::-1]):
             product = made_by(y, "MatMul")
             if product is None or MARK in product.metadata_props:
@@ -111,7 +111,7 @@ class FlatRows:
 
 
 def reshaped_bias(add: ir.Node, x: ir.Value | None, y: ir.Value | None) -> ir.Node | None:
-    """The Add of a bias after the sum, where all that follows reshapes it, naming every size.
+    """Return the Add of a bias after the sum, if its result is only reshaped to named sizes.
 
     Args:
         add: The sum of a product and its branch.
@@ -140,12 +140,12 @@ def reshaped_bias(add: ir.Node, x: ir.Value | None, y: ir.Value | None) -> ir.No
 
 
 def _other_input(add: ir.Node, value: ir.Value) -> ir.Value | None:
-    """The value that an Add adds to a given value."""
+    """Return the other input of an Add."""
     return next(term for term in add.inputs if term is not value)
 
 
 def _is_only_reshaped(value: ir.Value) -> bool:
-    """Whether nothing but Reshapes reads a value, and none of them copies a size from it."""
+    """Whether only Reshapes read a value, and none of them copies a size from it."""
     if value.is_graph_output():
         return False
     readers = value.consumers()
@@ -158,7 +158,7 @@ def _is_only_reshaped(value: ir.Value) -> bool:
 
 
 def _names_all_sizes(target: ir.Value | None) -> bool:
-    """True for a shape that copies no size from its input: none of its constants is 0."""
+    """Whether a shape copies no size from its input: none of its constants is 0."""
     concat = made_by(target, "Concat")
     if concat is None:
         sizes = constant(target)

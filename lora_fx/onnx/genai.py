@@ -32,13 +32,13 @@ from lora_fx.text import Json, is_whole, some
 
 GENAI = "genai_config.json"
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
-"""The files that the runtime makes a tokenizer from."""
+"""The files from which the runtime builds a tokenizer."""
 TOKENIZER = "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template*"
 TYPES = (
     "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "nemotron", "olmo",
     "phi", "phi3", "phimoe", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
-"""Types that both libraries have, but for gpt2: with that the runtime wants further inputs."""
+"""Model types of both libraries, except gpt2, for which the runtime needs other inputs."""
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 LENGTH = "max_position_embeddings"
 SIZES = (LENGTH, "hidden_size", "num_attention_heads")
@@ -48,12 +48,12 @@ SEARCH: Json = {
     "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False,
     "min_length": 0, "num_return_sequences": 1,
 }  # fmt: skip
-"""The fields of generation_config.json that the runtime has too, with transformers' defaults."""
+"""The fields of generation_config.json that the runtime supports, with their defaults."""
 
 
 @dataclass(frozen=True)
 class GenaiFolder:
-    """The folder of a copy for onnxruntime-genai, with the facts from the model's folder.
+    """A folder for a copy in onnxruntime-genai's form, with facts from the model's folder.
 
     Attributes:
         folder: DIR.
@@ -72,7 +72,7 @@ class GenaiFolder:
     force: bool
 
     def config(self, model: Path) -> Json:
-        """The genai_config.json of an .onnx file.
+        """Return the genai_config.json for an .onnx file.
 
         Raises:
             LoraFxError: Its layers have caches of different shapes.
@@ -99,7 +99,7 @@ class GenaiFolder:
         return {"model": fields, "search": self.search}
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
-        """Make the folder next to a main output; returns its files.
+        """Create the folder next to a main output; return its files.
 
         Raises:
             LoraFxError: It exists and `force` is not given, or the copy does not load.
@@ -121,7 +121,7 @@ class GenaiFolder:
 def _one_cache_shape(
     caches: Sequence[str], shapes: Mapping[str, Sequence[Any]]
 ) -> tuple[object, object]:
-    """The number of heads and the width of a head that the caches of all layers have.
+    """Return the number of heads and the head width that the caches of all layers have.
 
     Args:
         caches: The names of the inputs that are caches [batch, heads, length, width].
@@ -148,7 +148,7 @@ def _one_cache_shape(
 def genai_folder(
     folder: str | PathLike[str], target: Path, config: Any, *, force: bool
 ) -> GenaiFolder:
-    """Prepare the folder of a copy of `target`, before the model is translated.
+    """Prepare the folder for a copy of `target`, before the model is exported.
 
     Args:
         folder: DIR.
@@ -185,7 +185,7 @@ def genai_folder(
 
 
 def _source(config: Any) -> Path:
-    """The folder that a model was read from, which has to have the files of a tokenizer."""
+    """Return the folder that a model was read from; raise if it lacks tokenizer files."""
     folder = getattr(config, "_name_or_path", "")
     for name in NEEDED:
         if not folder or not (Path(folder) / name).is_file():
@@ -199,7 +199,7 @@ def _source(config: Any) -> Path:
 
 
 def _tokenizer_files(source: Path) -> list[Path]:
-    """The files of a model's folder that belong to its tokenizer."""
+    """Return the files of a model's folder that belong to its tokenizer."""
     files: list[Path] = []
     for pattern in TOKENIZER.split():
         for path in sorted(source.glob(pattern)):
@@ -209,7 +209,7 @@ def _tokenizer_files(source: Path) -> list[Path]:
 
 
 def _sizes(text_config: Any, source: Path) -> Json:
-    """The sizes that genai_config.json needs of a model's config."""
+    """Return the sizes that genai_config.json needs from a model's config."""
     sizes = {name: getattr(text_config, name, None) for name in SIZES}
     for name, size in sizes.items():
         if not is_whole(size):
@@ -222,7 +222,7 @@ def _sizes(text_config: Any, source: Path) -> Json:
 
 
 def _search(generation: Json) -> Json:
-    """The fields of a search as generation_config.json has them, and else their defaults."""
+    """Return the search fields from generation_config.json, or their defaults."""
     search: Json = {}
     for name, default in SEARCH.items():
         value = generation.get(name)
@@ -231,17 +231,17 @@ def _search(generation: Json) -> Json:
 
 
 def _pair(role: str, prefix: str) -> Json:
-    """The names of a layer's keys and values, %d its number."""
+    """Return the name patterns of a layer's keys and values; %d is the layer's number."""
     return {f"{role}_{kind}_names": f"{prefix}.%d.{kind}" for kind in ("key", "value")}
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Whether a field has a value of the kind of its default: a switch or a number."""
+    """Whether a field's value has the type of its default: a bool or a number."""
     return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(default, bool)
 
 
 def _token_ids(generation: Json, text_config: Any, source: Path) -> Json:
-    """The special tokens that exist; the end token is also the default padding token.
+    """Return the special tokens; the end token is the default for the padding token.
 
     generation_config.json goes before the model's config.
     """
@@ -269,14 +269,14 @@ def _token_ids(generation: Json, text_config: Any, source: Path) -> Json:
 
 
 def _are_ids(name: str, value: object) -> bool:
-    """Whether a value is nothing or a number of a token; several may end a text."""
+    """Whether a value is None or a token id; several ids are allowed for the end token."""
     if isinstance(value, list) and name == "eos_token_id":
         return all(number is None or is_whole(number) for number in value)
     return value is None or is_whole(value)
 
 
 def _notes(generation: Json, search: Json, file: Path) -> list[str]:
-    """A note if fields that would change the generated text are left out."""
+    """Return a note on fields that would change generated text but are left out."""
     harmless = ("_", "transformers_version", "use_cache", "output_", "return_dict", *IDS)
     left_out: list[str] = []
     for name, value in generation.items():

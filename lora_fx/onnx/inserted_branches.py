@@ -1,4 +1,4 @@
-"""Branches that insert put into an .onnx file: their list in the metadata, and the way back.
+"""The branches that insert added to an .onnx file: their list in its metadata, and reading them.
 
 A is [*batch, rank, in] and B [*batch, out, rank], as in an Adapter; the scale is a node.
 """
@@ -27,7 +27,7 @@ from lora_fx.text import Json, JsonView
 
 
 def branches_as_json(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
-    """The bound updates by key, and their adapter's metadata, as JSON for the model's metadata."""
+    """Return the bound updates by key, and the adapter's metadata, as JSON for the model."""
     targets: dict[str, Json] = {}
     for key, update in updates.items():
         tensor_names = {slot.field: slot.name for slot in slots_of(key, update)}

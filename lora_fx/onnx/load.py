@@ -1,4 +1,4 @@
-"""Opening an .onnx file that nobody vouches for: every stored tensor is checked before it is read.
+"""Opening of untrusted .onnx files: every stored tensor is checked before it is read.
 
 The checker of the onnx package and onnx_ir both accept tensors whose bytes are too few, lie past
 the end of the data file or have negative sizes, and fail late or write a corrupt copy.
@@ -24,17 +24,17 @@ from lora_fx.files.safetensors import MAX_DIMS
 
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-"""The fields of a tensor other than raw_data that hold numbers one by one."""
+"""The fields of a tensor, other than raw_data, that hold numbers."""
 MAX_MODEL = 1 << 31
-"""Bytes of an .onnx file without its data: protobuf's own limit."""
+"""The largest size in bytes of an .onnx file without its data: protobuf's limit."""
 MAX_NODES = 200_000
-"""Nodes of a model with its functions written out."""
+"""The most nodes of a model after its functions are inlined."""
 INLINED = 20_000
-"""Nodes that functions may be written out to in any file, beside TIMES those of the file. Sixteen
-functions that call each other twice are 131,070 nodes, in a file of four kilobytes."""
+"""Nodes that inlining may make of any file, in addition to TIMES the file's own nodes. Sixteen
+functions that each call the next one twice are 131,070 nodes, in a file of four kilobytes."""
 TIMES = 20
 WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
-"""Messages that occur often and hold no tensor."""
+"""Messages that are frequent and contain no tensor."""
 
 
 def _damaged(what: str) -> LoraFxError:
@@ -42,7 +42,7 @@ def _damaged(what: str) -> LoraFxError:
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Open a model and check that its tensors are all there; large ones stay in their files.
+    """Open a model and check all its tensors; large ones stay in their files.
 
     Raises:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def data_names(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the data files of a model; the tensors in them are checked.
+    """Return the names of a model's data files; their tensors are checked.
 
     Raises:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
@@ -73,7 +73,7 @@ def data_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The model of a file as protobuf, its tensors and sizes checked.
+    """Return the model in a file as protobuf, with tensors and sizes checked.
 
     Raises:
         LoraFxError: As load.
@@ -92,7 +92,7 @@ def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def _refuse_many_nodes(file: Path, proto: onnx.ModelProto) -> None:
-    """Raise where a model has too many nodes, or too many once functions are written out."""
+    """Raise if a model has too many nodes, before or after functions are inlined."""
     stored = len(proto.graph.node) + sum(len(function.node) for function in proto.functions)
     count = stored if stored > MAX_NODES else _node_count(file, proto)
     most = min(MAX_NODES, max(stored, INLINED + TIMES * stored))
@@ -104,7 +104,7 @@ def _refuse_many_nodes(file: Path, proto: onnx.ModelProto) -> None:
 
 
 def _node_count(file: Path, proto: onnx.ModelProto) -> int:
-    """The nodes of the model once every call of a function is written out.
+    """Return the number of nodes after every function call is inlined.
 
     Raises:
         LoraFxError: A function calls itself, or they call each other too deeply.
@@ -156,7 +156,7 @@ def _proto(file: Path) -> onnx.ModelProto:
 
 
 def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Every stored tensor: initialisers, sparse ones, and those in attributes and bodies."""
+    """Yield every stored tensor: initialisers, sparse ones, in attributes and in bodies."""
     for field, value in message.ListFields():
         message_type = field.message_type
         if message_type is None or message_type.name in WITHOUT:
@@ -170,7 +170,7 @@ def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
 
 
 def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
-    """Raise where a tensor's sizes and bytes do not agree.
+    """Raise if a tensor's sizes and bytes do not agree.
 
     Args:
         file: The model.
@@ -220,7 +220,7 @@ def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
 def _check_external(
     file: Path, name: str, tensor: onnx.TensorProto, needed: int, sums: dict[Path, str]
 ) -> None:
-    """Raise where a tensor's bytes are not where it says.
+    """Raise if a tensor's external data is not where the file says.
 
     Args:
         file: The model.
@@ -259,7 +259,7 @@ def _check_external(
 
 
 def _sha1(data: Path, sums: dict[Path, str]) -> str:
-    """The SHA-1 sum of a data file, which `sums` keeps."""
+    """Return the SHA-1 sum of a data file; `sums` caches it."""
     if data not in sums:
         with open_input(data) as opened:
             sums[data] = hashlib.file_digest(opened, "sha1").hexdigest()
@@ -267,7 +267,7 @@ def _sha1(data: Path, sums: dict[Path, str]) -> str:
 
 
 def _data_file(file: Path, name: str, location: str) -> Path:
-    """The data file of a tensor, which must be in the model's own folder.
+    """Return the data file of a tensor, which must be in the model's folder.
 
     Args:
         file: The model.

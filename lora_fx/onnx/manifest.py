@@ -1,4 +1,4 @@
-"""The manifest of a switchable ONNX file: which two tensors an adapter brings for each key.
+"""The manifest of a switchable ONNX file: the two tensors that an adapter provides for each key.
 
 It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
 A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
@@ -34,11 +34,11 @@ CHANGED_SINCE = (
     "another program has changed the file since (onnxsim, for example, folds inputs with a "
     "default): take the file that export wrote"
 )
-"""The hint where a graph and its manifest disagree."""
+"""The hint for a graph and a manifest that do not agree."""
 
 
 def read_manifest(text: str, where: str) -> Json:
-    """The JSON of any mode's manifest.
+    """Parse the JSON of a manifest of any mode.
 
     Raises:
         LoraFxError: It is damaged, or of a later format.
@@ -50,7 +50,7 @@ def read_manifest(text: str, where: str) -> Json:
 
 @dataclass(frozen=True)
 class SwitchSlot:
-    """The two tensors of one key.
+    """The two adapter tensors of one key.
 
     Attributes:
         a: Name of A [*batch, in, rank].
@@ -78,7 +78,7 @@ class SwitchSlot:
     dtype: str = "float32"
 
     def tensor_shapes(self, rank: int | None) -> dict[str, tuple[int | None, ...]]:
-        """The shapes of A and B by name, for an update of a rank; None means any rank."""
+        """Return the shapes of A and B by name, for an update of this rank; None means any rank."""
         return {
             self.a: (*self.batch, self.inside, rank),
             self.b: (*self.batch, rank, self.out),
@@ -102,7 +102,7 @@ class Manifest:
     training: JsonView = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """The manifest as JSON, for the model's metadata."""
+        """Return the manifest as JSON, for the model's metadata."""
         data: Json = {**stamp(), "mode": self.mode}
         data["slots"] = {key: asdict(slot) for key, slot in self.slots.items()}
         if self.training:
@@ -111,7 +111,7 @@ class Manifest:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Manifest:
-        """Read what `to_text` wrote.
+        """Parse the text that `to_text` wrote.
 
         Raises:
             LoraFxError: No manifest, one of another mode, or one of another version.
@@ -130,7 +130,7 @@ class Manifest:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
     def tensors(self, adapter: Adapter, where: str = "the adapter") -> dict[str, Array]:
-        """The tensors of an adapter by their names in the file, the scale multiplied into B.
+        """Return an adapter's tensors by their names in the file; the scale is multiplied into B.
 
         Args:
             adapter: Keys as in the manifest, or a file's own names where those can be resolved.
@@ -159,7 +159,7 @@ class Manifest:
         return tensors
 
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
-        """The slot of an update, which must be for the same use of the weight."""
+        """Return the slot of an update; raise unless both are for the same use of the weight."""
         slot = self.slots.get(key)
         if slot is not None and update.use == own_use(key):
             return slot
@@ -169,7 +169,7 @@ class Manifest:
         raise LoraFxError(f"{where}: {name!r} is no target of the file", near(key, self.slots))
 
     def adapter(self, tensors: Mapping[str, Array]) -> Adapter:
-        """The adapter of tensors by their names in the file; the inverse of `tensors`."""
+        """Return the adapter for tensors by their names in the file; the inverse of `tensors`."""
         updates: dict[str, LowRank] = {}
         for key, row in self.training["updates"].items():
             slot = self.slots[key]
@@ -180,7 +180,7 @@ class Manifest:
         return Adapter(updates, {**self.training["metadata"], **learning(updates)})
 
     def check(self, tensors: Mapping[str, Array], where: str) -> None:
-        """Compare tensors with the slots.
+        """Check tensors against the slots.
 
         Raises:
             LoraFxError: An unknown name, half a pair, a shape, rank or dtype that does not fit.
@@ -201,7 +201,7 @@ class Manifest:
             self._check_pair(self.slots[key], tensors, where)
 
     def _check_pair(self, slot: SwitchSlot, tensors: Mapping[str, Array], where: str) -> None:
-        """Compare the A and B of one key with their slot; raises as `check` does."""
+        """Check the A and B of one key against their slot; raise as `check` does."""
         for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
             if name not in tensors:
                 raise LoraFxError(
@@ -232,7 +232,7 @@ class Manifest:
     def check_declared(
         self, declared: Mapping[str, tuple[str, Sequence[object]]], where: str
     ) -> None:
-        """Compare the slots with the graph, which another program may have changed.
+        """Check the slots against the graph, which another program may have changed.
 
         Args:
             declared: Dtype and shape of the graph's tensors by name; sizes that are free are no
@@ -265,7 +265,7 @@ class Manifest:
                     )
 
     def padded(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """The tensors with zeros up to the rank of their slots, which change no product."""
+        """Return the tensors zero-padded to the rank of their slots, which changes no product."""
         padded: dict[str, Array] = {}
         for slot in self.slots.values():
             for name, rank_axis in ((slot.a, -1), (slot.b, -2)):
@@ -276,7 +276,7 @@ class Manifest:
 
 
 def _slot_from_json(fields: JsonView) -> SwitchSlot:
-    """A slot as `Manifest.to_text` writes it; JSON has lists where a slot has tuples."""
+    """Return the slot that `Manifest.to_text` wrote; JSON lists become tuples."""
     batch = tuple(fields["batch"])
     shape = tuple(fields["shape"])
     return SwitchSlot(**{**fields, "batch": batch, "shape": shape})
@@ -294,12 +294,12 @@ def _fits(shape: Sequence[object], expected: Sequence[int | None]) -> bool:
 
 
 def _transposed(matrix: Array, dtype: str) -> Array:
-    """A matrix, or a stack of them, transposed and contiguous."""
+    """Return a matrix, or a stack of matrices, transposed and contiguous."""
     return np.ascontiguousarray(np.swapaxes(matrix, -1, -2).astype(dtype))
 
 
 def manifest_of(path: str | PathLike[str]) -> Manifest:
-    """The manifest of an ONNX file, read without its weights.
+    """Return the manifest of an ONNX file, read without the weights.
 
     Raises:
         LoraFxError: The file cannot be read, or is not switchable.
@@ -324,7 +324,7 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
 
 
 def _possible_slots(graph: ir.Graph, mode: str) -> list[ir.Value]:
-    """The values among which the slots of a mode are."""
+    """Return the values that can be slots in a mode."""
     if mode == "load":
         return list(graph.initializers.values())
     if mode == "switch":
@@ -333,7 +333,7 @@ def _possible_slots(graph: ir.Graph, mode: str) -> list[ir.Value]:
 
 
 def manifest_in(text: str | None, where: str) -> Manifest:
-    """The manifest in a file's metadata; raises if there is none."""
+    """Parse the manifest in a file's metadata; raise if there is none."""
     if text is None:
         raise LoraFxError(
             f"{where}: it has no manifest of lora-fx, so the file is not switchable",
@@ -343,7 +343,7 @@ def manifest_in(text: str | None, where: str) -> Manifest:
 
 
 def check_no_slots(model: ir.Model, path: Path) -> None:
-    """Raise for a file that a mode, or insert, has made for adapters."""
+    """Raise for a file that already has slots or branches for adapters."""
     if PROPERTY in model.metadata_props:
         raise LoraFxError(
             f"{path}: it has slots for adapters already", "use the base that the file was made from"

@@ -1,4 +1,4 @@
-"""Scores that a boolean mask leaves out: −∞, as in torch, and not the dtype's least number."""
+"""Attention masks that add −∞ as in torch, instead of the dtype's least number."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lora_fx.onnx.graph.emitter import add_initialiser
 from lora_fx.onnx.graph.values import constant, made_by
 
 LOWEST = -6e4
-"""Scores are above it: float16's least number is −65504."""
+"""The upper bound of numbers that count as a mask: float16's least number is −65504."""
 
 
 def mask_by_infinity(model: ir.Model) -> None:
-    """Let a boolean mask add −∞ to the scores that it leaves out.
+    """Replace the number that a boolean mask adds to excluded scores by −∞.
 
     The exporter adds the least number of the dtype. A row that is masked everywhere, as the padding
     before a prompt is, then is the mean of all values. In torch it is 0, which the nodes IsNaN and
@@ -34,7 +34,7 @@ def mask_by_infinity(model: ir.Model) -> None:
 
 
 def _masked_sum(node: ir.Node) -> Sequence[ir.Value | None]:
-    """The terms of the Add in IsNaN(Softmax(Add(scores, mask))); none for other nodes."""
+    """Return the terms of the Add in IsNaN(Softmax(Add(scores, mask))); none for other nodes."""
     if node.op_type != "IsNaN":
         return ()
     softmax = made_by(node.inputs[0], "Softmax")

@@ -1,4 +1,4 @@
-"""Find the tensor of an ONNX file that an adapter's key means, by rules that read no values.
+"""The match of an adapter's keys with tensors of an ONNX file, by names and shapes only.
 
 1. the names in the file, which torch's exporter keeps, or tells in its metadata
 2. the module path in a node's name, where the older exporter called the weight `onnx::MatMul_12`
@@ -37,12 +37,12 @@ from lora_fx.targets.target import Target
 from lora_fx.text import near
 
 FOLDED = 8192
-"""Elements of the largest tensor that onnxscript computes from."""
+"""The size of the largest tensor that onnxscript folds, in elements."""
 
 
 @dataclass(frozen=True)
 class Matched:
-    """An adapter in the keys and layouts of a graph: updates, and tensors that are replaced."""
+    """An adapter with the keys and layouts of a graph: updates, and replaced tensors."""
 
     updates: dict[str, LowRank]
     whole: dict[str, Array]
@@ -88,9 +88,9 @@ def match(
 
 
 def _notes_of_derived_constants(graph: OnnxGraph, changed: Collection[str]) -> list[str]:
-    """Notes of constants that another exporter computed from a weight that changes.
+    """Return notes on constants that another exporter computed from a weight that changes.
 
-    Its metadata may tell; else equal rows do, of a weight that onnxscript would fold.
+    The evidence is its metadata, or equal rows in a weight that onnxscript would fold.
     """
     notes = []
     for name in graph.flow.stores:
@@ -106,7 +106,7 @@ def _notes_of_derived_constants(graph: OnnxGraph, changed: Collection[str]) -> l
 
 
 def _source_of(name: str, graph: OnnxGraph, changed: Collection[str]) -> str | None:
-    """The weight among those that change from which a constant may be computed."""
+    """Return the changed weight from which a constant may be computed; None without one."""
     folded_from = graph.flow.stores[name].metadata_props.get(FOLDED_FROM, "")
     constant = graph.flow.tensor(name)
     for weight in changed:
@@ -116,7 +116,7 @@ def _source_of(name: str, graph: OnnxGraph, changed: Collection[str]) -> str | N
 
 
 def _begins(constant: ir.TensorProtocol, weight: ir.TensorProtocol) -> bool:
-    """Whether a constant begins with a row or a column of a small matrix, and is not as large."""
+    """Whether a constant starts with a row or column of a small matrix of another shape."""
     shape = tuple(constant.shape.numpy())
     weight_shape = tuple(weight.shape.numpy())
     if weight.size > FOLDED or len(weight_shape) != 2 or shape == weight_shape:
@@ -135,7 +135,7 @@ def _has_row(matrix: Array, row: Array) -> bool:
 
 
 def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
-    """Raise where a weight has a parameter's name and is another matrix.
+    """Raise if a weight has a parameter's name but is another matrix.
 
     An exporter that folds a batch norm into a convolution keeps the name, and calls the bias that
     the convolution did not have `NAME_bias`; files of ours say it in their metadata.
@@ -153,7 +153,7 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
 
 
 def _scoped(adapter: Adapter, found: Found) -> Found:
-    """The targets, which then also go by the module path of the nodes that read them."""
+    """Return the targets with the module paths of the nodes that read them as further names."""
     targets = (*found.targets, *found.optional)
     parameters = {target.parameter.name: target.parameter for target in targets}
     paths = _module_paths(targets)
@@ -183,7 +183,7 @@ def _scoped(adapter: Adapter, found: Found) -> Found:
 
 
 def _module_paths(targets: Sequence[Target]) -> dict[str, dict[str, None]]:
-    """For each tensor the module paths of the nodes that read it, which are no tensor's names."""
+    """Return tensor → module paths of the nodes that read it, without names of tensors."""
     names: set[str] = set()
     for target in targets:
         names.update(target.parameter.names)
@@ -200,7 +200,7 @@ def _module_paths(targets: Sequence[Target]) -> dict[str, dict[str, None]]:
 
 
 def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str]:
-    """For each adapter key the one target of its shape; empty where names lead anywhere."""
+    """Return adapter key → the only target of its shape; empty if names find any target."""
     lowrank = adapter.lowrank
     if len(lowrank) < len(adapter.entries) or adapter.names is not None:
         return {}
@@ -238,7 +238,7 @@ def _ambiguous(key: str, candidates: Sequence[str], why: str) -> LoraFxError:
 
 
 def read_map(path: str | None) -> dict[str, str]:
-    """The map of a --names file: one JSON object of adapter keys and tensor names."""
+    """Read the map in a --names file: one JSON object of adapter keys and tensor names."""
     if path is None:
         return {}
     names = read_json(path, hint="a JSON object")
@@ -248,7 +248,7 @@ def read_map(path: str | None) -> dict[str, str]:
 
 
 def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """The adapter under other keys; those that the map does not name stay."""
+    """Return the adapter with keys renamed by the map; other keys stay."""
     for key in names:
         if key not in adapter.entries:
             raise LoraFxError(
@@ -264,7 +264,7 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 def _replacement(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, Array]:
-    """The name of a replaced tensor in the file, and its value in the file's layout."""
+    """Return the name of a replaced tensor in the file, and its value in the file's layout."""
     target = found.get(key)
     name = target.parameter.name if target is not None else key
     stored = graph.flow.stores.get(name)

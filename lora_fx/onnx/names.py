@@ -1,4 +1,4 @@
-"""Mend what torch's exporter leaves: names of weights and dimensions, and traces."""
+"""Corrections of names after torch's export: weights and dimensions; and removal of traces."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lora_fx.onnx.tensor_copies import COPY_OF
 from lora_fx.text import free_name, listed_texts
 
 CHANGED = "lora_fx.changed"
-"""Metadata key of a weight that is no longer the parameter whose name it has."""
+"""The metadata key of a weight that has a parameter's name but no longer that value."""
 
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
 
 def named_graph(path: str | PathLike[str]) -> tuple[OnnxGraph, int]:
-    """The graph of a file, and the number of tensors that got names from the exporter's metadata.
+    """Return the graph of a file, and the number of tensors renamed by the exporter's metadata.
 
     Raises:
         LoraFxError: As load; an opset that is not read.
@@ -39,7 +39,7 @@ def give_own_names(
     aliases: Mapping[str, str] | None,
     symbols: Mapping[tuple[str, int], str],
 ) -> None:
-    """Give an exported model the names of its weights and dimensions, and take traces out of it.
+    """Rename an exported model's weights and dimensions as in the user's model; remove traces.
 
     Args:
         model: The model, edited in place.
@@ -90,13 +90,13 @@ def restore_weight_names(model: ir.Model, aliases: Mapping[str, str] | None = No
 
 
 def _source(text: str) -> str | None:
-    """The one name in a folded_from list; None where it has several."""
+    """Return the only name in a folded_from list; None if it has several."""
     names = listed_texts(text)
     return names[0] if len(names) == 1 else None
 
 
 def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> None:
-    """Mark weights that the exporter folded something into, such as a batch norm.
+    """Mark weights into which the exporter folded another op, such as a batch norm.
 
     Args:
         model: The model, edited in place.
@@ -118,7 +118,7 @@ def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> 
 
 
 def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -> None:
-    """Give the dynamic dimensions of inputs the names the user knows, wherever they appear.
+    """Rename the dynamic dimensions of inputs to the user's names, wherever they appear.
 
     Args:
         model: The model, edited in place.
@@ -150,7 +150,7 @@ def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -
 
 
 def strip_traces(model: ir.Model) -> None:
-    """Drop the metadata that names source files of the machine the model was exported on.
+    """Remove the metadata that names source files of the exporting machine.
 
     What lora-fx wrote stays.
     """

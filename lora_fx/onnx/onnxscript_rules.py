@@ -1,8 +1,8 @@
-"""onnxscript's rules and its folding of constants: the facade of their private modules.
+"""The interface to private modules of onnxscript: its rules and its constant folding.
 
 Both run inside torch's exporter and inside our optimisation, and lack the options that are needed
-here. So each function gives a block in which one of their functions is replaced, and put back after
-it. onnxscript is imported on first use. Tried with onnxscript 0.7.
+here. So each function returns a block in which one function of onnxscript is replaced temporarily.
+onnxscript is imported on first use. Tried with onnxscript 0.7.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 
 def exact_constants() -> contextlib.AbstractContextManager[None]:
-    """A block in which onnxscript's rules see a 0 or a 1 only where a constant is one.
+    """A block in which onnxscript's rules take a constant for 0 or 1 only if it is exactly that.
 
-    Unasked they compare to 1e-8 and to a share of 1e-5: `x / (norm + 1e-8)` would be `x / norm`,
-    which is NaN for x = 0, and a factor of 1.000005 would be lost.
+    By default the rules compare with tolerances 1e-8 (absolute) and 1e-5 (relative):
+    `x / (norm + 1e-8)` would be `x / norm`, which is NaN for x = 0, and a factor of 1.000005 would
+    be lost.
     """
     from onnxscript.rewriter import _matcher
 
@@ -44,7 +45,7 @@ def exact_constants() -> contextlib.AbstractContextManager[None]:
 
 
 def norms_unfused() -> contextlib.AbstractContextManager[None]:
-    """A block in which no rule multiplies a batch norm into the convolution before it."""
+    """A block in which no rule folds a batch norm into the convolution before it."""
     from onnxscript import rewriter
 
     name = "_DEFAULT_REWRITE_RULES"
@@ -61,7 +62,7 @@ def _is_of_norms(rule: object) -> bool:
 
 
 def weights_unjoined(weights: Collection[str]) -> contextlib.AbstractContextManager[None]:
-    """A block in which equal initialisers become one, but for weights of these names."""
+    """A block in which equal initialisers are merged, except weights with these names."""
     from onnx_ir.passes.common import initializer_deduplication as joining
 
     name = "_should_skip_initializer"
@@ -77,7 +78,7 @@ def weights_unjoined(weights: Collection[str]) -> contextlib.AbstractContextMana
 
 @contextlib.contextmanager
 def constants_apart() -> Iterator[None]:
-    """A block in which no constant that a rule adds takes the place of another one.
+    """A block in which no constant that a rule adds replaces another one of the same name.
 
     A rule names the bounds of a Clip by what is clipped. Where two of them clip one value, the
     second takes the first one's place, and what reads that reads nothing.
@@ -103,7 +104,7 @@ def constants_apart() -> Iterator[None]:
 
 @contextlib.contextmanager
 def matched_by_operator() -> Iterator[None]:
-    """A block in which a rule is tried only on nodes of its operator.
+    """A block in which a rule is tried only on nodes with its operator.
 
     The exporter tries every rule at every node, and a rule of several outputs tries every node of
     the graph as the second one, though both read one value: most of what a deep model costs.
@@ -143,7 +144,7 @@ def matched_by_operator() -> Iterator[None]:
 
 
 def _shared_operand(output_nodes: Sequence[Any], node: ir.Node, variable: type) -> ir.Value | None:
-    """The operand of a node that all output nodes of a pattern read, where it is the first of them.
+    """Return the operand that the node, as first output of a pattern, shares with the others.
 
     None too where the pattern has one output node, or where the operand is left out.
 
@@ -163,7 +164,7 @@ def _shared_operand(output_nodes: Sequence[Any], node: ir.Node, variable: type) 
 
 @dataclass(frozen=True)
 class _SomeNodes:
-    """Some of the nodes of a graph, in its order."""
+    """Some nodes of a graph, in order."""
 
     nodes: Sequence[ir.Node]
     graph: ir.Graph | None
@@ -173,7 +174,7 @@ class _SomeNodes:
 
 
 def inferred_once() -> contextlib.AbstractContextManager[None]:
-    """A block in which shapes are inferred once for all nodes that read the same.
+    """A block in which shapes are inferred only once for nodes with the same inputs.
 
     onnx infers them in C++, after node and types were written as protobufs: half of what folding
     constants costs.
@@ -195,7 +196,7 @@ def inferred_once() -> contextlib.AbstractContextManager[None]:
 
 
 def _reading(node: ir.Node) -> Hashable:
-    """The operator of a node and its inputs, equal if inference gives equal types."""
+    """Return the operator of a node and its inputs; equal results have equal inferred types."""
     values = (*node.inputs, *node.outputs)
     order = {value: i for i, value in enumerate(dict.fromkeys(values))}
     attributes = tuple(

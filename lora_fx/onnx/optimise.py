@@ -1,4 +1,4 @@
-"""Rewrites as transactions: apply to a clone, run it, keep it only where it is the same model.
+"""Rewrites as transactions: applied to a clone, run, and kept only if the outputs agree.
 
 The rewrites are passes that onnx_ir's own pass manager runs too.
 
@@ -37,7 +37,7 @@ STAGES: Mapping[str, Rewrite] = {
     "runtime fusions": FuseForRuntime(),
 }
 CPU_STAGES: Mapping[str, Rewrite] = {"sums and norms apart": SplitSkipNorm()}
-"""After the others, where the graph runs on the CPU."""
+"""The stages that run last, if the graph runs on the CPU."""
 ROUNDS = 5
 
 
@@ -87,7 +87,7 @@ def apply_stages(
     stages: Mapping[str, Rewrite] | None = None,
     provider: str = "cpu",
 ) -> tuple[ir.Model, list[RewriteStage]]:
-    """The model after the stages that held, and a row for every stage that changed something.
+    """Return the model after all kept stages, and a row for every stage that changed something.
 
     Args:
         model: Not changed.
@@ -140,7 +140,7 @@ class _Trial:
 def _try(
     rewrite: Rewrite, model: ir.Model, candidate: ir.Model, error: WorstError, provider: str
 ) -> _Trial | None:
-    """Rewrite a clone of a model and compare it; None where the rewrite changes nothing.
+    """Rewrite a clone of a model and compare it; return None if the rewrite changes nothing.
 
     Args:
         rewrite: What edits the candidate.
@@ -169,7 +169,7 @@ def _try(
 
 
 def _changed_names(before: ir.Model, after: ir.Model) -> str:
-    """The inputs or outputs that a rewrite changed; empty if it changed none."""
+    """Return the inputs or outputs that a rewrite changed; empty if it changed none."""
     for what in ("inputs", "outputs"):
         names_before = [value.name for value in getattr(before.graph, what)]
         names_after = [value.name for value in getattr(after.graph, what)]
@@ -180,7 +180,7 @@ def _changed_names(before: ir.Model, after: ir.Model) -> str:
 
 
 def _over_the_gate(parity: Parity) -> str:
-    """The output that differs by more than the gate."""
+    """Describe the output whose difference exceeds the gate."""
     return (
         f"output {parity.output!r} at {sizes_text(parity.sizes)}: rel {parity.rel:.2e}, "
         f"the gate is {parity.tol:.1e}"
@@ -190,7 +190,7 @@ def _over_the_gate(parity: Parity) -> str:
 def _timed(
     row: RewriteStage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
 ) -> RewriteStage:
-    """The row of a stage with the time of its candidate and the time of the base."""
+    """Return a stage's row with the measured times of its candidate and of the base."""
     sessions = {"base": base, "new": session}
     timings = time_sessions(sessions, dict.fromkeys(sessions, feed), ROUNDS, 1)
     cpu = timings.rows()[1]["cpu"]

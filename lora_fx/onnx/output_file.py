@@ -1,4 +1,4 @@
-"""Output files: a file that gets its name, with its data and copies, when nothing has failed."""
+"""Output files that get their final name, with data and copies, only after all succeeded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_fx.onnx.save import EXTERNAL_OVER, save
 
 @dataclass
 class Output:
-    """A file that has no name yet.
+    """A file that has no final name yet.
 
     Attributes:
         target: The name that it gets.
@@ -55,7 +55,7 @@ class Output:
         *,
         delta: bool = False,
     ) -> None:
-        """Write a model, in the place of one that was written before; see save."""
+        """Write a model, replacing an earlier one; see save."""
         files = save(
             model,
             self.path,
@@ -71,7 +71,7 @@ class Output:
             place.config(self.path)  # refused before any proof
 
     def _show(self) -> None:
-        """Put a copy of the model next to its target, where it can read the data that it shares.
+        """Write a copy of the model next to its target, from where it can read the shared data.
 
         Links to that data would be refused by onnx_ir and by the onnx package.
         """
@@ -104,7 +104,7 @@ def output(
     places: Sequence[Place] = (),
     owner: Path | None = None,
 ) -> Iterator[Output]:
-    """A context with a file that gets its name, after its data, when nothing has raised.
+    """A block with a file that gets its final name, after its data, if the block does not raise.
 
     An existing data file is never replaced: it may be an input's, and a run that is killed between
     the two names would leave a model with the data of another. The new one is then `NAME.1.data`,
@@ -135,7 +135,7 @@ def output(
 
 
 def _free_data_path(owner: Path) -> Path:
-    """The first of NAME.data, NAME.1.data, NAME.2.data … that is not there."""
+    """Return the first of NAME.data, NAME.1.data, NAME.2.data … that does not exist."""
     path = owner.with_name(f"{owner.name}.data")
     numbers = itertools.count(1)
     while path.exists() or path.is_symlink():

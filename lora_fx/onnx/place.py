@@ -1,4 +1,4 @@
-"""Places of servers: where a copy of an exported .onnx file goes, and how it is copied."""
+"""Places for servers: where a copy of an exported .onnx file goes, and how it is copied."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Place(Protocol):
     """The place of a copy of an .onnx file for a server."""
 
     def config(self, model: Path) -> object:
-        """The configuration that is written with the copy; raises if there can be none."""
+        """Return the configuration for the copy; raise if there can be none."""
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
         """Copy an .onnx file, its data and its adapters to this place, next to a main output."""
 
 
 def copy_model(model: Path, folder: Path) -> list[str]:
-    """Copy an .onnx file, as MODEL, and its data into a folder; returns their names.
+    """Copy an .onnx file, as MODEL, and its data into a folder; return their names.
 
     Raises:
         LoraFxError: The data has the name of a file that is in the folder.

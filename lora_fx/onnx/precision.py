@@ -1,4 +1,4 @@
-"""A graph in a lower precision: float16 with islands of float32, or int8 products.
+"""Conversion to a lower precision: float16 with float32 islands, or int8 products.
 
 int8 is onnxruntime's own conversion. For float16, nodes whose values come near the end of its range
 stay in float32: on the CPU, where ONNX Runtime computes float16 in float32, nothing else would show
@@ -28,16 +28,16 @@ from lora_fx.onnx.save import weight_bytes
 
 PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": STEPS, "level 4": STEPS}
-"""max|a − b| / max|b| of an output: eight units in the last place of what is computed with.
+"""max|a − b| / max|b| of an output: eight units in the last place of the precision.
 
 Level 4 is MatMulNBits with its x in int8: what it rounds is what the precision int8 rounds.
 """
 MOST = 24
-"""Nodes that may go back to float32, in addition to nodes with large values."""
+"""The most nodes that may return to float32, in addition to nodes with large values."""
 RANGE = 65504.0 / 4
-"""Values above it are too near to float16's largest number: real data may have larger ones."""
+"""The largest value that is safe in float16, because real data may have larger values."""
 LARGEST = (1 << 31) - (1 << 24)
-"""Bytes that a converted model may have: the converters work on one protobuf message."""
+"""The largest size of a converted model in bytes: converters work on one protobuf message."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Narrowed:
     islands: tuple[str, ...] = ()
 
     def said(self, precision: str) -> str:
-        """A line for the report."""
+        """Return a line for the report."""
         text = f"{precision}: outputs differ from float32 by {self.error:.1e}"
         if self.error > GATES[precision]:
             text += f", over the gate of {GATES[precision]:.1e}, but within tol"
@@ -69,7 +69,7 @@ class Narrowed:
 def narrow(
     model: ir.Model, precision: str, feeds: Feeds, provider: str, tol: float | None = None
 ) -> Narrowed:
-    """Convert a model; it is not changed.
+    """Convert a clone of a model.
 
     Args:
         model: In float32.
@@ -102,7 +102,7 @@ def narrow(
 
 
 def at_level(model: ir.Model, level: int) -> None:
-    """Set whether products over codes of 2, 4 or 8 bits take x unchanged (0) or in int8 (4).
+    """Set whether products with codes of 2, 4 or 8 bits read x unchanged (0) or in int8 (4).
 
     Raises:
         LoraFxError: The model has none.
@@ -124,7 +124,7 @@ def at_level(model: ir.Model, level: int) -> None:
 def _to_float16(
     model: ir.Model, error: Callable[[ir.Model], float], magnitudes: Mapping[str, float], tol: float
 ) -> Narrowed:
-    """Convert a model to float16, but for as few nodes as have to stay in float32.
+    """Convert a model to float16, except the fewest nodes that must stay in float32.
 
     1. Nodes of values near the end of float16's range stay, the islands.
     2. While the outputs differ by more than the gate, one more node stays, found by bisection.
@@ -149,7 +149,7 @@ def _to_float16(
         return candidate
 
     def fails(count: int) -> bool:
-        """Whether the first so many nodes, islands among them left out, are too many in float16."""
+        """Whether the first `count` nodes (without islands) exceed the gate in float16."""
         return not error(converted({*islands, *order[count:]})) <= GATES["float16"]
 
     while True:
@@ -172,7 +172,7 @@ def _to_float16(
 
 
 def _named(model: ir.Model) -> ir.Model:
-    """A copy in which every node has a unique name and every value a dtype."""
+    """Return a copy in which every node has a unique name and every value a dtype."""
     copy = model.clone()
     names: set[str] = set()
     for i, node in enumerate(copy.graph.all_nodes()):
@@ -197,7 +197,7 @@ def _comes_near_the_range(node: ir.Node, magnitudes: Mapping[str, float]) -> boo
 
 
 def _drop_unread(model: ir.Model) -> None:
-    """Float32 weights that were converted go, and the new ones take their names."""
+    """Remove float32 weights that were converted; the new weights take their names."""
     initialisers = model.graph.initializers
     for name, value in list(initialisers.items()):
         full_name = name.removesuffix("_half")
@@ -208,7 +208,7 @@ def _drop_unread(model: ir.Model) -> None:
 
 
 def _to_int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
-    """Weights by channel, activations as they come; biases and everything else stay.
+    """Quantise weights to int8 by channel and activations dynamically; biases and the rest stay.
 
     Weights take seven bits: processors without VNNI add pairs of 8-bit products in 16 bits, which
     saturate, so that a file that is right on one machine would be wrong on another.

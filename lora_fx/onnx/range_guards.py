@@ -1,4 +1,4 @@
-"""The sizes that a file is true for: in its metadata, and as nodes that fail at other sizes.
+"""The sizes for which a file is valid: in its metadata, and as nodes that fail at others.
 
 A guard is a Reshape of an input to its own shape, or where the condition does not hold to
 
@@ -37,7 +37,7 @@ def say_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
 
 
 def guard_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
-    """Put nodes in that fail where one of the conditions does not hold; once for a model."""
+    """Insert nodes that fail if one of the conditions does not hold; do so once for a model."""
     if any(str(node.name).startswith(GUARD) for node in model.graph):
         return
     inputs = {str(value.name): value for value in model.graph.inputs}
@@ -46,7 +46,7 @@ def guard_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
 
 
 def _on_inputs(model: ir.Model, conditions: Sequence[Condition]) -> list[Condition]:
-    """The conditions on sizes of the model's inputs alone, without folders of this machine."""
+    """Return the conditions on sizes of the model's inputs, without folders of this machine."""
     input_names = {str(value.name) for value in model.graph.inputs}
     result: list[Condition] = []
     for condition in conditions:
@@ -56,7 +56,7 @@ def _on_inputs(model: ir.Model, conditions: Sequence[Condition]) -> list[Conditi
 
 
 def conditions_of(metadata: Mapping[str, str], where: str) -> tuple[Condition, ...]:
-    """The conditions that a file's metadata has; none where another program wrote the file."""
+    """Return the conditions in a file's metadata; none if another program wrote the file."""
     text = metadata.get(RANGES)
     if text is None:
         return ()
@@ -82,7 +82,7 @@ class _GuardNodes:
         name: str = "",
         **attributes: int | ir.TensorProtocol,
     ) -> ir.Value:
-        """Make a node of one output; operands that are numbers become constants."""
+        """Emit a node with one output; operands that are numbers become constants."""
         inputs = [self.value(operand) for operand in operands]
         numbered = f"{self.prefix}_{len(self.nodes)}"
         node = ir.node(op_type, inputs, attributes, name=name or numbered)
@@ -91,13 +91,13 @@ class _GuardNodes:
         return node.outputs[0]
 
     def value(self, operand: ir.Value | int) -> ir.Value:
-        """An operand, a number as a constant [1]."""
+        """Return an operand; a number becomes a constant [1]."""
         if isinstance(operand, int):
             return self.op("Constant", value=ir.tensor([operand]))
         return operand
 
     def make(self, op: str, operands: Sequence[ir.Value | int]) -> ir.Value | int:
-        """Make an operation of a condition; `Condition.build` calls this."""
+        """Emit an operation of a condition; `Condition.build` calls this."""
         if op == "NotEq":
             return self.op("Not", self.op("Equal", *operands))
         if op == "FloorDiv":  # ONNX rounds towards zero
@@ -110,7 +110,7 @@ class _GuardNodes:
 def _guard(
     graph: ir.Graph, inputs: Mapping[str, ir.Value], condition: Condition, number: int
 ) -> None:
-    """Put a guard behind the input whose size a condition names first."""
+    """Insert a guard after the input whose size is the first in a condition."""
     guarded = inputs[condition.sizes[0][1]]
     uses = [(use.node, use.idx) for use in guarded.uses()]  # before the guard itself reads it
     guard = _GuardNodes(f"lora_fx_within_{number}")

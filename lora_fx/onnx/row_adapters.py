@@ -1,4 +1,4 @@
-"""Read the factors of the rows of a batch: one pair for each row, or all used pairs together.
+"""The factors for the rows of a batch: one pair for each row, or all used pairs together.
 
     x [b, m, in] · Aᵀ [g, in, k·r] ⊙ mask [b, 1, k·r] · B [g, k·r, out]
 
@@ -21,14 +21,14 @@ from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.graph.emitter import OnnxEmitter
 
 LIMIT = 5
-"""Below it sharing is cheaper: there u adapters' products cost what b copies do. Measured on BERT,
+"""The limit of u·(u − 1)·m / b up to which one shared product is cheaper. Measured on BERT,
 256 wide, rank 8, with 4 to 32 rows of 1 to 128 tokens."""
 NAME = "adapter_rows"
-"""The beginning of the names of these nodes."""
+"""The beginning of these nodes' names."""
 
 
 class RowAdapters(OnnxEmitter):
-    """The adapter of each row, and the nodes that compute it, before all nodes that read it.
+    """The adapter of each row, and the nodes that compute it, placed before all readers.
 
     Args:
         first: The emitter before all nodes of the graph, whose inputs the next two are.
@@ -75,7 +75,7 @@ class RowAdapters(OnnxEmitter):
         self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
 
     def rows(self, rank: int, tables: int = 1) -> ir.Value:
-        """The rows of stacked tables [n·rank, …] that are read: int64 [g, tables·k·rank]."""
+        """Return the rows to read of stacked tables [n·rank, …]: int64 [g, tables·k·rank]."""
         key = ("rows", rank, tables)
         if key not in self._emitted:
             if tables > 1:
@@ -89,7 +89,7 @@ class RowAdapters(OnnxEmitter):
         return self._emitted[key]
 
     def mask(self, rank: int, tables: int = 1) -> ir.Value:
-        """The mask [b, 1, tables·k·rank]: true at a row's own factors."""
+        """Return the mask [b, 1, tables·k·rank], true at a row's own factors."""
         key = ("mask", rank, tables)
         if key not in self._emitted:
             adapter_ids = self.call("Div", self.rows(rank), self._ints(rank))
@@ -101,16 +101,16 @@ class RowAdapters(OnnxEmitter):
         return self._emitted[key]
 
     def _shape(self, *sizes: int) -> ir.Value:
-        """[g, *sizes] as a shape."""
+        """Return [g, *sizes] as a shape."""
         key = ("shape", *sizes)
         if key not in self._emitted:
             self._emitted[key] = self.call("Concat", self._groups, self._ints(*sizes), axis=0)
         return self._emitted[key]
 
     def _positions(self, batch: str) -> ir.Value:
-        """The number of positions of a row, as [1].
+        """Return the number of positions of a row, as [1].
 
-        They are counted on the tokens, else on the first input without its last axis.
+        Positions are counted in the tokens, else in the first input without its last axis.
         """
         graph_inputs = self.owner.model.graph.inputs
         inputs = [value for value in graph_inputs if value.shape and str(value.shape[0]) == batch]
@@ -129,7 +129,7 @@ class RowAdapters(OnnxEmitter):
         return self.call("ReduceProd", sizes, keepdims=1)
 
     def _constant(self, value: Array) -> ir.Value:
-        """The initialiser of a value; equal values have one."""
+        """Return the initialiser of a value; equal values share one."""
         key = (str(value.dtype), value.shape, value.tobytes())
         if key not in self._emitted:
             self._emitted[key] = super()._constant(value)

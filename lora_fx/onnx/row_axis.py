@@ -1,4 +1,4 @@
-"""Row provenance: which axis of each value holds the rows of a batch, in the inputs' order.
+"""The batch axis of each value, followed through the graph from the inputs.
 
 A walk over the graph takes the batch axis of the inputs through every op that keeps rows apart:
 
@@ -27,7 +27,7 @@ from lora_fx.onnx.graph.values import bodies_of, numbers, operand, rank, shape_o
 
 @dataclass(frozen=True)
 class RowAxis:
-    """The place of the batch rows in a value.
+    """The position of the batch rows in a value.
 
     Attributes:
         axis: The batch axis; None where the value is the same for every row.
@@ -48,7 +48,7 @@ States = Mapping[ir.Value, RowAxis]
 
 @dataclass(frozen=True)
 class NodeRows:
-    """The input of a rule: one node, and the places of the rows in its operands.
+    """The input of a rule: one node, and the row positions in its operands.
 
     Attributes:
         node: The node.
@@ -63,26 +63,26 @@ class NodeRows:
     batch: str
 
     def rows(self, slot: int) -> RowAxis:
-        """The place of the rows in the operand of a slot."""
+        """Return the row position in the operand of a slot."""
         return self.rows_of(operand(self.node, slot))
 
     def rows_of(self, value: ir.Value | None) -> RowAxis:
-        """The place of the rows in a value; SAME for an operand that is left out."""
+        """Return the row position in a value; SAME for an omitted operand."""
         return SAME if value is None else self.states.get(value, SAME)
 
     def rank(self, slot: int) -> int | None:
-        """The number of dimensions of an operand; None where it is unknown."""
+        """Return the number of dimensions of an operand; None if it is unknown."""
         return rank(self.node.inputs[slot])
 
 
 Rule = Callable[[NodeRows], RowAxis | None]
-"""Gives the rows of one result of a node; None where the op may mix them."""
+"""A function that returns the row position in one result of a node; None if rows may mix."""
 
 
 def _aligned(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
-    """The place of the rows in a result whose operands are aligned at their last axis.
+    """Return the row position in a result whose operands are aligned at their last axis.
 
-    Their batch axes have one size, so one that is exact makes the others exact.
+    The batch axes of all operands have one size, so one exact axis makes the others exact.
 
     Args:
         operands: The rows and the rank of each.
@@ -104,7 +104,7 @@ def _aligned(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
 
 
 def _broadcast(op: NodeRows) -> RowAxis | None:
-    """Operands are aligned at their last axis, and their batch axes have to meet."""
+    """The rule for operands aligned at the last axis, whose batch axes must coincide."""
     values = [value for value in op.node.inputs if value is not None]
     operands = []
     for value in values:
@@ -117,7 +117,7 @@ def _broadcast(op: NodeRows) -> RowAxis | None:
 
 
 def _keep(op: NodeRows) -> RowAxis | None:
-    """The result has the rows of the first operand if no other operand has rows."""
+    """The rule for results with the rows of the first operand, if no other operand has rows."""
     for slot in range(1, len(op.node.inputs)):
         if op.rows(slot).axis is not None:
             return None
@@ -125,7 +125,7 @@ def _keep(op: NodeRows) -> RowAxis | None:
 
 
 def _along(default: int, operand_rows: Rule = _keep) -> Rule:
-    """The rule of an op along one axis, which must not be the batch.
+    """Return the rule of an op along one axis, which must not be the batch.
 
     LayerNormalization works along that axis and all that follow.
 
@@ -150,18 +150,18 @@ def _along(default: int, operand_rows: Rule = _keep) -> Rule:
 
 
 def _from_front(axis: int, dims: int | None) -> int:
-    """An axis counted from the front; a negative one stays as it is where the rank is unknown."""
+    """Return an axis counted from the front; a negative one is unchanged if the rank is unknown."""
     if axis < 0 and dims is not None:
         return axis + dims
     return axis
 
 
 UNKNOWN = "None"
-"""The text of a size that the model does not say."""
+"""The text of a size that the model does not give."""
 
 
 def _reshape(op: NodeRows) -> RowAxis | None:
-    """The rows behind a Reshape.
+    """Return the row position after a Reshape.
 
     The first of these that applies decides:
 
@@ -199,7 +199,7 @@ def _reshape(op: NodeRows) -> RowAxis | None:
 
 
 def _size_texts(value: ir.Value | None) -> list[str] | None:
-    """The sizes of a value as texts; None where its rank is unknown."""
+    """Return the sizes of a value as texts; None if its rank is unknown."""
     sizes = shape_of(value)
     if sizes is None:
         return None
@@ -207,7 +207,7 @@ def _size_texts(value: ir.Value | None) -> list[str] | None:
 
 
 def _copied_axes(node: ir.Node) -> set[int]:
-    """The axes of a Reshape's result whose sizes are copied from the input's."""
+    """Return the axes of a Reshape's result whose sizes are copied from the input."""
     if node.attributes.get_int("allowzero", 0):
         return set()
     sizes = numbers(node, "shape", 1) or []
@@ -215,12 +215,12 @@ def _copied_axes(node: ir.Node) -> set[int]:
 
 
 def _are_ones(sizes: list[str], count: int) -> bool:
-    """Whether there are so many leading sizes, all of them 1."""
+    """Whether the first `count` sizes exist and are all 1."""
     return sizes[:count] == ["1"] * count
 
 
 def _outermost(rows: RowAxis, after: list[str], copied: set[int], batch: str) -> RowAxis:
-    """The rows of a batch that is outermost in memory, by the sizes behind a Reshape."""
+    """Return the row position after a Reshape, for a batch that is outermost in memory."""
     first = next((axis for axis, size in enumerate(after) if size != "1"), 0)
     copies_batch = rows.exact and first == rows.axis and first in copied
     names_batch = after[first : first + 1] == [batch]
@@ -228,7 +228,7 @@ def _outermost(rows: RowAxis, after: list[str], copied: set[int], batch: str) ->
 
 
 def _keep_sizes(before: list[str], after: list[str], count: int, copied: set[int]) -> bool:
-    """Whether so many leading axes keep their sizes; two unknown sizes may differ."""
+    """Whether the first `count` axes keep their sizes; two unknown sizes may differ."""
     if len(before) < count or len(after) < count:
         return False
     for axis in range(count):
@@ -239,7 +239,7 @@ def _keep_sizes(before: list[str], after: list[str], count: int, copied: set[int
 
 
 def _sizes_of_a_row(rows: RowAxis, before: list[str], batch: str) -> list[str] | None:
-    """The sizes inside a row in memory; None if the batch has no name."""
+    """Return the sizes inside a row in memory; None if the batch has no name."""
     assert rows.axis is not None
     behind = before[rows.axis + 1 :]
     if rows.exact or rows.inner:
@@ -252,7 +252,7 @@ def _sizes_of_a_row(rows: RowAxis, before: list[str], batch: str) -> list[str] |
 
 
 def _axis_before(sizes: list[str], row_sizes: list[str]) -> int | None:
-    """The last axis, longer than 1, behind which there are as many elements as a row has."""
+    """Return the last axis, longer than 1, that is followed by as many elements as a row has."""
     row_elements = _elements(row_sizes)
     for axis in reversed(range(len(sizes))):
         if sizes[axis] != "1" and _elements(sizes[axis + 1 :]) == row_elements:
@@ -261,7 +261,7 @@ def _axis_before(sizes: list[str], row_sizes: list[str]) -> int | None:
 
 
 def _innermost(after: list[str], axis: int, batch: str) -> RowAxis | None:
-    """The rows where an axis ends with the batch; None where it may be a part of k · batch."""
+    """Return the rows of an axis that ends with the batch; None if it may split k · batch."""
     if batch not in after[axis].split("*") and not _are_ones(after, axis):
         return None
     exact = after[axis] == batch
@@ -269,7 +269,7 @@ def _innermost(after: list[str], axis: int, batch: str) -> RowAxis | None:
 
 
 def _merged(rows: RowAxis, before: list[str], after: list[str], batch: str) -> RowAxis | None:
-    """The rows where the batch's axis becomes batch · h, as before attention's heads."""
+    """Return the rows if the batch axis becomes batch · h, as before attention heads."""
     axis = rows.axis
     assert axis is not None
     if not rows.exact or len(after) <= axis:
@@ -280,7 +280,7 @@ def _merged(rows: RowAxis, before: list[str], after: list[str], batch: str) -> R
 
 
 def _elements(sizes: Sequence[str]) -> tuple[int, list[str]]:
-    """The product of sizes: of the numbers among their factors, and the symbols."""
+    """Return the product of sizes: the number, and the symbols."""
     product = 1
     symbols = []
     for size in sizes:
@@ -308,7 +308,7 @@ def _transpose(op: NodeRows) -> RowAxis | None:
 
 
 def _moved(value: ir.Value | None, rows: RowAxis, axis: int, batch: str) -> RowAxis | None:
-    """The rows at another axis; None where only their place in memory is known, not their axis."""
+    """Return the rows at another axis; None if only their position in memory is known."""
     if not rows.exact and axis != rows.axis:
         sizes = shape_of(value) or ()
         named = [number for number, size in enumerate(sizes) if batch in str(size).split("*")]
@@ -330,7 +330,7 @@ def _unsqueeze(op: NodeRows) -> RowAxis | None:
 
 
 def _reduce(op: NodeRows) -> RowAxis | None:
-    """Axes are reduced or removed; the batch must not be one of them."""
+    """The rule for reduced or removed axes: the batch must not be one of them."""
     rows = op.rows(0)
     dims = op.rank(0)
     if op.node.op_type in ("ArgMax", "ArgMin"):
@@ -350,7 +350,7 @@ def _reduce(op: NodeRows) -> RowAxis | None:
 
 
 def _beside(name: str, slot: int) -> Rule:
-    """The rule of an op along axes that it names: rows stay where none of them is the batch.
+    """Return the rule of an op along named axes: rows stay if the batch is not one of them.
 
     Args:
         name: The attribute that holds the axes.
@@ -371,7 +371,7 @@ def _beside(name: str, slot: int) -> Rule:
 
 
 def _gather(op: NodeRows) -> RowAxis | None:
-    """The result is [*data[:axis], *ids, *data[axis + 1:]], and either data or ids have rows."""
+    """The rule for Gather: [*data[:axis], *ids, *data[axis + 1:]], with rows in data or ids."""
     data = op.rows(0)
     ids = op.rows(1)
     data_rank = op.rank(0)
@@ -393,7 +393,7 @@ def _gather(op: NodeRows) -> RowAxis | None:
 
 
 def _gather_nd(op: NodeRows) -> RowAxis | None:
-    """Entries of leading axes, or picked by (row number, position), as transformers' masks are."""
+    """The rule for GatherND: leading axes, or (row number, position) as in transformers' masks."""
     data = op.rows(0)
     ids = op.rows(1)
     data_value, ids_value = op.node.inputs
@@ -419,7 +419,7 @@ def _gather_nd(op: NodeRows) -> RowAxis | None:
 
 
 def _expand(op: NodeRows) -> RowAxis | None:
-    """Axes are put in front, or made longer."""
+    """The rule for Expand: axes are added in front, or made longer."""
     rows = op.rows(0)
     dims = op.rank(0)
     expanded_dims = _expanded_rank(op.node)
@@ -432,7 +432,7 @@ def _expand(op: NodeRows) -> RowAxis | None:
 
 
 def _expanded_rank(node: ir.Node) -> int | None:
-    """The rank of an Expand's result, or the length of the shape that it is expanded to."""
+    """Return the rank of an Expand's result: its declared rank, or the target's length."""
     dims = rank(node.outputs[0])
     if dims is not None:
         return dims
@@ -444,7 +444,7 @@ def _expanded_rank(node: ir.Node) -> int | None:
 
 
 def _matmul(op: NodeRows) -> RowAxis | None:
-    """Operands are aligned as in _broadcast, and the axis that is summed is not the batch."""
+    """The rule for MatMul: operands align as in _broadcast; the summed axis is not the batch."""
     first = op.rows(0)
     second = op.rows(1)
     first_rank = op.rank(0)
@@ -457,7 +457,7 @@ def _matmul(op: NodeRows) -> RowAxis | None:
 
 
 def _front(keeps: Callable[[NodeRows], bool]) -> Rule:
-    """The rule of an op that leaves rows in front, where `keeps` is true of the node."""
+    """Return the rule of an op that keeps rows in front, if `keeps` is true for the node."""
 
     def rule(op: NodeRows) -> RowAxis | None:
         rows = _keep(op)
@@ -469,12 +469,12 @@ def _front(keeps: Callable[[NodeRows], bool]) -> Rule:
 
 
 def _quantised(op: NodeRows) -> RowAxis | None:
-    """Codes have the rows of their input; DynamicQuantizeLinear has one scale for all rows."""
+    """The rule for quantisers: codes keep the rows, but one dynamic scale mixes all rows."""
     return _keep(op) if op.result == 0 else SAME
 
 
 def _einsum(op: NodeRows) -> RowAxis | None:
-    """The batch has one letter in all operands that have rows, and in the result."""
+    """The rule for Einsum: the batch has one letter in all operands with rows and the result."""
     equation = op.node.attributes["equation"].as_string().replace(" ", "")
     terms, arrow, result_term = equation.partition("->")
     if not arrow or "." in equation:
@@ -493,7 +493,7 @@ def _einsum(op: NodeRows) -> RowAxis | None:
 
 
 def _pad(op: NodeRows) -> RowAxis | None:
-    """The result has the rows of the data if nothing is added before or after them."""
+    """The rule for Pad: rows stay if nothing is added before or after them."""
     rows = _keep(op)
     pads = numbers(op.node, "pads", 1)
     dims = op.rank(0)
@@ -512,7 +512,7 @@ def _pad(op: NodeRows) -> RowAxis | None:
 
 
 def _recurrent(op: NodeRows) -> RowAxis | None:
-    """X [length, batch, in] and states [directions, batch, hidden]; batch first in layout 1.
+    """The rule for recurrent ops: X [length, batch, in], states [directions, batch, hidden].
 
     Y is [length, directions, batch, hidden], and [batch, length, directions, hidden] in layout 1.
     """
@@ -531,7 +531,7 @@ def _recurrent(op: NodeRows) -> RowAxis | None:
 
 
 def _reverse_sequence(op: NodeRows) -> RowAxis | None:
-    """Entries of every row are reversed along the time axis, up to the length of the row."""
+    """The rule for ReverseSequence: each row is reversed along time, up to the row's length."""
     rows = op.rows(0)
     lengths = op.rows(1)
     batch_axis = op.node.attributes.get_int("batch_axis", 1)
@@ -544,7 +544,7 @@ def _reverse_sequence(op: NodeRows) -> RowAxis | None:
 
 
 def _tile(op: NodeRows) -> RowAxis | None:
-    """Rows stay where they are repeated once."""
+    """The rule for Tile: rows stay if their axis is repeated once."""
     rows = _keep(op)
     repeats = numbers(op.node, "repeats", 1)
     if rows is None or rows.axis is None:
@@ -555,7 +555,7 @@ def _tile(op: NodeRows) -> RowAxis | None:
 
 
 def _split_to_sequence(op: NodeRows) -> RowAxis | None:
-    """The rows of every tensor of the sequence."""
+    """The rule for SplitToSequence: the rows of every tensor in the sequence."""
     rows = _keep(op)
     dims = op.rank(0)
     if rows is None or rows.axis is None or dims is None:
@@ -571,7 +571,7 @@ def _split_to_sequence(op: NodeRows) -> RowAxis | None:
 
 
 def _of_sequence(op: NodeRows) -> RowAxis | None:
-    """The rows of the sequence and of the inserted value, which must agree."""
+    """The rule for sequence ops: rows of the sequence and of an inserted value must agree."""
     # The last operand of these is a position.
     tensors = {"SequenceAt": 1, "SequenceErase": 1, "SequenceInsert": 2}.get(op.node.op_type)
     states = {op.rows_of(value) for value in op.node.inputs[:tensors]} - {SAME}
@@ -656,7 +656,7 @@ def provenance(
     read: Collection[ir.Value] = (),
     changed: Collection[ir.Value] | None = None,
 ) -> dict[ir.Value, RowAxis]:
-    """Find the place of the rows in every value of the main graph.
+    """Return the row position in every value of the main graph.
 
     Args:
         model: The model.
@@ -684,14 +684,14 @@ def provenance(
 
 
 def _input_rows(value: ir.Value, batch: str) -> RowAxis:
-    """The rows of an input, whose dimension 0 is the batch or not."""
+    """Return the row position of an input: axis 0 if its symbol is the batch's."""
     if value.shape and str(value.shape[0]) == batch:
         return RowAxis(0)
     return SAME
 
 
 def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
-    """The values that an op reads, also in its bodies."""
+    """Yield the values that an op reads, also in its bodies."""
     yield from node.inputs
     for body in bodies_of(node):
         for inner in body.all_nodes():
@@ -701,7 +701,7 @@ def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
 def _result_rows(
     node: ir.Node, states: States, result: int, batch: str, read: Collection[ir.Value]
 ) -> RowAxis:
-    """The place of the rows in a result of a node, from the places in its operands."""
+    """Return the row position in a result of a node, from the positions in its operands."""
     operands = [states.get(value, SAME) for value in node.inputs if value is not None]
     for rows in operands:
         if rows.lost:
@@ -716,7 +716,7 @@ def _result_rows(
 
 
 def _after(node: ir.Node, states: States, result: int, batch: str) -> RowAxis:
-    """The rows of a result by the rule of its op; lost where the op has none, or may mix rows."""
+    """Return the result's rows by the op's rule; lost if there is none or rows may mix."""
     rows = None
     if node.domain in ("", MS) and node.op_type in RULES:
         rows = RULES[node.op_type](NodeRows(node, states, result, batch))

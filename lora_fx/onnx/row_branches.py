@@ -1,4 +1,4 @@
-"""Branches of batch mode, whose factors differ by row.
+"""Branches of batch mode, whose factors differ from row to row.
 
 For a row b of the batch with the adapter i = ids[b], and x seen as [batch, m, in]:
 
@@ -34,7 +34,7 @@ from lora_fx.onnx.row_axis import RowAxis
 
 
 def form_of(use: OnnxWeightUse, rows: RowAxis) -> str:
-    """The form of a use: last, middle or lookup.
+    """Return the form of a use: last, middle or lookup.
 
     Args:
         use: The use of a weight.
@@ -68,13 +68,13 @@ def form_of(use: OnnxWeightUse, rows: RowAxis) -> str:
 
 
 def _is_outermost(x: ir.Value, rows: RowAxis) -> bool:
-    """Whether the batch is outermost in memory: nothing but axes of size 1 is in front."""
+    """Whether the batch is outermost in memory: only axes of size 1 precede it."""
     in_front = (shape_of(x) or ())[: rows.axis]
     return not rows.inner and all(size == 1 for size in in_front)
 
 
 def _comes_to_front(x: ir.Value, rows: RowAxis) -> bool:
-    """Whether the rows of x can be brought to the front; its last axis is the one summed."""
+    """Whether the rows of x can be moved to the front; its last axis is the summed one."""
     x_rank = rank(x)
     if x_rank is None or rows.axis is None or rows.axis >= x_rank - 1:
         return False
@@ -82,7 +82,7 @@ def _comes_to_front(x: ir.Value, rows: RowAxis) -> bool:
 
 
 class BatchEmitter(OnnxEmitter):
-    """Emits the nodes of one site's branch."""
+    """The emitter of the nodes of one site's branch."""
 
     def __init__(self, owner: OnnxGraph, site: Site, adapters: RowAdapters, rows: RowAxis) -> None:
         emitter = owner.emit(site)
@@ -100,7 +100,7 @@ class BatchEmitter(OnnxEmitter):
         y: ir.Value,
         tables: Sequence[ir.Value],
     ) -> ir.Value:
-        """The low-rank part of y, in its shape.
+        """Return the low-rank part of y, in y's shape.
 
         Args:
             form: One of the three of the module's docstring.
@@ -125,7 +125,7 @@ class BatchEmitter(OnnxEmitter):
     def _last(
         self, x: ir.Value, b: ir.Value, y: ir.Value, tables: Sequence[ir.Value], number: int
     ) -> ir.Value:
-        """The delta in the shape of y; rows of x move to the front, and rows of y back.
+        """Return the delta in y's shape; rows of x move to the front, and the delta's back.
 
         Args:
             x: The activation.
@@ -152,7 +152,7 @@ class BatchEmitter(OnnxEmitter):
         return self._shaped(delta, y) if self.rows.inner else delta
 
     def _batch_first(self, x: ir.Value) -> list[int]:
-        """The axes of x with the batch first; [k · batch, in] is seen as [k, batch, in]."""
+        """Return the axes of x with the batch first; [k · batch, in] counts as [k, batch, in]."""
         if self.rows.inner:
             return [1, 0, 2]
         x_rank = rank(x)
@@ -161,11 +161,11 @@ class BatchEmitter(OnnxEmitter):
         return [batch, *(axis for axis in range(x_rank) if axis != batch)]
 
     def _has_matrices(self, order: list[int]) -> bool:
-        """Whether x is [batch, m, in] once its axes are in order."""
+        """Whether x is [batch, m, in] after its axes are reordered."""
         return len(order) == 3 and (self.rows.exact or self.rows.inner)
 
     def _products(self, x: ir.Value, tables: Sequence[ir.Value], low_rank: int) -> list[ir.Value]:
-        """Products x · Aᵀ with each of the tables, weighted; the uses of one x make them once."""
+        """Return products x · Aᵀ with each table, masked and weighted; uses of one x share them."""
         # A branch of an If sees nothing of the other.
         body = self.found and self.found.node.graph
         products = self.adapters.products.setdefault((body, x, *tables), [])
@@ -198,14 +198,14 @@ class BatchEmitter(OnnxEmitter):
         return products
 
     def _split(self, value: ir.Value, count: int) -> list[ir.Value]:
-        """Equal parts along the last axis."""
+        """Split into equal parts along the last axis."""
         attributes = {"axis": -1}
         if self.owner.model.opset_imports.get("", 0) >= 18:
             attributes["num_outputs"] = count
         return self.results("Split", value, count=count, **attributes)
 
     def _sizes(self, *sizes_of_a_row: int) -> ir.Value:
-        """[batch, *sizes_of_a_row] as a shape."""
+        """Return [batch, *sizes_of_a_row] as a shape."""
         return self.call("Concat", self.adapters.size, self._ints(*sizes_of_a_row), axis=0)
 
     def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
@@ -213,14 +213,14 @@ class BatchEmitter(OnnxEmitter):
         return self.call("Reshape", delta, shape, **keep_zeros(self.owner))
 
     def _scaled(self, value: ir.Value, like: ir.Value | None = None) -> ir.Value:
-        """A value [batch, …, …] times the weight of each row, in the dtype of `like` or its own."""
+        """Multiply a value [batch, …, …] by each row's weight, in the dtype of `like`, if given."""
         if self.adapters.scales is None:
             return value
         factor = self.call("Reshape", self.adapters.scales, self._ints(-1, 1, 1))
         return self.call("Mul", value, self.op("cast_like", factor, like or value))
 
     def _looked_up(self, x: ir.Value, a: ir.Value) -> ir.Value:
-        """The rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
+        """Return the rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
         assert a.shape is not None
         row_count = self.site.operand[0]
         table = self.call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))
@@ -232,7 +232,7 @@ class BatchEmitter(OnnxEmitter):
         return self.call("Gather", table, self.call("Add", tokens, starts))
 
     def _windows(self, x: ir.Value) -> ir.Value:
-        """The windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
+        """Return the windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
         assert self.found is not None
         channels = self.site.operand[1]
         kernel = self.site.operand[2:]
@@ -254,7 +254,7 @@ class BatchEmitter(OnnxEmitter):
 def stack(
     updates: Sequence[tuple[Array, Array] | None], form: str, dtype: NumpyDtype
 ) -> tuple[Array, Array]:
-    """Factors [rank, in] and [out, rank] of every adapter, as stacks; entry 0 is zeros.
+    """Return [rank, in] and [out, rank] factors of all adapters as stacks; entry 0 is zeros.
 
     Args:
         updates: One entry for each adapter, None where it has no update of this use; the scale is

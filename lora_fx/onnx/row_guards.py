@@ -1,4 +1,4 @@
-"""Guards of a graph of batch mode: rows whose id is out of range become NaN."""
+"""Guards of a batch-mode graph: rows with an id out of range become NaN."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lora_fx.onnx.graph.marks import MARK, WAS
 from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
 
 NAN = f"{IDS}_nan"
-"""The beginning of the names of the constants NaN."""
+"""The beginning of the names of NaN constants."""
 WITH_NAN = ("float16", "bfloat16", "float32", "float64")
-"""Dtypes of outputs that can hold NaN and that every runtime's Where takes."""
+"""The output dtypes that can hold NaN and that Where supports in every runtime."""
 
 
 def outputs_without_nan(model: ir.Model) -> list[str]:
-    """The names of outputs whose dtype has no NaN, or none that every runtime's Where takes."""
+    """Return the outputs whose dtype has no NaN, or is not supported by every runtime's Where."""
     outputs = (y for y in model.graph.outputs if not y.is_graph_input())
     return [str(y.name) for y in outputs if dtype_name(y) not in WITH_NAN]
 
 
 def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
-    """Let rows whose id is out of range be NaN in every output of floats.
+    """Make rows with an id out of range NaN in every float output.
 
     Args:
         graph: The graph, whose outputs have their rows on axis 0.
@@ -55,7 +55,7 @@ def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
 
 
 class _Guards:
-    """Makes the guards Where(outside, NaN, y)."""
+    """The emitter of guards Where(outside, NaN, y)."""
 
     def __init__(self, graph: OnnxGraph, outside: ir.Value) -> None:
         self.graph = graph
@@ -63,7 +63,7 @@ class _Guards:
         self._columns: dict[int, ir.Value] = {1: outside}
 
     def guarded(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
-        """Emit the guard of y: a value that is y, and NaN in the rows that are outside."""
+        """Emit the guard of y: y with NaN in the rows that are outside."""
         initialisers = self.graph.model.graph.initializers
         dtype = dtype_name(y)
         name = f"{NAN}_{dtype}"
@@ -84,7 +84,7 @@ class _Guards:
             node.replace_input_with(slot, self.guarded(emitter, x))
 
     def _column(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
-        """`outside` as [batch, 1, … 1], with as many axes as y has."""
+        """Emit `outside` as [batch, 1, … 1], with as many axes as y has."""
         y_rank = rank(y)
         if y_rank is None:
             return self._column_at_run_time(emitter, y)
@@ -98,7 +98,7 @@ class _Guards:
         return self._columns[y_rank]
 
     def _column_at_run_time(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
-        """As `_column`, of a y whose number of axes the model does not say."""
+        """Emit `outside` as `_column` does, for y with an unknown number of axes."""
         sizes = emitter.call("Shape", y)
         equal = emitter.call("Equal", sizes, sizes)
         unit_sizes = emitter.call("Cast", equal, to=int(ir.DataType.INT64))
@@ -113,7 +113,7 @@ class _Guards:
 
 
 def _deciding_operands(y: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Operands before y whose NaN makes all of a row of y NaN, where they are smaller than y.
+    """Return smaller operands before y whose NaN makes the whole row of y NaN.
 
     A Where over all logits took 8 % of a small language model's run, and one over the keys and
     values 20 % of a step of decoding behind 512 positions. So it stands before the product; and
@@ -136,7 +136,7 @@ def _deciding_operands(y: ir.Value) -> list[tuple[ir.Node, int]]:
 
 
 def _deciding_in_sum(node: ir.Node, sizes: Shape) -> list[tuple[ir.Node, int]]:
-    """The deciding operands of the first term that has any; terms are as large as the sum."""
+    """Return the deciding operands of the first term that has any; terms have the sum's size."""
     for term in node.inputs:
         if term is not None and shape_of(term) == sizes:
             operands = _deciding_operands(term)
@@ -146,7 +146,7 @@ def _deciding_in_sum(node: ir.Node, sizes: Shape) -> list[tuple[ir.Node, int]]:
 
 
 def _deciding_in_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
-    """The activation of a product with a weight that makes it wider."""
+    """Return the activation, for a product with a weight that makes it wider."""
     x, w = node.inputs
     if rank(x) != y_rank or dtype_name(x) not in WITH_NAN or not _widens(w):
         return []
@@ -154,7 +154,7 @@ def _deciding_in_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]
 
 
 def _deciding_in_concat(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
-    """The values that are concatenated with inputs of the graph, which stay unchanged."""
+    """Return the values that are concatenated with (unchanged) inputs of the graph."""
     slots = []
     for slot, value in enumerate(node.inputs):
         if rank(value) != y_rank:
@@ -177,13 +177,13 @@ def is_guarded(y: ir.Value) -> bool:
 
 
 def brings_input(y: ir.Value) -> bool:
-    """Whether a part of an output is an input as it came, so that the others alone are guarded."""
+    """Whether part of an output is an unchanged input, so that only the rest is guarded."""
     node = y.producer()
     return node is not None and node.op_type == "Concat" and is_guarded(y)
 
 
 def _widens(w: ir.Value | None) -> bool:
-    """Whether w is a stored matrix of floats, at least as wide as high, or a transpose of one."""
+    """Whether w is a stored float matrix with at least as many columns as rows, or transposed."""
     producer = w.producer() if w is not None else None
     stored = w
     if producer is not None and producer.op_type == "Transpose":
@@ -196,7 +196,7 @@ def _widens(w: ir.Value | None) -> bool:
 
 
 def is_guard(node: ir.Node | None) -> bool:
-    """Whether a node makes NaN of rows."""
+    """Whether a node makes rows NaN."""
     if node is None or node.op_type != "Where" or node.metadata_props.get(MARK) != IDS:
         return False
     nan = node.inputs[1]
@@ -204,7 +204,7 @@ def is_guard(node: ir.Node | None) -> bool:
 
 
 def guards_alone(model: ir.Model) -> ir.Model:
-    """The nodes that turn rows into NaN, as a model of the ids and of these nodes' inputs."""
+    """Return a model of only the guard nodes, from the ids and the nodes' inputs."""
     guards = [node for node in model.graph if is_guard(node)]
     guarded_values = [node.inputs[2] for node in guards]
     names = [str(value.name) for value in guarded_values if value is not None]

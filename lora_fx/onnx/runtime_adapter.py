@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 SERVED = int.from_bytes(b"LFX1")
-"""The adapter_version of files with A [*batch, in, rank] and B [*batch, rank, out], as a graph's
-inputs have them: a file of the runtime has room for no other mark."""
+"""The adapter_version of files with A [*batch, in, rank] and B [*batch, rank, out], like a graph's
+inputs: the runtime's file format has room for no other mark."""
 _BF16 = 16
 """The number of BFLOAT16 in onnx.TensorProto.DataType."""
 
 
 def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
-    """The tensors by name, in name order, and adapter_version and model_version.
+    """Return the tensors by name, in name order, and adapter_version and model_version.
 
     Raises:
         LoraFxError: Not there, not such a file, or damaged.
@@ -107,19 +107,19 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
 
 
 def _same_bits(read: Array | None, written: Array) -> bool:
-    """Whether an array was read, with the dtype and the bytes that were written."""
+    """Whether an array was read with the dtype and bytes that were written."""
     if read is None or read.dtype != written.dtype:
         return False
     return bool(read.tobytes() == written.tobytes())
 
 
 def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
-    """Write an .onnx_adapter for the file that the manifest is of."""
+    """Write an .onnx_adapter for the file that the manifest belongs to."""
     write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
 
 
 def _refuse_full_disk(path: Path, size: int) -> None:
-    """Write so many bytes at a path, to learn why the runtime could not: its error does not say.
+    """Write `size` bytes at a path to learn whether the disk is full, as the runtime does not say.
 
     Raises:
         OSError: The system cannot write them.
@@ -131,7 +131,7 @@ def _refuse_full_disk(path: Path, size: int) -> None:
 
 
 def _array(value: ort.OrtValue) -> Array:
-    """A copy of a value of the runtime, which owns its memory."""
+    """Return a copy of a runtime value's array, because the runtime owns its memory."""
     if value.data_type() != "tensor(bfloat16)":
         return np.array(value.numpy())
     data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())

@@ -16,7 +16,7 @@ FATAL = 4
 
 
 def quiet_options() -> ort.SessionOptions:
-    """Options of a session that logs nothing; nor do others of this process, made by libraries."""
+    """Return options for a session without logs, and set the process's default to no logs."""
     import onnxruntime as ort
 
     ort.set_default_logger_severity(FATAL)

@@ -1,4 +1,4 @@
-"""Write ONNX files: one file, or a file and external data if the weights are large."""
+"""Writing of ONNX files: one file, or a file and external data if the weights are large."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.switch import reread
 
 EXTERNAL_OVER = 256 << 20
-"""With more bytes of weights than this they go to `NAME.onnx.data`; protobuf ends at 2 GiB."""
+"""The size of weights in bytes above which they go to `NAME.onnx.data`; protobuf ends at 2 GiB."""
 
 INLINE = 256
-"""A tensor of fewer bytes stays in the file: sizes and axes, which the runtime wants to read."""
+"""The size in bytes below which a tensor stays in the file: the runtime needs sizes and axes."""
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """The number of bytes of all initialisers."""
+    """Return the number of bytes of all initialisers."""
     total = 0
     for value in model.graph.initializers.values():
         if value.const_value is not None:
@@ -29,7 +29,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def is_external(path: Path) -> bool:
-    """True when a file keeps tensors in another file."""
+    """Whether a file keeps tensors in another file."""
     values = ir.load(path).graph.initializers.values()
     return any(isinstance(value.const_value, ir.ExternalTensor) for value in values)
 
@@ -43,7 +43,7 @@ def save(
     beside: Collection[str] = (),
     delta: bool = False,
 ) -> list[Path]:
-    """Write a model; returns the files that were made.
+    """Write a model; return the files that were made.
 
     A data file is called `data`, or `NAME.data` where that is empty. Initialisers named in
     `beside` go there however small they are, since a session can replace only what lies in it. With
@@ -98,7 +98,7 @@ def _with_data(
 
 
 def _load_what_stays_in_the_file(model: ir.Model) -> None:
-    """Read external tensors that are small, or of bodies: they would name another file's data."""
+    """Load small external tensors, and those of bodies, which would refer to another data file."""
     for graph in model.graphs():
         is_body = graph is not model.graph
         for value in graph.initializers.values():
@@ -108,7 +108,7 @@ def _load_what_stays_in_the_file(model: ir.Model) -> None:
 
 
 def save_beside(model: ir.Model, path: Path, other: Path) -> int:
-    """Write a model that reads the tensors in the data file of another; returns the bytes left.
+    """Write a model that reads tensors from another's data file; return the bytes left.
 
     A tensor that is stored transposed there is read so, with a Transpose where a reader needs one.
 
@@ -135,7 +135,7 @@ def save_beside(model: ir.Model, path: Path, other: Path) -> int:
 
 
 def _read_transposed(graph: OnnxGraph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
-    """Put an initialiser in the place of another one, whose transpose it holds."""
+    """Replace an initialiser by a Transpose of a stored tensor that holds its transpose."""
     name = str(value.name)
     initialisers = graph.model.graph.initializers
     replacement = ir.val(name, const_value=tensor, metadata_props=dict(value.metadata_props))
@@ -145,7 +145,7 @@ def _read_transposed(graph: OnnxGraph, value: ir.Value, tensor: ir.TensorProtoco
 
 
 def _large_tensors(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
-    """The initialisers that go into a data file, and their tensors."""
+    """Return the initialisers that go into a data file, and their tensors."""
     large: list[tuple[ir.Value, ir.TensorProtocol]] = []
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -155,7 +155,7 @@ def _large_tensors(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _digest(tensor: ir.TensorProtocol, *, transposed: bool = False) -> tuple[object, ...] | None:
-    """Dtype, shape and hash of a tensor, or of a matrix's transpose, to identify it."""
+    """Return dtype, shape and hash of a tensor, or of a matrix's transpose, to identify it."""
     array = tensor.numpy()
     if transposed:
         if array.ndim != 2:

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: providers that are really there, and runs by input name.
+"""ONNX Runtime sessions: providers that really work, and runs by input name.
 
 The runtime lists CUDA on machines without a GPU and falls back without an error, so the driver
 is looked for first and the session's own first provider is compared afterwards.
@@ -33,7 +33,7 @@ MOST_THREADS = 1024
 
 
 def driver_present() -> bool:
-    """True when the NVIDIA driver's library loads."""
+    """Whether the NVIDIA driver's library loads."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -54,7 +54,7 @@ class RuntimeSession:
 
     @functools.cached_property
     def row_choice(self) -> RowChoice | None:
-        """The adapters that a row may choose, in a file of mode batch."""
+        """The adapters that a row can choose, in a file of mode batch."""
         shapes = {node.name: node.shape for node in self.session.get_inputs()}
         return RowChoice.from_text(self.metadata.get(PROPERTY), shapes)
 
@@ -70,7 +70,7 @@ class RuntimeSession:
         return [node.name for node in self.session.get_inputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run on arrays by input name and give arrays by output name.
+        """Run on arrays by input name, and return arrays by output name.
 
         Feeds that the graph does not take are left out.
 
@@ -83,7 +83,7 @@ class RuntimeSession:
             return self.outputs(feeds)
 
     def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """As `run`, but with the runtime's own errors, and with any ids of rows."""
+        """Run without checks of ids, and with the runtime's own errors."""
         input_names = set(self.input_names)
         for initialiser in self.session.get_overridable_initializers():
             input_names.add(initialiser.name)  # A and B of a switchable file
@@ -95,7 +95,7 @@ class RuntimeSession:
 def tensors_by_name(
     names: Sequence[str], outputs: Sequence[Array | Sequence[Array]]
 ) -> dict[str, Array]:
-    """The outputs of a run by name; the tensors of a sequence y are `y[0]`, `y[1]` and so on."""
+    """Return a run's outputs by name; the tensors of a sequence y are `y[0]`, `y[1]` and so on."""
     tensors: dict[str, Array] = {}
     for name, value in zip(names, outputs, strict=True):
         if isinstance(value, list):
@@ -111,7 +111,7 @@ def told(
     feeds: Mapping[str, Array],
     hint: str = "check sizes and dtypes of the inputs against the model",
 ) -> Iterator[None]:
-    """Raise errors of the runtime, which have no common base, as ours, with the feeds' sizes."""
+    """A block whose runtime errors become LoraFxErrors with the sizes of the feeds."""
     try:
         yield
     except Exception as error:
@@ -124,7 +124,7 @@ def told(
 
 
 def widened(array: Array) -> Array:
-    """The array, as float32 where it is bfloat16, which the runtime takes from no array."""
+    """Return a bfloat16 array as float32, because the runtime accepts no bfloat16 arrays."""
     if array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     return array
@@ -211,7 +211,7 @@ def open_session(
 
 
 def _providers_to_try(cuda: bool, exact: bool) -> list[str | tuple[str, dict[str, str]]]:
-    """The runtime's providers, with their options, in the order in which it takes them."""
+    """Return the runtime's providers with their options, in the order of preference."""
     if not cuda:
         return ["CPUExecutionProvider"]
     options = {"use_tf32": "0"} if exact else {}
@@ -219,7 +219,7 @@ def _providers_to_try(cuda: bool, exact: bool) -> list[str | tuple[str, dict[str
 
 
 def providers() -> list[str]:
-    """The providers of this machine, the fastest first: cuda with a build and a driver, and cpu."""
+    """Return this machine's providers, fastest first: cuda (with build and driver), then cpu."""
     import onnxruntime as ort
 
     built = "CUDAExecutionProvider" in ort.get_available_providers()

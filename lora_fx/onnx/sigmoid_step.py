@@ -1,4 +1,4 @@
-"""Files whose sigmoids are one step off, to measure how a kernel's precision moves the outputs.
+"""Files with each sigmoid off by one step, to measure the effect of kernel precision.
 
 ONNX Runtime's sigmoid is exact to 2^-24 however small its result is. That is much of a result of
 1e-6, and nothing of one that is multiplied, normed and summed further on. So a step is added behind
@@ -26,13 +26,13 @@ MARK = "sigmoid_step"
 TIMES_INPUT = ("Swish", "QuickGelu")
 """Ops whose result is their input times a sigmoid."""
 SIGMOIDS = ("Sigmoid", "LSTM", "GRU", *TIMES_INPUT)
-"""Ops whose kernels compute one."""
+"""Ops whose kernels compute a sigmoid."""
 
 
 def stepped_file(
     path: Path, provider: str, seed: int | None, stored: Named
 ) -> RuntimeSession | None:
-    """A session of a file with a step behind every sigmoid; None where it has none.
+    """Return a session of a file with a step after every sigmoid; None if it has none.
 
     Args:
         path: The file.
@@ -58,7 +58,7 @@ def stepped_file(
 
 
 def _add_step(graph: OnnxGraph, node: ir.Node, y: ir.Value, seed: float | None) -> None:
-    """Let everything that reads y read y + step.
+    """Replace y by y + step for all readers of y.
 
     Args:
         graph: The graph, edited in place.

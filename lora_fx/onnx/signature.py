@@ -1,4 +1,4 @@
-"""The inputs of an .onnx file, and samples of them at the sizes at which it is tried."""
+"""The inputs of an .onnx file, and sample values at the sizes of a check."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 IMAGE = 64
-"""The height and width of a sampled image where a file leaves them open: smaller ones would vanish
+"""The height and width of a sampled image if a file leaves them free: smaller ones would vanish
 in the strides of most models."""
 
 
 def signature(session: RuntimeSession) -> Inputs:
-    """The inputs of a loaded model; names of dimensions become symbols.
+    """Return the inputs of a loaded model; names of dimensions become symbols.
 
     Open heights and widths of images (floats of four dimensions) are IMAGE, as in a capture, where
     they are never dynamic unasked.
@@ -38,7 +38,7 @@ def signature(session: RuntimeSession) -> Inputs:
 
 
 def _input(node: ort.NodeArg) -> Input:
-    """One input of the file; dimension 0, where it is open, is the batch."""
+    """Return one input of the file; a free dimension 0 is the batch."""
     dtype = from_onnx(node.type)
     is_cache = node.name.startswith("past_key_values.")
     is_image = len(node.shape) == 4 and "float" in dtype and not is_cache
@@ -56,7 +56,7 @@ def _input(node: ort.NodeArg) -> Input:
 
 
 def feeds_of_sizes(inputs: Inputs, user_arrays: Named) -> Iterator[dict[str, Array]]:
-    """Feeds of every size at which shapes differ; of one size where a user gives arrays."""
+    """Yield feeds for every size with different shapes; for one size if a user gives arrays."""
     tried_shapes: list[dict[str, tuple[int, ...]]] = []
     for size in SIZES[:1] if user_arrays else inputs.checks:
         feeds = {**inputs.sample(size), **user_arrays}

@@ -1,6 +1,6 @@
-"""Replace the factors that insert made by the factors of a switchable graph.
+"""Replacement of insert's factors by the factors of a switchable graph.
 
-They are inputs with defaults, or initialisers of a fixed rank.
+The new factors are inputs with defaults, or initialisers of a fixed rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_fx.targets.target import Target
 
 
 def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSlot:
-    """Replace the factors that insert made by A and B in the form that is read.
+    """Replace insert's factors by A and B in the form that the products read.
 
     Args:
         graph: A graph that has the branches of the target.
@@ -57,7 +57,7 @@ def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Swi
 
 
 def reread(graph: OnnxGraph, value: ir.Value, transposed: ir.Value, perm: tuple[int, ...]) -> None:
-    """Let users of a value read its transpose, with as few transposes as there can be.
+    """Let users of a value read its transpose, with as few transposes as possible.
 
     By what reads the value:
     1. A product with 1, the scale that insert made, goes away, and its users read the transpose.
@@ -98,12 +98,12 @@ def reread(graph: OnnxGraph, value: ir.Value, transposed: ir.Value, perm: tuple[
 
 
 def _picks_matrices(node: ir.Node) -> bool:
-    """Whether a node picks matrices of a stack, along its first axis."""
+    """Whether a node selects matrices of a stack, along its first axis."""
     return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
 
 
 def _delete_unread(graph: OnnxGraph, value: ir.Value | None) -> None:
-    """Delete an initialiser that nothing reads any more."""
+    """Delete an initialiser without readers."""
     stored = graph.model.graph.initializers
     if value is not None and not value.uses() and value.name in stored:
         del stored[str(value.name)]

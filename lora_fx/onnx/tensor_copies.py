@@ -1,4 +1,4 @@
-"""Constants of an exported file that are copies of one tensor: which, and stored once again."""
+"""Constants of an exported file that are copies of one tensor, and merging them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import onnx_ir as ir
 from lora_fx.targets.keys import base_name
 
 COPY_OF = "lora_fx.copy_of"
-"""Metadata key of a constant that is another copy of a tensor, with that tensor's name."""
+"""The metadata key of a constant that copies another tensor: that tensor's name."""
 
 
 def copies_of(model: ir.Model) -> dict[str, str]:
-    """For each initialiser that is another copy of a tensor, the name of that tensor."""
+    """Return initialiser → the tensor that it copies."""
     tensors_by_copy = {}
     for value in model.graph.initializers.values():
         if COPY_OF in value.metadata_props:
@@ -49,7 +49,7 @@ def join_copies(model: ir.Model, names: Iterable[str]) -> None:
 
 
 def _replace_by_transpose(model: ir.Model, first: ir.Value, copy: ir.Value) -> None:
-    """Let users of an initialiser read the transpose of its copy, as a node before all others.
+    """Let users of an initialiser read the transpose of its copy, by a node before all others.
 
     The exporter turns a weight that one product reads.
     """

@@ -1,4 +1,4 @@
-"""One tied tensor as several constants: which of them an update of the tensor reaches.
+"""Updates of a tied tensor that a file stores as several constants.
 
 An exporter stores a tied embedding and head apart (the head transposed). The copies say in their
 metadata what they are copies of, so that one update reaches each of them, or those that its use
@@ -22,7 +22,7 @@ from lora_fx.targets.target import Target
 def spread(
     updates: Mapping[str, Entry], found: Found, copies: Mapping[str, str]
 ) -> dict[str, Entry]:
-    """An entry for every copy of a tensor that an update reaches.
+    """Return an entry for every copy of a tensor that an update applies to.
 
     Args:
         updates: Entries of an adapter that is bound to a module, or not bound.
@@ -53,7 +53,7 @@ def spread(
 
 
 def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Target]:
-    """The copies that an update is for: all of them, or the lookup's, or the head's."""
+    """Return the copies that an update is for: all of them, the lookup's, or the head's."""
     _, use_of_key = split_use(key)
     use = entry.use or use_of_key
     if not use:
@@ -81,7 +81,7 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
 
 
 def _of_lookups(target: Target, *, lookups: bool) -> list[Target]:
-    """The target with only its uses that are lookups, or only its other uses."""
+    """Return the target with only its lookups, or only its other uses."""
     sites = [site for site in target.sites if (site.op == "embedding") == lookups]
     targets: list[Target] = []
     for key in target.keys_of(sites):
@@ -96,21 +96,21 @@ def _of_lookups(target: Target, *, lookups: bool) -> list[Target]:
 
 
 def as_lookup(entry: LowRank) -> bool:
-    """True if in of an update is the rows of a table; a bound one may have the head's layout."""
+    """Whether an update's in axis is a table's rows; a bound update may have the head's layout."""
     if entry.origin.op != "embedding":
         return False
     return entry.layout is None or entry.layout.in_ == (0,)
 
 
 def op_of(entry: LowRank) -> str:
-    """The op of an update, if the op still tells the direction of the update."""
+    """Return the op of an update; empty if the update's layout no longer fits that op."""
     if entry.origin.op == "embedding" and not as_lookup(entry):
         return ""
     return entry.origin.op
 
 
 def _turned(entry: LowRank, lookup: bool) -> LowRank:
-    """The update as a copy's op reads it: a lookup's in and out are the head's swapped."""
+    """Return the update for a copy's op: a lookup's in and out are the head's swapped."""
     origin = replace(entry.origin, tied=False, twins=())
     of_copy = replace(entry, use="", layout=None, origin=origin)
     if lookup == as_lookup(entry):

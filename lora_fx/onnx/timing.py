@@ -1,4 +1,4 @@
-"""Runs timed in turn, A B C A B C …, and compared with the first of the same round.
+"""Interleaved timing of runs, A B C A B C …, with ratios to the first of the same round.
 
 A machine that slows down slows all of a round.
 """
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement: seconds by the clock and seconds of this process's CPU."""
+    """One measurement: wall seconds, and this process's CPU seconds."""
 
     wall: float
     cpu: float
 
 
 def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
-    """Seconds that one call takes, as the mean over `repeats` calls."""
+    """Return the seconds of one call, as the mean over `repeats` calls."""
     wall_start = time.perf_counter()
     cpu_start = time.process_time()
     for _ in range(repeats):
@@ -44,7 +44,7 @@ def interleave(
     warmup: int = 1,
     before: Callable[[], None] | None = None,
 ) -> dict[str, list[T]]:
-    """Run everything once in each round, in the given order; returns the results of counted rounds.
+    """Run everything once in each round, in order; return the results of counted rounds.
 
     Args:
         runs: Name → a function that measures; the first is the baseline, and a second one of the
@@ -65,7 +65,7 @@ def interleave(
 
 
 def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
-    """A 95 % interval of the median, by order statistics; None under six values.
+    """Return a 95 % interval of the median, by order statistics; None under six values.
 
     >>> bounds([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     (1.0, 6.0)
@@ -85,7 +85,7 @@ def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
 
 
 def summary(mine: Sequence[float], base: Sequence[float]) -> Json:
-    """Median and minimum in seconds, and their ratios to the baseline's.
+    """Return the median and minimum in seconds, and their ratios to the baseline's.
 
     `lower` and `upper` bound the median of the ratios within rounds with 95 % confidence; null
     under six rounds.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class TrainSession:
-    """A training step in ONNX Runtime: A, B and the optimizer's states stay where it runs.
+    """A training step in ONNX Runtime; A, B and optimizer states stay on its device.
 
     Args:
         path: The .onnx file of lora-fx export --mode train.
@@ -96,7 +96,7 @@ class TrainSession:
         self.load(adapter)
 
     def _batch_names(self) -> list[str]:
-        """The inputs that a batch has to bring: all but those that this session feeds."""
+        """Return the inputs that a batch must provide: all that the session does not feed."""
         names_of_session = {"lr", "step", *self._states}
         if self.manifest.training["seed"]:
             names_of_session.add("seed")
@@ -105,7 +105,7 @@ class TrainSession:
         return [name for name in self._shapes if name not in names_of_session]
 
     def load(self, adapter: Adapter | str | PathLike[str]) -> None:
-        """Restart from an adapter, or its file in any format, with optimizer states of zeros.
+        """Restart from an adapter, or an adapter file in any format, with zero optimizer states.
 
         The scale of an update is that of the file. Where the adapter has another, B takes the
         difference, so that W + s·B·A stays, and `note` says so.
@@ -137,7 +137,7 @@ class TrainSession:
         self.note = "; ".join(filter(None, notes))
 
     def _check_ranks(self, tensors: Mapping[str, Array], where: str) -> None:
-        """Raise unless every target of the file has an update of its rank."""
+        """Raise unless every target of the file has an update of the target's rank."""
         for key, slot in self.manifest.slots.items():
             rank = tensors[slot.a].shape[-1] if slot.a in tensors else None
             if rank == slot.rank:
@@ -151,7 +151,7 @@ class TrainSession:
             )
 
     def _note_of_scales(self, adapter: Adapter, where: str) -> str:
-        """A note on updates whose scale differs from the file's; empty if none does."""
+        """Return a note on updates whose scale differs from the file's; empty if there are none."""
         updates_in_file = self.adapter().lowrank
         updates = adapter.resolved(updates_in_file).lowrank
         rescaled_keys = []
@@ -168,7 +168,7 @@ class TrainSession:
         )
 
     def step(self, batch: Mapping[str, Array]) -> float:
-        """Take one step on a batch, arrays by input name with `labels` among them; its loss.
+        """Take one step on a batch (arrays by input name, with `labels`); return its loss.
 
         Raises:
             LoraFxError: An input that is missing or unknown, sizes that the file does not hold for.
@@ -202,14 +202,14 @@ class TrainSession:
         return float(binding.get_outputs()[-1].numpy())
 
     def _check_rate(self) -> None:
-        """Raise for a learning rate that is no number of float32."""
+        """Raise for a learning rate that is not a float32 number."""
         is_number = isinstance(self.lr, Real) and not isinstance(self.lr, bool)
         if not is_number or not 0 <= self.lr < 1e38:
             text = one_line(repr(self.lr), 60)
             raise LoraFxError(f"lr is {text}; expected a number of 0 or more", "lr=1e-3")
 
     def _check_labels(self, batch: Mapping[str, Array]) -> None:
-        """Raise for labels of other sizes than the rows: as many in another order ONNX takes."""
+        """Raise for labels whose sizes differ from the rows, which ONNX might still accept."""
         label_sizes = self._shapes["labels"]
         labels = batch["labels"]
         for axis, size in enumerate(labels.shape[: len(label_sizes)]):
@@ -226,7 +226,7 @@ class TrainSession:
             )
 
     def _axes_of_symbol(self, symbol: object) -> list[tuple[str, int]]:
-        """The inputs of a batch, but for the labels, and their axes whose size is a symbol."""
+        """Return (input of a batch, axis) for each axis with this symbol, except in labels."""
         axes: list[tuple[str, int]] = []
         if not isinstance(symbol, str):
             return axes
@@ -237,7 +237,7 @@ class TrainSession:
         return axes
 
     def adapter(self) -> Adapter:
-        """The adapter as it is now, in the model's keys."""
+        """Return the current adapter, in the model's keys."""
         tensors = {}
         for slot in self.manifest.slots.values():
             for name in (slot.a, slot.b):

@@ -1,4 +1,4 @@
-"""Model repositories for NVIDIA Triton's ONNX Runtime backend, which KServe runs too.
+"""Model repositories for NVIDIA Triton's ONNX Runtime backend, which KServe uses too.
 
     DIR/NAME/config.pbtxt      names, dtypes and dimensions
     DIR/NAME/1/model.onnx      and its data under its own name, so that the reference stays true
@@ -43,11 +43,11 @@ class Repository:
 
     @property
     def home(self) -> Path:
-        """DIR/NAME."""
+        """The folder DIR/NAME."""
         return self.folder / self.name
 
     def existing(self) -> Config | None:
-        """The config of the versions that are there, if there are any; it costs no work.
+        """Return the config of the existing versions, if any, without loading a model.
 
         Raises:
             LoraFxError: The folders are no model repository of the ONNX Runtime backend.
@@ -64,7 +64,7 @@ class Repository:
         return _read(self.home) if self.home.exists() else None
 
     def config(self, model: Path) -> Config:
-        """The config of an .onnx file here.
+        """Return the config of an .onnx file in this repository.
 
         Raises:
             LoraFxError: It does not fit the one that is there, named by what differs.
@@ -121,7 +121,7 @@ class Repository:
 def repository_of(
     folder: str | PathLike[str] | None, model: str | PathLike[str], max_batch: int | None
 ) -> tuple[Repository, ...]:
-    """The repository for a copy of `model`, if there is one, checked before any work is done.
+    """Return the repository for a copy of `model`, if requested, checked before any work.
 
     Raises:
         LoraFxError: No place for it, or a batch size without a folder.
@@ -144,7 +144,7 @@ def write_repository(
     name: str = "",
     max_batch: int | None = None,
 ) -> list[Path]:
-    """Copy an .onnx file into a model repository; returns the files that were made.
+    """Copy an .onnx file into a model repository; return the files that were made.
 
     Args:
         model: The .onnx file; its data is found.
@@ -162,7 +162,7 @@ def write_repository(
 
 
 def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
-    """{model: its versions} of a repository, every version loaded and compared with its config.
+    """Load every version in a repository and compare it with its config; return {model: versions}.
 
     Raises:
         LoraFxError: A config and a model that disagree, named by what differs; no model at all.
@@ -187,7 +187,7 @@ def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
 
 
 def _compare(config: Config, model: Path, name: str) -> None:
-    """Raise where a model has other inputs or outputs than a config says."""
+    """Raise if a model's inputs or outputs differ from a config's."""
     session = open_session(model, "cpu")
     difference = config.difference(config_of(session, name, config.max_batch))
     if difference:
@@ -197,7 +197,7 @@ def _compare(config: Config, model: Path, name: str) -> None:
 
 
 def _read(home: Path) -> Config:
-    """The config of a model's folder."""
+    """Read the config in a model's folder."""
     path = home / CONFIG
     errors = (OSError, UnicodeDecodeError)
     with retold(f"{path}: cannot be read", "is it the folder of a model?", errors):
@@ -211,7 +211,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _versions(home: Path) -> Iterator[int]:
-    """Numbers of the version folders; the server reads as many digits as there are, `2b` as 2."""
+    """Yield the version numbers of folders; the server reads leading digits, `2b` as 2."""
     for path in home.iterdir():
         digits = re.match(r"\d+", path.name)
         if digits and path.is_dir():

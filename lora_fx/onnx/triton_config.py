@@ -1,4 +1,4 @@
-"""The config of a model for Triton: as a config.pbtxt has it, and as a loaded model needs it.
+"""The config of a model for Triton, from a config.pbtxt or from a loaded model.
 
 What the server refuses is refused here. Its rules, from its sources (core's ValidateIOShape, the
 ONNX Runtime backend's ValidateInputs and CompareDimsSupported): no dimension of 0, at least one
@@ -44,7 +44,7 @@ OURS = {
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: `dims` as the model sees them, the batch included, -1 where dynamic."""
+    """An input or output: `dims` include the batch, and are -1 if dynamic."""
 
     kind: str
     dims: tuple[int, ...]
@@ -60,7 +60,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Config:
-    """The inputs and outputs of a model: as a config.pbtxt has them, or as the model needs them.
+    """The inputs and outputs of a model, from a config.pbtxt or from the model.
 
     Attributes:
         name: The name of the model and of its folder.
@@ -76,7 +76,7 @@ class Config:
     max_batch: int = 0
 
     def to_text(self) -> str:
-        """The config.pbtxt."""
+        """Return the config.pbtxt."""
         lines = [
             f"name: {_quoted(self.name)}",
             'backend: "onnxruntime"',
@@ -91,7 +91,7 @@ class Config:
         return "\n".join(lines) + "\n"
 
     def _port_lines(self, side: str, name: str, port: Port) -> list[str]:
-        """An input or output as lines of the config.pbtxt."""
+        """Return an input or output as lines of the config.pbtxt."""
         dims = port.dims[1:] if self.max_batch else port.dims
         shown = ", ".join(map(str, dims)) or "1"
         lines = [
@@ -109,7 +109,7 @@ class Config:
 
     @classmethod
     def from_text(cls, text: str, where: str, folder: str = "") -> Config:
-        """The inverse of to_text; other fields that a config may have are passed over.
+        """Parse a config.pbtxt, the inverse of to_text; ignore other fields.
 
         Args:
             text: A config.pbtxt.
@@ -134,7 +134,7 @@ class Config:
         return cls(message.name or folder, inputs, outputs, max_batch)
 
     def difference(self, model: Config) -> str:
-        """The first difference between this config and a model's own, by name; else empty."""
+        """Return the first difference between this config and a model's, by name; else empty."""
         sides = {
             "input": (self.inputs, model.inputs),
             "output": (self.outputs, model.outputs),
@@ -152,7 +152,7 @@ class Config:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """A config.pbtxt as a message of `_model_config`."""
+    """Parse a config.pbtxt to a message of `_model_config`."""
     try:
         with_colons = _LIST.sub(lambda match: match[1] or ": [", text)
         with warnings.catch_warnings():
@@ -165,7 +165,7 @@ def _parsed(text: str, where: str) -> Any:
 def _ports(
     messages: Iterable[Any], side: str, batch: tuple[int, ...], where: str
 ) -> dict[str, Port]:
-    """The inputs or outputs of a config by name.
+    """Return the inputs or outputs of a config by name.
 
     Args:
         messages: The messages of one side.
@@ -190,7 +190,7 @@ _ORDER = (
     "FP16", "FP32", "FP64", "STRING", "BF16",
 )  # fmt: skip
 KINDS = {number: f"TYPE_{name}" for number, name in enumerate(_ORDER)}
-"""Triton's numbers of dtypes."""
+"""Triton's dtype numbers → dtype names."""
 
 # The fields of Triton's ModelConfig that are read here: message → field → type. Their numbers do
 # not matter to text, and protobuf's reader passes over all other fields of a config.
@@ -206,7 +206,7 @@ _MESSAGES: Mapping[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 _LISTS = ("shape", "dims", "input", "output")
-"""The fields that may be there several times."""
+"""The fields that can be repeated."""
 # `instance_group [ { … } ]`, as Triton's own examples have it: protobuf's reader passes over the
 # list of an unknown field only after a colon. Strings and comments stay as they are.
 _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w)\s*\[""", re.S)
@@ -214,7 +214,7 @@ _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w
 
 @cache
 def _model_config() -> type[Message]:
-    """The class of a ModelConfig, made from `_MESSAGES`."""
+    """Return the protobuf class of a ModelConfig, built from `_MESSAGES`."""
     file = FileDescriptorProto(name="model_config", package="lora_fx.triton", syntax="proto3")
     kinds = file.enum_type.add(name="DataType")
     for number, name in KINDS.items():
@@ -238,7 +238,7 @@ def _no_config(where: str, what: str) -> LoraFxError:
 
 
 def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
-    """The config of a loaded model.
+    """Return the config of a loaded model.
 
     The tensors of adapters in a switchable file are optional inputs. Other initialisers that
     could be given as inputs are not listed: they keep their values.
@@ -270,7 +270,7 @@ def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
 
 
 def _adapter_tensors(text: str | None, where: str) -> set[str]:
-    """The names of A and B of a file of mode switch, by its manifest; none of other files."""
+    """Return the names of A and B in a file of mode switch, from its manifest; else none."""
     if text is None or read_manifest(text, where).get("mode") != "switch":
         return set()
     names: set[str] = set()
@@ -280,13 +280,13 @@ def _adapter_tensors(text: str | None, where: str) -> set[str]:
 
 
 def _have_one_dynamic_batch(values: Iterable[ort.NodeArg]) -> bool:
-    """Whether all values have a dimension 0, and a symbol as its size, the same one."""
+    """Whether all values have the same symbol as the size of dimension 0."""
     first_dims = {value.shape[0] if value.shape else None for value in values}
     return len(first_dims) == 1 and isinstance(first_dims.pop(), str)
 
 
 def _port(value: ort.NodeArg, optional: bool) -> Port:
-    """An input or output of a session as the server has it."""
+    """Return an input or output of a session in the server's form."""
     dtype = from_onnx(value.type).replace("bfloat", "bf").replace("float", "fp")
     kind = f"TYPE_{dtype.upper()}"
     if kind not in KINDS.values():

@@ -1,4 +1,4 @@
-"""A bound update as a row of a manifest: all of it but its tensors, and the way back."""
+"""Conversion of a bound update, without tensors, to a row of a manifest and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_fx.text import Json, JsonView
 
 
 def row_of(update: LowRank) -> Json:
-    """All fields of a bound update but its tensors."""
+    """Return all fields of a bound update, without its tensors."""
     assert update.layout is not None
     row = to_json(update, "frozen", "rank", "alpha", "variant", "use", "extra")
     row["layout"] = list(update.layout.to_json().values())  # without names, as 0.1 reads it
@@ -22,7 +22,7 @@ def row_of(update: LowRank) -> Json:
 
 
 def update_of(row: JsonView, values: Mapping[str, Array]) -> LowRank:
-    """The update of a row and its tensors by field."""
+    """Return the update for a row and the update's tensors by field."""
     layout = Layout(*(tuple(axes) for axes in row["layout"]))
     fields = {**row, "layout": layout.to_json()}
     update = from_json(bare(values, row), fields)

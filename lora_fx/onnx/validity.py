@@ -1,4 +1,4 @@
-"""Whose fault it is when an .onnx file makes something fail: the file's, or ours."""
+"""Error messages that tell an invalid .onnx file from other failures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.runtime_log import quiet_options
 
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
-"""Domains of the operators that the runtime has by itself."""
+"""The domains of the operators that the runtime has built in."""
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 def blaming(verb: Verb) -> Verb:
-    """Wrap a verb of .onnx files: where it fails on an invalid file, the error says so.
+    """Wrap a function on .onnx files, so that its errors name an invalid file as the cause.
 
     onnx_ir, the runtime and the passes raise whatever an invalid graph makes them raise. To check
     every file beforehand would cost time for every file, so a file is checked after a failure.
@@ -40,13 +40,13 @@ def blaming(verb: Verb) -> Verb:
 
 
 def _onnx_files(arguments: Iterable[object]) -> list[str]:
-    """Those of a call's arguments that are paths of .onnx files."""
+    """Return the arguments of a call that are paths of .onnx files."""
     paths = [os.fspath(path) for path in arguments if isinstance(path, (str, os.PathLike))]
     return [path for path in paths if path.endswith(".onnx") and os.path.isfile(path)]
 
 
 def _invalid(file: str) -> str:
-    """The fault that onnx's checker or shapes, the runtime or onnx_ir find; empty if none."""
+    """Return the error that onnx's checks, the runtime or onnx_ir find in a file; else empty."""
     import onnx
     import onnx_ir as ir
     import onnxruntime as ort

@@ -1,4 +1,4 @@
-"""Types and shapes of ONNX values: told apart, remembered, and given to other values."""
+"""Types and shapes of ONNX values: comparison, copies, and assignment to other values."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import onnx_ir as ir
 
 Types = Sequence[tuple[ir.Shape | None, ir.TypeProtocol | None]]
-"""The shape and the type of each value that a node gives."""
+"""The shape and the type of each output value of a node."""
 
 
 def types_of(values: Iterable[ir.Value]) -> Types:
-    """Copies of the shapes and types that values have now."""
+    """Return copies of the current shapes and types of values."""
     return [(_copied(value.shape), copy.copy(value.type)) for value in values]
 
 
 def give_types(types: Types, values: Iterable[ir.Value]) -> None:
-    """Let values have types; copies, since the exporter changes them in place."""
+    """Set the types of values to copies, because the exporter changes types in place."""
     for value, (shape, value_type) in zip(values, types, strict=True):
         value.shape = _copied(shape)
         value.type = copy.copy(value_type)
@@ -29,7 +29,7 @@ def _copied(shape: ir.Shape | None) -> ir.Shape | None:
 
 
 def described(argument: Any, order: Mapping[Any, int]) -> Hashable:
-    """A description that is equal for arguments which an operator treats alike.
+    """Return a description that is equal for arguments that an operator treats alike.
 
     Args:
         argument: An argument, or a list or mapping of them.
@@ -51,7 +51,7 @@ def described(argument: Any, order: Mapping[Any, int]) -> Hashable:
 
 
 def _described_value(value: ir.Value) -> Hashable:
-    """Everything of a value but its place."""
+    """Return all properties of a value except its position."""
     shape = None
     if value.shape is not None:
         shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)

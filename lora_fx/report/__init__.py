@@ -1,1 +1,1 @@
-"""The report page: one result of a command as a self-contained HTML file, in pure Python."""
+"""The report page: a command's result as a self-contained HTML file, in pure Python."""

@@ -1,4 +1,4 @@
-"""Charts: losses by step with the kept step marked; bars of rounding losses; bars of a spectrum.
+"""Charts: training losses with the kept step marked, rounding losses, and spectra.
 
 What is worked out here is drawn by templates/charts.html.j2.
 """
@@ -18,14 +18,14 @@ from lora_fx.report.rows import Row
 from lora_fx.text import JsonView, is_number
 
 POINTS = 400
-"""The most points of a drawn line; a longer run is drawn as means of equal spans."""
+"""The most points of a drawn line; a longer run is averaged over equal spans."""
 WIDE = 1000
 HIGH = 300
-"""Units of the drawing."""
+"""The height of a drawing, in its own units."""
 
 
 def training(result: JsonView) -> JsonView | None:
-    """The training curves; None where nothing was trained."""
+    """Return the training curves; None if nothing was trained."""
     losses = result.get("losses")
     validation = result.get("validation")
     if not isinstance(losses, list) or not losses or not isinstance(validation, dict):
@@ -77,7 +77,7 @@ def training(result: JsonView) -> JsonView | None:
 
 
 def _validation_points(validation: JsonView, before: object) -> list[tuple[int, float]]:
-    """(step, validation loss) in the order of the steps; step 0 is before the training."""
+    """Return (step, validation loss) in order; step 0 is before the training."""
     points = []
     for step, loss in validation.items():
         if _finite(loss):
@@ -91,7 +91,7 @@ def _validation_points(validation: JsonView, before: object) -> list[tuple[int, 
 def _training_label(
     losses: Sequence[object], points: Sequence[tuple[int, float]], best: int
 ) -> str:
-    """The curves as text."""
+    """Return a text description of the curves."""
     first = number(losses[0])
     label = f"Training loss from {first} to {number(losses[-1])} in {len(losses)} steps"
     if points:
@@ -100,7 +100,7 @@ def _training_label(
 
 
 def rounding(rows: list[Row]) -> JsonView | None:
-    """Bars of the share of each update that the output's dtype lost; None without any."""
+    """Return bars of each update's share that the output's dtype lost; None without any."""
     losses = []
     for row in rows:
         if row.rounding is not None:
@@ -126,7 +126,7 @@ def rounding(rows: list[Row]) -> JsonView | None:
 
 
 def spark(spectrum: JsonView) -> str:
-    """Singular values of s·b·a as bars from the largest on: an SVG of 22 pixels' height."""
+    """Return singular values of s·b·a as bars, largest first: an SVG of 22 pixels' height."""
     sigma: Sequence[float] = spectrum["sigma"]
     if not sigma:
         return ""
@@ -149,7 +149,7 @@ def spark(spectrum: JsonView) -> str:
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """The means of equal spans of the points, POINTS at most."""
+    """Return the points averaged over equal spans, at most POINTS."""
     size = math.ceil(len(points) / POINTS)
     means = []
     for start in range(0, len(points), max(1, size)):
@@ -161,14 +161,14 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
 
 
 def _line(points: Sequence[tuple[float, float]]) -> str:
-    """The path of a line through points; empty without any."""
+    """Return the SVG path of a line through points; empty without any."""
     if not points:
         return ""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers from below the least value to above the largest.
+    """Return round numbers from below the least value to above the largest.
 
     >>> _ticks([0.31, 0.94])
     [0.2, 0.4, 0.6, 0.8, 1.0]
@@ -185,7 +185,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 
 def _steps(last: int) -> list[int]:
-    """Steps to mark between 0 and the last; only these two if marks would be too close."""
+    """Return steps to mark between 0 and the last; only these two if marks would be too close."""
     step = max(1, round(_round_step(last / 4)))
     marks = [0, *range(step, last + 1, step)]
     if all(following - mark >= step / 2 for mark, following in pairwise(marks)):
@@ -194,7 +194,7 @@ def _steps(last: int) -> list[int]:
 
 
 def _round_step(rough: float) -> float:
-    """The least of 1, 2, 5 and 10 times a power of ten that is no less than a rough step."""
+    """Return the least of 1, 2, 5 and 10 times a power of ten that is at least `rough`."""
     power: float = 10.0 ** math.floor(math.log10(rough))
     return next(power * k for k in (1, 2, 5, 10) if power * k >= rough * (1 - 1e-9))
 

@@ -21,7 +21,7 @@ class Fact(NamedTuple):
 
 
 def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
-    """The numbers of the strip, the most telling first."""
+    """Yield the numbers of the strip, the most important first."""
     if isinstance(result.get("tensors"), int):
         unequal = result["tensors"] - result["equal"]
         yield Fact("Tensors that differ", number(unequal), "", unequal == 0)
@@ -49,7 +49,7 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
 
 
 def _ranks_text(rows: list[Row]) -> str:
-    """The rank of all rows, or the least and largest; empty where no rank is known."""
+    """Return the rank of all rows, or the least and largest; empty if no rank is known."""
     ranks: set[int] = set()
     for row in rows:
         ranks.update(rank for rank in row.rank if isinstance(rank, int))
@@ -61,7 +61,7 @@ def _ranks_text(rows: list[Row]) -> str:
 
 
 def _sizes(result: JsonView) -> Iterator[Fact]:
-    """The numbers of what is trained, adapted and written."""
+    """Yield the numbers of what is trained, adapted and written."""
     trained = result.get("trained")
     frozen = result.get("frozen")
     if isinstance(trained, int) and isinstance(frozen, int):
@@ -82,7 +82,7 @@ def _sizes(result: JsonView) -> Iterator[Fact]:
 
 
 def _decisive(parity: Sequence[JsonView]) -> Fact:
-    """The comparison that the answer hangs on.
+    """Return the comparison that decides the answer.
 
     Of those that failed it is the one that is furthest over its gate. Where all hold it is the
     largest, which is how near the two are: a fold that nearly fills a gate of 1e-6 is not.
@@ -114,7 +114,7 @@ def _over_gate(row: JsonView) -> float:
 
 
 def _training(result: JsonView) -> list[Fact]:
-    """The validation loss of the kept step, against that before the training."""
+    """Return the validation loss of the kept step, compared with the loss before training."""
     validation = result.get("validation")
     if not isinstance(validation, dict) or "losses" not in result:
         return []

@@ -1,4 +1,4 @@
-"""Text for HTML: escaping, and how numbers look. Nothing here trusts a name.
+"""Text for HTML: escaping and number formats. No name is trusted.
 
 Keys and paths come from files. A character that is not seen, or that turns the text round it
 (U+202E), is shown by its code; the rest is escaped.
@@ -16,11 +16,11 @@ from lora_fx.errors import visible
 from lora_fx.text import counted, is_number
 
 THIN = "\u202f"
-"""A narrow space that does not break: between groups of three digits."""
+"""A narrow non-breaking space between groups of three digits."""
 
 
 def broken(key: str) -> Markup:
-    """A key as HTML that a line may break after a dot of, in pieces of a dozen characters.
+    """Return a key as HTML in which a line may break after dots, about every dozen characters.
 
     >>> broken("model.layers.0.self_attn.q_proj.weight")
     Markup('model.layers.<wbr>0.self_attn.<wbr>q_proj.weight')
@@ -30,7 +30,7 @@ def broken(key: str) -> Markup:
 
 
 def number(value: object) -> str:
-    r"""A number in at most four digits; whole numbers in full, and no number as a dash.
+    r"""Return a number in at most four digits; whole numbers in full, a dash for no number.
 
     >>> number(1.23456e-7), number(0.123456), number(12345678), number(None), number(1234.56)
     ('1.23e-07', '0.1235', '12\u202f345\u202f678', '–', '1235')
@@ -53,7 +53,7 @@ def number(value: object) -> str:
 
 
 def percent(value: object) -> str:
-    r"""A share in per cent, three digits; tiny ones in powers of ten, and none as a dash.
+    r"""Return a share in per cent, three digits; a tiny one as a power of ten, None as a dash.
 
     >>> percent(0.0123456), percent(1.0), percent(2e-7), percent(0.99999), percent(None)
     ('1.23\xa0%', '100\xa0%', '2.0e-05\xa0%', '99.99\xa0%', '–')
@@ -68,7 +68,7 @@ def percent(value: object) -> str:
 
 
 def _points(points: float) -> str:
-    """Percentage points in three digits; less than 100 is never shown as 100."""
+    """Return percentage points in three digits; less than 100 is never shown as 100."""
     if points == 0:
         return "0"
     if points < 1e-4:
@@ -83,7 +83,7 @@ def _points(points: float) -> str:
 
 
 def size(count: object) -> str:
-    r"""Bytes as text.
+    r"""Return bytes as text.
 
     >>> size(999), size(12_345_678), size(999_999)
     ('999\xa0B', '12.3\xa0MB', '1\xa0MB')
@@ -101,7 +101,7 @@ def size(count: object) -> str:
 
 
 def shape(dims: Sequence[object]) -> str:
-    """A shape with multiplication signs.
+    """Return a shape with multiplication signs.
 
     >>> shape([768, 3072])
     '768 × 3072'
@@ -112,7 +112,7 @@ def shape(dims: Sequence[object]) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """A count and its word.
+    """Return a count and its word.
 
     >>> plural(1, "target"), plural(2, "target")
     ('1 target', '2 targets')

@@ -1,4 +1,4 @@
-"""The whole page: a string that is one HTML file and loads nothing from outside.
+"""The whole page: one HTML text that loads nothing from outside.
 
 Everything can be read without a script; the script sorts and filters the table. The policy in
 the head lets a browser run that script alone, and fetch nothing.
@@ -29,7 +29,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page(result: JsonView) -> str:
-    """The page of a command's JSON object (docs/json.md).
+    """Return the page of a command's JSON object (docs/json.md).
 
     Args:
         result: With what only a page shows under `page`: `argv`, `when`, `seconds`, `host`,
@@ -66,7 +66,7 @@ def page(result: JsonView) -> str:
 
 @cache
 def _templates() -> Environment:
-    """Jinja's environment: every value is made visible, then escaped, unless it is markup."""
+    """Return Jinja's environment, in which every value is escaped unless it is markup."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -83,7 +83,7 @@ def _templates() -> Environment:
 
 
 def headline(error: str, most: int = 90) -> str:
-    """An error as a heading: all of a short one, else its start without the path before it.
+    """Return an error as a heading: all of a short one, else its start without a leading path.
 
     >>> headline("runs/a.safetensors: its keys fit no parameter; expected layers.0.fc", 40)
     'its keys fit no parameter …'

@@ -1,4 +1,4 @@
-"""One row per target, from whatever a command's result says about it.
+"""One row for each target, with the facts that a command's result has on it.
 
 Commands name their rows differently (`targets`, `tensors`, `extracted`, `truncated`, `updates`,
 `differences`); what the adapter's file says comes from `page.adapters`. Rows of one key are one:
@@ -49,9 +49,9 @@ class Row:
 
 
 def rows_of(result: JsonView) -> list[Row]:
-    """A row for every target of a result, in the model's order.
+    """Return a row for every target of a result, in the model's order.
 
-    That is the graph's for targets; tensors of files and updates of adapters lie by letters.
+    Targets are in the order of the graph; tensors of files and updates of adapters, by name.
     """
     rows: dict[str, Row] = {}
     flops = result.get("flops") or {}
@@ -75,7 +75,7 @@ def rows_of(result: JsonView) -> list[Row]:
 
 
 def _ordered(rows: list[Row]) -> list[Row]:
-    """Rows with layer 2 before layer 10, which files have the other way round; else as they are.
+    """Return rows with layer 2 before layer 10, which files order by text; else unchanged.
 
     >>> [r.key for r in _ordered([Row("h.0.b"), Row("h.10.a"), Row("h.2.b"), Row("h.2.a")])]
     ['h.0.b', 'h.2.b', 'h.2.a', 'h.10.a']
@@ -110,7 +110,7 @@ def _add_target(row: Row, entry: JsonView, total: int) -> None:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A value as a list of one; an empty list for None."""
+    """Return a value as a list of one; an empty list for None."""
     if value is None:
         return []
     return [value]
@@ -143,8 +143,8 @@ def _add_new_rank(row: Row, entry: JsonView) -> None:
 def _add_adapters(rows: dict[str, Row], result: JsonView) -> None:
     """Read the files of the adapters into the rows of their keys.
 
-    That is the row of the same key, else of the same path, else the only one of a nearby path,
-    else a new one.
+    The row of an update is the row of the same key, else of the same path, else the only row of a
+    nearby path, else a new row.
     """
     paths = {key: _path(key) for key in rows}
     keys_by_path = {path: key for key, path in paths.items()}
@@ -176,7 +176,7 @@ def _add_update(row: Row, entry: JsonView, is_first: bool) -> None:
 
 
 def _path(key: str) -> str:
-    """A key without its region and its last word, the dots as underscores, as kohya writes."""
+    """Return a key without region and last word, with underscores for dots, as kohya writes."""
     name = key.partition("[")[0].partition("@")[0].rstrip("~")
     return re.sub(r"[._]+", "_", name.removesuffix(".weight"))
 
@@ -184,7 +184,7 @@ def _path(key: str) -> str:
 def _nearest(
     key: str, keys_by_last_word: dict[str, list[str]], paths: dict[str, str]
 ) -> str | None:
-    """The only key whose path is the end of this one's, or the other way round."""
+    """Return the only key whose path ends with this key's path, or the reverse; else None."""
     path = "_" + _path(key)
     matches = []
     for candidate in keys_by_last_word.get(path.rpartition("_")[2], ()):
@@ -197,7 +197,7 @@ def _nearest(
 
 
 def _entries(rows: dict[str, Row], result: JsonView, name: str) -> Iterator[tuple[Row, JsonView]]:
-    """(row, entry) of a list of the result; verify has a number where merge has the list."""
+    """Yield (row, entry) for a list of the result; verify has a number instead of the list."""
     entries = result.get(name)
     if not isinstance(entries, list):
         return

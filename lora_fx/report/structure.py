@@ -1,4 +1,4 @@
-"""Targets and ranks on the structure of the model: a box per block, a cell per target.
+"""Targets and ranks in the structure of the model: a box for each block, a cell for each target.
 
 The structure is that of the keys: `layers.0.attn.q_proj.weight` is the cell `q` of the block
 `layers.0`. Boxes flow like words, so a page of any width holds them. The colour of a cell is its
@@ -16,16 +16,16 @@ from lora_fx.text import JsonView
 
 SHADES = 5
 MOST = 16
-"""Cells of a block. Above, or with two cells of one name, it is split at the next index."""
+"""The most cells of a block. A larger one, or one with equal names, is split at the next index."""
 WIDTH = 340
-"""The width of the cells of one block, in pixels: a box fits a narrow screen."""
+"""The width of a block's cells in pixels; a box fits a narrow screen."""
 HEIGHT = 42
 _CHARACTER = 8.6
-"""Width of a character of a cell's label at 14 pixels, at most."""
+"""The largest width of a character in a cell's label at 14 pixels."""
 
 
 class Cell(NamedTuple):
-    """A target in its block: its text, its shade (0 to SHADES − 1), and its place."""
+    """A target in its block: its text, its shade (0 to SHADES − 1), and its position."""
 
     label: str
     value: str
@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
 
 def blocks(rows: list[Row]) -> JsonView | None:
-    """The boxes of the model; None where no rank and no size is known, as of a comparison."""
+    """Return the boxes of the model; None if no rank and no size is known, as for a comparison."""
     if not any(row.rank or row.parameters for row in rows):
         return None
     scale = _scale_of(rows)
@@ -57,7 +57,7 @@ def blocks(rows: list[Row]) -> JsonView | None:
 
 
 def grouped(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """(block, its rows), in the order of the rows.
+    """Return (block, its rows), in the order of the rows.
 
     >>> rows = [Row("h.0.fc.weight"), Row("h.1.fc.weight"), Row("head.weight")]
     >>> [block for block, _ in grouped(rows)]
@@ -67,7 +67,7 @@ def grouped(rows: list[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, list[Row]]]:
-    """(block, its rows), of rows with their paths.
+    """Return (block, its rows), for rows with their paths.
 
     A block ends at the first number of a path from word `start` on. One of too many cells, or
     with two of one name, is split again at the next number.
@@ -92,7 +92,7 @@ def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, lis
 
 
 def _end_of_block(path: list[str], start: int) -> int:
-    """The number of words of a path that name its block."""
+    """Return the number of words of a path that name its block."""
     for position, word in enumerate(path[:-1]):
         if position >= start and word.isdigit():
             return position + 1
@@ -106,7 +106,7 @@ def _has_number(words: list[str]) -> bool:
 
 
 def _path(key: str) -> list[str]:
-    """The dotted path of a key without `.weight`; a region stays with its last word."""
+    """Return the dotted path of a key without `.weight`; a region stays with its last word."""
     name, bracket, region = key.partition("[")
     name, at, use = name.partition("@")
     words = name.removesuffix(".weight").split(".")
@@ -114,7 +114,7 @@ def _path(key: str) -> list[str]:
 
 
 def _label(row: Row, block: str) -> str:
-    """The text of a cell: the role, or the path within the block."""
+    """Return the text of a cell: the role, or the path within the block."""
     if row.role and len(row.role) <= 6:
         return row.role
     path_in_block = ".".join(_path(row.key))[len(block) :].lstrip(".")
@@ -126,26 +126,26 @@ def _label(row: Row, block: str) -> str:
 
 
 class _Scale(NamedTuple):
-    """The meaning of the colour of a cell: ranks from `low` to `top`, or numbers of parameters."""
+    """The colour scale of cells: by rank, from `low` to `top`, or by number of parameters."""
 
     by_rank: bool
     low: int
     top: int
 
     def value(self, row: Row) -> int:
-        """The number that a cell's colour shows."""
+        """Return the number that a cell's colour shows."""
         if self.by_rank:
             return sum(row.rank)
         return row.parameters or 0
 
     def shade(self, row: Row) -> int:
-        """The colour of a cell."""
+        """Return the colour of a cell."""
         above = self.value(row) - self.low
         return max(0, round((SHADES - 1) * above / max(1, self.top - self.low)))
 
 
 def _scale_of(rows: list[Row]) -> _Scale:
-    """The scale of ranks, or of numbers of parameters where all ranks are equal."""
+    """Return the scale: ranks, or numbers of parameters if all ranks are equal."""
     ranks = {sum(row.rank) for row in rows if row.rank}
     if len(ranks) > 1:
         return _Scale(by_rank=True, low=min(ranks), top=max(sum(row.rank) for row in rows))
@@ -153,7 +153,7 @@ def _scale_of(rows: list[Row]) -> _Scale:
 
 
 def _box(name: str, rows: list[Row], total: int, scale: _Scale) -> JsonView:
-    """One block as a figure; its label lists every cell as text."""
+    """Return one block as a figure; its label lists every cell as text."""
     x = 0
     y = 0
     widest = 0

@@ -1,4 +1,4 @@
-"""The table of targets: one row each, and only the columns that some row has something in."""
+"""The table of targets: one row each, without columns that are empty in every row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_fx.text import JsonView
 
 
 class Column(NamedTuple):
-    """A heading and its meaning, the cell of a row (empty: nothing known), whether a number."""
+    """A column: heading, its meaning, a function for the cell (empty: unknown), whether numeric."""
 
     head: str
     title: str
@@ -47,7 +47,7 @@ def _columns(command: str) -> list[Column]:
 
 
 class TargetTable(NamedTuple):
-    """The columns in use, of which `left` (from 1, the key's) hold text, and (key, cells) a row."""
+    """The columns in use (`left`: the numbers of text columns), and (key, cells) for each row."""
 
     columns: list[Column]
     rows: list[tuple[str, list[str]]]
@@ -56,7 +56,7 @@ class TargetTable(NamedTuple):
 
 
 def table(result: JsonView, rows: list[Row]) -> TargetTable | None:
-    """The table of the targets; None without rows."""
+    """Return the table of the targets; None without rows."""
     if not rows:
         return None
     norms = [spectrum["norm"] for spectrum in _spectra(rows)]
@@ -90,7 +90,7 @@ def _sum(texts: Iterable[str]) -> str:
 
 
 def _known(value: float | None, show: Callable[[object], str] = percent) -> str:
-    """A number as `show` writes it; empty for None."""
+    """Return a number formatted by `show`; empty for None."""
     if value is None:
         return ""
     return show(value)
@@ -107,7 +107,7 @@ def _sparks(row: Row) -> Markup:
 
 
 def _remarks(row: Row) -> str:
-    """Other remarks of the result on a row, each once; its updates if no adapter has ranks."""
+    """Return other remarks on a row, each once; its updates if no adapter has ranks."""
     texts = list(row.remarks)
     if not row.rank:
         texts.append(row.updates)
@@ -119,7 +119,7 @@ def _norm(spectrum: JsonView) -> str:
 
 
 def _stable_rank(spectrum: JsonView) -> str:
-    """‖ΔW‖²/σ₁²; a dash where ΔW is zero."""
+    """Return ‖ΔW‖²/σ₁²; a dash if ΔW is zero."""
     largest = spectrum["sigma"][0] if spectrum["sigma"] else 0
     if not largest:
         return "–"

@@ -1,4 +1,4 @@
-"""Budgets of adapters, and the ranks that spend them best.
+"""Budgets of adapters, and the best ranks for a budget.
 
 ==============  ==========================================================
 params:N        N elements of all A and B together
@@ -29,15 +29,15 @@ from lora_fx.targets.rank_choice import within_budget
 from lora_fx.targets.target import Target
 
 FULL = 0.98
-"""Share of a budget that has to be used, where ranks allow it."""
+"""The share of a budget that ranks should use, if possible."""
 MOST = 16
-"""At most so many ranks of one target are exchanged at a time."""
+"""The most ranks of one target that are exchanged at a time."""
 FORMS = "for example params:100000, flops:2%, flops:1e9 or uniform:8"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget.
+    """A budget for the ranks of an adapter.
 
     Attributes:
         text: The text that it was read from.
@@ -56,7 +56,7 @@ class Budget:
 
     @classmethod
     def of(cls, text: str) -> Budget:
-        """A budget from its text.
+        """Parse a budget.
 
         >>> Budget.of("flops:2%").kind, Budget.of("uniform:8").number
         ('flops%', 8.0)
@@ -75,7 +75,7 @@ class Budget:
         return cls(text, "flops%" if percent else kind, value)
 
     def cost(self, target: Target, use: str) -> int:
-        """The cost of one rank: elements of a and b, or FLOPs of the uses that an update has."""
+        """Return the cost of one rank: elements of a and b, or FLOPs of the update's uses."""
         layout = target.layout
         if self.unit == "params":
             return layout.parameters(1)
@@ -85,7 +85,7 @@ class Budget:
         return max(round(flops * ratio), lookup)
 
     def limit(self, found: Found, costs: Mapping[str, int], most: Mapping[str, int]) -> int:
-        """The budget in its unit.
+        """Return the budget in its unit.
 
         Args:
             found: The model, for a share of its FLOPs.
@@ -114,7 +114,7 @@ class Budget:
 def allocate(
     gains: Mapping[str, Array | None], costs: Mapping[str, int], most: Mapping[str, int], limit: int
 ) -> dict[str, int]:
-    """Ranks that cost at most `limit`, by gain per cost.
+    """Return ranks that cost at most `limit`, chosen by gain per cost.
 
     Args:
         gains: The worth of each rank, by key; None where that is not known: such a target gets
@@ -150,12 +150,12 @@ def allocate(
 
 
 def _total(ranks: Mapping[str, int], costs: Mapping[str, int]) -> int:
-    """The cost of some ranks."""
+    """Return the total cost of the ranks."""
     return sum(costs[key] * rank for key, rank in ranks.items())
 
 
 class _Exchange(NamedTuple):
-    """Some ranks of one target for some of another.
+    """An exchange of ranks of one target for ranks of another.
 
     Attributes:
         fills: Whether FULL of the limit is used after it.
@@ -177,7 +177,7 @@ class _Exchange(NamedTuple):
 def _fill(
     ranks: dict[str, int], spectra: Mapping[str, Array], costs: Mapping[str, int], limit: int
 ) -> None:
-    """Exchange a few ranks of one target for some of another until FULL of the limit is used."""
+    """Exchange ranks of one target for ranks of another until FULL of the limit is used."""
     while _total(ranks, costs) < FULL * limit:
         best: _Exchange | None = None
         for exchange in _exchanges(ranks, spectra, costs, limit):
@@ -192,7 +192,7 @@ def _fill(
 def _exchanges(
     ranks: Mapping[str, int], spectra: Mapping[str, Array], costs: Mapping[str, int], limit: int
 ) -> Iterator[_Exchange]:
-    """Every exchange of ranks that uses more of the limit."""
+    """Yield every exchange of ranks that uses more of the limit."""
     unused = limit - _total(ranks, costs)
     for giver, removed in _givable(ranks):
         freed = removed * costs[giver]
@@ -210,7 +210,7 @@ def _exchanges(
 
 
 def _givable(ranks: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Every target, with each number of ranks that it may give up at a time."""
+    """Yield every target with each number of ranks that it can lose at a time."""
     for key, rank in ranks.items():
         for count in range(1, min(rank, MOST) + 1):
             yield key, count

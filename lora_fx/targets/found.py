@@ -1,4 +1,4 @@
-"""The result of find: the targets of a model, its refusals, and parameters out of reach."""
+"""The result of find: a model's targets, its refusals, and parameters that no matmul uses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Found:
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Target:
-        """The target of a key, of one of its aliases, of a region within it, or of one use."""
+        """Return the target of a key, of an alias, of a region within a target, or of one use."""
         target = self.get(key)
         if target is None:
             raise LoraFxError(f"{key!r} is not a target of the model", near(key, self.by_key))
@@ -61,7 +61,7 @@ class Found:
         return iter(self.by_key)
 
     def get(self, key: str) -> Target | None:
-        """The target of a key, as by indexing; None where there is none.
+        """Return the target of a key, as by indexing; None if there is none.
 
         Keys are our own language of regions and uses. What a foreign name means is looked up before
         it becomes a key, by the rules of `lora_fx.targets.names`.
@@ -85,7 +85,7 @@ class Found:
 
     @cached_property  # asked for every key of a plan and an adapter
     def by_key(self) -> Mapping[str, Target]:
-        """Targets by key, and by alias where the key is a whole parameter; optional ones too."""
+        """Targets by key, and by alias for whole parameters; optional targets included."""
         by_alias: dict[str, Target] = {}
         by_own_key: dict[str, Target] = {}
         for target in (*self.targets, *self.optional):
@@ -96,7 +96,7 @@ class Found:
 
     @property
     def flops(self) -> dict[str, int]:
-        """FLOPs of one forward that targets reach, that no branch does, and between activations."""
+        """FLOPs of one forward: of targets, refused and unreached weights, and pure activations."""
         return {
             "reached": sum(target.flops for target in self.targets),
             "refused": sum(refusal.flops for refusal in self.refusals),
@@ -106,13 +106,13 @@ class Found:
 
     @property
     def weight_flops(self) -> int:
-        """FLOPs of one forward of all products of weights, whether a branch can reach them."""
+        """FLOPs of one forward in all products of weights, including refused and unreached ones."""
         flops = self.flops
         return flops["reached"] + flops["refused"] + flops["unreached"]
 
     @property
     def reached_share(self) -> float:
-        """Share of the weight FLOPs that targets reach; 1 where no weight matmul costs any."""
+        """The share of the weight FLOPs that targets reach; 1 if no weight matmul costs any."""
         total = self.weight_flops
         if total:
             return self.flops["reached"] / total
@@ -120,7 +120,7 @@ class Found:
         return 0.0 if has_unknown_product else 1.0
 
     def to_json(self) -> Json:
-        """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
+        """Return targets, refusals, unreached, pinned and FLOPs, as in docs/json.md."""
         names = ("targets", "refusals", "unreached", "pinned", "ranges")
         rows: Json = {name: [row.to_json() for row in getattr(self, name)] for name in names}
         rows["flops"] = self.flops
@@ -128,7 +128,7 @@ class Found:
         return {**rows, "reached_share": round(self.reached_share, 6)}
 
     def __repr__(self) -> str:
-        """The targets and their shapes, and how much cannot be adapted."""
+        """The targets and their shapes, and the count of what cannot be adapted."""
         shapes = [f"{target.key} {list(target.parameter.shape)}" for target in self.targets]
         refusals = counted(len(self.refusals), "refusal")
         return f"Found({some(shapes) or 'no target'}; {refusals})"
@@ -178,7 +178,7 @@ class Found:
         return "\n".join(map(visible, lines))  # a name from a file may have line breaks
 
     def _reach(self) -> str:
-        """A line on how many of the FLOPs the targets reach."""
+        """Return a line on the share of the FLOPs that the targets reach."""
         count = len(self.targets)
         targets = "1 target reaches" if count == 1 else f"{count} targets reach"
         total = max(1, self.weight_flops)
@@ -190,7 +190,7 @@ class Found:
         )
 
     def _refusal_lines(self) -> list[str]:
-        """Lines on refusals: one for all that take branches, and one for each reason of others."""
+        """Lines on refusals: one for weights with branches, then one for each other reason."""
         lines = []
         only_branches = []
         refused = []
@@ -214,7 +214,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A use of a parameter that cannot be adapted, and why; `verbs` refuse it even by its name."""
+    """A use of a parameter that cannot be adapted; `verbs` refuse it even if it is named."""
 
     key: str
     op: str
@@ -235,11 +235,11 @@ class Unreached:
     shape: tuple[int, ...]
     reason: str
     flops: int = 0
-    """FLOPs of the products of what is gathered from it."""
+    """FLOPs of the products with rows that are gathered from the parameter."""
 
     @property
     def said(self) -> str:
-        """The reason, with what it costs."""
+        """The reason, and the FLOPs if there are any."""
         if not self.flops:
             return self.reason
         return f"{self.reason}; {human(self.flops)} FLOPs are products with gathered rows"

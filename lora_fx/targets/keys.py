@@ -1,4 +1,4 @@
-"""Keys of targets: a tensor, a region of it, and one of its uses.
+"""Keys of targets: a tensor, a region of a tensor, and one of its uses.
 
 Which uses of a tied, shared or repeated tensor an update reaches.
 
@@ -22,7 +22,7 @@ from lora_fx.ir.view import Region
 
 
 def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
-    """`NAME`, or `NAME[a:b, c:d]` for a region: stored axes, half-open, full tail left out.
+    """Return `NAME`, or `NAME[a:b, c:d]` for a region: stored axes, half-open, no full tail.
 
     >>> make_key("w", ((0, 4), (0, 6)), (4, 6)), make_key("w", ((1, 4), (0, 6)), (4, 6))
     ('w', 'w[1:4]')
@@ -46,12 +46,12 @@ def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
 
 
 def _is_full(bounds: tuple[int, int], size: int) -> bool:
-    """True for the bounds of a whole axis."""
+    """Whether the bounds cover a whole axis."""
     return bounds == (0, size)
 
 
 def split_key(key: str, shape: tuple[int, ...]) -> tuple[str, Region]:
-    """The parameter's name and the region of a key, given the stored shape.
+    """Return a key's parameter name and its region, given the stored shape.
 
     >>> split_key("w[:, 2:6]", (4, 6))
     ('w', ((0, 4), (2, 6)))
@@ -70,7 +70,7 @@ def split_key(key: str, shape: tuple[int, ...]) -> tuple[str, Region]:
 
 
 def base_name(key: str) -> str:
-    """The parameter's name of a key.
+    """Return the parameter's name of a key.
 
     A name for which this is another one (`a[0]`, `u@v`) is no key: it means a part, or a use.
 
@@ -81,7 +81,7 @@ def base_name(key: str) -> str:
 
 
 def split_region(key: str) -> tuple[str, str]:
-    """The key without its region, and that region's text, brackets included.
+    """Return the key without its region, and the region's text with its brackets.
 
     >>> split_region("a[0].weight[1:4]"), split_region("a[0].weight")
     (('a[0].weight', '[1:4]'), ('a[0].weight', ''))
@@ -93,7 +93,7 @@ def split_region(key: str) -> tuple[str, str]:
 
 
 def split_use(key: str) -> tuple[str, str]:
-    """(key without its use, use); the use is empty if the key means all uses.
+    """Return (key without its use, use); the use is empty if the key means all uses.
 
     >>> split_use("w@call:1[2:4]"), split_use("w[2:4]")
     (('w[2:4]', 'call:1'), ('w[2:4]', ''))
@@ -104,7 +104,7 @@ def split_use(key: str) -> tuple[str, str]:
 
 
 def applies(use: str, site: Site) -> bool:
-    """True when an update with this `use` reaches a site of its target."""
+    """Whether an update with this `use` reaches a site of its target."""
     if not use or use.startswith("call:"):  # a call is in the key, and its target has no other site
         return True
     if use.startswith("op:"):
@@ -113,6 +113,6 @@ def applies(use: str, site: Site) -> bool:
 
 
 def own_use(key: str) -> str:
-    """`LowRank.use` of a key: its use, but empty for a call, which only the key identifies."""
+    """Return `LowRank.use` of a key: its use, but empty for a call, which only the key keeps."""
     _, use = split_use(key)
     return "" if use.startswith("call:") else use

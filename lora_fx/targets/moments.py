@@ -1,4 +1,4 @@
-"""Statistics of a calibration pass at each target, and the sums of its batches.
+"""Statistics of a calibration pass for each target, and their sums over batches.
 
 x are the rows that a target's uses read, dy = ∂L/∂y the gradients at what they make, one row a
 position: a token, a pixel with its kernel window, an id. Sums run over all batches in fp64. L is
@@ -20,7 +20,7 @@ STATISTICS = ("inputs", "power", "outputs", "gradient")
 
 
 WIDE = 16384
-"""A side that is longer has no second moment here: in fp64 it would take 2 GB."""
+"""The longest side with a second moment: a longer side would take more than 2 GB in fp64."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Calibration:
 
 @dataclass
 class Sums:
-    """The running sums of one target; a statistic that a use does not have is not there."""
+    """The running sums of one target; a statistic that no use has is missing."""
 
     total: dict[str, Array] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
@@ -77,14 +77,14 @@ class Sums:
         self.rows[name] = self.rows.get(name, 0) + rows
 
     def mean(self, name: str) -> Array | None:
-        """The mean of a statistic over rows; None where no use has it."""
+        """Return the mean of a statistic over rows; None if no use has it."""
         value = self.total.get(name)
         if value is None:
             return None
         return np.asarray(value / max(1, self.rows[name]))
 
     def moments(self, examples: int) -> Moments:
-        """Means of what was added: of second moments over rows, of gradients over examples."""
+        """Return the means: second moments over rows, gradients over examples."""
         gradient = self.total.get("gradient")
         if gradient is not None:
             gradient = np.asarray(gradient / examples)

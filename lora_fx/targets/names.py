@@ -1,4 +1,4 @@
-"""Find the tensors that a foreign name may mean: all spelling rules, in their order.
+"""The tensors that a foreign name may mean: all spelling rules, in their order.
 
 Two tools rarely call a tensor alike. A `NameRule` says how a tensor may be spelt and how a foreign
 name may be read; where a reading is a spelling, the name may mean the tensor. `Names` asks its
@@ -34,13 +34,13 @@ from dataclasses import dataclass
 
 
 def as_it_is(name: str) -> tuple[str]:
-    """The name itself."""
+    """Return the name itself."""
     return (name,)
 
 
 @dataclass(frozen=True)
 class NameRule:
-    """One rule by which a foreign name may mean a tensor: a reading is a spelling of the tensor.
+    """A rule that matches names: a foreign name matches a tensor if a reading is a spelling.
 
     Attributes:
         spellings: Name of a tensor → what may stand for it.
@@ -58,7 +58,7 @@ def also_called(
     other_names: Mapping[str, Iterable[Hashable]],
     readings: Callable[[str], Iterable[Hashable]] = as_it_is,
 ) -> NameRule:
-    """Tensors go by other names too.
+    """Return a rule by which tensors have other names too.
 
     Args:
         other_names: Name of a tensor → its other names.
@@ -68,7 +68,7 @@ def also_called(
 
 
 class Names:
-    """The names of a model's tensors, looked up by rules in their order."""
+    """The names of a model's tensors, found by the rules in order."""
 
     def __init__(self, names: Iterable[str], *rules: NameRule) -> None:
         self._names = tuple(dict.fromkeys(names))
@@ -82,11 +82,11 @@ class Names:
         return index
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the tensors, each once."""
+        """Yield the names of the tensors, each once."""
         return iter(self._names)
 
     def find(self, name: str) -> tuple[str, ...]:
-        """The tensors that a foreign name may mean, by the first rule that knows any."""
+        """Return the tensors that a foreign name may mean, by the first rule that finds any."""
         for rule, index in self._indices:
             hits: dict[str, None] = {}
             for reading in rule.readings(name):
@@ -97,7 +97,7 @@ class Names:
 
 
 def tails(name: str) -> list[str]:
-    """A name, and its ends after each dot.
+    """Return a name, and its ends after each dot.
 
     >>> tails("h.0.fc")
     ['h.0.fc', '0.fc', 'fc']
@@ -106,7 +106,7 @@ def tails(name: str) -> list[str]:
 
 
 def _longer_or_shorter(name: str, *, known: bool) -> Iterator[Hashable]:
-    """What a whole name and the ends of another meet by: its text, and whether it is the known's.
+    """Yield (text, side) keys that match only if one name is the end of the other, or equal.
 
     An end never meets an end: `a.fc` is no `b.fc`.
     """
@@ -119,4 +119,4 @@ ENDS = NameRule(
     spellings=lambda name: _longer_or_shorter(name, known=True),
     readings=lambda name: _longer_or_shorter(name, known=False),
 )
-"""One of the two names is the other's end from a dot on, or they are equal."""
+"""The rule that one of the two names ends with the other after a dot, or they are equal."""

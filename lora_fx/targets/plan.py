@@ -1,4 +1,4 @@
-"""The Plan that options ask for: target → rank; and which targets are taken by default."""
+"""The Plan that options request (target → rank), and the targets of the default plan."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lora_fx.targets.target import Target, check_disjoint
 from lora_fx.text import JsonView, is_whole, near, short
 
 HEAD_ROWS = 1000
-"""A smaller table is not a vocabulary: a small classifier is adapted like any other layer."""
+"""The least rows of a vocabulary: a head with fewer is adapted like any other layer."""
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
-    """The targets with `default` set, and `why_not` where it is not.
+    """Return the targets with `default` set, or `why_not` for those left out.
 
     Every weight matmul except output heads, embeddings and expert routers; convolutions when
     they carry most of the weight FLOPs.
@@ -43,7 +43,7 @@ def _is_convolution(target: Target) -> bool:
 
 
 def _why_not(target: Target, with_convolutions: bool) -> str:
-    """Why the default plan leaves a target out; empty if it includes the target."""
+    """Return why the default plan leaves a target out; empty if it includes the target."""
     if target.role == "embedding":
         return "embedding"
     longer_side = max(target.layout.out_size, target.layout.in_size)
@@ -94,7 +94,7 @@ def make_plan(
     also_train: str | Sequence[str] | None = None,
     ranks: GivenRanks | None = None,
 ) -> Plan:
-    """The Plan that the options ask for.
+    """Return the Plan that the options request.
 
     Args:
         found: The model's targets.
@@ -171,7 +171,7 @@ def make_plan(
 
 
 def _by_target_key(ranks: JsonView, found: Found, where: str) -> JsonView:
-    """The rows of a plan under the keys of the model; raises LoraFxError for one that it lacks."""
+    """Return the rows of a plan by the model's keys; raise LoraFxError for a key that it lacks."""
     for key in ranks:
         if found.get(key) is None:
             hint = near(key, target_names(found))
@@ -182,7 +182,7 @@ def _by_target_key(ranks: JsonView, found: Found, where: str) -> JsonView:
 def _included(
     found: Found, include: str | Sequence[str] | None, ranks: JsonView | None
 ) -> list[str]:
-    """The keys that a plan or `include` names, or those that are taken by default."""
+    """Return the keys that a plan or `include` names, or the keys of the default plan."""
     if ranks is not None:
         return list(ranks)
     if include is not None:
@@ -195,14 +195,14 @@ def _included(
 
 
 def _default_keys(target: Target) -> tuple[str, ...]:
-    """Keys of the uses of a target that the default plan takes: a lookup has no matmul."""
+    """Return keys for the uses of a target in the default plan: lookups are left out."""
     if not target.tied:
         return target.keys_of(target.sites)
     return target.keys_of([site for site in target.sites if site.op != "embedding"])
 
 
 def _without_excluded(keys: Sequence[str], exclude: str | Sequence[str], found: Found) -> list[str]:
-    """The keys without what is excluded: of some, other parts or other uses are left."""
+    """Return the keys without excluded ones; a part or use that is left gets its own key."""
     excluded = select(found, exclude)
     result: list[str] = []
     for key in keys:
@@ -211,7 +211,7 @@ def _without_excluded(keys: Sequence[str], exclude: str | Sequence[str], found: 
 
 
 def _remainder(target: Target, excluded: Sequence[str], found: Found) -> Sequence[str]:
-    """Keys of what is left of a target: its other parts, or its other uses."""
+    """Return keys for the remainder of a target: its other parts, or its other uses."""
     parts = [part for _, part in target.parts if part not in excluded]
     if len(parts) < len(target.parts):
         return parts
@@ -228,7 +228,7 @@ def _remainder(target: Target, excluded: Sequence[str], found: Found) -> Sequenc
 
 
 def _check_some_target_holds(rank: int, targets: Mapping[str, Target]) -> None:
-    """Raise where no target can have a rank."""
+    """Raise if the rank is too large for every target."""
     limits = {key: target.layout.max_rank for key, target in targets.items()}
     key = max(limits, key=lambda key: limits[key])
     if rank > limits[key]:
@@ -240,7 +240,7 @@ def _check_some_target_holds(rank: int, targets: Mapping[str, Target]) -> None:
 
 
 def _alpha(key: str, rank: int, alpha: float | None) -> float:
-    """The alpha of a key; raises LoraFxError for one that is not finite."""
+    """Return the alpha of a key; raise LoraFxError if it is not finite."""
     if alpha is None:
         alpha = default_alpha(rank)
     alpha = float(alpha)
@@ -250,5 +250,5 @@ def _alpha(key: str, rank: int, alpha: float | None) -> float:
 
 
 def default_alpha(rank: int) -> float:
-    """The default alpha, 2·rank; it is defined only here."""
+    """Return the default alpha, 2·rank; it is defined only here."""
     return 2.0 * rank

@@ -1,4 +1,4 @@
-"""The common prefix by which an adapter's names differ from a model's names.
+"""The common prefix in which an adapter's names differ from a model's names.
 
 A model that was saved by its inner class lacks the outer's prefix (`bert.`), a component of a
 pipeline its own (`unet.`), and the reverse.
@@ -15,7 +15,7 @@ from lora_fx.targets.names import ENDS, Names
 
 @dataclass(frozen=True)
 class Prefix:
-    """The prefix that foreign names have before the model's names, or lack.
+    """A prefix that foreign names have in addition, or lack.
 
     Attributes:
         more: What foreign names begin with, and the model's do not.
@@ -26,22 +26,22 @@ class Prefix:
     less: str = ""
 
     def __bool__(self) -> bool:
-        """True where the two differ."""
+        """Whether the two differ."""
         return bool(self.more or self.less)
 
     def changed(self, name: str) -> str:
-        """A foreign name as the model would have it."""
+        """Return a foreign name in the model's form."""
         return self.less + name.removeprefix(self.more)
 
     def back(self, name: str) -> str:
-        """A name of the model as the foreign ones have it."""
+        """Return a model's name in the foreign form."""
         return self.more + name.removeprefix(self.less)
 
 
 def common_prefix(foreign: Iterable[str], known: Iterable[str]) -> Prefix:
-    """The prefix that turns the most foreign names into known ones.
+    """Return the prefix that turns the most foreign names into known ones.
 
-    There is none where a name is known as it is, or where two prefixes explain as many names.
+    The prefix is empty if a name is known unchanged, or if two prefixes explain equally many names.
     """
     counts = Counter(foreign)
     known = frozenset(known)

@@ -1,4 +1,4 @@
-"""Choose the ranks that are worth their elements: greedy on σ²/cost over all targets.
+"""The choice of ranks by σ² per cost: greedy over all targets.
 
 σ² fall within a target and its ranks cost the same, so the order never takes a rank before the
 one above it. The choice is the best one where the goal falls on a step of the order.
@@ -14,7 +14,7 @@ from lora_fx.dtypes import Array
 
 
 def gains(s: Array) -> Array:
-    """σ² by rank, summed over the batch, without those that are rounding alone.
+    """Return σ² by rank, summed over the batch, without values that are only rounding.
 
     `s` are singular values, [*batch, k].
     """
@@ -25,7 +25,7 @@ def gains(s: Array) -> Array:
 
 
 def _steps(spectra: Mapping[str, Array], costs: Mapping[str, int]) -> list[tuple[str, float]]:
-    """Pairs (key, σ²) in the order in which ranks are taken, within a key from the first on."""
+    """Return pairs (key, σ²) in the order of choice, largest σ² per cost first."""
     steps: list[tuple[str, float]] = []
     for key, squares in spectra.items():
         steps += [(key, float(square)) for square in squares]
@@ -35,7 +35,7 @@ def _steps(spectra: Mapping[str, Array], costs: Mapping[str, int]) -> list[tuple
 def within_budget(
     spectra: Mapping[str, Array], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Ranks of at most `budget` elements; one that does not fit is passed over."""
+    """Return ranks with at most `budget` elements; a rank that does not fit is skipped."""
     ranks = dict.fromkeys(spectra, 0)
     for key, _ in _steps(spectra, costs):
         if costs[key] <= budget:
@@ -47,7 +47,7 @@ def within_budget(
 def within_loss(
     spectra: Mapping[str, Array], costs: Mapping[str, int], allowed: float
 ) -> dict[str, int]:
-    """The first ranks in order that leave out at most `allowed` of Σ σ², without useless ones."""
+    """Return the fewest steps in order whose loss is at most `allowed` of Σ σ², as ranks."""
     steps = _steps(spectra, costs)
     squares = np.array([square for _, square in steps])
     # losses[t] is Σ σ² without the first t steps.

@@ -1,4 +1,4 @@
-"""The worth of one more rank of a target, by four methods, from statistics of a calibration pass.
+"""The gain of one more rank of a target, by four methods, from a calibration's statistics.
 
 A method says what one more rank of a target is worth: gains by rank, none larger than the one
 before it. `lora_fx.targets.budget` spends a budget on them, the largest gain per cost first.
@@ -38,7 +38,7 @@ Gains = Callable[[TargetStatistics], Array | None]
 
 
 class Method(NamedTuple):
-    """One way to decide which target deserves which rank.
+    """A method to distribute ranks over targets.
 
     Attributes:
         wanted: The names in STATISTICS that it reads.
@@ -51,7 +51,7 @@ class Method(NamedTuple):
 
 
 def eva(statistics: TargetStatistics) -> Array | None:
-    """The share of E[x xᵀ] that each direction explains, [max_rank].
+    """Return the share of E[x xᵀ] that each direction explains, [max_rank].
 
         gain_j = λ_j / Σλ,    λ of E[x xᵀ]
 
@@ -74,7 +74,7 @@ def eva(statistics: TargetStatistics) -> Array | None:
 
 
 def importance(statistics: TargetStatistics) -> Array | None:
-    """Mean |W ∘ ∂L/∂W|, shared out as 1/j over the ranks, [max_rank].
+    """Return mean |W ∘ ∂L/∂W|, distributed as 1/j over the ranks, [max_rank].
 
         I = mean |W ∘ ∂L/∂W|        gain_j = I/j,    j = 1 …
 
@@ -91,7 +91,7 @@ def importance(statistics: TargetStatistics) -> Array | None:
 
 
 def kfac(statistics: TargetStatistics) -> Array | None:
-    """The Fisher information along each direction of the output, [max_rank].
+    """Return the Fisher information along each direction of the output, [max_rank].
 
         gain_j = T · λ_j(E[dy dyᵀ]) · tr E[x xᵀ],    λ_1 ≥ λ_2 ≥ …
 
@@ -111,7 +111,7 @@ def kfac(statistics: TargetStatistics) -> Array | None:
 
 
 def uniform(statistics: TargetStatistics) -> Array | None:
-    """Gains that make the j-th rank of every target worth the same, per cost, [max_rank].
+    """Return gains with which the j-th rank of every target is worth the same per cost.
 
         gain_j = cost/j,    j = 1 …
 

@@ -1,4 +1,4 @@
-"""A plan as a file: which rank every target gets, in JSON that people read and edit.
+"""A plan file: the rank of every target, in JSON that people read and edit.
 
     {"format": "lora-fx plan", "version": 1, "model": …, "method": …, "budget": …, "unit": …,
      "limit": …, "used": …, "examples": …, "targets": {KEY: {"rank": 3, "alpha": 6}, …}}
@@ -30,7 +30,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Ranked:
-    """One target: its rank and alpha, and what one rank costs."""
+    """A target's rank and alpha, and the cost of one rank."""
 
     key: str
     rank: int
@@ -40,7 +40,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks under a budget.
+    """Ranks that were chosen for a budget.
 
     Attributes:
         rows: One for each target, with rank 0 where it is left out.
@@ -69,7 +69,7 @@ class RankPlan:
 
     @property
     def ranks(self) -> dict[str, Json]:
-        """Key → rank and alpha, as insert takes a plan."""
+        """Key → rank and alpha, in the form of a plan for insert."""
         return {row.key: {"rank": row.rank, "alpha": row.alpha} for row in self.rows if row.rank}
 
     def to_json(self) -> Json:
@@ -92,7 +92,7 @@ class RankPlan:
         }
 
     def text(self) -> str:
-        """The file's text, a target a line."""
+        """Return the file's text, one line for each target."""
         fields = self.to_json()
         targets = fields.pop("targets")
         field_lines = [f"  {json.dumps(name)}: {json.dumps(fields[name])}," for name in fields]
@@ -101,7 +101,7 @@ class RankPlan:
         return "\n".join(lines)
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Write the file, all of it or nothing."""
+        """Write the file atomically."""
         from lora_fx.files.atomic import replacing
 
         with replacing(fspath(path), force=force) as temporary:
@@ -124,11 +124,11 @@ class RankPlan:
 
 
 GivenRanks = RankPlan | str | PathLike[str] | JsonView
-"""A plan as insert takes it: key → rank or {rank, alpha}, or a file of it."""
+"""A plan for insert: key → rank or {rank, alpha}, or the path of a plan file."""
 
 
 def given_ranks(plan: GivenRanks | None) -> tuple[JsonView | None, str]:
-    """Read what insert takes as plan.
+    """Read the plan that was given to insert.
 
     Returns:
         Key → rank or {rank, alpha}, or None for no plan; and how errors call the plan.
@@ -152,7 +152,7 @@ OWN_PLAN = "for example {'fc.weight': 8}, or {'fc.weight': {'rank': 8, 'alpha': 
 
 
 def _row_of(key: str, value: object) -> Json:
-    """The rank and the alpha of a key in a Python plan; numpy's numbers are accepted.
+    """Return the rank and alpha of a key in a Python plan; numpy numbers are accepted.
 
     Raises:
         LoraFxError: The rank is not a whole number, or alpha is not a number.
@@ -183,14 +183,14 @@ def _row_of(key: str, value: object) -> Json:
 
 
 def _shown(value: object) -> str:
-    """A short value as Python writes it; for other values the name of the class."""
+    """Return a short value as Python writes it; for other values the name of the class."""
     if value is None or isinstance(value, (str, int, float)):
         return repr(value)
     return f"of type {type(value).__name__}"
 
 
 def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
-    """Key → rank and alpha of a plan file; targets of rank 0 are left out.
+    """Return key → rank and alpha of a plan file, without targets of rank 0.
 
     Raises:
         LoraFxError: No such file, not JSON, or a field or value that a plan does not have.
@@ -213,7 +213,7 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
 
 
 def _check_fields(data: JsonView, where: str) -> None:
-    """Raise for a field that no plan has, a value of another type, or a file of a later version."""
+    """Raise for an unknown field, a value of another type, or a file of a later version."""
     for name, value in data.items():
         if name not in FIELDS:
             raise LoraFxError(f"{where}: unknown field {name!r} in the plan", near(name, FIELDS))
@@ -228,7 +228,7 @@ def _check_fields(data: JsonView, where: str) -> None:
 
 
 def _entry(where: str, key: str, value: object) -> Json:
-    """The rank and the alpha of a key of a plan file; raises LoraFxError for anything else."""
+    """Return the rank and alpha of a key in a plan file; raise LoraFxError for anything else."""
 
     def wrong(what: str) -> LoraFxError:
         return LoraFxError(f"{where}: {what}", "correct the file")

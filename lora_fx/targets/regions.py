@@ -15,7 +15,7 @@ from lora_fx.ir.view import Region
 
 
 def overlap(region: Region, other: Region) -> bool:
-    """True when two regions of one tensor share an element."""
+    """Whether two regions of one tensor share an element."""
     for (first, end), (other_first, other_end) in zip(region, other, strict=True):
         if first >= other_end or other_first >= end:
             return False
@@ -23,7 +23,7 @@ def overlap(region: Region, other: Region) -> bool:
 
 
 def contains(outer: Region, inner: Region) -> bool:
-    """True when a region lies within another."""
+    """Whether a region lies within another."""
     for (outer_first, outer_end), (first, end) in zip(outer, inner, strict=True):
         if first < outer_first or end > outer_end:
             return False
@@ -31,7 +31,7 @@ def contains(outer: Region, inner: Region) -> bool:
 
 
 def relative(inner: Region, outer: Region) -> Region:
-    """The bounds of a region within another."""
+    """Return the bounds of a region relative to another region."""
     pairs = zip(inner, outer, strict=True)
     return tuple((first - start, end - start) for (first, end), (start, _) in pairs)
 
@@ -39,7 +39,7 @@ def relative(inner: Region, outer: Region) -> Region:
 def widen(
     e: Ops[V], whole: Layout, narrow: Layout, start: tuple[int, ...], a: V, b: V, rank: int
 ) -> tuple[V, V]:
-    """Factors of a part with zeros around them, as factors of the whole.
+    """Return the factors of a part padded with zeros to factors of the whole.
 
     Args:
         whole: Layout of the whole target.
@@ -52,7 +52,7 @@ def widen(
     lead = len(whole.batch)
 
     def spread(x: V, side: tuple[int, ...], *, rank_first: bool) -> V:
-        """One factor; `side` are the axes of out or in."""
+        """Pad one factor; `side` are the axes of out or in."""
         axes = (*whole.batch, *side)
         if all(whole.shape[axis] == narrow.shape[axis] for axis in axes):
             return x

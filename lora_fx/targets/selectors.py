@@ -1,4 +1,4 @@
-"""Selectors: how users name targets. The API's list is the CLI's comma list.
+"""Selectors: the syntax by which users name targets, in the API and on the command line.
 
 =============  ====================================================================
 GLOB           a dotted suffix of the key without `.weight`: q_proj, *.fc1, layers.[0-3].*
@@ -34,7 +34,7 @@ ROLES = ("q", "k", "v", "o", "gate", "up", "down", "head", "embedding", "router"
 
 
 def split(selectors: str | Sequence[str]) -> list[str]:
-    """A comma list or a list of them as single selectors; regexes keep their commas."""
+    """Split a comma list, or a list of them, into selectors; regexes keep their commas."""
     texts = [selectors] if isinstance(selectors, str) else list(selectors)
     result: list[str] = []
     for text in texts:
@@ -47,7 +47,7 @@ def split(selectors: str | Sequence[str]) -> list[str]:
 
 
 def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
-    """Keys of what any selector names, in definition order: targets, their parts and uses."""
+    """Return the keys that any selector matches, in order: targets, parts and uses."""
     regexes.begin("selectors")
     sites_by_target: dict[str, list[Site]] = {}  # the uses that are named, for one update of them
     keys_within: dict[str, None] = {}  # parts and uses, for an update each
@@ -74,7 +74,7 @@ def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
 
 
 def _named_sites(targets: Iterable[Target], text: str) -> dict[str, Sequence[Site]]:
-    """Key of each target that one selector names → its uses that are meant."""
+    """Return the key of each target that one selector matches → the matched uses."""
     sites_by_key = {}
     for target in targets:
         sites = _match(target, text)
@@ -84,7 +84,7 @@ def _named_sites(targets: Iterable[Target], text: str) -> dict[str, Sequence[Sit
 
 
 def _named_within(targets: Iterable[Target], text: str) -> list[str]:
-    """Keys of the parts and of the uses that one selector names for an update each."""
+    """Return the keys of parts and uses that one selector matches, for separate updates."""
     keys: list[str] = []
     for target in targets:
         keys += _parts(target, text)
@@ -93,7 +93,7 @@ def _named_within(targets: Iterable[Target], text: str) -> list[str]:
 
 
 def _matches_nothing(text: str, found: Found) -> LoraFxError:
-    """The error for a selector that names no target; adds the reason if the name is refused."""
+    """Return the error for a selector that matches no target; add the reason for a refused name."""
     why = ""
     for refusal in found.refusals:
         if refusal.key in (text, f"{text}.weight"):
@@ -103,7 +103,7 @@ def _matches_nothing(text: str, found: Found) -> LoraFxError:
 
 
 def _is_covered_by_uses(key: str, keys: Iterable[str], found: Found) -> bool:
-    """True for a key of all uses where keys of single uses have every one of them."""
+    """Whether this key means all uses, and keys of single uses cover every one of them."""
     if split_use(key)[1]:
         return False
     covered: set[str] = set()
@@ -115,7 +115,7 @@ def _is_covered_by_uses(key: str, keys: Iterable[str], found: Found) -> bool:
 
 
 def _outermost(keys: Sequence[str], found: Found) -> list[str]:
-    """The keys without those whose region lies inside another key's region."""
+    """Return the keys without those whose region is inside another key's region."""
     regions = {key: found[key] for key in keys if not split_use(key)[1]}
 
     def is_within_another(key: str) -> bool:
@@ -126,7 +126,7 @@ def _outermost(keys: Sequence[str], found: Found) -> list[str]:
 
 
 def _uses(target: Target, text: str) -> list[str]:
-    """Keys of the uses of a target that one selector `ANY@USE` names for an update each.
+    """Return the keys of the uses that a selector `ANY@USE` matches, for separate updates.
 
     The glob is tried on the name of every use, then on modules, and then it is taken as a use. A
     target with this one use only has its own key.
@@ -153,7 +153,7 @@ def _uses(target: Target, text: str) -> list[str]:
 
 
 def _parts(target: Target, text: str) -> list[str]:
-    """Keys of a target's parts that one selector names: a role, or a region of the tensor."""
+    """Return the keys of a target's parts that one selector matches, by role or region."""
     role = text.removeprefix("role:")
     if role in ROLES:
         return [key for part_role, key in target.parts if part_role == role]
@@ -169,7 +169,7 @@ def _parts(target: Target, text: str) -> list[str]:
 def select_names(
     names: Sequence[str], selectors: str | Sequence[str], option: str = "also_train"
 ) -> tuple[str, ...]:
-    """Parameter names, for an option: a glob on a dotted suffix of the name or of its module."""
+    """Return the parameter names that selectors match: by name, or by the module's name."""
     regexes.begin("selectors")
     chosen: dict[str, None] = {}
     for text in split(selectors):
@@ -185,14 +185,14 @@ def select_names(
 
 
 def _names(text: str, name: str) -> bool:
-    """True where a selector names a parameter or a module of this name."""
+    """Whether a selector matches a parameter or a module of this name."""
     if text.startswith("re:"):
         return _is_in(text.removeprefix("re:"), name)
     return bool(name) and _suffix(name, text)
 
 
 def _is_in(pattern: str, name: str) -> bool:
-    """True where the pattern of a selector is found in a name."""
+    """Whether the pattern of a selector is found in a name."""
     try:
         return matched(pattern, name, "search") is not None
     except PatternError as error:
@@ -201,13 +201,13 @@ def _is_in(pattern: str, name: str) -> bool:
 
 
 def _suffix(name: str, glob: str) -> bool:
-    """True when the glob matches the name or a dotted suffix of it."""
+    """Whether the glob matches the name or a dotted suffix of it."""
     words = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(words[i:]), glob) for i in range(len(words)))
 
 
 def _match(target: Target, text: str) -> Sequence[Site] | None:
-    """The uses of a target that one selector names; None where it does not name the target."""
+    """Return the uses of a target that one selector matches; None if it matches none."""
     form, colon, value = text.partition(":")
     if colon and form == "re":
         names = (target.key, *target.parameter.aliases)
@@ -228,7 +228,7 @@ def _match(target: Target, text: str) -> Sequence[Site] | None:
 
 
 def _sites_of_role(target: Target, role: str) -> Sequence[Site] | None:
-    """The uses of a target in a role; None where it has another role.
+    """Return the uses of a target in a role; None if the target has another role.
 
     Of a tensor that a lookup shares with a matmul, the embedding is the lookup alone, and every
     other role the matmul alone.
@@ -244,7 +244,7 @@ def _sites_of_role(target: Target, role: str) -> Sequence[Site] | None:
 
 
 def _is_called(target: Target, text: str) -> bool:
-    """True where a selector is a key of the target, or a glob on a dotted suffix of a name."""
+    """Whether a selector is a key of the target, or a glob for a dotted suffix of a name."""
     region = target.key[len(base_name(target.key)) :]
     for name in target.parameter.names:
         short_name = name.removesuffix(".weight")
@@ -256,7 +256,7 @@ def _is_called(target: Target, text: str) -> bool:
 
 
 def _hint(text: str, found: Found) -> str:
-    """A hint for a selector that names nothing: the classes, ops or names that exist."""
+    """Return a hint for a selector that matches nothing: the classes, ops or names that exist."""
     sites: list[Site] = []
     for target in found.targets:
         sites += target.sites
@@ -269,7 +269,7 @@ def _hint(text: str, found: Found) -> str:
 
 
 def target_names(found: Found) -> list[str]:
-    """The keys of the targets, and the aliases of their tensors."""
+    """Return the keys of the targets, and the aliases of their tensors."""
     names: list[str] = []
     for target in found.targets:
         names += (target.key, *target.parameter.aliases)
@@ -277,7 +277,7 @@ def target_names(found: Found) -> list[str]:
 
 
 def _near(text: str, names: Sequence[str]) -> str:
-    """A hint with the nearest names that a selector can use: modules and their last parts."""
+    """Return a hint with the nearest names that a selector can use: modules and last parts."""
     modules = {name.removesuffix(".weight") for name in names}
     leaves = {name.rpartition(".")[2] for name in modules}
     return near(text, sorted(modules | leaves))

@@ -1,4 +1,4 @@
-"""Targets: tensors of a model, or regions of them, that an update can attach to."""
+"""Targets: tensors of a model, or regions of tensors, that an update can apply to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_fx.text import Json
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor, or a region of one, that an update can attach to.
+    """A tensor, or a region of one, that an update can apply to.
 
     Attributes:
         key: `NAME` or `NAME[region]`, and `NAME@USE` for one use of a shared tensor.
@@ -61,7 +61,7 @@ class Target:
 
     @property
     def no_fold(self) -> str:
-        """Why a sum cannot be stored in the weight of one of its uses; empty if it can."""
+        """The reason why a sum cannot be stored in one of the weights; empty if it can."""
         for site in self.sites:
             if site.no_fold:
                 return site.no_fold
@@ -69,7 +69,7 @@ class Target:
 
     @property
     def no_grad(self) -> bool:
-        """True when the model switches gradients off around every use."""
+        """True if the model disables gradients around every use."""
         return bool(self.sites) and all(site.no_grad for site in self.sites)
 
     @property
@@ -78,19 +78,19 @@ class Target:
         return tuple(dict.fromkeys(site.op for site in self.sites))
 
     def holds(self, other: Target) -> bool:
-        """True if the other target is of the same tensor and its region is inside this one's."""
+        """Whether the other target is of the same tensor and its region is inside this one's."""
         if self.parameter.name != other.parameter.name:
             return False
         return contains(self.region, other.region)
 
     @property
     def tied(self) -> bool:
-        """True when a lookup shares the tensor with another op."""
+        """Whether a lookup shares the tensor with another op."""
         return "embedding" in self.uses and len(self.uses) > 1
 
     @property
     def of_several(self) -> bool:
-        """True for one update of all uses, where a lookup or several modules share the tensor.
+        """True for all uses of a tensor that a lookup or several modules share.
 
         No file of another tool can say that.
         """
@@ -98,12 +98,12 @@ class Target:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The names of a tensor in whose modules it is used."""
+        """The names of the tensor whose modules use it."""
         scopes = {site.scope for site in self.sites if site.scope}
         return tuple(name for name in self.parameter.names if _module(name) in scopes)
 
     def names_of(self, site: Site) -> list[str]:
-        """The names of the tensor that lie in the module of one use."""
+        """Return the names of the tensor in the module of one use."""
         if not site.scope:
             return []
         return [name for name in self.parameter.names if _module(name) == site.scope]
@@ -121,7 +121,7 @@ class Target:
         return f"call:{number}"
 
     def named_use(self, name: str, *, lookup: bool) -> str:
-        """The use that one name of a tied tensor means.
+        """Return the use that a name of a tied tensor means.
 
         The first of these that there is:
 
@@ -143,7 +143,7 @@ class Target:
         return f"op:{sites[0].op}" if sites else ""
 
     def of_use(self, use: str) -> Target | None:
-        """The target with some of its uses, under the key `NAME@USE`; None where it has none."""
+        """Return the target with the uses of this name, keyed `NAME@USE`; None if none has it."""
         sites = self._sites_of(use)
         if not sites:
             return None
@@ -153,7 +153,7 @@ class Target:
         return replace(self, key=f"{name}@{use}{bracket}{region}", sites=sites, op=op, parts=())
 
     def _sites_of(self, use: str) -> tuple[Site, ...]:
-        """The uses that have this name."""
+        """Return the uses that have this name."""
         if use.startswith("call:"):
             return tuple(site for i, site in enumerate(self.sites) if use == f"call:{i}")
         if not use.startswith("op:") and use not in self.parameter.names:
@@ -161,7 +161,7 @@ class Target:
         return tuple(site for site in self.sites if applies(use, site))
 
     def keys_of(self, sites: Iterable[Site]) -> tuple[str, ...]:
-        """Keys of the updates that reach exactly some uses.
+        """Return keys of the updates that reach exactly these uses.
 
         The first of these that there is:
 
@@ -192,7 +192,7 @@ class Target:
         return tuple(keys)
 
     def part(self, key: str, role: str = "") -> Target | None:
-        """The target of a key that names a region within this one; None where it names none."""
+        """Return the target for a key that names a region within this one; None for other keys."""
         if base_name(key) not in self.parameter.names or key == base_name(key):
             return None
         try:
@@ -210,14 +210,14 @@ class Target:
         return replace(self, key=part_key, region=region, layout=layout, role=role, parts=())
 
     def _role_of_part(self, part_key: str) -> str:
-        """The role of a part; that of the target where the part has none."""
+        """Return the role of a part, else the target's role."""
         for role, key in self.parts:
             if key == part_key:
                 return role
         return self.role
 
     def to_json(self, rank: int | None = None, alpha: float | None = None) -> Json:
-        """One row of `targets[]` in docs/json.md; with the rank and alpha of an update there."""
+        """Return one row of `targets[]` in docs/json.md, with rank and alpha of its update."""
         return {
             "key": self.key,
             "aliases": list(self.parameter.aliases),
@@ -243,7 +243,7 @@ class Target:
 
 
 def check_storable(target: Target, what: str) -> None:
-    """Raise if something needs the stored weight, and the target has none that can change.
+    """Raise if an operation must store a new weight, and the target has none that can change.
 
     Args:
         target: The target of an update.
@@ -254,7 +254,7 @@ def check_storable(target: Target, what: str) -> None:
 
 
 def not_storable(target: Target, what: str) -> LoraFxError:
-    """The error of `check_storable`."""
+    """Return the error of `check_storable`."""
     return LoraFxError(
         f"{target.key!r}: {target.no_fold}: {what}",
         "use a branch, which does not need the weight: plain LoRA with insert, or export --mode "
@@ -263,7 +263,7 @@ def not_storable(target: Target, what: str) -> LoraFxError:
 
 
 def check_disjoint(targets: Iterable[Target]) -> None:
-    """Raise where two regions of one tensor overlap at one of its uses."""
+    """Raise if two regions of one tensor overlap at one use."""
     by_name: dict[str, list[Target]] = {}
     for target in targets:
         targets_of_tensor = by_name.setdefault(target.parameter.name, [])
@@ -277,7 +277,7 @@ def check_disjoint(targets: Iterable[Target]) -> None:
 
 
 def _share_elements(target: Target, other: Target) -> bool:
-    """True where two targets of one tensor overlap at a use; one without sites is at every use."""
+    """Whether two targets of one tensor overlap at a use; one without sites is at every use."""
     if not overlap(target.region, other.region):
         return False
     if not target.sites:
@@ -286,14 +286,14 @@ def _share_elements(target: Target, other: Target) -> bool:
 
 
 def _module(name: str) -> str:
-    """The module of a parameter's name."""
+    """Return the module of a parameter's name."""
     return name.rpartition(".")[0]
 
 
 if not TYPE_CHECKING:  # so that type checkers know the names of now alone
 
     def __getattr__(name: str) -> object:
-        """Find the classes that pickles of older versions name in this module."""
+        """Return the classes that pickles of older versions name in this module."""
         if name in ("Found", "Refusal", "Unreached"):
             return getattr(importlib.import_module("lora_fx.targets.found"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

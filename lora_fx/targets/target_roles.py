@@ -34,7 +34,7 @@ _PATTERNS = tuple((role, re.compile(rf"(^|\.)({names})$")) for role, names in _N
 def role_of(
     names: Sequence[str], sites: Sequence[Site], layout: Layout, tables: Sequence[tuple[int, int]]
 ) -> str:
-    """The role of a target, or an empty text.
+    """Return the role of a target, or an empty text.
 
     Args:
         names: All names of the target, without `.weight`.
@@ -57,7 +57,7 @@ def role_of(
 
 
 def role_by_name(name: str) -> str:
-    """The role that a name (without `.weight`) implies, or an empty text.
+    """Return the role that a name (without `.weight`) implies, or an empty text.
 
     >>> role_by_name("h.0.attn.q_proj"), role_by_name("h.0.attn.qkv")
     ('q', '')

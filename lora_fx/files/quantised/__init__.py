@@ -1,1 +1,1 @@
-"""Quantised weights as files and graphs hold them, one family of formats a file."""
+"""Quantised weights in files and graphs; each file of this folder has one family of formats."""

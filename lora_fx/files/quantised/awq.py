@@ -19,11 +19,11 @@ from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.ir.quantised import Quantised
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""The positions of outputs 0 to 7 in a word, in codes from the lowest bits."""
+"""The positions of outputs 0 to 7 in a word, counted in codes from the lowest bits."""
 
 
 def awq(parts: Parts) -> QuantisedWeight:
-    """A weight [out, in].
+    """Read a weight [out, in].
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
@@ -50,7 +50,7 @@ def awq(parts: Parts) -> QuantisedWeight:
 
 
 def _unpack(words: Array) -> Array:
-    """The codes [out, n] of words [n, out/8]."""
+    """Unpack words [n, out/8] to codes [out, n]."""
     n, n_eights = words.shape
     bytes_of_words = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
     bytes_of_words = bytes_of_words.reshape(n_eights, n, 4)

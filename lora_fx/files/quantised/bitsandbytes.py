@@ -36,7 +36,7 @@ from lora_fx.text import is_number, is_whole
 STATE = "weight.quant_state.bitsandbytes__"
 STORAGE = ("uint8", "int8", *FLOATING)
 INT8_UNIT = 7.874015718698502e-3
-"""1/127 in the digits of bitsandbytes."""
+"""1/127 as bitsandbytes writes it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _State:
 
 
 def four_bits(parts: Parts) -> QuantisedWeight:
-    """NF4 or FP4.
+    """Read an NF4 or FP4 weight.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
@@ -100,7 +100,7 @@ def four_bits(parts: Parts) -> QuantisedWeight:
 
 
 def _read_state(parts: Parts) -> _State:
-    """The quant_state of a weight, checked but for nested scales."""
+    """Read and check the quant_state of a weight, except nested scales."""
     kind = "nf4" if parts.has(f"{STATE}nf4") else "fp4"
     name = STATE + kind
     parts.shape(name, ("uint8",), None)
@@ -117,14 +117,14 @@ def _read_state(parts: Parts) -> _State:
 
 
 def _is_shape(value: object) -> TypeGuard[list[int]]:
-    """True for a list of whole numbers from 1 up, which is not empty."""
+    """Whether this is a non-empty list of whole numbers from 1 up."""
     if not isinstance(value, list) or not value:
         return False
     return all(is_whole(size) and size > 0 for size in value)
 
 
 def _codes(parts: Parts, shape: tuple[int, ...], low: int, high: int) -> Array:
-    """The codes of elements low ≤ i < high of the flattened weight; low is even."""
+    """Return the codes of elements low ≤ i < high of the flattened weight; low is even."""
     size = math.prod(shape)
     low_byte = low // 2
     high_byte = -(-high // 2)
@@ -137,7 +137,7 @@ def _codes(parts: Parts, shape: tuple[int, ...], low: int, high: int) -> Array:
 
 
 def _nested_scales(parts: Parts, blocks: slice, state: _State) -> Array:
-    """Scales of some blocks that are stored quantised themselves."""
+    """Return the scales of some blocks, which are quantised themselves."""
     block = state.nested_block
     offset = state.nested_offset
     if not is_whole(block) or block < 1 or not is_number(offset):
@@ -158,7 +158,7 @@ def _nested_scales(parts: Parts, blocks: slice, state: _State) -> Array:
 
 
 def int8(parts: Parts) -> QuantisedWeight:
-    """LLM.int8.
+    """Read an LLM.int8 weight.
 
     Raises:
         LoraFxError: A part is malformed, or the codes lie in an order for GPUs.

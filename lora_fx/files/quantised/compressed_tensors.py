@@ -33,7 +33,7 @@ INTEGERS = ("int8", "int32", "int64")
 
 
 def altered(config: JsonView) -> str:
-    """Why a quantization_config stores other weights than the model's; empty if it does not."""
+    """Return why a quantization_config's weights are not the model's; empty if they are."""
     for name in ("transform_config", "sparsity_config"):
         if config.get(name):
             return f"config.json has a {name}, so the stored weights are not the model's weights"
@@ -41,7 +41,7 @@ def altered(config: JsonView) -> str:
 
 
 def compressed(parts: Parts) -> QuantisedWeight:
-    """A weight [out, in].
+    """Read a weight [out, in].
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
@@ -54,7 +54,7 @@ def compressed(parts: Parts) -> QuantisedWeight:
 
 
 def _plain(parts: Parts) -> QuantisedWeight:
-    """A weight of int8 or float8."""
+    """Read a weight of int8 or float8."""
     shape = parts.shape("weight", ("int8", "float8_e4m3fn"), None, None)
     is_int8 = parts.dtype("weight") == "int8"
 
@@ -72,7 +72,7 @@ def _plain(parts: Parts) -> QuantisedWeight:
 
 
 def _packed(parts: Parts) -> QuantisedWeight:
-    """A weight whose codes are packed into words."""
+    """Read a weight whose codes are packed into words."""
     rows, words = parts.shape("weight_packed", ("int32",), None, None)
     parts.shape("weight_shape", INTEGERS, 2)
     out, length = map(int, parts.read("weight_shape"))
@@ -95,14 +95,14 @@ def _packed(parts: Parts) -> QuantisedWeight:
 
 
 def _signed(codes: Array, bits: int) -> Array:
-    """Unsigned codes minus 2^(bits−1)."""
+    """Return unsigned codes minus 2^(bits−1)."""
     return np.asarray(codes.astype(np.int16) - 2 ** (bits - 1), np.int8)
 
 
 def _with_scales(
     parts: Parts, shape: tuple[int, ...], bits: int, codes: Array, rows: slice
 ) -> Quantised:
-    """Codes of rows with their scales, zero points and groups of columns.
+    """Return the codes of rows with their scales, zero points and column groups.
 
     Args:
         parts: The module's.
@@ -147,7 +147,7 @@ def _with_scales(
 
 
 def _zero_points(parts: Parts, n_blocks: tuple[int, int], bits: int, rows: slice) -> Array:
-    """The zero points of rows, or of the words that hold them where they are packed."""
+    """Return the zero points of rows, or the words that hold them if they are packed."""
     if parts.dtype("weight_zero_point") != "int32":
         return parts.read("weight_zero_point", rows)
     n_words = -(-n_blocks[0] * bits // 32)

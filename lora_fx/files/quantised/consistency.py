@@ -1,4 +1,4 @@
-"""Checks that the parts of a quantised weight fit each other, and errors that name them."""
+"""Checks that the parts of a quantised weight fit together, with errors that name the parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DAMAGED = "the file is damaged, or its quantiser wrote a layout that lora-fx doe
 
 
 def wrong(where: str, found: str, expected: str, hint: str = DAMAGED) -> LoraFxError:
-    """The error of a tensor: what is wrong with it, and what was expected.
+    """Return the error for a tensor: what was found, and what was expected.
 
     Args:
         where: The tensor's name.
@@ -26,7 +26,7 @@ def wrong(where: str, found: str, expected: str, hint: str = DAMAGED) -> LoraFxE
 
 
 def shaped(where: str, what: str, array: Array, shape: tuple[int, ...]) -> Array:
-    """An array in the shape that it should have; it may be flattened before.
+    """Return an array in its expected shape; a flat array is reshaped.
 
     Args:
         where: The weight's name, for messages.
@@ -43,7 +43,7 @@ def shaped(where: str, what: str, array: Array, shape: tuple[int, ...]) -> Array
 
 
 def checked(where: str, q: Quantised) -> Quantised:
-    """A weight as it was read, with scales and zero points in their shape.
+    """Return a weight after a check that scales and zero points have their expected shapes.
 
     They may be flattened before. Zero points that are all 0 are left out.
 

@@ -1,4 +1,4 @@
-"""A checkpoint seen as if its quantised weights were floats: the same names, in new shards.
+"""A view of a checkpoint with its quantised weights as floats: the same names, in new shards.
 
 Only headers are read to make it. Codes are read, and turned into numbers, when rows are asked for.
 """
@@ -20,12 +20,12 @@ from lora_fx.files.safetensors import Header, TensorInfo
 from lora_fx.text import Json, JsonView, some
 
 SHARD = 5_000_000_000
-"""Bytes of the tensors of one shard, which is transformers' limit, too."""
+"""The largest size of a shard's tensors in bytes, the default limit of transformers."""
 
 
 @dataclass(frozen=True)
 class CodesInfo(TensorInfo):
-    """A weight of a view; start and stop are those of its codes.
+    """A quantised weight of a view; start and stop are the position of its codes.
 
     Attributes:
         weight: The weight, which can be read.
@@ -35,7 +35,7 @@ class CodesInfo(TensorInfo):
 
 
 def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
-    """The view of a checkpoint whose quantised weights will be stored as `dtype`.
+    """Return the view of a checkpoint whose quantised weights will be stored as `dtype`.
 
     Args:
         base: A folder or file.
@@ -73,7 +73,7 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
 def _dequantised_tensors(
     base: Checkpoint, weights: Mapping[str, QuantisedWeight]
 ) -> dict[str, TensorInfo]:
-    """The tensors of a view: each quantised weight stands where its first part stood."""
+    """Return the tensors of a view, each quantised weight at the position of its first part."""
     weight_of = parts_beside(weights, base.tensors)
     tensors: dict[str, TensorInfo] = {}
     for name, info in base.tensors.items():
@@ -91,17 +91,17 @@ def _dequantised_tensors(
 
 
 def _size(info: TensorInfo, dtype: str) -> int:
-    """Bytes of a tensor of a view whose quantised weights are stored in a dtype."""
+    """Return the size of a view's tensor, if its quantised weights are stored in a dtype."""
     stored_dtype = dtype if isinstance(info, CodesInfo) else info.dtype
     return math.prod(info.shape) * DTYPES[stored_dtype].bits // 8
 
 
 _BESIDE = ("_scale", "_scale_inv", "_scales", "_weight_scale", ".absmax")
-"""Ends of the names of scales, after the name of a parameter that is a weight itself."""
+"""Suffixes of the tensor with the scales of a parameter, appended to the parameter's name."""
 
 
 def refuse_left(base: Checkpoint) -> None:
-    """Raise if a view has codes, or scales of a module's inputs, that no float model reads."""
+    """Raise if a view still has codes, or input scales, that no float model reads."""
     is_awq = False
     if base.of is not None:
         quantisation = base.of.config().get("quantization_config")
@@ -119,17 +119,17 @@ def refuse_left(base: Checkpoint) -> None:
 
 
 def _has_scales(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """True where scales lie beside a tensor."""
+    """Whether the checkpoint has scales for a tensor."""
     return any(f"{name}{end}" in tensors for end in _BESIDE)
 
 
 def is_view(base: Checkpoint) -> bool:
-    """True for what `dequantised` makes."""
+    """Whether this is a view that `dequantised` made."""
     return any(isinstance(info, CodesInfo) for info in base.tensors.values())
 
 
 def view_notes(base: Checkpoint) -> list[str]:
-    """Notes on a view: what it leaves out, and what its config.json rounds."""
+    """Return notes on a view: what it leaves out, and what its config.json rounds."""
     if base.of is None or not is_view(base):
         return []
     notes: list[str] = []
@@ -155,7 +155,7 @@ def view_notes(base: Checkpoint) -> list[str]:
 
 
 def _float_dtypes(base: Checkpoint) -> set[str]:
-    """The float dtypes of the tensors of a view that were no codes."""
+    """Return the float dtypes of the view's tensors that are not made from codes."""
     return {
         info.dtype
         for info in base.tensors.values()
@@ -165,7 +165,7 @@ def _float_dtypes(base: Checkpoint) -> set[str]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """A block whose errors get the name of a file, because formats do not know it."""
+    """A block whose errors get the file's name, because the readers of formats do not know it."""
     try:
         yield
     except LoraFxError as error:
@@ -175,7 +175,7 @@ def _naming(path: Path) -> Iterator[None]:
 def _shards(
     base: Checkpoint, tensors: Mapping[str, TensorInfo], sizes: Mapping[str, int], most: int
 ) -> dict[str, Header]:
-    """Tensors in their order, as many in a shard as it can hold."""
+    """Distribute tensors over shards, in order, as many in each as fit."""
     first = next(iter(base.shards))
     metadata = base.shards[first].metadata
     if not base.path.is_dir():
@@ -201,7 +201,7 @@ def _shards(
 
 
 def _settings(config: JsonView, dtype: str) -> Json:
-    """The config.json of a model of floats."""
+    """Return config.json without quantisation, for a model of floats."""
     settings = {
         name: value
         for name, value in config.items()

@@ -1,4 +1,4 @@
-"""Scales of weights in floats of 8 bits and of 4: rules that make them, and stored exponents.
+"""Scales of weights in 8-bit and 4-bit floats: rules to compute them, and stored exponents.
 
 A rule takes the largest values of blocks, in fp32, and returns their scales as they are stored.
 """
@@ -13,24 +13,24 @@ from lora_fx.dtypes import Array, finfo
 from lora_fx.files.quantised.weight_parts import Parts
 
 EXPONENTS = ("uint8", "float8_e8m0fnu")
-"""dtypes of scales that are powers of two, stored as 127 + their exponent."""
+"""The dtypes of scales that are powers of two, stored as 127 + exponent."""
 TOP = 448.0
 """The largest value of float8_e4m3fn."""
 
 
 def largest_to_top(dtype: str) -> Callable[[Array], Array]:
-    """The rule of scales that make the largest value of a block the largest of its dtype."""
+    """Return the rule that scales a block's largest value to the largest value of the dtype."""
     return lambda largest: largest / np.float32(finfo(dtype).max)
 
 
 def power_above(dtype: str) -> Callable[[Array], Array]:
-    """The same rule, rounded up to a power of two, as DeepSeek-V3.1 has them."""
+    """Return the rule of `largest_to_top` rounded up to a power of two, as in DeepSeek-V3.1."""
     exact = largest_to_top(dtype)
     return lambda largest: np.exp2(np.ceil(np.log2(exact(largest))))
 
 
 def exponents(top: int) -> Callable[[Array], Array]:
-    """The rule of microscaling formats (6.3): 127 + ⌊log2 largest⌋ − top.
+    """Return the rule of microscaling formats (6.3): 127 + ⌊log2 largest⌋ − top.
 
     Args:
         top: The exponent of the largest value of the format.
@@ -44,7 +44,7 @@ def exponents(top: int) -> Callable[[Array], Array]:
 
 
 def powers(parts: Parts, exponents: Array, name: str = "weight_scale") -> Array:
-    """Scales of microscaling formats in fp32, from their exponents as they are stored.
+    """Return the scales of microscaling formats in fp32, from their stored exponents.
 
     Args:
         parts: The module's.

@@ -1,4 +1,4 @@
-"""Weights in floats of 4 bits, E2M1: MXFP4 and NVFP4. The low half of a byte is the first code.
+"""Weights in 4-bit floats (E2M1), MXFP4 and NVFP4; the low half of a byte is the first code.
 
     gpt-oss        NAME_blocks uint8 [experts, out, in/32, 16], NAME_scales uint8 [experts, out,
                    in/32], exponents 127 + e; the model's parameter is [experts, in, out]
@@ -40,14 +40,14 @@ from lora_fx.ir.quantised import Quantised
 
 _POSITIVE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E2M1 = np.array([*_POSITIVE, *(-level for level in _POSITIVE)], np.float32)
-"""The 16 levels (OCP Microscaling Formats 1.0, 5.3.3)."""
+"""The 16 values of E2M1 (OCP Microscaling Formats 1.0, 5.3.3)."""
 _EXPONENT_OF_TOP = 2
-"""The exponent of the largest level, 6."""
+"""The exponent of the largest value, 6."""
 _pack = partial(packed, bits=4)
 
 
 def mxfp4(parts: Parts) -> QuantisedWeight:
-    """A weight [out, in] of compressed-tensors.
+    """Read a weight [out, in] of compressed-tensors.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
@@ -67,7 +67,7 @@ def mxfp4(parts: Parts) -> QuantisedWeight:
 
 
 def nvfp4(parts: Parts) -> QuantisedWeight:
-    """A weight [out, in] of compressed-tensors or of ModelOpt.
+    """Read a weight [out, in] of compressed-tensors or of ModelOpt.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
@@ -95,7 +95,7 @@ def nvfp4(parts: Parts) -> QuantisedWeight:
 
 @dataclass(frozen=True)
 class _GlobalScale:
-    """The second scale of NVFP4, one number of the whole weight.
+    """The global scale of NVFP4: one number for the whole weight.
 
     Attributes:
         parts: The module's.
@@ -108,21 +108,21 @@ class _GlobalScale:
     divides: bool
 
     def read(self) -> Array:
-        """The number, which is not 0 where it divides."""
+        """Read the number; raise if it is a divisor and 0."""
         number = self.parts.read(self.part).reshape(())
         if self.divides and not number:
             raise self.parts.wrong(self.part, "is 0", "another number")
         return number
 
     def applied_to(self, block_scales: Array) -> Array:
-        """The steps of the codes, in fp32, by the stored scales of blocks."""
+        """Return the step of each block's codes in fp32, from the stored block scales."""
         steps = block_scales.astype(np.float32)
         if self.divides:
             return np.asarray(steps / self.read())
         return np.asarray(steps * self.read())
 
     def of_largest(self, largest: Array) -> Array:
-        """The rule of the scales of blocks, by their largest values."""
+        """Return the block scales to store, from the largest values of the blocks."""
         steps = largest / np.float32(_POSITIVE[-1])
         if self.divides:
             return np.clip(steps * self.read(), 0, TOP)
@@ -130,7 +130,7 @@ class _GlobalScale:
 
 
 def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
-    """The experts [experts, in, out] of a gpt-oss, whose file has them as [experts, out, in].
+    """Read the experts of gpt-oss as [experts, in, out]; the file has [experts, out, in].
 
     Args:
         parts: The module's.
@@ -146,13 +146,13 @@ def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
     length = groups * 32
 
     def read_expert(part: str, expert: int, groups_of_inputs: slice) -> Array:
-        """Some groups of the inputs of one expert: [out, groups] or [out, groups, 16]."""
+        """Read some input groups of one expert: [out, groups] or [out, groups, 16]."""
         full_name = f"{parts.module}.{part}"
         expert_parts = replace(parts, tensors={full_name: parts.tensors[full_name][expert]})
         return expert_parts.read(part, groups_of_inputs, 1)
 
     def place(rows: slice) -> tuple[int, slice]:
-        """The expert that rows of the weight belong to, and the groups of its inputs."""
+        """Return the expert and the input groups that rows of the weight belong to."""
         expert, low = divmod(rows.start, length)
         return expert, packed_range(slice(low, low + rows.stop - rows.start), 32)
 

@@ -33,11 +33,11 @@ from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView, is_whole
 
 BLOCK = 128
-"""Rows and columns of a block where config.json does not say."""
+"""The rows and columns of a block if config.json does not give them."""
 
 
 def fp8_blocks(parts: Parts, quantisation: JsonView) -> QuantisedWeight:
-    """A weight with a scale for each square block.
+    """Read a weight with a scale for each square block.
 
     Args:
         parts: The module's.
@@ -74,14 +74,14 @@ def fp8_blocks(parts: Parts, quantisation: JsonView) -> QuantisedWeight:
 
 
 def _are_two_sizes(value: Any) -> bool:
-    """True for a list of two whole numbers from 1 up."""
+    """Whether this is a list of two whole numbers from 1 up."""
     if not isinstance(value, list) or len(value) != 2:
         return False
     return all(is_whole(size) and size > 0 for size in value)
 
 
 def fp8(parts: Parts) -> QuantisedWeight:
-    """A weight with one scale, one an output, or one a run of inputs: FP8 and MXFP8.
+    """Read a weight with one scale, or one for each output or run of inputs: FP8 and MXFP8.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
@@ -113,7 +113,7 @@ def fp8(parts: Parts) -> QuantisedWeight:
 
 
 def _mxfp8(parts: Parts, out: int, length: int) -> QuantisedWeight:
-    """A weight [out, length] with an exponent for each run of 32 inputs."""
+    """Read a weight [out, length] with an exponent for each run of 32 inputs."""
     parts.shape("weight_scale", EXPONENTS, out, -(-length // 32))
 
     def read(rows: slice = ALL) -> Quantised:

@@ -1,4 +1,4 @@
-"""Weights in the layouts of GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it.
+"""Weights in the GPTQ layouts that AutoGPTQ, GPTQModel and AutoRound write.
 
     qweight   int32 [in · bits/32, out], the first input in the lowest bits
     qzeros    int32 [groups, out · bits/32], the first output in the lowest bits
@@ -31,7 +31,7 @@ BITS = (2, 3, 4, 8)
 
 
 def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
-    """A weight [out, in].
+    """Read a weight [out, in].
 
     Args:
         parts: The module's.
@@ -69,7 +69,7 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
 
 
 def _zero_points(packed_zeros: Array, bits: int, version: int) -> Array:
-    """Zero points z [groups, outputs] of the words of qzeros; see the top of this file."""
+    """Return zero points z [groups, outputs] from the words of qzeros; see the module."""
     words = np.ascontiguousarray(packed_zeros)
     if version == 1 and bits == 3:
         return (unpacked(words, bits) + 1) & 7
@@ -80,7 +80,7 @@ def _zero_points(packed_zeros: Array, bits: int, version: int) -> Array:
 
 
 def _groups(parts: Parts, length: int, groups: int) -> Array:
-    """The group of each input."""
+    """Return the group number of each input."""
     if not parts.has("g_idx"):
         return np.arange(length) // parts.evenly("scales", length, groups)
     groups_of_inputs = parts.read("g_idx")

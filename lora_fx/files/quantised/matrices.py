@@ -1,4 +1,4 @@
-"""Quantised matrices whose columns are in groups, and several below each other as one."""
+"""Quantised matrices with column groups, and the concatenation of such matrices along rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.ir.quantised import Quantised
 
 
 def grouped(codes: Array, scale: Array, zero: Array | None, groups: Array) -> Quantised:
-    """A quantised matrix [out, in] whose columns share scales in groups.
+    """Return a quantised matrix [out, in] whose columns share scales in groups.
 
     1. Where groups are of several sizes, or one has no column, each column has a scale of its own.
     2. Where the columns of a group are neighbours, a group is a block.
@@ -41,7 +41,7 @@ def grouped(codes: Array, scale: Array, zero: Array | None, groups: Array) -> Qu
 
 
 def below(where: str, matrices: Sequence[Quantised]) -> Quantised:
-    """Matrices of one format, below each other as one.
+    """Stack matrices of one format along their rows.
 
     Args:
         where: The name of the whole, for messages.
@@ -70,7 +70,7 @@ def below(where: str, matrices: Sequence[Quantised]) -> Quantised:
 
 
 def _zeros_of(q: Quantised) -> Array:
-    """The zero points of a matrix, which are 0 where it has none."""
+    """Return the zero points of a matrix; zeros if it has none."""
     if q.zero is None:
         return np.zeros_like(q.scale)
     return q.zero

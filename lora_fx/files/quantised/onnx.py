@@ -1,4 +1,4 @@
-"""Quantised weights as ONNX Runtime's MatMulNBits holds them, without a graph library.
+"""Quantised weights in the layout of ONNX Runtime's MatMulNBits, without a graph library.
 
     MatMulNBits    B uint8 [out, blocks, block · bits/8], the first input in the lowest bits; scales
                    [out, blocks]; zero points packed in the same way, each row in bytes of its own,
@@ -22,13 +22,13 @@ from lora_fx.ir.quantised import Quantised, ZeroPoints
 
 BITS = (2, 4, 8)
 LARGEST = 128
-"""Blocks are cut to this, a size that every kernel of MatMulNBits takes."""
+"""The largest block size that is written; every kernel of MatMulNBits supports it."""
 
 
 def nbits_zero_points(
     where: str, scales: Array, zero: Array | None, shape: tuple[int, int], bits: int, block: int
 ) -> ZeroPoints:
-    """The scales and zero points of a MatMulNBits, which take an update constant in its blocks.
+    """Return the scales and zero points of a MatMulNBits, as an update constant in blocks needs.
 
     ONNX Runtime 1.31's kernels take floats for zeros beside codes of 2 and 4 bits, not of 8.
 
@@ -47,7 +47,7 @@ def nbits_zero_points(
 
 
 def zeros_of(where: str, zero: Array | None, bits: int, shape: tuple[int, ...]) -> Array:
-    """Zero points, unpacked, in the shape of the scales."""
+    """Return unpacked zero points in the shape of the scales."""
     if zero is None:
         return np.full(shape, 2 ** (bits - 1), np.uint8)
     if zero.dtype != np.uint8:
@@ -58,7 +58,7 @@ def zeros_of(where: str, zero: Array | None, bits: int, shape: tuple[int, ...]) 
 
 
 class MatMulNBits(NamedTuple):
-    """Inputs and attributes of the operator; `zero_points` None: the middle of the codes."""
+    """The inputs and attributes of the operator; without `zero_points`, zero is mid-range."""
 
     b: Array
     scales: Array
@@ -68,7 +68,7 @@ class MatMulNBits(NamedTuple):
 
 
 def as_matmul_nbits(where: str, q: Quantised, *, strict: bool = True) -> MatMulNBits:
-    """A matrix [out, in] of integer codes.
+    """Convert a matrix [out, in] of integer codes.
 
     Blocks are cut where the operator has no such size, and scales repeated: one a row or a matrix
     stands for every block. Codes take the fewest bits that hold them.
@@ -113,14 +113,14 @@ def as_matmul_nbits(where: str, q: Quantised, *, strict: bool = True) -> MatMulN
 
 
 def _is_matrix_of_integers(q: Quantised) -> bool:
-    """True for a matrix of integer codes in blocks along its rows."""
+    """Whether this is a matrix of integer codes with blocks along its rows."""
     if len(q.shape) != 2 or q.flat:
         return False
     return q.levels is None and q.codes.dtype.kind in "iu"
 
 
 def _shift_and_bits(where: str, codes: Array) -> tuple[int, int]:
-    """What makes codes unsigned when it is added, and the fewest bits that hold them then.
+    """Return the offset that makes codes unsigned, and the fewest bits that then hold them.
 
     Raises:
         LoraFxError: They need more than 8 bits.
@@ -138,7 +138,7 @@ def _shift_and_bits(where: str, codes: Array) -> tuple[int, int]:
 
 
 def _block_size(block_columns: int, length: int) -> int:
-    """The largest size of a block, up to LARGEST, that blocks of a row can be cut to.
+    """Return the largest block size up to LARGEST that divides the blocks of a row.
 
     A block as long as the row may be cut anywhere, and others at powers of two that divide them.
     """
@@ -149,7 +149,7 @@ def _block_size(block_columns: int, length: int) -> int:
 
 
 def _zero_points(where: str, zero: Array, shift: int, bits: int) -> Array | None:
-    """Zero points of shifted codes: None for their middle, packed where they are codes, or floats.
+    """Return zero points of shifted codes: None for mid-range, packed if integers, else floats.
 
     Args:
         where: The name of the weight, for messages.
@@ -173,5 +173,5 @@ def _zero_points(where: str, zero: Array, shift: int, bits: int) -> Array | None
 
 
 def _unfit(where: str, found: str, expected: str) -> LoraFxError:
-    """The error of a weight that the operator cannot hold."""
+    """Return the error for a weight that the operator cannot store."""
     return wrong(where, f"has {found}", f"{expected}, as the operator requires", "dequantise it")

@@ -1,4 +1,4 @@
-"""The positions of codes that are packed into words."""
+"""The positions of codes in packed words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lora_fx.files.quantised.quantised_weight import ALL
 
 
 def packed_range(rows: slice, codes: int, words: int = 1) -> slice:
-    """The range of words that holds a range of rows, where `words` words hold `codes` codes.
+    """Return the range of words for a range of rows, where `words` words hold `codes` codes.
 
     >>> packed_range(slice(8, 20), 8), packed_range(slice(32, 64), 32, 3), packed_range(ALL, 8)
     (slice(1, 3, None), slice(3, 6, None), slice(None, None, None))
@@ -17,7 +17,7 @@ def packed_range(rows: slice, codes: int, words: int = 1) -> slice:
 
 
 def bits_of(length: int, words: int) -> int:
-    """The number of bits of each of `length` codes in `words` words of 32 bits.
+    """Return the number of bits of each of `length` codes in `words` words of 32 bits.
 
     0 where no number of bits from 2 to 8 would do, or several would.
 

@@ -1,4 +1,4 @@
-"""A quantised weight in a checkpoint: functions to read it and to quantise it again."""
+"""A quantised weight in a checkpoint: functions that read it and requantise it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ALL = slice(None)
 
 
 class Read(Protocol):
-    """Reads rows of a weight, the first and the last of them at a multiple of its `step`."""
+    """A function that reads rows of a weight; the range starts and ends at multiples of `step`."""
 
     def __call__(self, rows: slice = ALL) -> Quantised:
-        """The value of these rows."""
+        """Return the values of these rows."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """New content of a range of a tensor.
+    """The new content of a range of a tensor.
 
     Attributes:
         name: The tensor.
@@ -46,7 +46,7 @@ Recoded = tuple[Quantised, list[Written]]
 
 
 Recode = Callable[[Quantised, slice, Array, Array], Recoded]
-"""Quantises rows anew, and tells what is stored then, and where.
+"""A function that requantises rows, and returns what to store, and where.
 
 Its arguments are the rows as they were read, which rows they are, as `read` takes them, their new
 values in fp32, and what was added to the values.
@@ -54,7 +54,7 @@ values in fp32, and what was added to the values.
 
 
 class Recoding(NamedTuple):
-    """The way to quantise a weight again.
+    """The functions and facts to requantise a weight.
 
     Attributes:
         recode: Quantises rows anew.
@@ -68,7 +68,7 @@ class Recoding(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows of one matrix whose codes were read, by their places in the weight.
+    """Rows of one matrix whose codes were read, with their positions in the weight.
 
     Attributes:
         start: The first row that was read, at a multiple of the weight's step.
@@ -83,7 +83,7 @@ class _Piece(NamedTuple):
     codes: Quantised
 
     def rows(self, low: int, high: int) -> Array:
-        """Rows low ≤ i < high, as far as they lie in this piece, in fp32."""
+        """Return the rows low ≤ i < high that are in this piece, in fp32."""
         first = max(low, self.low) - self.start
         end = min(high, self.high) - self.start
         return self.codes.dequantise(rows=slice(first, end))
@@ -111,11 +111,11 @@ class QuantisedWeight:
     anew: Recoding | None = None
 
     def rows(self, low: int, high: int) -> Array:
-        """Rows low ≤ i < high of the weight, as `read` counts them, in fp32."""
+        """Return rows low ≤ i < high of the weight, as `read` counts them, in fp32."""
         return self.window(low, high)(low, high)
 
     def window(self, low: int, high: int) -> Callable[[int, int], Array]:
-        """A function that gives rows within low ≤ i < high, in fp32; their codes are read now."""
+        """Read the codes of rows low ≤ i < high; return a function that gives the rows in fp32."""
         pieces: list[_Piece] = []
         while low < high:
             piece = self._read_piece(low, high)
@@ -133,7 +133,7 @@ class QuantisedWeight:
         return rows
 
     def _read_piece(self, low: int, high: int) -> _Piece:
-        """Read rows low ≤ i < high, or as many of them as the first one's matrix has."""
+        """Read rows low ≤ i < high, or only those in the matrix of the first row."""
         rows_of_matrix = math.prod(self.shape[-2:-1])
         top = low - low % rows_of_matrix  # the matrix's first row
         bottom = top + rows_of_matrix
@@ -144,7 +144,7 @@ class QuantisedWeight:
         return _Piece(start, low, high, self.read(slice(start, stop)))
 
     def spans(self, most: int, low: int = 0, high: int | None = None) -> Iterator[tuple[int, int]]:
-        """Ranges of about `most` rows that can be quantised for themselves, in one matrix each.
+        """Yield ranges of about `most` rows, each in one matrix, that can be requantised alone.
 
         They cover rows low ≤ i < high; all rows from `low` on where `high` is None.
         """

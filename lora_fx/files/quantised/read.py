@@ -1,4 +1,4 @@
-"""Find the quantised weights of a checkpoint and their formats, and read them.
+"""The quantised weights of a checkpoint: how they are found, and how each format is read.
 
 The tensors beside a weight say that it is quantised, and `quantization_config` of config.json in
 which layout. Shapes and bits come from headers, and where a format keeps them in a small tensor
@@ -38,16 +38,16 @@ SIBLINGS = {
     "weight_scale": "compressed-tensors or FP8 with a scale",
     "weight_scale_inv": "FP8 in blocks",
 }
-"""Tensors NAME.… of a quantised weight NAME.weight → its format; the first match decides."""
+"""The suffix of a tensor that belongs to NAME.weight → the format; the first match decides."""
 
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_zero_point")
-"""Parts that quantise the values that a weight is multiplied with."""
+"""The suffixes of tensors that quantise a layer's inputs, not its weight."""
 PARTS = (
     *SIBLINGS, *ACTIVATIONS, "weight", "qzeros", "scales", "g_idx", "weight_shape",
     "weight_zero_point", "weight_g_idx", "weight_global_scale", "weight_scale_2", "weight_format",
     "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
 )  # fmt: skip
-"""The last names of all tensors that a quantised weight can have."""
+"""The suffixes of all tensors that a quantised weight can have."""
 
 _BY_LENGTH = sorted(SIBLINGS, key=len, reverse=True)
 _TensorsOrArrays = Mapping[str, TensorInfo | Array]
@@ -55,7 +55,7 @@ _TensorsOrArrays = Mapping[str, TensorInfo | Array]
 
 
 def scheme_of(name: str, tensors: _TensorsOrArrays) -> str:
-    """The format of a quantised weight, from the tensors with it; empty if it is not quantised."""
+    """Return the format of a quantised weight, from its tensors' names; empty if not quantised."""
     module = name.removesuffix(".weight")
     for sibling, scheme in SIBLINGS.items():
         if f"{module}.{sibling}" in tensors:
@@ -66,7 +66,7 @@ def scheme_of(name: str, tensors: _TensorsOrArrays) -> str:
 
 
 def quantised_weights(tensors: _TensorsOrArrays, config: JsonView) -> dict[str, QuantisedWeight]:
-    """Every quantised weight of a checkpoint by its name as the model has it, in file order.
+    """Return every quantised weight of a checkpoint by its model name, in file order.
 
     Args:
         tensors: All tensors: headers, or arrays of a live layer.
@@ -87,7 +87,7 @@ def quantised_weights(tensors: _TensorsOrArrays, config: JsonView) -> dict[str, 
 
 
 def parts_beside(weights: Iterable[str], tensors: _TensorsOrArrays) -> dict[str, str]:
-    """The tensors of a checkpoint that belong to quantised weights → the weight's name."""
+    """Return the tensors that belong to quantised weights → the weight's name."""
     weight_of: dict[str, str] = {}
     for weight in weights:
         module = weight.removesuffix(".weight")
@@ -99,7 +99,7 @@ def parts_beside(weights: Iterable[str], tensors: _TensorsOrArrays) -> dict[str,
 
 
 def _weight(name: str, tensors: _TensorsOrArrays, config: JsonView) -> QuantisedWeight:
-    """A quantised weight, by the first of these that has an answer.
+    """Return a quantised weight, read by the first of these rules that applies.
 
     1. Parts that only one format has: gpt-oss, bitsandbytes.
     2. GPTQ and AWQ, where config.json says which layout.
@@ -137,7 +137,7 @@ def _weight(name: str, tensors: _TensorsOrArrays, config: JsonView) -> Quantised
 
 
 def _with_scales(parts: Parts, quantisation: JsonView) -> QuantisedWeight | None:
-    """A weight of a format that has weight_scale or weight_scale_inv; None for any other."""
+    """Return a weight of a format with weight_scale or weight_scale_inv; None for others."""
     scale = "weight_scale" if parts.has("weight_scale") else "weight_scale_inv"
     if not parts.has(scale):
         return None
@@ -158,7 +158,7 @@ def _with_scales(parts: Parts, quantisation: JsonView) -> QuantisedWeight | None
 
 
 def _unread(name: str, tensors: _TensorsOrArrays, why: str) -> QuantisedWeight:
-    """A weight in a format that is not read; its `read` raises with the reason."""
+    """Return a weight in an unsupported format, whose `read` raises with the reason."""
     scheme = scheme_of(name, tensors)
 
     def read(rows: slice = ALL) -> Quantised:
@@ -171,7 +171,7 @@ def _unread(name: str, tensors: _TensorsOrArrays, why: str) -> QuantisedWeight:
 
 
 def _layout(quantisation: JsonView) -> str:
-    """gptq, gptq_v2 or awq, by a quantization_config; empty for others."""
+    """Return gptq, gptq_v2 or awq, from a quantization_config; empty for others."""
     method = quantisation.get("quant_method")
     if method == "gptq":
         layout = quantisation.get("checkpoint_format") or "gptq"

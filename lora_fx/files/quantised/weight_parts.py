@@ -1,4 +1,4 @@
-"""The parts of one quantised weight: the tensors of a module, by their last names.
+"""The parts of one quantised weight: the tensors of a module, by the last part of their names.
 
 A format is a function of the parts of one weight. It checks their headers, says the format, the
 bits and the shape of the weight, and returns a `QuantisedWeight`. Its `read` then reads the parts
@@ -22,12 +22,12 @@ from lora_fx.files.stored_tensors import stored, stored_bytes
 from lora_fx.ir.quantised import Quantised
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-"""dtypes whose elements are codes and numbers at once."""
+"""Float dtypes that are codes and also plain numbers."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors of a checkpoint, seen from one module.
+    """The tensors of one module in a checkpoint.
 
     Attributes:
         module: The module's name, without a dot at its end.
@@ -38,17 +38,17 @@ class Parts:
     tensors: Mapping[str, TensorInfo | Array]
 
     def has(self, part: str) -> bool:
-        """True where the module has a tensor of this last name."""
+        """Whether the module has a tensor with this last name."""
         return self._full_name(part) in self.tensors
 
     def dtype(self, part: str) -> str:
-        """The name of the dtype of a part that the module has."""
+        """Return the dtype name of a part that the module has."""
         return str(self.tensors[self._full_name(part)].dtype)
 
     def shape(
         self, part: str, dtypes: Collection[str], *shape: int | None, any_axes: bool = False
     ) -> tuple[int, ...]:
-        """The shape of a part, once its header is checked.
+        """Return the shape of a part after a check of its header.
 
         Args:
             part: Its last name.
@@ -73,7 +73,7 @@ class Parts:
         return sizes
 
     def read(self, part: str, rows: slice = ALL, axis: int = 0) -> Array:
-        """The content of a part whose header was checked, or a range of it along an axis."""
+        """Read a part whose header was checked, or a range of it along an axis."""
         tensor = self.tensors[self._full_name(part)]
         if isinstance(tensor, TensorInfo):
             return stored(tensor, rows, axis)
@@ -83,22 +83,22 @@ class Parts:
         return np.asarray(tensor)[(*axes_before, rows)]
 
     def bytes(self, part: str, low: int, high: int) -> Array:
-        """Bytes low ≤ i < high of a part; fewer where it is shorter."""
+        """Read bytes low ≤ i < high of a part; fewer if the part is shorter."""
         tensor = self.tensors[self._full_name(part)]
         if isinstance(tensor, TensorInfo):
             return stored_bytes(tensor, low, min(high, tensor.stop - tensor.start))
         return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)[low:high]
 
     def wrong(self, part: str, found: str, expected: str) -> LoraFxError:
-        """The error of a part; see `consistency.wrong`."""
+        """Return the error for a part; see `consistency.wrong`."""
         return wrong(self._full_name(part), found, expected)
 
     def checked(self, q: Quantised, part: str = "weight") -> Quantised:
-        """A weight as it was read, whose parts fit each other; see `consistency.checked`."""
+        """Return a weight after a check that its parts fit; see `consistency.checked`."""
         return checked(self._full_name(part), q)
 
     def evenly(self, part: str, length: int, groups: int) -> int:
-        """The length of each of the groups that an axis is cut into.
+        """Return the length of the equal groups of an axis.
 
         Raises:
             LoraFxError: They are not of one length.
@@ -115,7 +115,7 @@ class Parts:
         scale_of: Callable[[Array], Array] = lambda stored: stored.astype(np.float32),
         pack: Callable[[Array], Array] = lambda codes: codes,
     ) -> Recoding:
-        """The recoding with new scales for the blocks that change, and the nearest codes.
+        """Return the recoding with new scales for changed blocks, which rounds to nearest codes.
 
         Args:
             names: The parts of codes and of scales, both with rows along their first axes.
@@ -156,7 +156,7 @@ class Parts:
         axis: int | None = 0,
         place: Callable[[int], int] = lambda row: row,
     ) -> Recoding:
-        """The recoding with the nearest codes by the scales that are stored.
+        """Return the recoding that keeps the stored scales and rounds to the nearest codes.
 
         Args:
             part: The part of codes.
@@ -175,12 +175,12 @@ class Parts:
         return Recoding(recode, (name,))
 
     def _full_name(self, part: str) -> str:
-        """The name of a part in the checkpoint."""
+        """Return the full name of a part in the checkpoint."""
         return f"{self.module}.{part}"
 
 
 def _fits(sizes: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """True where a shape is as expected, in which None stands for any size."""
+    """Whether a shape is as expected; None in `expected` allows any size."""
     if len(sizes) != len(expected):
         return False
     pairs = zip(sizes, expected, strict=True)

@@ -1,1 +1,1 @@
-"""Adapters of PEFT: their configuration, names, reading and writing."""
+"""Adapters of PEFT: configuration and names, reading and writing."""

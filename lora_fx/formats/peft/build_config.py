@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT as we write it."""
+"""The adapter_config.json that lora-fx writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build_config(
     metadata: JsonView,
     fields: JsonView,
 ) -> Json:
-    """The config of an adapter.
+    """Return the config of an adapter.
 
     Args:
         numbers: (rank, alpha) by the name that PEFT compares with its patterns.
@@ -53,12 +53,12 @@ def build_config(
 
 
 def _pattern_table(numbers: Mapping[str, float], default: float) -> Json:
-    """rank_pattern or alpha_pattern: the modules whose number is not the default."""
+    """Return rank_pattern or alpha_pattern: the modules whose number is not the default."""
     return {f"^{re.escape(name)}": number for name, number in numbers.items() if number != default}
 
 
 def _exclude(modules: Sequence[str]) -> str:
-    """A pattern of what target_modules would match by accident, or an empty text.
+    """Return an exclude_modules pattern for accidental target_modules matches; empty if none.
 
     PEFT also adapts modules whose name ends in `.NAME`; for a NAME without dots (`head`, or `0`
     of a Sequential) such modules are likely, and may be of a class that PEFT cannot adapt.
@@ -72,7 +72,7 @@ def _exclude(modules: Sequence[str]) -> str:
 
 
 def _most_common(values: Iterable[float]) -> float:
-    """The most frequent value, the smallest of several; PEFT's default where there is none."""
+    """Return the most frequent value, the smallest of equals; PEFT's default without values."""
     counts = Counter(values)
     if not counts:
         return 8

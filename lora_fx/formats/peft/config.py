@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: how its fields are read, and what is refused.
+"""The fields of PEFT's adapter_config.json: their meaning, and the values that are refused.
 
 PEFT's fields and their meaning are those of peft 0.21.2, `peft/tuners/lora/config.py` and
 `peft/utils/other.py` (get_pattern_key). A field that changes the maths and is not supported here
@@ -28,15 +28,15 @@ TRAINS = {
     "monteclora_config": ("lora_monteclora_sampler", "MonteCLoRA samples its factors in training"),
     "velora_config": ("lora_velora_embed", "VeLoRA compresses what it keeps for backward"),
 }
-"""Fields that act in training alone, with the tensors that nothing else needs: PEFT itself merges
+"""Fields that act only in training, with tensors that nothing else needs: PEFT itself merges
 such an adapter as W + s·B·A."""
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Names in init_lora_weights that leave the base weights as they are; so do true, false, null."""
+"""Values of init_lora_weights that leave the base weights unchanged, as true, false and null do."""
 REDONE = ("pissa", "olora")
-"""Names that change the base in a way that `lora_fx.adapter.residual` can redo from the base
+"""Values that change the base in a way that `lora_fx.adapter.residual` recomputes from the base
 alone."""
 KASA = {"beta": 1e-4, "gamma": 1e-3}
-"""kasa_config as we write it: PEFT's defaults, of a loss that its user may add."""
+"""The kasa_config that lora-fx writes: PEFT's defaults, for a loss that users may add."""
 _NOT_REDONE = {
     "pissa_niter_": "its fast SVD starts from random numbers",
     "corda": "the subtracted part depends on training data",
@@ -56,17 +56,17 @@ FIELDS = (
     "layers_to_transform",
     "layers_pattern",
 )
-"""Fields that say which modules are adapted; readers keep these under metadata["peft"]."""
+"""Fields on which modules are adapted; readers keep them in metadata["peft"]."""
 VERSION = "peft_version"
-"""A field that readers keep there too: how PEFT takes stacks of experts depends on it."""
+"""Another field in metadata["peft"]: PEFT's reading of expert stacks depends on the version."""
 
 ORIGIN = ("task_type", "base_model_name_or_path", "revision")
-"""Fields that an adapter's metadata has too: what it was trained for, and of which model."""
+"""Fields that adapter metadata has too: the task, and the base model."""
 SHARED = frozenset((
     *FIELDS, VERSION, *ORIGIN, "alpha_pattern", "auto_mapping", "inference_mode", "peft_type", "r",
     "rank_pattern",
 ))  # fmt: skip
-"""Fields that LORA, LOHA and LOKR all have."""
+"""Fields that LORA, LOHA and LOKR configs have in common."""
 KNOWN = SHARED | frozenset((
     *REFUSED, *TRAINS, *_LISTS, *_FLAGS, "bias", "corda_config", "eva_config", "init_lora_weights",
     "kasa_config", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
@@ -120,7 +120,7 @@ def _check_supported(config: JsonView, where: str) -> None:
 
 
 def _check_types(config: JsonView, where: str) -> None:
-    """Raise for a mode, a list of names or a flag that holds something else."""
+    """Raise for a mode, a list of names or a flag with a value of another type."""
     if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
         raise wrong_field(
             f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'"
@@ -152,11 +152,11 @@ def _check_groups(config: JsonView, where: str) -> None:
 
 
 WIDEST = 1 << 24
-"""Elements of the largest A that QA-LoRA's groups are written out to: rank 256 of 65,536 inputs."""
+"""The most elements of A after QA-LoRA's groups are expanded: rank 256 of 65,536 inputs."""
 
 
 def group_of(config: JsonView, a: Array, where: str) -> int:
-    """The inputs that QA-LoRA reads as one, on the linear layers of an adapter; 0 for none.
+    """Return the group size that QA-LoRA uses on an adapter's linear layers; 0 for none.
 
     Args:
         config: PEFT's.
@@ -180,12 +180,12 @@ def group_of(config: JsonView, a: Array, where: str) -> int:
 
 
 def wrong_field(what: str) -> LoraFxError:
-    """An error about a field with a value that PEFT does not write."""
+    """Return an error for a field with a value that PEFT does not write."""
     return LoraFxError(what, "correct the file, or save the adapter again with PEFT")
 
 
 def mutation(config: JsonView) -> str:
-    """pissa, olora or kasa, if PEFT subtracted a part from linear base weights; else empty."""
+    """Return pissa, olora or kasa, if PEFT subtracted a part of linear base weights; else empty."""
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
     if name in REDONE:
@@ -194,7 +194,7 @@ def mutation(config: JsonView) -> str:
 
 
 def whole_factor(config: JsonView, module: str, half: str, stored: Array, where: str) -> Array:
-    """A whole factor of BD-LoRA, which stores the blocks of a block-diagonal one in a column.
+    """Return a BD-LoRA factor as a full block-diagonal matrix; its file stacks the blocks.
 
     Args:
         config: PEFT's. In peft 0.21.2 a module is meant where its name holds one of the listed
@@ -255,7 +255,7 @@ def _check_init(config: JsonView, where: str) -> None:
 
 
 def texts_of(value: object) -> tuple[str, ...]:
-    """The texts of a list that a file should hold; nothing where it holds something else."""
+    """Return the texts of a list from a file; empty for any other value."""
     if not isinstance(value, list):
         return ()
     return tuple(text for text in value if isinstance(text, str) and text)

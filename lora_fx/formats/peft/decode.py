@@ -1,4 +1,4 @@
-"""From the tensors and the config of a PEFT file to an Adapter."""
+"""Conversion of the tensors and config of a PEFT file to an Adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_fx.text import Json, JsonView
 
 
 def decode(source: PeftFile, ours: JsonView) -> Adapter:
-    """The adapter of one file with peft_type LORA.
+    """Return the adapter of a file with peft_type LORA.
 
     Args:
         source: The file; its notes become the adapter's.
@@ -53,7 +53,7 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
 
 
 def _notes_on_missing_modules(source: PeftFile, entries: Mapping[str, Entry]) -> Iterator[str]:
-    """A note on each module that modules_to_save lists and of which the file has no tensor.
+    """Yield a note on each module in modules_to_save of which the file has no tensor.
 
     A model has one of the heads that PEFT lists for its task. The others are missing rightly, and
     so are all of them where the config lists no module itself.
@@ -72,7 +72,7 @@ def _notes_on_missing_modules(source: PeftFile, entries: Mapping[str, Entry]) ->
 
 
 def _is_any_saved(name: str, modules: list[str]) -> bool:
-    """Whether modules_to_save with this one name has PEFT save one of these modules."""
+    """Whether PEFT saves one of these modules if modules_to_save has only this name."""
     config = {"modules_to_save": [name]}
     return any(saved_whole(config, module) for module in modules)
 
@@ -80,7 +80,7 @@ def _is_any_saved(name: str, modules: list[str]) -> bool:
 def _metadata(
     source: PeftFile, modules: list[str], written_metadata: JsonView, *, is_ours: bool
 ) -> Json:
-    """The metadata of the adapter.
+    """Return the metadata of the adapter.
 
     Args:
         source: The file. Its notes stand in the metadata.

@@ -1,4 +1,4 @@
-"""From an Adapter to the tensors and config of PEFT; see `lora_fx.formats.peft.file`."""
+"""Conversion of an Adapter to the tensors and config of PEFT; see `lora_fx.formats.peft.file`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lora_fx.formats.peft.one_variant import all_or_none, one_own_variant, one_v
 from lora_fx.text import Json
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
-"""Metadata that reading takes from the config and the tensors."""
+"""Metadata fields that reading derives from the config and the tensors."""
 Encoded = tuple[dict[str, Array], Json, Json, tuple[str, ...]]
 
 
 def encode(adapter: Adapter) -> Encoded:
-    """The tensors, the config, the JSON of our own, and the notes of an adapter."""
+    """Return the tensors, the config, lora-fx's JSON, and the notes of an adapter."""
     for key, entry in adapter.entries.items():
         if not isinstance(entry, (LowRank, Full, Dense, ReplacedRows)):
             raise LoraFxError(
@@ -41,7 +41,7 @@ def encode(adapter: Adapter) -> Encoded:
 
 
 class _Writer:
-    """Writes one adapter.
+    """The writer of one adapter.
 
     Attributes:
         tensors: What the file holds, by name.
@@ -95,7 +95,7 @@ class _Writer:
         return self.tensors, config, ours, tuple(self.notes)
 
     def _one_group_size(self) -> int:
-        """The size of QA-LoRA's groups, one for the whole adapter; 0 for plain LoRA."""
+        """Return QA-LoRA's group size, one for the whole adapter; 0 for plain LoRA."""
         sizes = set[int]()
         for key, form in self.peft_forms.items():
             update = self.updates[key]
@@ -112,7 +112,7 @@ class _Writer:
         return max(sizes, default=0)
 
     def _set_flags(self, scale_variant: str) -> None:
-        """Set the config's flags; each is one for the whole adapter."""
+        """Set the config's flags, each of which applies to the whole adapter."""
         updates = {key: self.updates[key] for key in self.peft_forms}
         has_magnitude = {key: update.magnitude is not None for key, update in updates.items()}
         self.fields["use_rslora"] = scale_variant == "rslora"
@@ -136,7 +136,7 @@ class _Writer:
         return bool(in_out) and all(in_out)
 
     def _set_start(self) -> None:
-        """Set how training started, where that changed the base; embeddings keep theirs."""
+        """Set the config's init if it changed the base of linear layers; skip embeddings."""
         starts = {
             key: self.updates[key].mutated
             for key, form in self.peft_forms.items()
@@ -174,7 +174,7 @@ class _Writer:
     def _peft_tensors(
         self, form: PeftForm, update: LowRank
     ) -> tuple[dict[str, str], dict[str, Array]]:
-        """Field → name, and name → tensor, of an update under PEFT's names."""
+        """Return field → name, and name → tensor, of an update under PEFT's names."""
         a_name, b_name = form.names
         a = variant_of(update).tensors(update)["a"] if self.group_size else update.a
         tensors = to_tensors(form, replace(update, a=a))
@@ -183,7 +183,7 @@ class _Writer:
         return {"a": a_name, "b": b_name}, tensors
 
     def _own_tensors(self, key: str, update: LowRank) -> tuple[dict[str, str], dict[str, Array]]:
-        """Field → name, and name → tensor, of an update under names that PEFT passes over."""
+        """Return field → name, and name → tensor, of an update under names that PEFT ignores."""
         lead = f"{OWN}{key}"
         if not variant_of(update).peft_type:
             return self._variant_tensors(key, update)
@@ -197,7 +197,7 @@ class _Writer:
     def _variant_tensors(
         self, key: str, update: LowRank
     ) -> tuple[dict[str, str], dict[str, Array]]:
-        """Field → name, and name → tensor, of an update of a variant that PEFT does not have.
+        """Return field → name, and name → tensor, of an update whose variant PEFT lacks.
 
         A tensor that does not train may be that of many updates. It is stored once.
         """
@@ -211,14 +211,14 @@ class _Writer:
         return names, tensors
 
     def _stored_as(self, value: Array) -> str | None:
-        """The name under which a tensor of these numbers is stored already."""
+        """Return the name of an already stored tensor with these values; None without one."""
         for name, stored in self.tensors.items():
             if name.startswith(OWN) and np.array_equal(stored, value):
                 return name
         return None
 
     def _numbers(self) -> dict[str, tuple[int, float]]:
-        """(rank, alpha) by the names that PEFT compares; target_parameters on the way."""
+        """Return (rank, alpha) by the names that PEFT compares; set target_parameters too."""
         numbers: dict[str, tuple[int, float]] = {}
         parameters: set[str] = set()
         for key, form in self.peft_forms.items():
@@ -238,7 +238,7 @@ class _Writer:
         return numbers
 
     def _set_parameters(self, parameters: set[str]) -> None:
-        """Set target_parameters, and the other fields that PEFT needs with it."""
+        """Set target_parameters, and the other fields that PEFT then needs."""
         self.fields["target_parameters"] = sorted(parameters)
         self.fields[VERSION] = self.adapter.metadata.get("peft", {}).get(VERSION)
         layouts = [self.updates[key].layout for key in parameters & set(self.peft_forms)]
@@ -255,7 +255,7 @@ class _Writer:
             )
 
     def _write_changes_of_biases(self) -> set[str]:
-        """Write what acts on biases, and every other whole ΔW.
+        """Write the updates of biases, and every other full ΔW.
 
         Returns:
             The keys of the trained biases that are written.
@@ -288,7 +288,7 @@ class _Writer:
         trained: set[str],
         biases_of_b: Mapping[str, Dense],
     ) -> bool:
-        """Whether lora_bias can express the biases of B, and the config can have it."""
+        """Whether lora_bias can express the biases of B, and the config can contain it."""
         if not biases_of_b:
             return False
         needed = {key for key, (_, form) in layers.items() if not form.is_in_proj}
@@ -299,7 +299,7 @@ class _Writer:
         return not (self.fields["use_dora"] or has_start or self.has_stacks)
 
     def _is_bias_of_b(self, change: Dense, owner: str, form: PeftForm) -> bool:
-        """True if lora_bias expresses exactly this change."""
+        """Whether lora_bias expresses exactly this change."""
         if form.is_in_proj or change.layout is not None:
             return False
         update = self.updates[owner]
@@ -309,7 +309,7 @@ class _Writer:
     def _write_biases_of_b(
         self, layers: Mapping[str, tuple[str, PeftForm]], biases_of_b: Mapping[str, Dense]
     ) -> None:
-        """Write a bias of B for every layer: PEFT has one flag for all."""
+        """Write a bias of B for every layer, because PEFT has one flag for all layers."""
         self.fields["lora_bias"] = True
         for key, (owner, form) in layers.items():
             if key in biases_of_b:
@@ -319,7 +319,7 @@ class _Writer:
             self._put(key, f"{PREFIX}{form.lead}.lora_B.bias", value)
 
     def _write_changes(self, changes: Mapping[str, Dense]) -> None:
-        """Write whole ΔW under names of our own."""
+        """Write full ΔWs under names of lora-fx."""
         for key, change in changes.items():
             name = f"{OWN}{key}.dense"
             self._put(key, name, change.value)
@@ -410,7 +410,7 @@ class _Writer:
             self.fields["trainable_token_indices"] = token_indices
 
     def _put(self, key: str, name: str, array: Array) -> None:
-        """Add a tensor to the file; raise for an empty one, and for NaN."""
+        """Add a tensor to the file; raise for an empty tensor, and for NaN."""
         if array.size == 0:
             raise LoraFxError(
                 f"{key!r} has an empty tensor, shape {list(array.shape)}", "leave it out"
@@ -424,7 +424,7 @@ class _Writer:
 
 
 def _names_of_module(form: PeftForm, update: LowRank) -> Iterator[str]:
-    """The names of a module, of an embedding those of its tied heads too."""
+    """Yield the names of a module; for an embedding, also the names of its tied heads."""
     yield form.target
     if form.plain and form.kind == "embedding":
         for twin in update.origin.twins:
@@ -432,13 +432,13 @@ def _names_of_module(form: PeftForm, update: LowRank) -> Iterator[str]:
 
 
 def _is_bias_of_module(key: str, full: Full) -> bool:
-    """Whether a trained tensor is a bias of numbers, and of a module with a name."""
+    """Whether a trained tensor is a float bias of a named module."""
     module, _, leaf = key.rpartition(".")
     return leaf == "bias" and module != "" and is_float(full.value)
 
 
 def _are_different(index: Sequence[int]) -> bool:
-    """Whether these are different numbers of rows, none below 0."""
+    """Whether these row numbers are unique and not negative."""
     return len(set(index)) == len(index) and min(index, default=0) >= 0
 
 

@@ -37,7 +37,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 Decode = Callable[[PeftFile, JsonView], Adapter]
-"""(file and config, our JSON) → adapter."""
+"""A function of (file and config, lora-fx's JSON) that returns the adapter."""
 KINDS: dict[str, Decode] = {
     "LORA": decode,
     **dict.fromkeys(loha_lokr_oft.KINDS, loha_lokr_oft.read_peft),
@@ -46,14 +46,14 @@ KINDS: dict[str, Decode] = {
 
 
 def detect(seen: FileHead) -> bool:
-    """True for a file with PEFT's prefix, or with our own JSON."""
+    """Whether a file has PEFT's prefix, or lora-fx's JSON."""
     if "lora_fx" in seen.metadata:
         return True
     return any(name.startswith((PREFIX, OWN)) for name in seen.names)
 
 
 def read(path: str | Path) -> Adapter:
-    """An adapter from a folder or a single file.
+    """Read an adapter from a folder or a single file.
 
     Args:
         path: A folder with adapter_config.json and adapter_model.safetensors, or a .safetensors
@@ -97,7 +97,7 @@ def read(path: str | Path) -> Adapter:
 
 
 def _decoder(peft_type: object, where: str) -> Decode:
-    """The function that reads the tensors of a peft_type; raises for one that is not known."""
+    """Return the function that reads the tensors of a peft_type; raise for an unknown one."""
     if names_variant(peft_type):
         expect_variant(str(peft_type).removeprefix(OWN), f"{where}: the adapter")
         return decode
@@ -110,12 +110,12 @@ def _decoder(peft_type: object, where: str) -> Decode:
 
 
 def names_variant(peft_type: object) -> bool:
-    """True for a type that names a variant which PEFT does not have: lora_fx.NAME."""
+    """Whether a peft_type names a variant that PEFT lacks: lora_fx.NAME."""
     return isinstance(peft_type, str) and peft_type.startswith(OWN)
 
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
-    """(config, its place): inside lora-fx's JSON or next to the file; None if there is neither.
+    """Return (config, its location) from lora-fx's JSON or next to the file; None without one.
 
     Regular expressions in it are counted anew, under the name of that place.
     """
@@ -131,7 +131,7 @@ def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
 
 
 def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
-    """Write a folder that PEFT loads; returns notes on what PEFT will not see.
+    """Write a folder that PEFT loads; return notes on what PEFT ignores.
 
     Args:
         adapter: Bound, or as read from a file of PEFT. metadata may hold dropout, task_type,
@@ -161,7 +161,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
 
 
 class Peft(Format):
-    """A folder with adapter_config.json, or one safetensors file with the config in its header."""
+    """A PEFT adapter: a folder with adapter_config.json, or one file with config in its header."""
 
     name = "peft"
     suffixes = (".safetensors",)
@@ -172,11 +172,11 @@ class Peft(Format):
     keeps_variants = True
 
     def detect(self, seen: FileHead) -> bool:
-        """Whether there is PEFT's prefix, or our own JSON."""
+        """Whether the file has PEFT's prefix, or lora-fx's JSON."""
         return detect(seen)
 
     def resembles(self, seen: FileHead) -> bool:
-        """Whether there is a config or a name of A or B, and no prefix."""
+        """Whether there is a config or a name of A or B, but no prefix."""
         return seen.config or any(".lora_A" in name or ".lora_B" in name for name in seen.names)
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:

@@ -1,4 +1,4 @@
-"""The form in which PEFT can store an update, if any, and its tensors in that form.
+"""The form in which PEFT can store an update, and the update's tensors in that form.
 
 linear, conv, embedding and stack (a parameter of target_parameters) are PEFT's, under
 `base_model.model.`; own is ours, under `lora_fx.`, for what PEFT cannot say. Shapes and names are
@@ -54,7 +54,7 @@ class PeftForm:
 
     @property
     def module(self) -> str:
-        """The model's name of the layer."""
+        """The model's name for the layer."""
         return unwrapped(self.lead)
 
     @property
@@ -64,17 +64,17 @@ class PeftForm:
 
     @property
     def is_out_proj(self) -> bool:
-        """True for the out_proj of an attention, whose update PEFT adds twice."""
+        """Whether this is an attention's out_proj, whose update PEFT adds twice."""
         return self.plain and self.lead.endswith(OUT_PROJ)
 
     @property
     def is_in_proj(self) -> bool:
-        """True for the in_proj of an attention, whose bias of B PEFT does not apply."""
+        """Whether this is an attention's in_proj, whose bias of B PEFT does not apply."""
         return self.plain and self.kind == "linear" and not self.lead.endswith(OUT_PROJ)
 
     @property
     def names(self) -> tuple[str, str]:
-        """Tensor names of A and B in PEFT's terms."""
+        """PEFT's tensor names of A and B."""
         lead = f"{PREFIX}{self.lead}.lora_"
         if self.kind == "embedding":
             return f"{lead}embedding_A", f"{lead}embedding_B"
@@ -82,7 +82,7 @@ class PeftForm:
 
 
 def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
-    """The form of every update; those that need a partner look for it among the others."""
+    """Return the form of every update; some forms depend on the other updates."""
     layers = _LayersOfFile(updates)
     forms = {}
     for key, update in updates.items():
@@ -91,7 +91,7 @@ def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
 
 
 class _LayersOfFile:
-    """The updates that came from wrapped layers of a PEFT file and are as they were read.
+    """Updates that were read from nested PEFT wrappers and have not changed since.
 
     They go back to where they were, if everything that lay there goes with them:
     1. the parameters of a module, if the adapter has an update for each of its wrappers;
@@ -112,7 +112,7 @@ class _LayersOfFile:
         )
 
     def form(self, key: str, update: LowRank) -> PeftForm | None:
-        """The form of an update where it was; None where it cannot go back."""
+        """Return the form that an update was read from; None if it cannot be written back."""
         origin = update.origin
         layer = origin.layer or FileLayer("")
         if self.keys.get(layer.lead) != key:
@@ -140,7 +140,7 @@ class _LayersOfFile:
 
 
 def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> dict[str, PeftForm]:
-    """Forms of the stacks that PEFT can have as parameters, and of what lies inside their modules.
+    """Return the forms of stacks that PEFT can store as parameters, and of layers in their modules.
 
     PEFT wraps the parameters of a module in the order in which it defines them, the first
     innermost. The updates of a model come in that order.
@@ -173,7 +173,7 @@ def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> di
 def _parameters_beside_stacks(
     forms: Mapping[str, PeftForm], changed: Mapping[str, PeftForm]
 ) -> dict[str, PeftForm]:
-    """Linear layers that must be parameters next to stacks, since PEFT takes them for experts.
+    """Return linear layers next to stacks that need target_parameters, as PEFT sees experts there.
 
     Args:
         forms: Of all updates.
@@ -191,7 +191,7 @@ _PARAMETER = re.compile(r"[^\[\]@]+\.[^\[\]@.]+")
 
 
 def _is_parameter_stack(key: str, update: LowRank) -> bool:
-    """True for a stack of matrices that is a whole parameter of a module."""
+    """Whether an update is for a stack of matrices that is a whole parameter of a module."""
     if update.use or not _PARAMETER.fullmatch(key):
         return False
     layout = update.layout
@@ -203,12 +203,12 @@ def _is_parameter_stack(key: str, update: LowRank) -> bool:
 
 
 def _is_as_read(update: LowRank) -> bool:
-    """True for an update that a reader returned, without a layout and a use."""
+    """Whether an update is as a reader returned it, without a layout and a use."""
     return update.layout is None and not update.use
 
 
 def form_of(key: str, update: LowRank) -> PeftForm:
-    """The form in which PEFT can store an update; kind "own", with the reason, if it cannot."""
+    """Return PEFT's form for an update; kind "own", with the reason, if PEFT cannot store it."""
     origin = update.origin
     name = update.use or key
     module = name.removesuffix(".weight")
@@ -240,7 +240,7 @@ _SHARED = "it acts on several modules that share the tensor"
 
 
 def module_form(key: str, update: LowRank, refused: Callable[[str, str], LoraFxError]) -> PeftForm:
-    """The form of an update in a file of modules' weights alone, stored with out first."""
+    """Return the form of an update for files that hold only module weights, stored out first."""
     if not is_on_base(update) or not is_lora_or_dora(update):
         raise refused(key, f"it is {name_of(update)}")
     form = form_of(key, update)
@@ -254,7 +254,7 @@ def module_form(key: str, update: LowRank, refused: Callable[[str, str], LoraFxE
 
 
 def _of_tied_embedding(module: str, update: LowRank) -> PeftForm:
-    """The form of the update of a tensor that an embedding and a head share."""
+    """Return the form of an update of a tensor that an embedding and a head share."""
     origin = update.origin
     is_changed = origin.kernel or update.mutated or origin.layer or update.magnitude is not None
     if not origin.op or is_changed:
@@ -263,7 +263,7 @@ def _of_tied_embedding(module: str, update: LowRank) -> PeftForm:
 
 
 def _of_op(module: str, update: LowRank) -> PeftForm:
-    """The form of an update whose layout is not known, by its op."""
+    """Return the form of an update with unknown layout, from its op."""
     op = update.origin.op
     if op == "embedding":
         return PeftForm("embedding", module)
@@ -275,7 +275,7 @@ def _of_op(module: str, update: LowRank) -> PeftForm:
 
 
 def _of_layout(module: str, update: LowRank, layout: Layout) -> PeftForm:
-    """The form of an update by its layout in the model."""
+    """Return the form of an update from its layout in the model."""
     op = update.origin.op
     if layout.batch or layout.shape != layout.stored:
         return _no_such_layer(op)
@@ -302,7 +302,7 @@ def _no_such_layer(op: str) -> PeftForm:
 
 
 def to_tensors(form: PeftForm, update: LowRank) -> dict[str, Array]:
-    """A, B and the magnitude under their names and in the shapes of PEFT."""
+    """Return A, B and the magnitude by PEFT's names, in PEFT's shapes."""
     a_name, b_name = form.names
     a, b = _factors(form, update)
     tensors = {a_name: a, b_name: b}
@@ -318,7 +318,7 @@ def to_tensors(form: PeftForm, update: LowRank) -> dict[str, Array]:
 
 
 def _factors(form: PeftForm, update: LowRank) -> Factors:
-    """A and B in the shapes of PEFT."""
+    """Return A and B in PEFT's shapes."""
     if form.kind == "stack":
         return packed(update)
     if form.swapped:
@@ -332,7 +332,7 @@ def _factors(form: PeftForm, update: LowRank) -> Factors:
 
 
 def _shape_of_magnitude(form: PeftForm, a: Array) -> tuple[int, ...]:
-    """[out], or [1, out, 1, …] of a convolution."""
+    """Return the shape of the magnitude: [out], or [1, out, 1, …] for a convolution."""
     if form.kind != "conv":
         return (-1,)
     return (1, -1, *(1 for _ in range(a.ndim - 2)))

@@ -1,4 +1,4 @@
-"""Read the low-rank updates of one PEFT file, layer by layer, with its config."""
+"""The reader of the low-rank updates in a PEFT file, layer by layer, with the config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lora_fx.formats.peft.whole_tensors import read_rest
 
 @dataclass(frozen=True)
 class _Vector:
-    """A vector besides A and B that a field of the config requires.
+    """A tensor, in addition to A and B, that a field of the config requires.
 
     Attributes:
         name: What `Group.names` calls it.
@@ -51,7 +51,7 @@ _DIAGONAL = _Vector("diagonal", "lora_diag", "KaSA", "kasa_config")
 
 
 class LayerReader:
-    """Reads the updates of one file.
+    """The reader of the updates in one file.
 
     Attributes:
         source: The file.
@@ -74,7 +74,7 @@ class LayerReader:
         self.taken: set[str] = set()
 
     def add_undescribed(self, tensors: Mapping[str, Array], entries: dict[str, Entry]) -> None:
-        """Add everything that our JSON does not describe, as PEFT would apply it."""
+        """Add all updates that lora-fx's JSON does not describe, as PEFT would apply them."""
         layers = groups(tensors, self.file)
         for lead, group in self._without_tied_heads(layers).items():
             if self._is_stacked(group.module):
@@ -91,7 +91,7 @@ class LayerReader:
     def _add_stacks(
         self, lead: str, group: Group, layers: Mapping[str, Group], entries: dict[str, Entry]
     ) -> None:
-        """Add the updates of the parameters of one module, when its outermost wrapper comes."""
+        """Add the updates of a module's parameters, once its outermost wrapper is read."""
         if lead.endswith(f".{WRAPPER}"):
             if lead.removesuffix(f".{WRAPPER}") not in layers:
                 raise self._nested(group)
@@ -110,7 +110,7 @@ class LayerReader:
     def _add_layer(
         self, lead: str, group: Group, layers: Mapping[str, Group], entries: dict[str, Entry]
     ) -> None:
-        """Add the update of one layer, and the bias of B beside it."""
+        """Add the update of one layer, and its bias of B."""
         self._check_place(group, layers)
         update = self.update(group, layers)
         is_attention = f"{lead}{OUT_PROJ}" in layers
@@ -119,7 +119,7 @@ class LayerReader:
         self.add_bias(entries, update, group)
 
     def update(self, group: Group, layers: Mapping[str, Group]) -> LowRank:
-        """The update of one layer in PEFT's shapes.
+        """Return the update of one layer in PEFT's shapes.
 
         Args:
             group: The tensors of the layer.
@@ -172,12 +172,12 @@ class LayerReader:
         return grouped(update, group_size) if group_size else update
 
     def _factor(self, group: Group, half: str) -> Array:
-        """A or B as stored, with the blocks of BD-LoRA written out."""
+        """Return A or B as stored; expand the blocks of BD-LoRA."""
         stored = self.source.factor(group.names[half])
         return whole_factor(self.config, group.module, half, stored, self.file)
 
     def _alpha(self, compared_name: str, a_name: str, *, rank: int) -> float:
-        """The alpha of a layer; raises if the config has another rank than the tensors."""
+        """Return the alpha of a layer; raise if the config's rank differs from the tensors'."""
         expected_rank = self.ranks.of(compared_name)
         alpha = self.alphas.of(compared_name)
         if expected_rank is not None and expected_rank != rank:
@@ -190,7 +190,7 @@ class LayerReader:
         return alpha
 
     def _check_targeted(self, group: Group, compared_name: str) -> None:
-        """Raise for a layer of a module that target_modules leaves out."""
+        """Raise for a layer whose module target_modules does not match."""
         if targets(self.config, group.module) or targets(self.config, compared_name):
             return
         raise LoraFxError(
@@ -200,7 +200,7 @@ class LayerReader:
         )
 
     def _mutated(self, group: Group, *, plain: bool) -> str:
-        """How PEFT changed the base of an update; raises for a layer that PEFT does not change."""
+        """Return how PEFT changed an update's base; raise if PEFT cannot change this layer."""
         changed = mutation(self.config)
         if not changed or group.kind == "embedding":
             return ""  # PEFT leaves embeddings as they are
@@ -214,7 +214,7 @@ class LayerReader:
         return changed
 
     def _vector_name(self, group: Group, vector: _Vector, *, on: bool) -> str | None:
-        """The name of a vector's tensor, where its method is on; None where it is off.
+        """Return the tensor name of a vector if its method is on; None if it is off.
 
         Raises:
             LoraFxError: The config and the tensors contradict each other.
@@ -271,7 +271,7 @@ class LayerReader:
         )
 
     def _without_tied_heads(self, layers: dict[str, Group]) -> dict[str, Group]:
-        """The layers, without heads that ensure_weight_tying keeps equal to an embedding.
+        """Return the layers, without heads that ensure_weight_tying keeps equal to an embedding.
 
         PEFT writes such a head as a pair of its own, A = Bᵀ and B = Aᵀ of the embedding. It is one
         update of one tensor, so the embedding's is kept and `twins` names the head. (In
@@ -291,14 +291,14 @@ class LayerReader:
         return remaining
 
     def _embedding_of_head(self, head: Group, layers: Mapping[str, Group]) -> Group | None:
-        """The embedding whose update a head repeats, transposed; None where there is none."""
+        """Return the embedding whose update a head repeats, transposed; None if there is none."""
         for group in layers.values():
             if group.kind == "embedding" and self._is_transposed(head, group):
                 return group
         return None
 
     def _is_transposed(self, head: Group, embedding: Group) -> bool:
-        """Whether A of the head is Bᵀ of the embedding, B is Aᵀ, and there are no other tensors."""
+        """Whether the head's A is the embedding's Bᵀ and its B is Aᵀ, with no other tensors."""
         head_a = self.source.tensors[head.names["a"]]
         head_b = self.source.tensors[head.names["b"]]
         embedding_a = self.source.tensors[embedding.names["a"]]
@@ -310,14 +310,14 @@ class LayerReader:
         )
 
     def _is_stacked(self, module: str) -> bool:
-        """True for a module whose parameters are targets; PEFT lets no module be one as well."""
+        """Whether a module's parameters are targets; PEFT does not allow the module as well."""
         names_modules = self.config.get("target_modules") not in (None, "all-linear")
         if names_modules and targets(self.config, module):
             return False
         return bool(candidates(self.config, module))
 
     def _check_place(self, group: Group, layers: Mapping[str, Group]) -> None:
-        """Raise for a layer inside a wrapper that is not a known one of PEFT.
+        """Raise for a layer inside an unknown wrapper.
 
         A wrapper is known where it holds parameters that are targets, or the out_proj of an
         attention; and where a module stands inside it.

@@ -16,7 +16,7 @@ from lora_fx.formats.peft.target_modules import target_facts, targets
 from lora_fx.text import JsonView
 
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_R"}
-"""PEFT's peft_type → what its tensor names begin with."""
+"""PEFT's peft_type → the beginning of its tensor names."""
 
 
 _KNOWN = SHARED | frozenset((
@@ -28,7 +28,7 @@ _KNOWN = SHARED | frozenset((
 
 
 def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
-    """An adapter of PEFT's peft_type LOHA, LOKR or OFT.
+    """Return an adapter of peft_type LOHA, LOKR or OFT.
 
     Args:
         source: The file; its notes become the adapter's.
@@ -76,7 +76,7 @@ def _check_config(source: PeftFile) -> None:
 
 
 def _by_module(source: PeftFile) -> dict[str, dict[str, Array]]:
-    """The tensors of each module by the ends of their names, as fp32.
+    """Return the tensors of each module by the ends of their names, as fp32.
 
     Raises:
         LoraFxError: A tensor of another kind, or of a module that is no target.
@@ -106,7 +106,7 @@ def _change(
     source: PeftFile,
     module: str,
 ) -> Entry:
-    """The change of one module."""
+    """Return the change of one module."""
     peft_type = source.config["peft_type"]
     if peft_type == "OFT":
         return rotation(tensors["oft_R"], source, module)

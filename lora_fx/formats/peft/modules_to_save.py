@@ -1,4 +1,4 @@
-"""Decide which modules and tensors PEFT saves whole."""
+"""The modules and tensors that PEFT saves whole (modules_to_save)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""task_type → what PEFT adds to modules_to_save for it: names of which a model has one."""
+"""task_type → the head names that PEFT adds to modules_to_save; a model has one of them."""
 
 
 def heads_of(config: JsonView) -> tuple[str, ...]:
-    """The names that PEFT adds to modules_to_save; older files have them in no list."""
+    """Return the names that PEFT adds to modules_to_save; old files do not list them."""
     task = config.get("task_type")
     if not isinstance(task, str):
         return ()
@@ -26,20 +26,20 @@ def heads_of(config: JsonView) -> tuple[str, ...]:
 
 
 def listed_whole(config: JsonView) -> tuple[str, ...]:
-    """The names in modules_to_save, with those that PEFT adds."""
+    """Return the names in modules_to_save, and the names that PEFT adds."""
     listed = texts_of(config.get("modules_to_save"))
     return tuple(dict.fromkeys((*listed, *heads_of(config))))
 
 
 def saved_whole(config: JsonView, module: str) -> bool:
-    """True when modules_to_save lists the module or one around it (PEFT compares endings)."""
+    """Whether modules_to_save lists the module or one around it (PEFT compares endings)."""
     names = listed_whole(config)
     path = module.split(".")
     return any(".".join(path[: i + 1]).endswith(names) for i in range(len(path)))
 
 
 def conflicts(saved: str, module: str) -> bool:
-    """True when PEFT, told to save `saved` whole, leaves out or wraps a low-rank `module`."""
+    """Whether PEFT skips or wraps a low-rank `module` if it must save `saved` whole."""
     try:
         return module.endswith(saved) or bool(matched(pattern_around(saved), module))
     except PatternError:  # PEFT takes the name for a pattern, and would fail on this one
@@ -47,12 +47,12 @@ def conflicts(saved: str, module: str) -> bool:
 
 
 def pattern_around(saved: str) -> str:
-    """The pattern by which PEFT takes a module for one in modules_to_save, or inside of one."""
+    """Return PEFT's pattern for a module that is, or is inside, an entry of modules_to_save."""
     return rf"(^|.*\.){saved}($|\..*)"
 
 
 def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], dict[str, str]]:
-    """Modules that PEFT can save whole, and {key: reason} of the tensors it cannot.
+    """Return the modules that PEFT can save whole, and {key: reason} of tensors that it cannot.
 
     Args:
         full: Trained tensors by key.
@@ -78,7 +78,7 @@ def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], 
 
 
 def _conflicting(saved: str, modules: set[str]) -> str:
-    """The first module whose update PEFT would drop to save this one; empty where there is none."""
+    """Return the first module whose update PEFT would drop to save this one; empty if none."""
     if not saved:
         return ""
     return next((module for module in sorted(modules) if conflicts(saved, module)), "")
@@ -89,7 +89,7 @@ def _is_inside(module: str, modules: Iterable[str]) -> bool:
 
 
 def partly_held(modules: Iterable[str], full: Mapping[str, Full]) -> Iterator[str]:
-    """Notes on saved modules of which the adapter may hold only some tensors."""
+    """Yield notes on saved modules of which the adapter may hold only some tensors."""
     for module in modules:
         start = f"{module}."
         leaves = sorted(key.removeprefix(start) for key in full if key.startswith(start))

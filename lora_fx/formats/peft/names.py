@@ -34,9 +34,9 @@ PREFIX = "base_model.model."
 OWN = "lora_fx."
 WRAPPER = "base_layer"
 OUT_PROJ = f".{WRAPPER}.out_proj"
-"""The place of the out_proj of a MultiheadAttention in PEFT, after the module's name."""
+"""The suffix that PEFT puts after the name of a MultiheadAttention, for its out_proj."""
 TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
+"""Names for which PEFT, if target_modules has them, assumes experts of transformers 4, and
 doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
 DELTA = ".token_adapter.trainable_tokens_delta"
 _FACTORS_AND_VECTORS = {
@@ -53,12 +53,12 @@ _FACTORS_AND_VECTORS = {
 _ENDS = "|".join(re.escape(end) for end in _FACTORS_AND_VECTORS)
 _NAME = re.compile(rf"(.+)\.({_ENDS})")
 _PARTNERS = (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b"), ("diagonal", "a"))
-"""(tensor that a layer has, tensor that must come with it)."""
+"""(tensor of a layer, other tensor that it requires)."""
 
 
 @dataclass
 class Group:
-    """The tensors of one of PEFT's layers, by their full names.
+    """The tensors of one PEFT layer, by their full names.
 
     Attributes:
         lead: Where the layer is, without prefix, with the wrappers.
@@ -74,12 +74,12 @@ class Group:
 
     @property
     def module(self) -> str:
-        """The model's own name of the layer."""
+        """The model's name for the layer."""
         return unwrapped(self.lead)
 
 
 def unwrapped(lead: str, *others: str) -> str:
-    """A name without PEFT's wrappers, and without these other parts.
+    """Return a name without PEFT's wrappers, and without the given other parts.
 
     >>> unwrapped("mha.base_layer.out_proj")
     'mha.out_proj'
@@ -89,7 +89,7 @@ def unwrapped(lead: str, *others: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str, str] | None:
-    """(lead, kind, what it is of the layer) of a tensor's name without prefix.
+    """Return (layer, kind, role in the layer) of a tensor's name without prefix.
 
     None where the name is of no low-rank layer.
 
@@ -105,7 +105,7 @@ def split_name(name: str) -> tuple[str, str, str] | None:
 
 
 def groups(names: Iterable[str], where: str) -> dict[str, Group]:
-    """{lead: its tensors} of the names under the prefix that belong to low-rank layers.
+    """Group the names of low-rank layers, which have the prefix, as {layer: its tensors}.
 
     Raises:
         LoraFxError: Half a pair, two pairs on one layer, a tensor of another kind of layer.
@@ -131,7 +131,7 @@ def groups(names: Iterable[str], where: str) -> dict[str, Group]:
 
 
 def _add_name(group: Group, name: str, kind: str, role: str, where: str) -> None:
-    """Add a tensor to its layer; raise for a second one, and for a factor of another kind."""
+    """Add a tensor to its layer; raise for a duplicate, or a factor of another kind."""
     is_factor = role in ("a", "b")
     is_of_other_kind = is_factor and group.kind not in ("", kind)
     if role in group.names or is_of_other_kind:
@@ -145,7 +145,7 @@ def _add_name(group: Group, name: str, kind: str, role: str, where: str) -> None
 
 
 def _check_whole(group: Group, where: str) -> None:
-    """Raise unless both halves are there."""
+    """Raise unless both factors exist."""
     for present, needed in _PARTNERS:
         if present not in group.names or needed in group.names:
             continue
@@ -161,7 +161,7 @@ def _check_whole(group: Group, where: str) -> None:
 def from_tensors(
     kind: str, a: Array, b: Array, where: str
 ) -> tuple[Array, Array, str, tuple[int, ...]]:
-    """A [r, in], b [out, r], the op and its kernel of a pair in PEFT's shapes.
+    """Return A [r, in], B [out, r], the op and its kernel, from a pair in PEFT's shapes.
 
     Raises:
         LoraFxError: The two do not fit each other.
@@ -179,7 +179,7 @@ def from_tensors(
 
 
 def _are_experts(a: Array, b: Array) -> bool:
-    """True for A [E, r, in] and B [E, out, r]; a Conv1d of rank E may have these shapes as well."""
+    """Whether A is [E, r, in] and B is [E, out, r]; a Conv1d of rank E may fit as well."""
     if a.ndim != 3 or b.ndim != 3:
         return False
     is_stack = len(a) == len(b) and a.shape[1] == b.shape[2]
@@ -207,7 +207,7 @@ def _check_shapes(kind: str, a: Array, b: Array, where: str) -> None:
 
 
 def unknown_name(name: str, where: str) -> LoraFxError:
-    """The error about a tensor that PEFT would not have written."""
+    """Return the error for a tensor that PEFT does not write."""
     return LoraFxError(
         f"{where}: {name!r} is not a name that PEFT writes; expected {PREFIX}X.lora_A.weight, "
         "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B, X.lora_magnitude_vector or a "
@@ -217,7 +217,7 @@ def unknown_name(name: str, where: str) -> LoraFxError:
 
 
 def _hint_for_name(name: str) -> str:
-    """The nearest name that PEFT would have given."""
+    """Return a hint with the nearest name that PEFT writes."""
     hint = "was the file saved with save_pretrained?"
     start = name.find(PREFIX)
     if start > 0:

@@ -1,4 +1,4 @@
-"""OFT in PEFT's files: vectors of skew-symmetric matrices, to the blocks of a rotation of W.
+"""Conversion of OFT in PEFT's files: skew-symmetric vectors to the blocks of a rotation of W.
 
     X.oft_R.weight [blocks, n(n−1)/2]    Q above its diagonal, row by row; one block is shared by
                                          all with block_share
@@ -26,7 +26,7 @@ from lora_fx.formats.peft.peft_file import PeftFile
 from lora_fx.text import is_number, is_whole
 
 MOST_TERMS = 1000
-"""Terms that a series may have; PEFT takes 5, and each is a product of every block."""
+"""The most terms of a series; PEFT uses 5, and each is a product of every block."""
 
 
 def check_oft(source: PeftFile) -> None:
@@ -55,7 +55,7 @@ def check_oft(source: PeftFile) -> None:
 
 
 def rotation(vectors: Array, source: PeftFile, module: str) -> Rotation:
-    """The change of one module, from its vectors [blocks, n(n − 1)/2]."""
+    """Return the change of one module, from its vectors [blocks, n(n − 1)/2]."""
     config = source.config
     is_shared = bool(config.get("block_share"))
     n = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
@@ -73,7 +73,7 @@ def rotation(vectors: Array, source: PeftFile, module: str) -> Rotation:
 
 
 def turns(vectors: Array, size: int, terms: int | None, eps: float | None) -> Array:
-    """R − 1 of each block, [blocks, size, size], computed in fp64 and rounded to fp32.
+    """Return R − 1 of each block, [blocks, size, size], computed in fp64 and rounded to fp32.
 
     Args:
         vectors: [blocks, size·(size − 1)/2].
@@ -95,7 +95,7 @@ def turns(vectors: Array, size: int, terms: int | None, eps: float | None) -> Ar
 
 
 def _series(q: Array, terms: int) -> Array:
-    """2Q + 2Q² + … + Qᵏ with k = terms − 1, the last power once, and at least Q³ from Q² on."""
+    """Return 2Q + 2Q² + … + Qᵏ, k = terms − 1: the last power once, at least Q³ from Q² on."""
     turn = 2.0 * q * (terms > 1)
     last = max(terms - 1, 3) if terms > 2 else 0  # PEFT adds Q³ of three terms too
     power = q

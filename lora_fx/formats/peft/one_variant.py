@@ -10,7 +10,7 @@ from lora_fx.errors import LoraFxError
 
 
 def one_own_variant(updates: Mapping[str, LowRank]) -> str:
-    """The one variant that PEFT does not have; empty if PEFT has the variants of all updates."""
+    """Return the one variant that PEFT lacks; empty if PEFT has the variants of all updates."""
     keys: dict[str, str] = {}
     for key, update in updates.items():
         variant = variant_of(update)
@@ -27,7 +27,7 @@ def one_own_variant(updates: Mapping[str, LowRank]) -> str:
 
 
 def all_or_none(has: Mapping[str, bool], what: str = "DoRA") -> bool:
-    """True where every update has it; raises where only some do."""
+    """Whether every update has the property; raise if only some have it."""
     keys_with = [key for key, is_so in has.items() if is_so]
     keys_without = [key for key, is_so in has.items() if not is_so]
     if keys_with and keys_without:
@@ -40,7 +40,7 @@ def all_or_none(has: Mapping[str, bool], what: str = "DoRA") -> bool:
 
 
 def one_variant(updates: Mapping[str, LowRank]) -> str:
-    """The scale of all updates, lora or rslora; the file does not store how updates are trained."""
+    """Return the scale rule of all updates, lora or rslora; training differences are not stored."""
     keys: dict[str, str] = {}
     for key, update in updates.items():
         if not variant_of(update).peft_type:

@@ -1,4 +1,4 @@
-"""lora-fx's JSON in the header of an adapter file: facts that PEFT's format cannot store.
+"""lora-fx's JSON in the header of a PEFT file, for facts that PEFT's format cannot store.
 
 `{"version": 1, "format": 1, "metadata": {…}, "entries": {key: …}}`, one object for each entry:
 
@@ -40,7 +40,7 @@ def own_entries(
     layers: Mapping[str, Group],
     entries: dict[str, Entry],
 ) -> None:
-    """Add the entries that our JSON describes, and biases of B beside them.
+    """Add the entries that lora-fx's JSON describes, and the biases of B that belong to them.
 
     Args:
         rows: key → object.
@@ -61,7 +61,7 @@ def own_entries(
 def _read_row(
     key: str, row: JsonView, reader: LayerReader, layers: Mapping[str, Group]
 ) -> tuple[Entry, Group | None]:
-    """The entry of one object, and its layer of PEFT's; raises where the tensors do not fit."""
+    """Return the entry of one object, and its PEFT layer; raise if the tensors do not fit."""
     try:
         entry, group = _entry_of(key, row, reader, layers)
         fits = not isinstance(entry, LowRank) or holds(entry.layout, entry.shape)
@@ -83,7 +83,7 @@ def _read_row(
 def _entry_of(
     key: str, row: JsonView, reader: LayerReader, layers: Mapping[str, Group]
 ) -> tuple[Entry, Group | None]:
-    """The entry of one object, and the layer of PEFT's that it was read from.
+    """Return the entry of one object, and the PEFT layer that it was read from.
 
     The first of these that the object has says what it is: "full", "dense", "rows"; the name of a
     variant that PEFT does not have; else it is A and B, under names of ours or of PEFT's.
@@ -107,7 +107,7 @@ def _entry_of(
 
 
 def _as_described(update: LowRank, row: JsonView) -> LowRank:
-    """The update with the layout, use and other fields of its object."""
+    """Return the update with the layout, use and other fields of its object."""
     if row.get("swapped"):
         update = replace(
             update, a=np.ascontiguousarray(update.b.T), b=np.ascontiguousarray(update.a.T)
@@ -117,7 +117,7 @@ def _as_described(update: LowRank, row: JsonView) -> LowRank:
 
 
 def _whole_tensor(kind: str, row: JsonView, reader: LayerReader) -> Entry:
-    """A trained tensor, a whole ΔW, or rows of an embedding."""
+    """Return a trained tensor, a full ΔW, or rows of an embedding."""
     name = row[kind]
     reader.taken.add(name)
     full = reader.source.full(name)
@@ -137,7 +137,7 @@ def _whole_tensor(kind: str, row: JsonView, reader: LayerReader) -> Entry:
 
 
 def _full(full: Full, row: JsonView, reader: LayerReader) -> Full:
-    """A trained tensor with the other names that share it, which PEFT stores as well."""
+    """Return a trained tensor with the other names of the tensor, which PEFT stores as well."""
     twins = row.get("tied", True)  # files without it meant all uses
     if not isinstance(twins, list):
         return replace(full, tied=bool(twins))
@@ -146,7 +146,7 @@ def _full(full: Full, row: JsonView, reader: LayerReader) -> Full:
 
 
 def _update_of_variant(row: JsonView, reader: LayerReader) -> LowRank:
-    """An update of a variant that PEFT does not have, with the tensors that the variant needs."""
+    """Return an update whose variant PEFT lacks, with the tensors that the variant needs."""
     source = reader.source
     stored = {field: str(row[field]) for field in fields_of_files() if field in row}
     reader.taken.update(stored.values())
@@ -157,7 +157,7 @@ def _update_of_variant(row: JsonView, reader: LayerReader) -> LowRank:
 def _update_of_layer(
     key: str, a_name: str, row: JsonView, reader: LayerReader, layers: Mapping[str, Group]
 ) -> tuple[LowRank, Group]:
-    """An update under PEFT's names, and its layer: a module's, or a parameter's with batch axes."""
+    """Return an update under PEFT's names, and its layer: of a module or a parameter."""
     split = split_name(a_name.removeprefix(PREFIX))
     if split is None:
         raise ValueError(f"{a_name!r} is not the name of a factor A")
@@ -182,7 +182,7 @@ def _update_of_layer(
 
 
 def _own_pair(a_name: str, b_name: str, row: JsonView, reader: LayerReader) -> LowRank:
-    """An update under names of our own."""
+    """Return an update whose tensors have lora-fx's names."""
     source = reader.source
     reader.taken.update((a_name, b_name))
     a = source.factor(a_name)
@@ -201,6 +201,6 @@ def _own_pair(a_name: str, b_name: str, row: JsonView, reader: LayerReader) -> L
 
 
 def _own_magnitude(source: PeftFile, name: str, b: Array) -> Array:
-    """The magnitude of an update, [*batch, out] as B's rows are."""
+    """Return the magnitude of an update, [*batch, out] like the rows of B."""
     shape = b.shape[:-1]
     return source.numbers(name, math.prod(shape)).reshape(shape)

@@ -39,7 +39,7 @@ class Pattern:
             raise wrong_field(f"{where}: {table} holds a bad pattern: {error}") from error
 
     def of(self, module: str) -> float | None:
-        """The number of one module; None where the config gives none."""
+        """Return the number for one module; None if the config gives none."""
         self.modules.add(module)
         matching = [pattern for pattern, regex in self.regexes.items() if matched(regex, module)]
         if module in self.numbers:
@@ -61,7 +61,7 @@ class Pattern:
         return number
 
     def unused(self, pattern: str) -> tuple[str, str]:
-        """The message about a pattern that matched no module, and a hint with the nearest names.
+        """Return a message about a pattern that matched no module, and a hint with near names.
 
         PEFT ignores it, in training as in merging, so it may well be right; or a typing mistake.
         """
@@ -70,7 +70,7 @@ class Pattern:
         return fact, near(pattern, sorted(leaves | self.modules))
 
     def notes(self) -> list[str]:
-        """Notes about the patterns, after `of` was called for every module."""
+        """Return notes about the patterns, after `of` was called for every module."""
         notes = []
         for pattern in sorted(self.unmatched):
             fact, hint = self.unused(pattern)

@@ -16,7 +16,7 @@ from lora_fx.text import JsonView
 
 @dataclass(frozen=True, kw_only=True)
 class PeftFile(File):
-    """One file and its config.
+    """An adapter file and its config.
 
     Attributes:
         tensors: All of the file's, by name.
@@ -29,7 +29,7 @@ class PeftFile(File):
     config_file: str
 
     def factor(self, name: str) -> Array:
-        """A or B as an fp32 master, two axes or more."""
+        """Return A or B as fp32, with two axes or more."""
         array = self.tensors[name]
         if array.size == 0 or array.ndim < 2:
             raise self.error(
@@ -40,11 +40,11 @@ class PeftFile(File):
         return self.master(name, array)
 
     def numbers(self, name: str, size: int) -> Array:
-        """The vector of a name."""
+        """Return the vector with this name."""
         return self.vector(name, self.tensors[name], size)
 
     def full(self, name: str) -> Full:
-        """A whole tensor; narrow floats become fp32, other dtypes stay."""
+        """Return a whole tensor; narrow floats become fp32, other dtypes stay."""
         value = self.tensors[name]
         if is_float(value):
             self.check_finite(name, value)
@@ -53,7 +53,7 @@ class PeftFile(File):
         return Full(value)
 
     def add(self, entries: dict[str, Entry], key: str, value: Entry, name: str) -> None:
-        """Put an entry under its key; a second one is an error."""
+        """Add an entry under its key; raise if the key is taken."""
         if key in entries:
             raise self.error(
                 name,

@@ -1,4 +1,4 @@
-"""target_parameters of PEFT: updates of parameters rather than of modules, mostly expert stacks.
+"""Updates of parameters instead of modules (PEFT's target_parameters), mostly expert stacks.
 
 A of a parameter [E, …, …] is stored [r·E, in] and read as [E, r, in]; B is stored [out, r·E] and
 read as [out, r, E], the expert fastest. ΔW of expert e is s · B[:, :, e] · A[e]; a 2-D parameter
@@ -32,7 +32,7 @@ from lora_fx.text import JsonView
 
 
 def candidates(config: JsonView, module: str) -> list[str]:
-    """The parameters of a module that target_parameters names, by PEFT's comparison of endings.
+    """Return the module's parameters that target_parameters names, compared by endings as in PEFT.
 
     >>> candidates({"target_parameters": ["experts.up", "other.down"]}, "h.0.experts")
     ['up']
@@ -48,7 +48,7 @@ def candidates(config: JsonView, module: str) -> list[str]:
 def read_stacks(
     levels: Sequence[Group], source: PeftFile, ranks: Pattern, alphas: Pattern, variant: str
 ) -> dict[str, LowRank]:
-    """The updates of the parameters of one module.
+    """Return the updates of the parameters of one module.
 
     Args:
         levels: Its wrappers, outermost first.
@@ -94,7 +94,7 @@ def read_stacks(
 def _fits(
     order: Sequence[str], pairs: Sequence[Factors], numbers: Mapping[str, tuple[int, float]]
 ) -> bool:
-    """Whether the wrappers may hold parameters in this order: each A has rank · E rows."""
+    """Whether the wrappers can hold the parameters in this order: each A has rank · E rows."""
     for name, (a, _) in zip(order, pairs, strict=True):
         rank, _ = numbers[name]
         if len(a) % rank != 0:
@@ -103,7 +103,7 @@ def _fits(
 
 
 def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: Pattern) -> LowRank:
-    """The update of a stack whose name is in lora-fx's JSON; [E, r, in] and [E, out, r]."""
+    """Return the update of a stack named in lora-fx's JSON; [E, r, in] and [E, out, r]."""
     rank, alpha = _numbers(key, ranks, alphas, source)
     a, b = _pair(group, source)
     a, b = unpacked(a, b, rank)
@@ -111,7 +111,7 @@ def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: 
 
 
 def packed(update: LowRank) -> Factors:
-    """The inverse of `lora_fx.adapter.expert_stacks.unpacked`; a matrix stays one."""
+    """Return the inverse of `lora_fx.adapter.expert_stacks.unpacked`; a matrix stays a matrix."""
     if update.a.ndim == 2:
         return update.a, update.b
     b = np.ascontiguousarray(update.b.transpose(1, 2, 0))
@@ -119,7 +119,7 @@ def packed(update: LowRank) -> Factors:
 
 
 def _pair(group: Group, source: PeftFile) -> Factors:
-    """A [r·E, in] and B [out, r·E] of a wrapper; raises for what PEFT cannot do for parameters."""
+    """Return A [r·E, in] and B [out, r·E] of a wrapper; raise for what parameters cannot have."""
     a = source.factor(group.names["a"])
     b = source.factor(group.names["b"])
     if group.kind != "linear" or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
@@ -140,7 +140,7 @@ def _pair(group: Group, source: PeftFile) -> Factors:
 
 
 def _numbers(name: str, ranks: Pattern, alphas: Pattern, source: PeftFile) -> tuple[int, float]:
-    """(rank, alpha) of a parameter."""
+    """Return (rank, alpha) of a parameter."""
     rank = ranks.of(name)
     alpha = alphas.of(name)
     if rank is None or rank < 1 or rank != int(rank):

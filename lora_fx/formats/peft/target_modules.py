@@ -1,4 +1,4 @@
-"""Find the modules that a PEFT config adapts: match target_modules with a model's names.
+"""The modules that a PEFT config adapts: the match of target_modules with a model's names.
 
 PEFT's rules are those of peft 0.21.2, `check_target_module_exists` in tuners_utils.py. It looks
 at modules and we at the names of tensors, which may be those of more modules than the adapter's
@@ -20,7 +20,7 @@ from lora_fx.text import Json, JsonView
 
 
 def targets(config: JsonView, module: str) -> bool:
-    """True when PEFT would put an adapter on this module, by target_modules alone."""
+    """Whether PEFT would adapt this module, by target_modules alone."""
     target_modules = config.get("target_modules")
     if target_modules in (None, "all-linear"):
         return True
@@ -31,7 +31,7 @@ def targets(config: JsonView, module: str) -> bool:
 
 
 def _entry_for(listed: object, module: str) -> str | None:
-    """The entry that names a module: a pattern that matches it, or a name of a list at its end."""
+    """Return the entry that matches a module: a pattern, or a list item at the name's end."""
     if isinstance(listed, str):
         return listed if matched(listed, module, "fullmatch") else None
     names = texts_of(listed)
@@ -41,7 +41,7 @@ def _entry_for(listed: object, module: str) -> str | None:
 
 
 def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
-    """The names in target_modules and target_parameters that no module with tensors answers to."""
+    """Return names in target_modules and target_parameters that match no module with tensors."""
     dotted_modules = [f".{module}" for module in modules]
     ends = [(name, name) for name in texts_of(config.get("target_modules"))]
     for name in texts_of(config.get("target_parameters")):
@@ -62,7 +62,7 @@ _NOT_LINEAR = re.compile(
 
 
 def facts(config: JsonView) -> Json:
-    """The fields of a config that say which modules it adapts; JSON, for an adapter's metadata."""
+    """Return the config fields on which modules are adapted, as JSON for adapter metadata."""
     fields: Json = {
         name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None
     }
@@ -73,7 +73,7 @@ def facts(config: JsonView) -> Json:
 
 
 def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: list[str]) -> Json:
-    """The metadata of an adapter with the modules that its config adapts.
+    """Return an adapter's metadata with the modules that its config adapts.
 
     Args:
         config: PEFT's.
@@ -91,7 +91,7 @@ def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: lis
 
 
 def wanted_by(config: JsonView, module: str) -> str | None:
-    """The entry of target_modules through which PEFT would adapt a module; None where it is not.
+    """Return the target_modules entry by which PEFT would adapt a module; None if there is none.
 
     >>> wanted_by({"target_modules": ["q", "v"], "layers_to_transform": [1]}, "m.layers.1.attn.q")
     'q'
@@ -105,7 +105,7 @@ def wanted_by(config: JsonView, module: str) -> str | None:
 
 
 def _wanted_by(config: JsonView, module: str) -> str | None:
-    """The entry of target_modules through which PEFT would adapt a module.
+    """Return the target_modules entry by which PEFT would adapt a module.
 
     The first of these that holds decides:
     1. a module that exclude_modules names, or that is saved whole, is left out;
@@ -132,7 +132,7 @@ def _wanted_by(config: JsonView, module: str) -> str | None:
 
 
 def _layer_is_meant(config: JsonView, module: str) -> bool:
-    """False where layers_to_transform leaves the module's layer out."""
+    """Whether layers_to_transform allows the module's layer."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
@@ -150,7 +150,7 @@ def _layer_is_meant(config: JsonView, module: str) -> bool:
 
 
 def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) -> dict[str, str]:
-    """{module that PEFT would have adapted and the adapter lacks: the entry that names it}.
+    """Return {module that PEFT would adapt and the adapter lacks: the entry that matches it}.
 
     Args:
         config: PEFT's config, or its `facts`.
@@ -177,7 +177,7 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
 
 
 def _place(module: str) -> str:
-    """The stack of layers that a module is in, or its parent.
+    """Return the stack of layers that a module is in, or its parent.
 
     >>> _place("model.layers.3.attn.q"), _place("bert.pooler.dense")
     ('model.layers', 'bert.pooler')

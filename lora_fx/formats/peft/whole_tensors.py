@@ -1,4 +1,4 @@
-"""Tensors of a PEFT file besides the low-rank ones: trained tokens, biases, whole modules.
+"""Tensors of a PEFT file that are not low-rank: trained tokens, biases, whole modules.
 
 * `X.token_adapter.trainable_tokens_delta` [n, dim] holds rows of X's weight as trained (not what
   is added to them); their numbers are in trainable_token_indices of the config.
@@ -75,7 +75,7 @@ def _add_whole(entries: dict[str, Entry], short: str, name: str, source: PeftFil
 
 
 def _is_trained_bias(short: str, source: PeftFile, layers: Mapping[str, Group]) -> bool:
-    """True for a bias that PEFT trained; raises for one that the config denies."""
+    """Whether this is a bias that PEFT trained; raise if the config rules that out."""
     mode = source.config.get("bias") or "none"
     module = short.removesuffix(".bias")
     if any(mark in short for mark in (".lora_", ".original_module.", ".modules_to_save.")):
@@ -111,7 +111,7 @@ def _add_bias(entries: dict[str, Entry], key: str, name: str, source: PeftFile) 
 
 
 def _trained_rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
-    """Trained rows of an embedding with their numbers."""
+    """Return trained rows of an embedding, with their row numbers."""
     value = source.factor(name)
     config = source.config.get("trainable_token_indices")
     if not config:
@@ -131,7 +131,7 @@ def _trained_rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
 
 
 def _indices_of(config: JsonView, module: str) -> object:
-    """The numbers that trainable_token_indices gives a module by the ends of names.
+    """Return the row numbers that trainable_token_indices has for a module, by name endings.
 
     None where no entry fits, or several that differ.
     """
@@ -142,7 +142,7 @@ def _indices_of(config: JsonView, module: str) -> object:
 
 
 def _are_row_numbers(index: object) -> TypeGuard[list[int]]:
-    """True for a list of different whole numbers from 0 up."""
+    """Whether this is a list of unique whole numbers from 0 up."""
     if not isinstance(index, list):
         return False
     if not all(is_whole(number) and number >= 0 for number in index):
@@ -151,7 +151,7 @@ def _are_row_numbers(index: object) -> TypeGuard[list[int]]:
 
 
 def _check_tokens(source: PeftFile, entries: Mapping[str, Entry]) -> None:
-    """Raise for tokens in the config that no tensor holds; PEFT stores tied ones once."""
+    """Raise for tokens in the config that no tensor has; PEFT stores tied ones once."""
     config = source.config.get("trainable_token_indices")
     if not config:
         return
@@ -169,11 +169,11 @@ def _check_tokens(source: PeftFile, entries: Mapping[str, Entry]) -> None:
 
 
 _ANY_HEAD = {"modules_to_save": list(itertools.chain.from_iterable(HEADS.values()))}
-"""A config that lists every head that PEFT adds to modules_to_save."""
+"""A config that lists every head that PEFT can add to modules_to_save."""
 
 
 def _is_whole(name: str, short: str, source: PeftFile, *, has_layers: bool) -> bool:
-    """True for a whole tensor to keep, False for one that is noted; raises for others.
+    """Whether to keep a whole tensor; a skipped one gets a note, and others raise.
 
     Args:
         name: The tensor's name.
@@ -199,7 +199,7 @@ def _is_whole(name: str, short: str, source: PeftFile, *, has_layers: bool) -> b
 
 
 def _is_frozen_copy(short: str, source: PeftFile) -> bool:
-    """True for a tensor that PEFT keeps beside a trained one: of a layer, or of a saved module."""
+    """Whether this is the frozen copy that PEFT keeps of an adapted layer or a saved module."""
     if ".original_module." in short:
         return True
     module = short.rpartition(".")[0]

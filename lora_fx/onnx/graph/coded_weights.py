@@ -1,4 +1,4 @@
-"""Quantised weights in an ONNX graph: their codes, and the places where a branch reads and adds.
+"""Quantised weights in an ONNX graph: their codes, and the values that a branch reads and adds to.
 
     x → MatMulNBits → y                                          and its kin
     x → MatMul(·, DequantizeLinear(codes)) → y                   Gemm, Conv, Gather …
@@ -30,7 +30,7 @@ NO_PLACE = "the weight is quantised, and {} leaves no place to add a branch to i
 
 @dataclass(frozen=True)
 class Codes:
-    """The meaning of the integers of a weight.
+    """The meaning of a weight's integers: operator, bits, and whether the scale is applied.
 
     Attributes:
         format: The operator that decodes them, or `int8 cast` and its like.
@@ -44,23 +44,23 @@ class Codes:
 
     @property
     def no_fold(self) -> str:
-        """The reason why nothing can be stored into the weight."""
+        """The reason why nothing can be stored in the weight."""
         return no_fold(f"{self.format}, {self.bits} bits")
 
 
 QUANTISER = re.compile(r"(_DQ)?_Q[248]$|_Bnb4$|_quantized$")
-"""The endings that ONNX Runtime's quantisers add to the name of a tensor."""
+"""The suffixes that ONNX Runtime's quantisers add to the name of a tensor."""
 
 
 def may_weigh(tensor: ir.TensorProtocol) -> bool:
-    """True for floats, and for matrices of integers that may hold codes; indices have 64 bits."""
+    """Whether a tensor can be a weight: floats, or an integer matrix of at most 32 bits."""
     if tensor.dtype.is_floating_point():
         return True
     return _is_integer_matrix(tensor, most_bits=32)
 
 
 def narrow(tensor: ir.TensorProtocol) -> bool:
-    """True for matrices of so few bits that they may be codes of a weight; indices have more."""
+    """Whether a tensor is a matrix of at most 8-bit integers, which may be codes of a weight."""
     return _is_integer_matrix(tensor, most_bits=8)
 
 
@@ -71,14 +71,14 @@ def _is_integer_matrix(tensor: ir.TensorProtocol, most_bits: int) -> bool:
 
 
 def _stored_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of a stored tensor; None for anything else."""
+    """Return the shape of a stored tensor; None for other values."""
     if value is None or value.const_value is None:
         return None
     return tuple(value.const_value.shape.numpy())
 
 
 def _expect(node: ir.Node, slot: int, shapes: Sequence[tuple[int, ...]], what: str) -> None:
-    """Raise where a stored operand has none of these shapes.
+    """Raise if a stored operand has none of these shapes.
 
     A shape of one axis is met by every operand of as many elements, however it is stored.
     """
@@ -93,13 +93,13 @@ def _expect(node: ir.Node, slot: int, shapes: Sequence[tuple[int, ...]], what: s
 
 
 def damaged(node: ir.Node, what: str) -> LoraFxError:
-    """The error for codes that do not fit their operator."""
+    """Return the error for codes that do not fit their operator."""
     name = f"{node.op_type} {node.outputs[0].name!r}"
     return LoraFxError(f"{name}: {what}", "quantise the model again: the runtime refuses it too")
 
 
 def check_blocks(node: ir.Node, n: int, k: int, bits: int, block: int, *, flat: bool) -> None:
-    """Raise unless codes and scales of a matrix [n, k] have the sizes that the operator says.
+    """Raise unless codes and scales of a matrix [n, k] have the operator's sizes.
 
     Args:
         node: MatMulNBits, whose blocks are parts of rows, or MatMulBnb4.
@@ -124,7 +124,7 @@ def check_blocks(node: ir.Node, n: int, k: int, bits: int, block: int, *, flat: 
 
 
 def check_scales(node: ir.Node, slot: int, shape: tuple[int, ...], axis: int, block: int) -> None:
-    """Raise unless scales and zero points of codes have the sizes that the operator says.
+    """Raise unless scales and zero points of codes have the operator's sizes.
 
     Args:
         node: DequantizeLinear or GatherBlockQuantized.
@@ -153,7 +153,7 @@ def check_scales(node: ir.Node, slot: int, shape: tuple[int, ...], axis: int, bl
 
 
 def quantiser(value: ir.Value | None) -> ir.Node | None:
-    """The DynamicQuantizeLinear that made codes of a float."""
+    """Return the DynamicQuantizeLinear that made these codes; None for other values."""
     if value is None:
         return None
     node = value.producer()
@@ -166,7 +166,7 @@ def quantiser(value: ir.Value | None) -> ir.Node | None:
 
 @dataclass
 class _Unscaled:
-    """A product of codes, followed from node to node until it has its scales.
+    """A product of codes, followed from node to node until its scales are applied.
 
     Attributes:
         value: The product so far.
@@ -181,7 +181,7 @@ class _Unscaled:
     stored: Callable[[ir.Value], bool]
 
     def apply(self, node: ir.Node) -> bool:
-        """Go on behind a node; False where it is no step towards the scaled product."""
+        """Continue after a node; return False if the node does not lead to the scaled product."""
         operands = [v for v in node.inputs if v is not self.value and v is not None]
         if node.op_type in ("Mul", "DequantizeLinear"):
             if node.op_type == "DequantizeLinear" and node.inputs[0] is not self.value:
@@ -205,7 +205,7 @@ class _Unscaled:
         return True
 
     def _scales_in(self, factor: ir.Value) -> set[str]:
-        """Whose scales a factor holds: w's, x's or both; empty for another factor."""
+        """Return which scales a factor has: w's, x's or both; empty for another factor."""
         if factor is self.x_scale:
             return {"x"}
         if self.stored(factor):
@@ -227,7 +227,7 @@ class _Unscaled:
 def scaled(
     value: ir.Value, x_scale: ir.Value | None, stored: Callable[[ir.Value], bool]
 ) -> ir.Value | None:
-    """The value of a product of codes with its scales; None if something else reads it before that.
+    """Return a product of codes after its scales; None if another node reads it before that.
 
     Args:
         value: The product, or looked-up codes.
@@ -248,7 +248,7 @@ def scaled(
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads a value; None where others do, or the graph gives it out."""
+    """Return the only node that reads a value; None if there are others or it is an output."""
     readers = [use.node for use in value.uses()]
     if len(readers) != 1 or value.is_graph_output():
         return None
@@ -256,16 +256,16 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 
 
 DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"}
-"""Ops that take the range of their codes from all activations of a run."""
+"""Ops that compute the range of their codes from all activations of a run."""
 
 
 def shares_ranges(model: ir.Model) -> bool:
-    """True where a run takes one range over all rows of a batch, so that they depend on another."""
+    """Whether a run computes one range over all rows of a batch, so that rows affect each other."""
     return any(node.op_type in DYNAMIC for node in model.graph.all_nodes())
 
 
 def rounds_activations(model: ir.Model) -> bool:
-    """True where a run makes codes of activations, which a rounding may move by a whole step."""
+    """Whether a run quantises activations, which rounding may change by a whole step."""
     if shares_ranges(model):
         return True
     for node in model.graph.all_nodes():

@@ -17,7 +17,7 @@ from lora_fx.onnx.graph.values import dtype_name, shape_of
 
 
 def as_tensor(value: Array | Deferred, name: str) -> ir.TensorProtocol:
-    """The array as a tensor; a deferred one is computed each time that it is read."""
+    """Return the array as a tensor; a deferred array is computed at each read."""
     if not isinstance(value, Deferred):
         return ir.tensor(value, name=name)
     dtype = ir.DataType.from_numpy(numpy_dtype(value.dtype))
@@ -28,7 +28,7 @@ def as_tensor(value: Array | Deferred, name: str) -> ir.TensorProtocol:
 def add_initialiser(
     graph: ir.Graph, name: str, value: Array | Deferred, mark: str = ""
 ) -> ir.Value:
-    """A new initialiser; `mark` is the site of the branch that it belongs to."""
+    """Add an initialiser; `mark` is the site of the branch that it belongs to."""
     marked = {MARK: mark} if mark else None
     initialiser = ir.val(name, const_value=as_tensor(value, name), metadata_props=marked)
     graph.initializers[name] = initialiser
@@ -36,7 +36,7 @@ def add_initialiser(
 
 
 OF_CODES = {"bits", "block_size", "gather_axis", "quantize_axis"}
-"""Attributes of a lookup of codes, which one of floats does not have."""
+"""Attributes of a lookup of codes, which a lookup of floats does not have."""
 PLAIN = {
     "matmul": "MatMul",
     "div": "Div",
@@ -44,7 +44,7 @@ PLAIN = {
     "einsum": "Einsum",
     "transpose": "Transpose",
 }
-"""Primitives that are a node of the same operands and attributes."""
+"""Primitives that are one node with the same operands and attributes."""
 
 
 class EmittingGraph(Protocol):
@@ -53,15 +53,15 @@ class EmittingGraph(Protocol):
     model: ir.Model
 
     def fresh(self, stem: str) -> str:
-        """A name that no value has."""
+        """Return a name that no value has."""
 
     def changed(self) -> None:
-        """Drop all analyses of the graph from before an edit."""
+        """Drop all analyses of the graph, after an edit."""
 
 
 @dataclass(eq=False, repr=False)
 class OnnxEmitter:
-    """Inserts in order, after the site's node or before it, in the graph or body that holds it.
+    """An emitter that inserts nodes in order after the site's node, or before it.
 
     Attributes:
         owner: The graph that the nodes are added to.
@@ -80,21 +80,21 @@ class OnnxEmitter:
     viewing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        """Place the first node next to the site's, and each other one after the node before it."""
+        """Place the first node next to the site's node; later ones follow each other."""
         self.last = self.node
 
     def call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Add a node of an ONNX op and give its first result."""
+        """Add a node of an ONNX op; return its first result."""
         return self._place(ir.node(op, inputs, attributes))
 
     def results(self, op: str, *inputs: ir.Value, count: int, **attributes: Any) -> list[ir.Value]:
-        """Add a node of an ONNX op and give all its results."""
+        """Add a node of an ONNX op; return all its results."""
         node = ir.node(op, inputs, attributes, num_outputs=count)
         self._place(node)
         return list(node.outputs)
 
     def _place(self, node: ir.Node) -> ir.Value:
-        """Mark a node, name its results, put it in its place, and give its first result."""
+        """Mark a node, name its results, and insert it; return its first result."""
         node.metadata_props[MARK] = self.mark
         if self.viewing:
             node.metadata_props[VIEW] = "of the weight form"
@@ -154,20 +154,20 @@ class OnnxEmitter:
         raise MistakeError(f"the ONNX emitter has no primitive {prim!r}")
 
     def _add_or_mul(self, prim: str, x: ir.Value, y: ir.Value | float) -> ir.Value:
-        """X + y or x · y; a number y is a constant in the dtype of x."""
+        """Emit x + y or x · y; a number y becomes a constant in the dtype of x."""
         if isinstance(y, (int, float)):
             dtype = numpy_dtype(dtype_name(x) or "float32")
             y = self._constant(np.array(y, np.float32).astype(dtype))
         return self.call(prim.title(), x, y)
 
     def _norm(self, x: ir.Value) -> ir.Value:
-        """The Euclidean norm along the last axis."""
+        """Emit the Euclidean norm along the last axis."""
         if self._opset < 18:
             return self.call("ReduceL2", x, axes=[-1], keepdims=1)
         return self.call("ReduceL2", x, self._ints(-1), keepdims=1)
 
     def _repeat(self, x: ir.Value, times: int) -> ir.Value:
-        """Repeat every element of the last axis `times` times, next to each other."""
+        """Emit x with every element of the last axis repeated `times` times in place."""
         shape = [int(size) for size in shape_of(x) or ()]
         column_shape = self._ints(*shape, 1)
         repeated_shape = self._ints(*shape, times)
@@ -176,7 +176,7 @@ class OnnxEmitter:
         return self.call("Reshape", repeated, self._ints(*shape[:-1], -1))
 
     def _cast_like(self, x: ir.Value, model: ir.Value) -> ir.Value:
-        """The values of x in the dtype of another value, which may be known at run time only."""
+        """Emit x in the dtype of another value, which may be known only at run time."""
         dtype = dtype_name(model)
         if dtype:
             return self._cast(x, dtype)
@@ -201,7 +201,7 @@ class OnnxEmitter:
         return result
 
     def like(self, site: Site, x: ir.Value, w: ir.Value) -> ir.Value:
-        """The site's own op on other operands, its attributes kept and its bias left out."""
+        """Emit the site's own op with other operands; keep its attributes, leave out the bias."""
         assert self.found is not None
         node = self.found.node
         use = self.found.use
@@ -223,7 +223,7 @@ class OnnxEmitter:
         return result
 
     def parameter(self, name: str, value: Array, role: Role) -> ir.Value:
-        """A new initialiser, or the one of that name; an input of the graph where `role` says so.
+        """Add an initialiser, or return the existing one; `role` decides if it is a graph input.
 
         An optional input has the value as its default.
         """

@@ -1,4 +1,4 @@
-"""FLOPs of the products of an ONNX graph, from the shapes that the file states."""
+"""The FLOPs of products in an ONNX graph, from the shapes in the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.onnx.graph.values import operand, shape_of
 
 
 def element_count(shape: Shape | None) -> int:
-    """The number of elements, where a symbolic size counts once; 0 for an unknown shape."""
+    """Return the number of elements; a symbolic size counts as 1, an unknown shape as 0."""
     if shape is None:
         return 0
     sizes = [n for n in shape if isinstance(n, int) and n >= 0]  # some files say -1 for free
@@ -21,7 +21,7 @@ def element_count(shape: Shape | None) -> int:
 def flops_of_use(
     node: ir.Node, use: OnnxOperand, weight_shape: tuple[int, ...], product: ir.Value
 ) -> int:
-    """FLOPs of one use, 2 · elements of the product · in; a symbolic size counts once."""
+    """Return the FLOPs of one use: 2 · elements of the product · in; a symbolic size is 1."""
     if use.kind.name == "embedding" or len(weight_shape) < 2:
         return 0
     if use.kind.name == "conv_transpose":
@@ -44,7 +44,7 @@ def flops_of_use(
 
 
 def flops_of_data(node: ir.Node) -> int:
-    """FLOPs of one product of activations; 0 for everything else."""
+    """Return the FLOPs of one product of activations; 0 for other nodes."""
     if (node.domain, node.op_type) not in DATA_OPS:
         return 0
     first_shape = shape_of(operand(node, 0))

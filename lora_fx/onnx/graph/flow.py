@@ -1,4 +1,4 @@
-"""Data flow from stored tensors: which values of an ONNX graph are weights, and through which View.
+"""Data flow from stored tensors: the values of an ONNX graph that are weights, with their View.
 
 Tensors are initialisers (of the graph or of a body) or Constant nodes. A body reads the values of
 the graphs around it, so one walk over all nodes follows both.
@@ -92,7 +92,7 @@ class OnnxWeightUse:
 
     @property
     def x(self) -> ir.Value:
-        """The activation as it is now, in floats."""
+        """The activation in floats, at this moment."""
         reader = self.node
         slot = self.use.x
         if self.source is not None:
@@ -127,19 +127,19 @@ class OnnxFlow:
     gathered_flops: dict[str, int] = field(default_factory=dict)
 
     def weight_of(self, value: ir.Value | None) -> OnnxWeight | None:
-        """The weight that a value is, or that it is computed from."""
+        """Return the weight that a value is, or is computed from."""
         if value is None:
             return None
         return self.weights.get(value) or self.computed.get(value)
 
     def tensor(self, name: str) -> ir.TensorProtocol:
-        """The tensor that is stored under a name now."""
+        """Return the tensor that is stored under a name now."""
         tensor = ir.convenience.get_const_tensor(self.stores[name])
         assert tensor is not None
         return tensor
 
     def put(self, name: str, tensor: ir.TensorProtocol) -> None:
-        """Store another tensor under a name that is stored already."""
+        """Store another tensor under an existing name."""
         value = self.stores[name]
         node = value.producer()
         if node is not None:
@@ -148,7 +148,7 @@ class OnnxFlow:
             value.const_value = tensor
 
     def parameters(self) -> list[Parameter]:
-        """Floating tensors that no pass added, codes of weights, and tensors that may be codes."""
+        """Return float tensors that no pass added, coded weights, and tensors that may be codes."""
         coded_uses = {use.site.parameter: use for use in self.uses if use.codes is not None}
         parameters = []
         for name, value in self.stores.items():
@@ -163,7 +163,7 @@ class OnnxFlow:
         return parameters
 
     def _coded_parameter(self, name: str, value: ir.Value, use: OnnxWeightUse) -> Parameter:
-        """A weight stored as codes, in the shape that its operator reads them in."""
+        """Return the parameter of a coded weight, in the shape that its operator reads."""
         assert use.codes is not None
         tensor = self.tensor(name)
         shape = use.use.stored or tuple(tensor.shape.numpy())
@@ -191,17 +191,17 @@ def follow(model: ir.Model) -> OnnxFlow:
 
 
 def _has_odd_name(value: ir.Value) -> bool:
-    """Whether a name would read as the key of a part or of a use of another tensor."""
+    """Whether a name looks like the key of a part or a use of another tensor."""
     return base_name(str(value.name)) != value.name
 
 
 def _aliases(value: ir.Value) -> tuple[str, ...]:
-    """The name in the file, where the tensor's key is another one."""
+    """Return the name in the file, if the tensor's key differs from it."""
     return (str(value.name),) if _has_odd_name(value) else ()
 
 
 def _note_stored(flow: OnnxFlow, value: ir.Value) -> None:
-    """Note a stored tensor, unless a pass added it; it is a weight unless it is marked as data."""
+    """Record a stored tensor that no pass added, as a weight unless it is marked as data."""
     if MARK in value.metadata_props or value.name is None:
         return
     key = str(value.name)
@@ -260,7 +260,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
 
 
 def _note_added(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> None:
-    """Note the weight that a node of a pass gives: W + ΔW of the weight form, or a view of that."""
+    """Record a weight that a pass's node computes: W + ΔW (weight form), or a view of that."""
     if node.op_type == "Add":
         flow.weights[node.outputs[0]] = weight
     elif VIEW in node.metadata_props:
@@ -268,7 +268,7 @@ def _note_added(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> None:
 
 
 def _add_flops(flow: OnnxFlow, node: ir.Node) -> None:
-    """Add a product's FLOPs to the tensor that its operand is picked from, or to data."""
+    """Add a product's FLOPs to the tensor from which its operand is gathered, else to data."""
     flops = flops_of_data(node)
     for value in node.inputs:
         if value is not None and value in flow.gathered:
@@ -279,7 +279,7 @@ def _add_flops(flow: OnnxFlow, node: ir.Node) -> None:
 
 
 def _note_gathered(flow: OnnxFlow, node: ir.Node) -> None:
-    """Record rows that a node picks from a stored tensor, if it reads only that tensor's floats."""
+    """Record rows that a node gathers from a stored tensor, if it reads no other floats."""
     names = set()
     for value in node.inputs:
         if value is None or (value.dtype is not None and not value.dtype.is_floating_point()):
@@ -296,11 +296,11 @@ def _note_gathered(flow: OnnxFlow, node: ir.Node) -> None:
 
 
 NORMS = ("LayerNormalization", "RMSNormalization")
-"""Ops whose result from a table of positions is data that layers read: they make no weight."""
+"""Ops whose result from a position table is data, not a weight."""
 
 
 def _note_computed(flow: OnnxFlow, node: ir.Node) -> bool:
-    """Record values computed from stored tensors alone, and the ones that the body of a loop gets.
+    """Record values computed only from stored tensors, and the values that a loop body gets.
 
     True where all its operands are made of stored tensors, so that the node computes a weight.
     """
@@ -328,7 +328,7 @@ def _note_computed(flow: OnnxFlow, node: ir.Node) -> bool:
 
 
 def _why_computed(node: ir.Node, weights: list[OnnxWeight], names: tuple[str, ...]) -> str:
-    """The reason why a weight counts as computed: from its first operand, or this node."""
+    """Return why a weight counts as computed: its first operand's reason, or this node."""
     for weight in weights:
         if weight.computed:
             return weight.computed
@@ -336,7 +336,7 @@ def _why_computed(node: ir.Node, weights: list[OnnxWeight], names: tuple[str, ..
 
 
 def _note_carried(flow: OnnxFlow, node: ir.Node, weights: dict[ir.Value, OnnxWeight]) -> None:
-    """Note the weights that a loop hands to its body and that no iteration changes."""
+    """Record the weights that a loop passes to its body and that no iteration changes."""
     body = bodies_of(node)[0]
     first_input = 0
     first_output = 0
@@ -357,7 +357,7 @@ def _note_carried(flow: OnnxFlow, node: ir.Node, weights: dict[ir.Value, OnnxWei
 
 
 def _copied_value(value: ir.Value | None) -> ir.Value | None:
-    """The value that a chain of Identity nodes copies; the value itself if there is no chain."""
+    """Return the value that a chain of Identity nodes copies; the value itself without a chain."""
     if value is None:
         return None
     node = value.producer()
@@ -401,7 +401,7 @@ def _note_view(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
 
 
 SCALING = {"Mul": True, "Div": True, "Sub": False, "Add": False}
-"""Ops that make a weight of codes, and whether they apply its scale."""
+"""Ops that turn codes into a weight → whether they apply its scale."""
 
 
 def _note_scaling(flow: OnnxFlow, node: ir.Node) -> bool:
@@ -426,7 +426,7 @@ def _size(weight: OnnxWeight) -> int:
 
 
 def _names_behind(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
-    """The names of the stored tensors that values are or are computed from, each once."""
+    """Return the names of the stored tensors that values depend on, each once."""
     names: dict[str, None] = {}
     for weight in weights:
         if weight is not None:
@@ -435,7 +435,7 @@ def _names_behind(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
 
 
 def _uses_of(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
-    """The uses of weights by a node that the op table knows; none where all operands are stored."""
+    """Return a node's uses of weights by the op table; none if all operands are stored."""
 
     def shape(slot: int) -> Shape | None:
         value = operand(node, slot)
@@ -467,7 +467,7 @@ def _uses_of(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
 def _use_of(
     flow: OnnxFlow, node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight
 ) -> OnnxWeightUse | None:
-    """The use of one operand of a node; None where it holds integers that are no codes."""
+    """Return the use of one operand of a node; None for integers that are not codes."""
     codes = _codes_of(flow, row, use, weight)
     if codes is not None:
         return _coded_use(flow, node, row, use, weight, codes)
@@ -481,7 +481,7 @@ def _use_of(
 
 
 def _codes_of(flow: OnnxFlow, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> Codes | None:
-    """The codes of a weight where an op reads it; None for floats."""
+    """Return the codes of a weight that an op reads; None for floats."""
     codes = use.codes or weight.codes
     tensor = flow.tensor(weight.name)
     if codes is None and row.op == "embedding" and narrow(tensor):
@@ -490,7 +490,7 @@ def _codes_of(flow: OnnxFlow, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight)
 
 
 def _in_own_slot(use: OnnxWeightUse) -> OnnxWeightUse:
-    """The use with a separate id, since each weight of a node has a separate branch."""
+    """Return the use with its own id, because each weight of a node has its own branch."""
     site = replace(use.site, id=f"{use.site.id}:{use.use.weight}")
     return replace(use, site=site)
 
@@ -498,7 +498,7 @@ def _in_own_slot(use: OnnxWeightUse) -> OnnxWeightUse:
 def _coded_use(
     flow: OnnxFlow, node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight, codes: Codes
 ) -> OnnxWeightUse:
-    """A use of a quantised weight: the values that its branch reads and adds to, or its refusal."""
+    """Return a quantised weight's use: the values its branch reads and adds to, or a refusal."""
     y = node.outputs[0]
     source = None
     why = ""
@@ -530,14 +530,14 @@ def _coded_use(
 
 
 def _bits(flow: OnnxFlow, weight: OnnxWeight) -> int:
-    """The bits of one code of a weight."""
+    """Return the bits of one code of a weight."""
     if weight.codes is not None:
         return weight.codes.bits
     return flow.tensor(weight.name).dtype.bitwidth
 
 
 def _give_dtypes(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -> None:
-    """Give x and the result the weight's dtype, where the file does not say theirs.
+    """Set the dtypes of x and the result to the weight's, if the file does not give them.
 
     ONNX's inference knows nothing of other domains; ids are no numbers of that dtype.
     """
@@ -552,7 +552,7 @@ def _give_dtypes(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWe
 
 
 def _dtype_of(flow: OnnxFlow, weight: OnnxWeight) -> np.dtype[Any]:
-    """The dtype of a weight's values: of the last cast on its way, or else of its tensor."""
+    """Return the dtype of a weight's values: that of its last cast, else its tensor's."""
     casts = [step.dtype for step in weight.view.steps if isinstance(step, Cast)]
     if casts:
         return numpy_dtype(casts[-1])
@@ -562,7 +562,7 @@ def _dtype_of(flow: OnnxFlow, weight: OnnxWeight) -> np.dtype[Any]:
 def _site(
     node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight, y: ir.Value | None = None
 ) -> Site:
-    """The use of a weight as passes see it; `y` is its product, by default the node's result."""
+    """Return the Site of a use; `y` is its product, by default the node's result."""
     shape = use.stored or weight.shape
     id = site_name(node)
     if row.many:
@@ -592,7 +592,7 @@ def _site(
 
 
 def scope_of(node: ir.Node) -> tuple[str, str]:
-    """Path and class of the module that a node was exported from, where the exporter says so.
+    """Return path and class of the module that a node was exported from, if recorded.
 
     torch's exporter keeps them in the node's metadata; the older one in the node's name.
     """

@@ -1,4 +1,4 @@
-"""onnx_ir as a Graph: weights found by data flow, branches inserted as marked nodes.
+"""OnnxGraph, the Graph over onnx_ir: weights by data flow, branches as marked nodes.
 
 The same find, insert and fold as on torch.fx run on it. Model functions are inlined first, since a
 function serves all its calls with one body; bodies of If, Loop and Scan are rewritten in place.
@@ -26,14 +26,14 @@ from lora_fx.onnx.graph.values import bodies_of, constant, operand
 from lora_fx.text import free_name
 
 OLDEST = 11
-"""From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
+"""The oldest supported opset: from it on, Slice and Pad take their sizes as operands."""
 
 
 UNKNOWN_SHAPES = "some shapes are unknown, so the FLOPs are too low"
 
 
 class OnnxGraph(Analysed):
-    """A model of onnx_ir, whose stored tensors are the parameters.
+    """A Graph over an onnx_ir model, whose stored tensors are the parameters.
 
     Args:
         model: The model, which passes rewrite in place.
@@ -71,7 +71,7 @@ class OnnxGraph(Analysed):
 
     @property
     def flow(self) -> OnnxFlow:
-        """The data flow of the graph, which is walked again after every change."""
+        """The data flow of the graph, computed again after every change."""
         return self.kept("flow", self._follow)
 
     def _follow(self) -> OnnxFlow:
@@ -81,7 +81,7 @@ class OnnxGraph(Analysed):
         return flow
 
     def fresh(self, stem: str) -> str:
-        """A name that no value has."""
+        """Return a name that no value has."""
         self._name_count += 1
         name = f"{stem}_{self._name_count}"
         if name in self._names_in_file:  # a file with branches has some
@@ -89,34 +89,34 @@ class OnnxGraph(Analysed):
         return name
 
     def parameters(self) -> Sequence[Parameter]:
-        """Floating tensors that no pass added, in file order."""
+        """Return the float tensors that no pass added, in file order."""
         return self.flow.parameters()
 
     def sites(self) -> Sequence[Site]:
-        """Every use of a weight, in execution order."""
+        """Return every use of a weight, in execution order."""
         return [use.site for use in self.flow.uses]
 
     def gathered_flops(self) -> dict[str, int]:
-        """Implement `Graph.gathered_flops`; a symbolic size counts once."""
+        """See `Graph.gathered_flops`; a symbolic size counts as 1."""
         return self.flow.gathered_flops
 
     def data_flops(self) -> int:
-        """FLOPs of the products of activations; a symbolic size counts once."""
+        """Return the FLOPs of products of activations; a symbolic size counts as 1."""
         return self.flow.data_flops
 
     def adapted(self) -> frozenset[str]:
-        """The ids of sites whose branch is in the graph."""
+        """Return the ids of sites whose branch is in the graph."""
         marks = (node.metadata_props.get(MARK) for node in self.model.graph.all_nodes())
         return frozenset(mark for mark in marks if mark)
 
     def read(self, name: str) -> Array:
-        """The value of a stored tensor."""
+        """Return the value of a stored tensor."""
         return self.flow.tensor(name).numpy()
 
     def reader(self, name: str) -> Callable[[], Array]:
-        """A function that reads the value.
+        """Return a function that reads the value.
 
-        It maps a tensor of a data file anew each time, so that nothing keeps it in memory.
+        The function maps a tensor of a data file again at each call, so that no memory is kept.
         """
         tensor = self.flow.tensor(name)
         if isinstance(tensor, ir.ExternalTensor) and tensor.size:
@@ -127,7 +127,7 @@ class OnnxGraph(Analysed):
         return tensor.numpy
 
     def at(self, site: Site) -> OnnxWeightUse:
-        """The use of a weight at a site.
+        """Return the use of a weight at a site.
 
         Raises:
             LoraFxError: The site is not in this graph, or its node was removed.
@@ -140,36 +140,36 @@ class OnnxGraph(Analysed):
         return use
 
     def activation(self, site: Site) -> ir.Value:
-        """The operand of the site that is no weight."""
+        """Return the site's operand that is not the weight."""
         return self.at(site).x
 
     kept_activation = activation
 
     def weight(self, site: Site) -> ir.Value:
-        """The stored tensor that the site reads."""
+        """Return the stored tensor that the site reads."""
         if site.parameter not in self._stores:
             self.flow  # noqa: B018
         return self._stores[site.parameter]
 
     def output(self, site: Site) -> ir.Value:
-        """The product of the site."""
+        """Return the product of the site."""
         return self.at(site).y
 
     # --- rewriting -------------------------------------------------------------------------------
 
     def emit(self, site: Site, *, before: bool = False) -> OnnxEmitter:
-        """An emitter after the site's node, or before it."""
+        """Return an emitter after the site's node, or before it."""
         use = self.at(site)
         node = use.node if before else use.y.producer()
         assert node is not None
         return OnnxEmitter(self, node, site.id, use, before=before)
 
     def emit_first(self, mark: str) -> OnnxEmitter:
-        """An emitter before all nodes, for values that are computed from initialisers."""
+        """Return an emitter before all nodes, for values that are computed from initialisers."""
         return OnnxEmitter(self, self.model.graph[0], mark, before=True)
 
     def replace_output(self, site: Site, y: ir.Value) -> None:
-        """Let every user but the branch itself read y; an output of a graph keeps its name.
+        """Let every user except the branch read y; an output of a graph keeps its name.
 
         The name is part of the file's interface, so it goes to y, and the old value gets another.
         """
@@ -192,11 +192,11 @@ class OnnxGraph(Analysed):
         self.changed()
 
     def product(self, site: Site, e: object) -> ir.Value | None:
-        """None: no output form needs it in a file, where DoRA takes the weight form."""
+        """Return None: no output form needs it, because DoRA in a file takes the weight form."""
         return None
 
     def rebase(self, site: Site, w: ir.Value) -> None:
-        """Let the site read w through a separate view.
+        """Let the site read w through its own view.
 
         Raises:
             LoraFxError: The site reads codes.
@@ -217,7 +217,7 @@ class OnnxGraph(Analysed):
         self.changed()
 
     def picked(self, site: Site, e: Emitter[ir.Value]) -> ir.Value:
-        """The indices of the last Gather on the way from the weight to the site, in a list."""
+        """Return the indices of the last Gather between the weight and the site, as a list."""
         value = self.at(site).node.inputs[site.slot[0]]
         while value is not None:
             node = value.producer()
@@ -231,7 +231,7 @@ class OnnxGraph(Analysed):
         raise AssertionError(f"no input data selects the rows that {site.id} reads")
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
-        """True when only these sites, and the views before them, read the tensor."""
+        """Whether only these sites, and the views before them, read the tensor."""
         slots = {(id(self.at(site).node), site.slot[0]) for site in sites}
         for value, weight in self.flow.weights.items():
             if weight.name == name and self._readers_beside(value, slots):
@@ -241,7 +241,7 @@ class OnnxGraph(Analysed):
     def _readers_beside(
         self, value: ir.Value, slots_of_sites: Collection[tuple[int, int]]
     ) -> list[str]:
-        """The readers of a weight in other slots than these that are not views of it.
+        """Return the readers of a weight in other slots than these that are not views of it.
 
         Args:
             value: The weight.
@@ -261,7 +261,7 @@ class OnnxGraph(Analysed):
         return readers
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """The readers of a stored tensor other than its sites."""
+        """Return the readers of a stored tensor other than its sites."""
         slots = set()
         for use in self.flow.uses:
             if not use.site.refusal or use.site.allowed:
@@ -274,12 +274,12 @@ class OnnxGraph(Analysed):
         return readers
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
-        """Let sites read another stored tensor through separate views."""
+        """Let sites read another stored tensor through their own views."""
         for site in sites:
             self.rebase(site, self.flow.stores[stored])
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """Let sites read a value; a separate constant for them is called `NAME_folded[_1]`."""
+        """Let sites read a value, stored in the tensor or, if others read that, in a new one."""
         if self.covers(name, sites):
             tensor = as_tensor(value, str(self.flow.tensor(name).name))
             self.flow.put(name, tensor)  # the flow stays what it is: nothing to drop
@@ -291,7 +291,7 @@ class OnnxGraph(Analysed):
         return stored
 
     def zero_points(self, site: Site) -> ZeroPoints | None:
-        """The zero points of a MatMulNBits.
+        """Return the zero points of a MatMulNBits.
 
         None for other operators, and where they may not be floats.
         """
@@ -312,7 +312,7 @@ class OnnxGraph(Analysed):
         return nbits_zero_points(site.parameter, scales, zero_points, (n, k), bits, block_size)
 
     def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
-        """Let sites of one weight read their codes by other zero points; returns their name.
+        """Let sites of one weight use other zero points for their codes; return the new name.
 
         Zero points that no other node reads are removed, and these take their name.
         """
@@ -333,12 +333,12 @@ class OnnxGraph(Analysed):
         return name
 
     def store(self, name: str, value: Array) -> None:
-        """Store another value [stored shape] in a tensor, in the dtype that it has."""
+        """Store another value [stored shape] in a tensor, in the tensor's dtype."""
         tensor = self.flow.tensor(name)
         self.flow.put(name, ir.tensor(value.astype(tensor.dtype.numpy()), name=tensor.name))
 
     def clone(self) -> OnnxGraph:
-        """The same graph in new nodes; tensors are shared."""
+        """Return the same graph with new nodes; tensors are shared."""
         copy = OnnxGraph(self.model.clone())
         copy._name_count = self._name_count
         copy.notes = list(self.notes)
@@ -362,7 +362,7 @@ def _remove_stored(value: ir.Value) -> None:
 
 
 def _lint(graph: ir.Graph, outer_values: set[ir.Value]) -> None:
-    """Raise where a node reads a value of no graph around it, or one that is made after it."""
+    """Raise if a node reads a value that no enclosing graph has, or that is made after it."""
     values = outer_values | {*graph.inputs, *graph.initializers.values()}
     for node in graph:
         for value in node.inputs:

@@ -1,4 +1,4 @@
-"""Limit the integers of an input to the rows of the table that it indexes.
+"""Limits of integer inputs: the rows of the tables that they index.
 
 A sample or a user's number above them would be refused by the runtime.
 """
@@ -23,11 +23,11 @@ SAME_NUMBERS = {
     "Gather",
     "GatherND",
 }
-"""Ops whose outputs are elements of their first input."""
+"""Ops whose output elements are elements of their first input."""
 
 
 def highest(graph: OnnxGraph) -> dict[str, int]:
-    """For each input that indexes tables, the rows of the smallest of them."""
+    """Return input → the rows of the smallest table that it indexes."""
     limits: dict[str, int] = {}
     for site in graph.sites():
         if not isinstance(site.kind, Embedding):
@@ -40,7 +40,7 @@ def highest(graph: OnnxGraph) -> dict[str, int]:
 
 
 def _input_of(ids: ir.Value | None, model: ir.Model) -> str | None:
-    """The name of the input whose elements the ids are; None where a node computes them."""
+    """Return the input whose elements the ids are; None if a node computes them."""
     value = ids
     while value is not None:
         node = value.producer()

@@ -1,4 +1,4 @@
-"""Model functions of an ONNX model in the place of their calls."""
+"""Inlining of model functions in an ONNX model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 
 def inline_functions(model: ir.Model) -> None:
-    """Put the nodes of each model function in the place of its calls."""
+    """Replace each call of a model function by the function's nodes."""
     from onnx_ir.passes.common import InlinePass
 
     with _counted_names():
@@ -18,7 +18,7 @@ def inline_functions(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _counted_names() -> Iterator[None]:
-    """Let onnx_ir's inliner remember, within a block, how far it has counted copies of a name.
+    """A block in which onnx_ir's inliner remembers the number of copies of each name.
 
     Without it, the inliner tries NAME_2, NAME_3 … anew for each copy: 4,096 of one name take 12 s.
     The names are the same, since a name that was given once stays in use.

@@ -1,4 +1,4 @@
-"""The op table of ONNX: which ops multiply by a weight.
+"""The op table of ONNX: the ops that multiply by a weight.
 
 A row says where an op's weight and activation operands are and what Kind their shapes make.
 Adding an op is one row here and one row in tests/onnx/graph/table.py. Ops of `com.microsoft` are
@@ -19,7 +19,7 @@ from lora_fx.ir.kinds import WeightForm
 from lora_fx.onnx.graph.coded_weights import NO_PLACE, Codes, check_blocks, check_scales
 
 MS = "com.microsoft"
-"""The domain of the ops of ONNX Runtime's own."""
+"""The domain of ONNX Runtime's own ops."""
 INTEGERS = (
     "the weight is quantised, and {} gives codes as its product: there is no float to add a "
     "branch to"
@@ -53,9 +53,9 @@ class OnnxOperand:
 
 
 Shapes = Callable[[int], Shape | None]
-"""Gives the shape of the operand in a slot; None where it is unknown."""
+"""A function that returns the shape of the operand in a slot; None if it is unknown."""
 Uses = Callable[[ir.Node, Shapes], Iterator[OnnxOperand]]
-"""Gives every way in which a node may read a weight."""
+"""A function that yields every way in which a node may read a weight."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ class OnnxOp:
 
 
 LINEAR_IN_OUT = WeightForm("linear", Axes((), (1,), (0,)))
-"""W + ΔW of a matrix [in, out]."""
+"""The weight form of a matrix [in, out]."""
 LINEAR_OUT_IN = WeightForm("linear", Axes((), (0,), (1,)))
-"""W + ΔW of a matrix [out, in]."""
+"""The weight form of a matrix [out, in]."""
 ANY_RANK = (0,) * 9
-"""The shape in place of an unknown one: it has more dimensions than any weight."""
+"""The stand-in for an unknown shape; it has more dimensions than any weight."""
 
 
 def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """A product of two matrices, or stacks of them, of which either may be the weight."""
+    """Yield the operands of a product of matrices or stacks; either may be the weight."""
     first = shape(0)
     second = shape(1)
     if second is not None:
@@ -104,11 +104,11 @@ def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 LEFT_TURNED = Einsum("...in", "io", "...on", "left")
-"""The kind wᵀ [out, in] @ x [..., in, n], with w stored [in, out]."""
+"""The Kind of wᵀ [out, in] @ x [..., in, n], with w stored [in, out]."""
 
 
 def _turned(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """A product of two matrices of which each may be read transposed."""
+    """Yield the operands of a product of two matrices, each possibly read transposed."""
     number = node.attributes.get_int
     gain = node.attributes.get_float("alpha", 1.0)
     is_turned = [bool(number("transA", 0)), bool(number("transB", 0))]
@@ -132,20 +132,20 @@ def _turned(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _kind_of_turned_product(slot: int, is_turned: bool) -> Kind:
-    """The kind of xᵀ @ W or W @ xᵀ, whose weight in `slot` may be transposed as well."""
+    """Return the Kind of xᵀ @ W or W @ xᵀ, whose weight in `slot` may be transposed too."""
     out_first = is_turned if slot == 1 else not is_turned
     return LINEAR_OUT_IN if out_first else LINEAR_IN_OUT
 
 
 def _kind_of_product(slot: int, is_turned: bool) -> Kind:
-    """The kind of x @ W or W @ x, whose weight in `slot` may be transposed."""
+    """Return the Kind of x @ W or W @ x, whose weight in `slot` may be transposed."""
     if slot == 1:
         return einsum.linear() if is_turned else einsum.matmul_right()
     return LEFT_TURNED if is_turned else einsum.matmul_left()
 
 
 def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """A product of two matrices, which FusedGemm also applies an activation to."""
+    """Yield the operands of a Gemm, or of a FusedGemm with an activation function."""
     activated = node.attributes.get_string("activation", "")
     for use in _turned(node, shape):
         if activated and not use.refusal:  # FusedGemm: no place for a sum
@@ -155,7 +155,7 @@ def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """A convolution with a kernel [out, in / groups, …], or a transposed one."""
+    """Yield the operand of a convolution [out, in / groups, …], or of a transposed one."""
     w = shape(1)
     if w is None:
         return
@@ -177,7 +177,7 @@ def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """A lookup of the rows of a table."""
+    """Yield the operand of a lookup of table rows."""
     w = shape(0)
     if w is None or len(w) < 2:
         return
@@ -186,14 +186,14 @@ def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _refusal_of_lookup(table: Shape, axis: int) -> str:
-    """The reason why a lookup cannot be adapted; empty for a lookup of rows of a matrix."""
+    """Return the reason why a lookup cannot be adapted; empty for rows of a matrix."""
     if axis == 0 and len(table) == 2:
         return ""
     return "a lookup along an axis that is not the first"
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """An einsum, each operand of which may be a weight."""
+    """Yield the operands of an einsum, each of which may be a weight."""
     equation = node.attributes.get_string("equation", "").replace(" ", "")
     terms = equation.partition("->")[0].split(",")
     slots = range(len(node.inputs))
@@ -217,14 +217,14 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _unknown_rank(shapes: list[Shape | None]) -> Iterator[OnnxOperand]:
-    """The operands of an einsum whose letters are unknown, since an ellipsis may be any letters."""
+    """Yield the operands of an einsum of unknown rank, as refused: "..." may be any letters."""
     for slot, shape in enumerate(shapes):
         if shape:
             yield OnnxOperand(slot, 0, einsum.linear(), "the rank of an operand is unknown")
 
 
 def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """MatMulNBits and its kin, whose weight is codes of a matrix [out, in] that is read as Wᵀ."""
+    """Yield the operand of MatMulNBits and similar ops: codes of [out, in], read as Wᵀ."""
     number = node.attributes.get_int
     n = number("N", 0)
     k = number("K", 0)
@@ -239,7 +239,7 @@ def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _gather_blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """A lookup of rows of codes, of which a byte may hold several of four bits or fewer."""
+    """Yield the operand of a lookup of code rows; a byte may hold several codes."""
     w = shape(0)
     codes = node.inputs[0]
     if w is None or len(w) < 2 or codes is None:
@@ -257,7 +257,7 @@ def _gather_blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _integer(weight: int = 1, why: str = "", *, scaled: bool = True) -> Uses:
-    """Uses of a matrix or a convolution's kernel in integers.
+    """Return the uses of an integer matrix or an integer convolution kernel.
 
     Args:
         weight: Slot of the weight.
@@ -286,7 +286,7 @@ def _integer(weight: int = 1, why: str = "", *, scaled: bool = True) -> Uses:
 
 
 def _inside(*slots: int, kind: Kind | None = None) -> Uses:
-    """Weights whose product never leaves the node; it reads W + ΔW of `kind`, or else codes."""
+    """Return the uses of weights in ops that need W + ΔW of `kind`, or else are refused."""
 
     def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         why = NO_PLACE.format(node.op_type)
@@ -301,11 +301,11 @@ def _inside(*slots: int, kind: Kind | None = None) -> Uses:
 
 
 _GATES = _inside(1, 2, kind=WeightForm("recurrent", Axes((0,), (1,), (2,))))
-"""W [directions, gates·hidden, in] and R [directions, gates·hidden, hidden]."""
+"""The uses W [directions, gates·hidden, in] and R [directions, gates·hidden, hidden]."""
 _QKV = _inside(1, kind=LINEAR_IN_OUT)
-"""q, k and v [in, 3·out] of fused attention in one."""
+"""The use of a fused attention's q, k and v, [in, 3·out]."""
 _TABLES = _inside(2, 3, 4, kind=WeightForm("embedding", Axes((), (1,), (0,))))
-"""Tables of words, positions and segments, [rows, out]."""
+"""The uses of tables for words, positions and segments, [rows, out]."""
 OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "MatMul"): OnnxOp("matmul", _matmul),
     ("", "Gemm"): OnnxOp("gemm", _gemm, bias=2),
@@ -341,7 +341,7 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     (MS, "MatMulNBitsMlp"): OnnxOp("matmul_nbits", _inside(3, 6), many=True),
     (MS, "MatMulNBitsQkv"): OnnxOp("matmul_nbits", _inside(3, 6, 9), many=True),
 }
-"""The rows, by domain and op type."""
+"""The rows of the op table, by domain and op type."""
 DATA_OPS = {
     ("", "MatMul"),
     ("", "Gemm"),
@@ -355,5 +355,5 @@ DATA_OPS = {
 
 
 def row_of(node: ir.Node) -> OnnxOp | None:
-    """The row of a node's op; None where the table has none."""
+    """Return the row of a node's op; None if the table has none."""
     return OPS.get((node.domain, node.op_type))

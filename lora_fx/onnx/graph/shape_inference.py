@@ -1,4 +1,4 @@
-"""Shapes of values that an ONNX file does not state."""
+"""Inference of the shapes that an ONNX file does not give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.onnx.graph.values import shape_of
 
 
 def infer_shapes(model: ir.Model) -> bool:
-    """Give the values of a model the shapes that ONNX's inference finds; whether all are known.
+    """Set the shapes that ONNX's inference finds; return whether all are known.
 
     Inference knows nothing of ops of codes: what lies behind them has the shape that it has in a
     copy of the model with floats in the place of these codes.
@@ -32,7 +32,7 @@ def infer_shapes(model: ir.Model) -> bool:
 
 
 def has_unknown_shapes(model: ir.Model) -> bool:
-    """True when an op of the table has an operand of unknown shape."""
+    """Whether an op of the table has an operand of unknown shape."""
     for node in model.graph.all_nodes():
         if row_of(node) is None:
             continue
@@ -43,7 +43,7 @@ def has_unknown_shapes(model: ir.Model) -> bool:
 
 
 def _in_floats(model: ir.Model) -> ir.Model | None:
-    """The model with floats in the place of codes that ONNX's inference knows nothing of.
+    """Return a copy with floats instead of codes that ONNX's inference does not support.
 
     None where there are none.
     """
@@ -61,7 +61,7 @@ def _in_floats(model: ir.Model) -> ir.Model | None:
 
 
 def _replace_by_floats(model: ir.Model, node: ir.Node, row: OnnxOp, name: str) -> None:
-    """Replace a node by its twin, whose weight is a new input of floats."""
+    """Replace a node by the float op with the same shapes; its weight is a new input."""
     shapes = [shape_of(value) for value in node.inputs]
     use = next(row.uses(node, shapes.__getitem__), None)
     scale = node.inputs[2]
@@ -92,7 +92,7 @@ def _replace_by_floats(model: ir.Model, node: ir.Node, row: OnnxOp, name: str) -
 
 
 def _copy_shapes(source: ir.Model, model: ir.Model) -> None:
-    """Give values the shape and dtype that another model has for their names."""
+    """Copy shapes and dtypes from another model's values of the same names."""
     source_values = {}
     for node in source.graph.all_nodes():
         for value in node.outputs:

@@ -1,4 +1,4 @@
-"""Read the values and nodes of an ONNX model: shapes, dtypes, constants, operands."""
+"""Readers of an ONNX model's values and nodes: shapes, dtypes, constants, operands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_fx.ir.einsum import Shape
 
 
 def bodies_of(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that an If, a Loop or a Scan runs; empty for other ops."""
+    """Return the graphs that an If, a Loop or a Scan runs; empty for other ops."""
     bodies: list[ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.type is ir.AttributeType.GRAPH:
@@ -20,14 +20,14 @@ def bodies_of(node: ir.Node) -> list[ir.Graph]:
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:
-    """The sizes of a value, whole numbers or symbols; None where the file does not say."""
+    """Return the sizes of a value, numbers or symbols; None if the file does not give them."""
     if value is None or value.shape is None:
         return None
     return tuple(value.shape)
 
 
 def values_of(model: ir.Model) -> list[ir.Value]:
-    """All inputs, initialisers and results of nodes, bodies included."""
+    """Return all inputs, initialisers and node results, bodies included."""
     values: dict[ir.Value, None] = {}
     for graph in model.graphs():
         values |= dict.fromkeys(graph.inputs)
@@ -39,21 +39,21 @@ def values_of(model: ir.Model) -> list[ir.Value]:
 
 
 def rank(value: ir.Value | None) -> int | None:
-    """The number of dimensions of a value; None where it is unknown."""
+    """Return the number of dimensions of a value; None if it is unknown."""
     if value is None or value.shape is None:
         return None
     return len(value.shape)
 
 
 def operand(node: ir.Node, slot: int) -> ir.Value | None:
-    """The operand in a slot; None where the node leaves it out."""
+    """Return the operand in a slot; None if the node leaves it out."""
     if slot >= len(node.inputs):
         return None
     return node.inputs[slot]
 
 
 def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node that makes a value, where it is this op of ONNX."""
+    """Return the node that makes a value, if it is this ONNX op."""
     if value is None:
         return None
     node = value.producer()
@@ -63,7 +63,7 @@ def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
 
 
 def remove_unread(node: ir.Node | None) -> None:
-    """Remove a node that nothing reads, and those before it that nothing reads then."""
+    """Remove a node without readers, and then earlier nodes without readers."""
     if node is None or node.graph is None:  # it may have been removed already, before another node
         return
     if any(value.uses() or value.is_graph_output() for value in node.outputs):
@@ -75,7 +75,7 @@ def remove_unread(node: ir.Node | None) -> None:
 
 
 def constant(value: ir.Value | None) -> Array | None:
-    """The array of an initialiser or a Constant; None for anything else."""
+    """Return the array of an initialiser or a Constant; None for other values."""
     # an initialiser that is an input too can be overridden in every run: no constant
     if value is None or value.is_graph_input():
         return None
@@ -88,7 +88,7 @@ def constant(value: ir.Value | None) -> Array | None:
 def numbers(
     node: ir.Node, name: str, slot: int, absent: list[int] | None = None
 ) -> list[int] | None:
-    """The whole numbers that an op takes as an attribute, or as an operand in later opsets.
+    """Return an op's integers from an attribute, or from an operand in later opsets.
 
     None where they are not known, and `absent` where the node leaves them out.
     """
@@ -107,12 +107,12 @@ def numbers(
 
 
 def is_tensor(value: ir.Value) -> bool:
-    """Whether a value is no sequence or option of tensors, as far as the model says."""
+    """Whether a value is a tensor (no sequence or optional), as far as the model says."""
     return not isinstance(value.type, (ir.SequenceType, ir.OptionalType))
 
 
 def dtype_name(value: ir.Value | None) -> str:
-    """The name of a tensor's dtype; empty where the model does not say, and of a sequence."""
+    """Return the name of a tensor's dtype; empty if unknown, and for a sequence."""
     if value is None:
         return ""
     dtype = value.dtype if is_tensor(value) else None
@@ -124,7 +124,7 @@ def dtype_name(value: ir.Value | None) -> str:
 
 
 def tensor_dtype(dtype: ir.DataType) -> str:
-    """The name of a dtype in numpy, or in ONNX where numpy has none."""
+    """Return the name of a dtype in numpy, or in ONNX if numpy has none."""
     try:
         return str(dtype.numpy().name)
     except (TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""The ONNX ops that may come between a weight and its use, as View steps."""
+"""The ONNX ops that can come between a weight and its use, as View steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lora_fx.onnx.graph.values import constant, dtype_name, numbers, rank, shape
 
 Steps = list[Step] | None
 Rule = Callable[[ir.Node, tuple[int, ...], int], Steps]
-"""A rule takes the node, the shape of its first operand, and which of its results is meant; it
-gives the steps, or None where the node is no view."""
+"""A function of the node, the shape of its first operand, and the number of the result; it
+returns the steps, or None if the node is not a view."""
 
 
 def _identity(node: ir.Node, shape: tuple[int, ...], output: int) -> Steps:
@@ -117,7 +117,7 @@ def _split(node: ir.Node, shape: tuple[int, ...], output: int) -> Steps:
 
 
 def _gather(node: ir.Node, shape: tuple[int, ...], output: int) -> Steps:
-    """The slice of one entry of an axis that a constant picks; ids from data pick matrices."""
+    """Return the slice at a constant index of an axis, or the selection of matrices by data."""
     value = node.inputs[1]
     ids = None
     if value is not None and DATA not in value.metadata_props:
@@ -132,7 +132,7 @@ def _gather(node: ir.Node, shape: tuple[int, ...], output: int) -> Steps:
 
 
 def _gather_nd(node: ir.Node, shape: tuple[int, ...], output: int) -> Steps:
-    """Stacked matrices that data picks, where each index names one entry of the first axis."""
+    """Return the selection of stacked matrices by data, if each index is for the first axis."""
     if node.attributes.get_int("batch_dims", 0):
         return None
     ids_shape = shape_of(node.inputs[1])
@@ -142,7 +142,7 @@ def _gather_nd(node: ir.Node, shape: tuple[int, ...], output: int) -> Steps:
 
 
 def _picked(node: ir.Node, shape: tuple[int, ...], id_rank: int) -> Steps:
-    """Stacked matrices that data picks along the first axis; ids of other ranks make new axes."""
+    """Return the selection of stacked matrices by data on the first axis; None for other ids."""
     if rank(node.inputs[1]) != id_rank or len(shape) <= 2:
         return None
     return [Gather(0)]
@@ -165,7 +165,7 @@ VIEWS: Mapping[str, Rule] = {
 
 
 def after(shape: tuple[int, ...], steps: list[Step]) -> tuple[int, ...]:
-    """The shape that a tensor has after some steps."""
+    """Return the shape that a tensor has after some steps."""
     for step in steps:
         if isinstance(step, Permute):
             shape = tuple(shape[axis] for axis in step.perm)

@@ -1,1 +1,1 @@
-"""Rewrites of an exported ONNX graph, one pass a file, for ONNX Runtime and for float16."""
+"""Rewrites of an exported ONNX graph for ONNX Runtime and float16, one pass in each file."""

@@ -14,12 +14,12 @@ import onnx_ir as ir
 from lora_fx.onnx.graph.values import made_by
 
 DEPTH = 8
-"""Nodes from delta back to x: two products, scales, casts."""
+"""The most nodes from delta back to x: two products, scales, casts."""
 
 
 @dataclass(frozen=True)
 class DeltaBeforeBias(ir.passes.InPlacePass):
-    """Low-rank branches that were added after the bias."""
+    """A rewrite that moves a bias after the low-rank branch that was added to it."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
@@ -43,7 +43,7 @@ def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) ->
 
 
 def _swaps(context: object, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
-    """Whether the bias is a constant, and delta a chain of products of the product's input."""
+    """Whether the bias is constant, and delta is a chain of products of the product's input."""
     matmul = made_by(product, "MatMul")
     if matmul is None or bias.const_value is None:
         return False
@@ -52,7 +52,7 @@ def _swaps(context: object, product: ir.Value, bias: ir.Value, delta: ir.Value) 
 
 
 def _is_chain(value: ir.Value, x: ir.Value, products: int, depth: int) -> bool:
-    """Whether a value is x times two matrices or more, by products, scales and casts only.
+    """Whether a value is x times two or more matrices, by products, scales and casts only.
 
     Args:
         value: The value.

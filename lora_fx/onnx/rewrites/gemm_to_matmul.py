@@ -1,4 +1,4 @@
-"""Gemm(Reshape(x, [-1, k]), W, b) → MatMul(x, W) + b, with x as it was before it was flattened.
+"""Gemm(Reshape(x, [-1, k]), W, b) → MatMul(x, W) + b, with x in its shape before flattening.
 
 The exporter writes GPT-2's Conv1D as Reshape, Gemm, Reshape; fusions look for MatMul and Add on
 [batch, length, k]. Dimensions may be symbols. Gemms of flat matrices are left alone: the runtime
@@ -20,7 +20,7 @@ from lora_fx.onnx.graph.values import constant, made_by, numbers, operand
 
 @dataclass(frozen=True)
 class GemmToMatMul(ir.passes.InPlacePass):
-    """Gemms with alpha = beta = 1 of flattened activations."""
+    """A rewrite of Gemms with alpha = beta = 1 whose activations were flattened."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
@@ -36,7 +36,7 @@ class GemmToMatMul(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _FlatGemm:
-    """A Gemm of an activation that was flattened before it, and its replacement.
+    """A Gemm of a flattened activation, and the parts of its replacement.
 
     Attributes:
         gemm: The node.
@@ -62,7 +62,7 @@ class _FlatGemm:
 
 
 def _flat_gemm(gemm: ir.Node) -> _FlatGemm | None:
-    """The parts of a Gemm that can be a MatMul; None for any other.
+    """Return the parts of a Gemm that can become a MatMul; None for other Gemms.
 
     1. alpha and beta are 1, and x is read as it is, not transposed.
     2. x is a Reshape to [-1, k] of an activation of three dimensions or more.
@@ -110,7 +110,7 @@ def _flat_gemm(gemm: ir.Node) -> _FlatGemm | None:
 
 
 def _is_plain(gemm: ir.Node) -> bool:
-    """Whether a Gemm scales nothing and reads its first operand as it is."""
+    """Whether a Gemm has no scales and reads its first operand untransposed."""
     attributes = gemm.attributes
     if attributes.get_float("alpha", 1.0) != 1.0 or attributes.get_float("beta", 1.0) != 1.0:
         return False
@@ -118,7 +118,7 @@ def _is_plain(gemm: ir.Node) -> bool:
 
 
 def _ends_in_heads(shape: ir.Shape, width: int) -> bool:
-    """Whether a shape is [b, s, heads, width of a head], with a product of the last two."""
+    """Whether a shape is [b, s, heads, head width] with heads · head width = `width`."""
     if len(shape) != 4:
         return False
     heads, head_width = shape[2:]
@@ -128,7 +128,7 @@ def _ends_in_heads(shape: ir.Shape, width: int) -> bool:
 
 
 def _keeps_order(node: ir.Node, value: ir.Value) -> bool:
-    """A Reshape of the value that copies no dimension from it (no 0 in its target)."""
+    """Whether this is a Reshape of the value that copies no dimension (no 0 in its target)."""
     if node.op_type != "Reshape" or node.domain or node.inputs[0] is not value:
         return False
     if node.attributes.get_int("allowzero", 0):
@@ -138,7 +138,7 @@ def _keeps_order(node: ir.Node, value: ir.Value) -> bool:
 
 
 def _replace(graph: ir.Graph, flat: _FlatGemm) -> None:
-    """Put the MatMul, and an Add of the bias, in the place of the Gemm."""
+    """Replace the Gemm by a MatMul, and an Add of the bias."""
     product = flat.product
     assert product.shape is not None
     shape = ir.Shape([*flat.lead, product.shape[-1]])
@@ -175,7 +175,7 @@ def _node(
     shape: ir.Shape | None,
     attributes: Mapping[str, list[int]] | None = None,
 ) -> ir.Node:
-    """A node on the way to a product, called after it: NAME_1 would be torch's next product."""
+    """Return a node for a product, named after it: torch may already use NAME_1."""
     node = ir.node(op_type, inputs, attributes, name=f"{product.name}_{op_type}")
     value = node.outputs[0]
     value.name = node.name
@@ -185,7 +185,7 @@ def _node(
 
 
 def _read_instead(graph: ir.Graph, reshape: ir.Node, y: ir.Value) -> None:
-    """Let a Reshape read y, or let y take its place where y has the shape that it gives."""
+    """Let a Reshape read y, or replace it by y if y already has its result's shape."""
     reshaped = reshape.outputs[0]
     same_shape = reshaped.shape is not None and reshaped.shape == y.shape
     if same_shape and not reshaped.is_graph_output():

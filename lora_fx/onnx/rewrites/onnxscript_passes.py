@@ -1,4 +1,4 @@
-"""Passes of onnxscript, as passes of onnx_ir: constant folding and fusions for ONNX Runtime."""
+"""Passes of onnxscript as onnx_ir passes: constant folding and ONNX Runtime fusions."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ NORMS = {
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
 }
 DEFAULT_EPSILON = 1e-12
-"""The epsilon of the fused operators, where the attribute is left out."""
+"""The epsilon of the fused operators without the attribute."""
 
 
 @dataclass(frozen=True)
 class SplitSkipNorm(ir.passes.InPlacePass):
-    """Fused sums and norms, and Adds that the runtime would fuse with the norm after them."""
+    """A rewrite of fused sums and norms, and of Adds that the runtime would fuse with a norm."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
@@ -38,7 +38,7 @@ class SplitSkipNorm(ir.passes.InPlacePass):
 
 
 def _split(fused: ir.Node) -> bool:
-    """Put a Sum and a norm in the place of a fused one, unless its mean or deviation is read."""
+    """Replace a fused op by a Sum and a norm, unless its mean or deviation is read."""
     if any(output.uses() or output.is_graph_output() for output in fused.outputs[1:3]):
         return False
 
@@ -66,7 +66,7 @@ def _split(fused: ir.Node) -> bool:
 
 
 def _keep_apart(norm: ir.Node) -> bool:
-    """Sum for an Add of two activations of one shape: a bias is a constant, or smaller."""
+    """Replace an Add of two activations of one shape by Sum, which the runtime does not fuse."""
     add = made_by(norm.inputs[0], "Add")
     if add is None:
         return False
@@ -81,7 +81,7 @@ def _keep_apart(norm: ir.Node) -> bool:
 
 
 def _replace(replaced: ir.Node, nodes: Sequence[ir.Node], values: Sequence[ir.Value]) -> None:
-    """Put nodes in the place of one, whose first result, and fourth if it has one, are values."""
+    """Replace a node by others, which give its first result and, if used, its fourth."""
     assert replaced.graph is not None
     results = [replaced.outputs[0], *replaced.outputs[3:]]
     ir.convenience.replace_nodes_and_values(

@@ -1,4 +1,4 @@
-"""float16 for every node but the islands: weights converted, casts where the two meet.
+"""Conversion to float16 of every node except islands: weights converted, casts in between.
 
 A value has one cast to the other dtype, however many nodes read it. Inputs and outputs of the
 graph stay float32. Bodies of If, Loop and Scan stay as they are, and what they read is cast for
@@ -20,7 +20,7 @@ FLOAT32_ONLY = frozenset({
     "ConstantOfShape", "Constant", "RandomNormal", "RandomUniform", "RandomNormalLike",
     "RandomUniformLike", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",
 })  # fmt: skip
-"""Ops with operands or kernels that are float32 only, or whose dtype is an attribute."""
+"""Ops with operands or kernels only in float32, or whose dtype is an attribute."""
 MICROSOFT = "com.microsoft"
 FULL = ir.DataType.FLOAT
 HALF = ir.DataType.FLOAT16
@@ -28,7 +28,7 @@ HALF = ir.DataType.FLOAT16
 
 @dataclass(frozen=True)
 class ToHalf(ir.passes.InPlacePass):
-    """Convert a model in place.
+    """A rewrite that converts a model to float16 in place.
 
     Attributes:
         islands: Names of nodes that stay in float32.
@@ -73,7 +73,7 @@ class ToHalf(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(converted))
 
     def _converts(self, node: ir.Node) -> bool:
-        """True for a node that computes with floats, and may do so with fewer bits."""
+        """Whether a node computes with floats and may use float16."""
         if node.op_type in FLOAT32_ONLY or node.name in self.islands:
             return False
         if node.domain not in ("", MICROSOFT) or bodies_of(node):
@@ -84,7 +84,7 @@ class ToHalf(ir.passes.InPlacePass):
         return any(value.dtype == FULL for value in values)
 
     def _cast(self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """A value in another dtype: a converted initialiser, or the result of one cast."""
+        """Return a value in another dtype: a converted initialiser, or the result of a cast."""
         if (value, dtype) in self._casts:
             return self._casts[value, dtype]
 
@@ -109,7 +109,7 @@ class ToHalf(ir.passes.InPlacePass):
         return cast
 
     def _restore_output(self, graph: ir.Graph, value: ir.Value) -> None:
-        """Let an output of the graph keep its name and dtype: a cast of the value makes it."""
+        """Restore an output's name and dtype, by a cast of the converted value."""
         name = value.name
         value.name = f"{name}_half"
         full = self._cast(graph, value, FULL)
@@ -118,7 +118,7 @@ class ToHalf(ir.passes.InPlacePass):
 
 
 def _float32_outputs(nodes: Iterable[ir.Node]) -> set[ir.Value]:
-    """The values in float32 that nodes make."""
+    """Return the float32 values that nodes make."""
     values: set[ir.Value] = set()
     for node in nodes:
         values.update(output for output in node.outputs if output.dtype == FULL)
