@@ -348,6 +348,10 @@ class Careless(Format):
         path.write_bytes(b"CARE" + pickle.dumps(tensors))
         return ()
 
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Fail: no file is written, so none is read."""
+        raise AssertionError(path)
+
 
 def _save_with_a_careless_format(adapter: Adapter, path: Path) -> None:
     with mock.patch.object(io, "_writer", lambda name: Careless()):
