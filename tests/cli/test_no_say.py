@@ -115,9 +115,9 @@ NO_SAY: list[tuple[str, str, str]] = [
     *(("targets base.safetensors", o, "only names and shapes") for o in (*GRAPH, "--train")),
     ("targets base.safetensors", "--inputs inputs.npz", "only names and shapes"),
     ("targets out.pt2", "--no-repeat", "which is traced already"),
-    (f"{INSERT} --plan plan.json", "--rank 8", "beside --plan plan.json"),
-    (f"{INSERT} --plan plan.json", "--alpha 8", "beside --plan plan.json"),
-    (f"{INSERT} --plan plan.json", "--include fc1", "beside --plan plan.json"),
+    (f"{INSERT} --plan plan.json", "--rank 8", "with --plan plan.json"),
+    (f"{INSERT} --plan plan.json", "--alpha 8", "with --plan plan.json"),
+    (f"{INSERT} --plan plan.json", "--include fc1", "with --plan plan.json"),
     (INSERT, "--data data.npz", "--data has no effect with --init kaiming"),
     (INSERT, "--label labels", "for --init kaiming, which reads no data"),
     (INSERT, "--loss ce", "for --init kaiming, which reads no data"),
@@ -128,12 +128,12 @@ NO_SAY: list[tuple[str, str, str]] = [
         for o in (*GRAPH, "--trust", "--also-train fc1", "--dropout 0.0", "--quantise nf4")
     ),
     ("insert out.pt2 -o out", "--no-repeat", "which is traced already"),
-    (f"{TRAIN} --plan plan.json", "--rank 8", "beside --plan plan.json"),
-    (f"{TRAIN} --plan plan.json", "--alpha 8", "beside --plan plan.json"),
-    (f"{TRAIN} --plan plan.json", "--include fc1", "beside --plan plan.json"),
+    (f"{TRAIN} --plan plan.json", "--rank 8", "with --plan plan.json"),
+    (f"{TRAIN} --plan plan.json", "--alpha 8", "with --plan plan.json"),
+    (f"{TRAIN} --plan plan.json", "--include fc1", "with --plan plan.json"),
     (f"{TRAIN} --schedule constant", "--warmup 0.05", "for --schedule constant"),
-    (f"{TRAIN} --eval-data data.npz", "--validation 0.1", "beside --eval-data data.npz"),
-    (f"{TRAIN} --steps 2", "--epochs 3", "beside --steps 2"),
+    (f"{TRAIN} --eval-data data.npz", "--validation 0.1", "with --eval-data data.npz"),
+    (f"{TRAIN} --steps 2", "--epochs 3", "with --steps 2"),
     (f"{TRAIN} --steps 2 --validation 0", "--checks 10", "when no example is held out"),
     (f"{TRAIN} --steps 2 --validation 0 --save-state s --save-every 1", "--checks 10", "held out"),
     (f"{TRAIN} --steps 2 --validation 0", "--patience 2", "needs held-out examples"),
@@ -226,7 +226,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("convert start -o x", "--rank 4", "need --as lora"),
     ("convert start -o x", "--energy 0.9", "need --as lora"),
     ("convert start -o x", "--model-type llama", "without a --format that has a layout"),
-    ("convert start -o x", "--map m.json", "--fuse and --split"),
+    ("convert start -o x", "--map m.json", "either --fuse or --split"),
     ("convert start -o x --format peft", "--for m.onnx", "works with onnx_adapter"),
     *(
         (FITS, o, "for base.safetensors" if o.startswith("--in") else "")
@@ -316,4 +316,4 @@ def test_an_option_without_a_say_is_refused(
     word = option.split()[0].lstrip("-") if option.startswith("-") else "DATA"
     assert word in error or "has no effect" not in error
     assert decides in error
-    assert "mistake of yours" not in error
+    assert "mistake of lora-fx" not in error
