@@ -73,7 +73,7 @@ class Folded:
         if not self.other_readers:
             return ""
         ops = ", ".join(self.other_readers)
-        return f"{self.parameter}: {ops} also read this tensor, and get it without the update"
+        return f"{self.parameter}: {ops} also read this tensor, but without the update"
 
 
 def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
