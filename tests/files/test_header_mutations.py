@@ -76,7 +76,7 @@ def fields(header: Object, name: str) -> list[Any]:
 
 EXTRA = "expected dtype, shape and data_offsets"
 STRICTER: dict[str, Callable[[Object], bool]] = {
-    "is there twice": lambda h: any(len({k for k, _ in o}) < len(o) for o in objects(h)),
+    "appears twice": lambda h: any(len({k for k, _ in o}) < len(o) for o in objects(h)),
     EXTRA: lambda h: any(
         not isinstance(e, Object) or {k for k, _ in e} != {"dtype", "shape", "data_offsets"}
         for e in entries(h)

@@ -163,7 +163,7 @@ def test_what_the_model_says(
 def test_a_folder_is_replaced_where_lora_fx_made_it(source: Path) -> None:
     write_decoder(Path("m.onnx"), data="m.onnx.data")
     place(genai_folder("genai", Path("m.onnx"), settings(), force=False), Path("m.onnx"))
-    with pytest.raises(LoraFxError, match="genai exists already"):
+    with pytest.raises(LoraFxError, match="genai already exists"):
         genai_folder("genai", Path("m.onnx"), settings(), force=False)
     (source / "chat_template.jinja").unlink()
     write_decoder(Path("m.onnx"))
@@ -185,7 +185,7 @@ def test_a_folder_is_replaced_where_lora_fx_made_it(source: Path) -> None:
 def test_uneven_caches_are_refused(source: Path) -> None:
     write_decoder(Path("m.onnx"), (8, 6))
     made = genai_folder("genai", Path("m.onnx"), settings(), force=False)
-    words = r"past_key_values\.0\.value has 2 heads of 6, and past_key_values\.0\.key 2 of 8"
+    words = r"past_key_values\.0\.value has 2 heads of 6 and past_key_values\.0\.key 2 of 8"
     for refuse in (made.config, lambda path: place(made, path)):
         with pytest.raises(LoraFxError, match=words):
             refuse(Path("m.onnx"))
@@ -237,7 +237,7 @@ REFUSED: dict[str, tuple[Any, Any, str, str, str]] = {
         "org/name: it has no tokenizer.json", "",
     ),
     "the same name": (None, settings(), "m.onnx", "m.onnx: the file and the folder", "genai=DIR"),
-    "there": (None, settings(), "model", "model exists already", "force=True"),
+    "there": (None, settings(), "model", "model already exists", "force=True"),
     "nowhere": (None, settings(), "no/genai", "no does not exist", "create it first"),
 }  # fmt: skip
 

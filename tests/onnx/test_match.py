@@ -126,13 +126,13 @@ def test_by_shape_where_one_target_has_it(tmp_path: Path) -> None:
         (
             {"x.weight": "q"},
             {},
-            "'x.weight' is no target .* 'onnx::MatMul_11', 'onnx::MatMul_12'",
+            "'x.weight' is not a target .* 'onnx::MatMul_11', 'onnx::MatMul_12'",
         ),
         ({"x.weight": "o", "z.weight": "o"}, {}, "may be any of 'x.weight', 'z.weight'"),
         (
             {"s.weight": "q"},
             {},
-            "'s.weight' is no target .* 'onnx::MatMul_11', 'onnx::MatMul_12'",
+            "'s.weight' is not a target .* 'onnx::MatMul_11', 'onnx::MatMul_12'",
         ),
         ({"x.weight": "q"}, {"names": {"x.weight": "nope"}}, "'nope' is not a target"),
         ({"x.weight": "q"}, {"names": {"w": STORED["q"]}}, "'w', which the adapter does not have"),

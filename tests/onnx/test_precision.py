@@ -224,7 +224,11 @@ def test_tol_is_of_what_rounds(tmp_path: Path) -> None:
         ),
         ("tol is 1; expected", "leave tol out", {"precision": "float16", "tol": 1}),
         ("tol is nan; expected", "leave tol out", {"precision": "float16", "tol": float("nan")}),
-        ("tol is a str, not a number", "0.1 accepts", {"precision": "float16", "tol": "0.1"}),
+        (
+            "tol is a str, not a number",
+            "tol=0.1 to accept a tenth",
+            {"precision": "float16", "tol": "0.1"},
+        ),
         ("of level 4, 0.0625", "", {"quantise": "int8", "accuracy_level": 4, "tol": 0.05}),
     ]
     for words, hint, options in rows:
