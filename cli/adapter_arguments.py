@@ -27,10 +27,10 @@ def split_weight(text: str) -> tuple[str, float]:
     except ValueError as error:
         if path.endswith(".py"):
             raise LoraFxError(
-                f"{text} is a model, not an adapter", "give the model first, then the adapters"
+                f"{text} is a model, not an adapter", "pass the model first, then the adapters"
             ) from error
         raise LoraFxError(
-            f"{text}: {number!r} is not a number", f"give a weight, such as {path}:0.5"
+            f"{text}: {number!r} is not a number", f"pass a weight, such as {path}:0.5"
         ) from error
 
 

@@ -73,7 +73,9 @@ def _size(text: str) -> tuple[int, int]:
     try:
         batch, length = (int(n) for n in text.split(","))
     except ValueError as e:
-        raise LoraFxError(f"--size {text!r} is not BATCH,LENGTH", "for example 1,128") from e
+        raise LoraFxError(
+            f"--size {text!r} is not BATCH,LENGTH", "pass --size 1,128, for example"
+        ) from e
     if min(batch, length) < 1:
-        raise LoraFxError(f"--size {text!r} has a size below 1", "for example 1,128")
+        raise LoraFxError(f"--size {text!r} has a size below 1", "pass --size 1,128, for example")
     return batch, length

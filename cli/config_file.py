@@ -61,10 +61,14 @@ def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str |
         if not isinstance(table, dict):
             raise LoraFxError(f"{path}: {key!r} is not in a table", f"write it below [{name}]")
         if key not in commands:
-            hint = near(key, commands, "lora-fx --help lists the commands")
-            raise LoraFxError(f"{path}: there is no command [{key}]", hint)
+            hint = near(key, commands, "run lora-fx --help to list the commands")
+            raise LoraFxError(f"{path}: unknown command [{key}]", hint)
     if name not in tables:
-        has = f"it has {some([f'[{t}]' for t in tables])}" if tables else "it is empty"
+        has = (
+            f"write this table; the file has {some([f'[{t}]' for t in tables])}"
+            if tables
+            else "write this table; the file is empty"
+        )
         raise LoraFxError(f"{path}: no table [{name}]", has)
     ctx.default_map = _checked(ctx, path, tables[name])
     return path
@@ -82,12 +86,12 @@ def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
         where = f"{path}: [{ctx.info_name}] {key}"
         spelling = key.replace("_", "-")
         if spelling not in param_of or param_of[spelling].name is None:
-            hint = near(spelling, param_of, f"{ctx.command_path} --help lists them")
-            raise LoraFxError(f"{where}: no such option", hint)
+            hint = near(spelling, param_of, f"run {ctx.command_path} --help to list them")
+            raise LoraFxError(f"{where}: unknown option", hint)
         param = param_of[spelling]
         name = param.name or ""
         if name in values:
-            raise LoraFxError(f"{where}: given twice", "leave one of them out")
+            raise LoraFxError(f"{where}: this option is given twice", "leave one of them out")
         values[name] = _value(ctx, param, value, where)
     if values.get("trust"):
         note(f"{path} sets trust: pickled tensors are read, without running code from them")
@@ -111,7 +115,7 @@ def _value(ctx: click.Context, param: click.Parameter, value: object, where: str
             expected = f"{kind} or a list of them" if takes_several else kind
             raise LoraFxError(
                 f"{where} = {shown}; expected {expected}",
-                f"for example {_keys(param)[0]} = {example}",
+                f"write {_keys(param)[0]} = {example}, for example",
             )
         try:
             param.type.convert(item, param, ctx)
@@ -144,7 +148,10 @@ def saving_config(ctx: click.Context) -> Iterator[None]:
         yield
         return
     if not path.endswith(".toml"):
-        raise LoraFxError(f"--save-config {path} does not end in .toml", "--save-config run.toml")
+        raise LoraFxError(
+            f"--save-config {path} does not end in .toml",
+            "pass a name that ends in .toml: --save-config run.toml",
+        )
     check_output(path, force=force)
     text = config_text(ctx)
     refused = False
@@ -185,5 +192,5 @@ def _toml(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if any("\ud800" <= character <= "\udfff" for character in text):
         hint = "rename the file, or leave --save-config out"
-        raise LoraFxError(f"{text} is not UTF-8, and a .toml file is", hint)
+        raise LoraFxError(f"{text} is not UTF-8; expected UTF-8 in a .toml file", hint)
     return text

@@ -54,7 +54,7 @@ lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
 NO_SAY: Rules = (
     NoSay(
         ("model_type",), lambda asked: asked["name"] not in LAYOUTS,
-        "without a --format that has a layout for experts", f"--format {' or '.join(LAYOUTS)}",
+        "without a --format that has a layout for experts", f"pass --format {' or '.join(LAYOUTS)}",
     ),
 )  # fmt: skip
 

@@ -233,7 +233,9 @@ def _judge(result: Result, size: Size) -> None:
     if facts["before"] != facts["probe"]:
         result.failures.append("inserting branches with B = 0 changed the accuracy")
     if gain < size.gain:
-        result.failures.append(f"after - probe is {gain:+.3f}, expected {size.gain:+.2f} or more")
+        result.failures.append(
+            f"the gain over the probe is {gain:+.3f}, expected {size.gain:+.2f} or more"
+        )
     if size.gain < 0:  # a few noisy steps: the adapter has to act, no more
         if facts["shift"] < 1e-3:
             result.failures.append("training moved no score")
@@ -270,4 +272,4 @@ def refusal(result: Result) -> NoEffectError | None:
     """The error if the result breaks a promise of the demo; else None."""
     if not result.failures:
         return None
-    return NoEffectError("; ".join(result.failures), "report.json contains every number")
+    return NoEffectError("; ".join(result.failures), "read every number in report.json")

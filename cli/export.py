@@ -175,7 +175,9 @@ def command(
     from lora_fx.passes.verbs.refused_updates import check_adapters
 
     if not output.endswith(".onnx"):
-        raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
+        raise LoraFxError(
+            f"{output} does not end in .onnx", "pass a name that ends in .onnx: -o model.onnx"
+        )
     check_output(output, force=force)
     if mode == "merged" and len(adapters) > 1:
         raise LoraFxError(

@@ -141,7 +141,7 @@ def _check_numbers(ctx: click.Context) -> None:
         value = ctx.params.get(param.name or "")
         if is_whole(value) and not -(1 << 63) <= value < 1 << 63:
             message = f"{param.opts[-1]} {one_line(value, 40)} has more than 64 bits"
-            raise LoraFxError(message, f"{ctx.command_path} --help explains it")
+            raise LoraFxError(message, f"run {ctx.command_path} --help to see what it takes")
 
 
 def _check_outputs(params: JsonView, *, inside: bool) -> None:

@@ -58,8 +58,8 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for an unknown name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = near(args[0], COMMANDS, "lora-fx --help lists them", cutoff=0.6)
-            raise LoraFxError(f"no command {args[0]!r}", hint)
+            hint = near(args[0], COMMANDS, "run lora-fx --help to list them", cutoff=0.6)
+            raise LoraFxError(f"unknown command {args[0]!r}", hint)
         return super().resolve_command(ctx, args)
 
 

@@ -156,7 +156,10 @@ def _onnx(
     from lora_fx.passes.verbs.insert_onnx import OnnxInsertOptions, insert_into_file
 
     if not output.endswith(".onnx"):
-        raise LoraFxError(f"{output} does not end in .onnx, but {model} does", "-o OUT.onnx")
+        raise LoraFxError(
+            f"{output} does not end in .onnx, but {model} does",
+            "pass a name that ends in .onnx: -o OUT.onnx",
+        )
     arrays = load_npz(capture.inputs_file) or None
     of_capture = [name for name in names_of(ModelOptions) if name != "inputs_file"]
     of_torch = ("also_train", "dropout", "quantise", *names_of(StartOptions))

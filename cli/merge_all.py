@@ -20,7 +20,7 @@ from lora_fx.text import JsonView, table
 def _shard(value: str) -> tuple[int, int]:
     shard, _, count = value.partition("/")
     if not (shard.isdigit() and count.isdigit()):
-        raise LoraFxError(f"--shard {value!r}; expected i/n", "for example 1/4")
+        raise LoraFxError(f"--shard {value!r}; expected i/n", "pass --shard 1/4, for example")
     return int(shard), int(count)
 
 
@@ -104,7 +104,7 @@ def command(
         refused = NoEffectError(
             f"{len(failed)} of {len(rows)} merges failed, the first {first['adapter']}: "
             f"{first['error']}",
-            "the others are done; the lines above give the reasons",
+            "read the reasons in the lines above; the other merges are done",
         )
     outputs = [row["out"] for row in rows if row["ok"]]
     inputs = [{"base": base, "adapters": list(adapters)}]

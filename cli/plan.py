@@ -49,7 +49,7 @@ NO_SAY: Rules = (
         ("label", "loss", "examples", "max_length", "seed"),
         lambda asked: not _reads(asked),
         "for --method {0[method]}, which reads no data",
-        "leave it out, or --method importance, kfac or eva",
+        "leave it out, or pass --method importance, kfac or eva",
     ),
     NoSay(
         ("loss",),
@@ -123,10 +123,12 @@ def command(
 
     check_output(output, force=force)
     if not output.endswith(".json"):
-        raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
+        raise LoraFxError(
+            f"{output} does not end in .json", "pass a name that ends in .json: -o plan.json"
+        )
     if METHODS[options.method].wanted and not data:
         raise LoraFxError(
-            f"--method {options.method} needs data", "give DATA: lora-fx plan MODEL DATA …"
+            f"--method {options.method} needs data", "pass DATA: lora-fx plan MODEL DATA …"
         )
     cap = captured(model, capture)
     batches = _batches(data, cap, options)

@@ -28,7 +28,10 @@ FILES = 100
 def check_page(report: str, force: bool, given: JsonView) -> None:
     """Refuse, before any work, a page that cannot be written or that is also an input."""
     if not report.endswith((".html", ".htm")):
-        raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
+        raise LoraFxError(
+            f"--report {report} does not end in .html",
+            "pass a name that ends in .html: --report page.html",
+        )
     if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
         raise LoraFxError(f"--report {report} is also an input", "choose another name")
     check_output(report, force=force)

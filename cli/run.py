@@ -83,7 +83,7 @@ def _explained(error: Exception) -> LoraFxError:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__
     if cause is None:
-        hint = "this is not a mistake of yours: please report it with the output of -v"
+        hint = "report this with the output of -v: it is a mistake of lora-fx"
         explained = LoraFxError(f"{type(error).__name__}: {one_line(error)}", hint)
     else:
         explained = explain(cause, cause.filename or "standard output, or a file")

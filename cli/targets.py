@@ -67,7 +67,7 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
     if not (found.targets or tensors):
         refused = LoraFxError(
             f"{model} has no weight matmul that an adapter could attach to",
-            "the lines above give the reasons",
+            "read the reasons in the lines above",
         )
     fields = {"inputs": inputs, "warnings": found.notes, **found.to_json()}
     emit(str(found), refused=refused, **fields)

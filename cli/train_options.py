@@ -44,9 +44,14 @@ class ExampleOptions:
     def check(self, patience: int | None) -> None:
         """Refuse, before any work, contradictory options of the held-out examples."""
         if not 0 <= self.validation < 1:
-            raise LoraFxError(f"--validation {self.validation} is not in [0, 1)", "0.1 is usual")
+            raise LoraFxError(
+                f"--validation {self.validation} is not in [0, 1)",
+                "pass --validation 0.1, for example",
+            )
         if patience and not (self.validation or self.eval_data):
-            raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
+            raise LoraFxError(
+                "--patience needs held-out examples", "pass --validation 0.1, for example"
+            )
 
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -213,7 +218,7 @@ TRAINED: Rules = (
         ("warmup",),
         lambda asked: asked["schedule"] == "constant",
         "for --schedule constant",
-        "--schedule constant_with_warmup has one",
+        "pass --schedule constant_with_warmup",
     ),
     NoSay(
         ("validation",),

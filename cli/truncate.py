@@ -131,7 +131,7 @@ def command(
         max_abs_error=goal.max_abs_error,
     )
     if not result.dropped:
-        note("no rank was dropped: the adapter is within the goal as it is")
+        note("no rank was dropped: the adapter already meets the goal")
     note(*save_adapter(result.adapter, output, force=force))
     text = f"{result}\nwrote {output}"
     emit(text, inputs=inputs, outputs=[output], **result.to_json())

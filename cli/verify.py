@@ -54,7 +54,7 @@ NO_SAY: Rules = (
     ),
     NoSay(
         ("inputs_file", "provider", *MODEL), _tensors,
-        "for {0[a]}, whose tensors are compared", "leave it out, or --run",
+        "for {0[a]}, whose tensors are compared", "leave it out, or pass --run",
     ),
     NoSay(
         ("everything",), lambda asked: not (_tensors(asked) and asked["adapters"]),

@@ -684,5 +684,5 @@ def demand(parity: Sequence[Parity], what: str) -> None:
             raise NoEffectError(
                 f"{compared}: output {row.output!r} at {sizes_text(row.sizes)}: "
                 f"rel {row.rel:.2e}, the gate is {row.tol:.1e}",
-                "nothing was written; try --inputs with real data, and report this model",
+                "pass --inputs with real data, and report this model; nothing was written",
             )

@@ -133,7 +133,7 @@ class Condition:
             text += f" ({self.line})"
         return SizeError(
             f"{' and '.join(sizes)}; {text}",
-            "give sizes within these bounds, or capture the model at these sizes",
+            "pass inputs of sizes within these bounds, or capture the model at these sizes",
         )
 
     def to_json(self) -> Json:
@@ -221,7 +221,8 @@ class Condition:
         are_axes = all(0 <= dimension < MAX_AXES for _, _, dimension in sizes)
         if not names or names != {name for name, _, _ in sizes} or not are_axes:
             raise LoraFxError(
-                f"{row['text']!r} is not a condition on {sizes}", "was the file edited?"
+                f"{row['text']!r} is not a condition on {sizes}",
+                "check whether the file was edited",
             )
         return cls(str(row["text"]), sizes, str(row["line"]), bool(row["demanded"]))
 
@@ -312,7 +313,9 @@ def parsed(text: str) -> Tree:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         tree = ()
     if not isinstance(tree, tuple) or not tree:
-        raise LoraFxError(f"{text[:80]!r} is not a condition on sizes", "was the file edited?")
+        raise LoraFxError(
+            f"{text[:80]!r} is not a condition on sizes", "check whether the file was edited"
+        )
     return tree
 
 

@@ -126,7 +126,9 @@ def training_table(
         tokenizer: Texts → columns, as in read_table.
     """
     if path.startswith("hf:"):
-        hint = "hf download ORG/NAME --repo-type dataset --local-dir DIR, then give a file in DIR"
+        hint = (
+            "run hf download ORG/NAME --repo-type dataset --local-dir DIR, then pass a file in DIR"
+        )
         raise LoraFxError(f"{path}: lora-fx does not read data from the Hub", hint)
     if ":" in path and not Path(path).exists():
         table = table_of(call(path), path, label=label, tokenizer=tokenizer)
@@ -161,7 +163,7 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
             f"{path}: unknown data format {suffix!r}",
             near_path(path, "use .npz, .jsonl, .csv or module:loader"),
         )
-    expect_file(path, "give a path to the data")
+    expect_file(path, "pass a path to the data")
     return table_of(READERS[suffix](path), path, label=label, tokenizer=tokenizer)
 
 
@@ -182,10 +184,10 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
     for name, values in raw.items():
         if not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
             raise LoraFxError(
-                f"{where}: column {name!r} has no rows", "give one row for each example"
+                f"{where}: column {name!r} has no rows", "pass one row for each example"
             )
     if not raw or not len(next(iter(raw.values()))):
-        raise LoraFxError(f"{where}: the data has no rows", "give at least one row")
+        raise LoraFxError(f"{where}: the data has no rows", "pass at least one row")
     if label:
         expect_name(label, raw, f"{where}: there is no column", f"the columns are {', '.join(raw)}")
     else:
@@ -194,7 +196,7 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
     if len(set(lengths.values())) > 1:
         raise LoraFxError(
             f"{where}: the columns have different lengths: {lengths}",
-            "give one row for each example",
+            "pass one row for each example",
         )
 
     columns: dict[str, Array] = {}

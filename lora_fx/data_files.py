@@ -97,7 +97,9 @@ def _csv(path: str) -> dict[str, list[object]]:
         names = next(reader, [])
         rows = list(reader)
     except csv.Error as error:
-        raise LoraFxError(f"{path}: line {reader.line_num}: {error}", "is it a .csv?") from error
+        raise LoraFxError(
+            f"{path}: line {reader.line_num}: {error}", "check that it is a .csv file"
+        ) from error
     for name, count in Counter(names).items():
         if count > 1:
             raise LoraFxError(f"{path}: two columns are named {name!r}", "rename one")

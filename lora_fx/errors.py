@@ -127,7 +127,7 @@ class MisfitError(LoraFxError):
     """An adapter does not fit a model, most likely because it was made for another model."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, "was the adapter trained on another model?")
+        super().__init__(message, "check that the adapter was trained on this model")
 
 
 class MistakeError(LoraFxError):
@@ -164,12 +164,12 @@ def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise LoraFxError(
             f"{where}: format {number!r}; expected a whole number from 1 to {known}",
-            "was the file edited?",
+            "check whether the file was edited",
         )
     if number > known:
         raise LoraFxError(
             f"{where}: format {number}; this lora-fx reads formats up to {known}",
-            "a later lora-fx wrote the file: update lora-fx",
+            "update lora-fx: a later version wrote the file",
         )
 
 
@@ -272,7 +272,7 @@ def expect_name(name: str, names: Collection[str], what: str, none: str) -> None
         raise LoraFxError(f"{what} {name!r}", near(name, names, none))
 
 
-def near_path(path: str | os.PathLike[str], none: str = "is the path right?") -> str:
+def near_path(path: str | os.PathLike[str], none: str = "check the path") -> str:
     """Return a hint with the nearest names in the folder of a missing path, or `none`."""
     folder, name = os.path.split(os.fspath(path).rstrip("/\\"))
     if folder.startswith("~") or name == "~":
@@ -306,11 +306,11 @@ _WHY = {
     errno.EACCES: ("permission denied", "check its owner and its permissions"),
     errno.EPERM: ("not permitted", "check its owner and its permissions"),
     errno.EIO: ("input/output error", "check the disk and the connection to it"),
-    errno.ENOENT: ("no such file or folder", "is the path right?"),
-    errno.EISDIR: ("is a folder", "is the path right?"),
-    errno.ENOTDIR: ("a part of the path is not a folder", "is the path right?"),
+    errno.ENOENT: ("no such file or folder", "check the path"),
+    errno.EISDIR: ("is a folder", "check the path"),
+    errno.ENOTDIR: ("a part of the path is not a folder", "check the path"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
-    errno.EBUSY: ("in use by the system", "is it a mount point? choose another output"),
+    errno.EBUSY: ("in use by the system", "choose another output; this one may be a mount point"),
     errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
     errno.ENFILE: ("too many open files", "close other programs"),
     errno.ESTALE: ("stale file handle", "the network file system was remounted: try again"),

@@ -410,7 +410,7 @@ def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
         if spec.shape[0] == 0:
             raise LoraFxError(
                 f"the example for input {spec.name!r} has size 0: {list(spec.shape)}",
-                "give at least one row",
+                "pass at least one row",
             )
         dims = {0: f"{spec.name}_0"}
         if spec.shape[0] in (batch, 1):
@@ -515,6 +515,6 @@ def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
         except ValueError as error:
             raise LoraFxError(
                 f"--dynamic {text!r} is not NAME:DIM=SYMBOL,…",
-                "for example --dynamic x:0=batch,2=height",
+                "pass --dynamic x:0=batch,2=height, for example",
             ) from error
     return dynamic

@@ -101,7 +101,7 @@ def matched(
         raise LoraFxError(
             f"{spent.where}{one_line(repr(text), 60)} has {len(text)} characters; expected a name "
             f"of at most {MOST_TEXT}",
-            "is it the name of a module?",
+            "check that it is the name of a module",
         )
     remaining = max(0.001, SECONDS - spent.seconds)
     start = time.thread_time()

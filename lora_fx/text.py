@@ -148,7 +148,7 @@ def size_in_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None:
         raise LoraFxError(
-            f"{text!r} is not a size; expected a number of bytes", "for example 5GB, or 500MB"
+            f"{text!r} is not a size; expected a number of bytes", "pass 5GB or 500MB, for example"
         )
     number, unit, binary = match.groups()
     base = 1024 if binary else 1000

@@ -265,7 +265,8 @@ def reached(
             names = (other.parameter.name for other in found.targets)
             if required or (hint and base_name(key) in names):
                 raise LoraFxError(
-                    f"{key!r} is no target of this graph: it reads other parts of the tensor", hint
+                    f"{key!r} is not a target of this graph: it reads other parts of the tensor",
+                    hint,
                 )
             continue
         targets[key] = target

@@ -108,7 +108,7 @@ class Switch:
             target = found.get(key)
             if target is None:
                 raise LoraFxError(
-                    f"{key!r} is no target of the exported graph", "leave it out with --exclude"
+                    f"{key!r} is not a target of the exported graph", "leave it out with --exclude"
                 )
             if self.rank:
                 check_storable(target, "mode load folds when a session is made")

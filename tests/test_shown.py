@@ -163,7 +163,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a text to capture": (
         lambda cap: lora_fx.capture("model"),
-        "'model' is not a model", "MODEL is a Hugging Face folder",
+        "'model' is not a model", "pass a Hugging Face folder",
     ),
     "export the wrong way round": (
         lambda cap: lora_fx.export("m.onnx", cap),
@@ -224,7 +224,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "an output that exists": (
         lambda cap: [lora_fx.save_adapter(lora_fx.Adapter({"w": LOW}), "out") for _ in "12"],
-        "out exists already", "force=True to replace it",
+        "out already exists", "force=True to replace it",
     ),
 }  # fmt: skip
 

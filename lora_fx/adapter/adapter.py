@@ -227,7 +227,7 @@ def check_plain(adapter: Adapter, what: str, *, reading_weight: bool = False) ->
         raise LoraFxError(
             f"{what}: the adapter's {key!r} is {name_of(entry)}; expected {kinds} or a whole "
             "tensor",
-            "lora-fx merge folds it into a checkpoint",
+            "fold it into a checkpoint with lora-fx merge",
         )
 
 
@@ -283,7 +283,7 @@ def mix(
 def _check_mixable(parts: Sequence[tuple[Adapter, float]], how: str, rank: int | None) -> None:
     """Raise for an unknown mix, an option that the mix does not take, or an unmixable entry."""
     if how not in HOWS:
-        raise LoraFxError(f"unknown mix {how!r}", f"the mixes are {', '.join(HOWS)}")
+        raise LoraFxError(f"unknown mix {how!r}", f"use one of {', '.join(HOWS)}")
     if rank is not None and how != "svd":
         raise LoraFxError(f"a {how} mix does not take a rank", "leave rank out; only svd takes it")
     for adapter, _ in parts:

@@ -67,11 +67,11 @@ def as_lora(
             base that lacks its tensor.
     """
     if (rank is None) == (energy is None):
-        raise LoraFxError("expected one of rank and energy", "for example --rank 16")
+        raise LoraFxError("expected one of rank and energy", "pass --rank 16, for example")
     if rank is not None and rank < 1:
-        raise LoraFxError(f"rank is {rank}; expected 1 or more", "for example --rank 16")
+        raise LoraFxError(f"rank is {rank}; expected 1 or more", "pass --rank 16, for example")
     if energy is not None and not 0 < energy <= 1:
-        raise LoraFxError(f"energy {energy} is not in (0, 1]", "for example 0.99")
+        raise LoraFxError(f"energy {energy} is not in (0, 1]", "pass --energy 0.99, for example")
     entries: dict[str, Entry] = {}
     rows: list[Approximated] = []
     for key, entry in adapter.entries.items():
@@ -109,15 +109,18 @@ def _delta(
     if isinstance(entry, (Hadamard, Kronecker, Dense)):
         if min(entry.shape) < 2:
             raise LoraFxError(
-                f"{key!r} is {name_of(entry)} of a vector; expected a matrix", "--exclude it"
+                f"{key!r} is {name_of(entry)} of a vector; expected a matrix",
+                "pass --exclude to leave it out",
             )
         return entry.block(0, slice(None), slice(None))
     if not isinstance(entry, (LowRank, Rotation)):
-        raise LoraFxError(f"{key!r} is {name_of(entry)}, which has no ΔW", "--exclude it")
+        raise LoraFxError(
+            f"{key!r} is {name_of(entry)}, which has no ΔW", "pass --exclude to leave it out"
+        )
     if delta_of is None:
         raise LoraFxError(
             f"{key!r} is {name_of(entry)}: its ΔW depends on the base",
-            "give the base with --base FOLDER",
+            "pass the base with --base FOLDER",
         )
     return delta_of(replace(adapter, entries={key: entry}))
 

@@ -154,6 +154,6 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
         row = np.flatnonzero(~has_direction)[0]
         raise LoraFxError(
             f"{where}: row {row} of W + ΔW is zero or not finite; DoRA divides by its norm",
-            "was the adapter trained on this model?",
+            "check that the adapter was trained on this model",
         )
     return np.asarray(magnitude / np.sqrt(sums).astype(magnitude.dtype))

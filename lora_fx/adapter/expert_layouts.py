@@ -48,7 +48,7 @@ _EXPERTS = re.compile(
 )
 _ALL = -1
 """The expert number of an update of the whole stack."""
-_TELL = "give the model with --base FOLDER; or its model_type with --model-type TYPE"
+_TELL = "pass the model with --base FOLDER; or its model_type with --model-type TYPE"
 
 
 def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -> dict[str, Entry]:

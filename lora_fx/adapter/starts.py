@@ -70,7 +70,7 @@ GAMMA = 16.0
 
 def check_init(init: str) -> None:
     """Raise LoraFxError for an unknown init."""
-    expect_name(init, INITS, "unknown init", f"choose one of {', '.join(INITS)}")
+    expect_name(init, INITS, "unknown init", f"use one of {', '.join(INITS)}")
 
 
 def initial(

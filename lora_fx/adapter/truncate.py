@@ -170,7 +170,7 @@ def truncate(
 
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     """Truncate as `truncate` does, and report what every update lost."""
-    expect(adapter, Adapter, "adapter", "an Adapter", "truncate(load_adapter(path), rank=8)")
+    expect(adapter, Adapter, "adapter", "an Adapter", "call truncate(load_adapter(path), rank=8)")
     goal_name, value = _goal(goal)
     updates = _updates(adapter)
     triplets = {}
@@ -226,15 +226,19 @@ def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
         options = ", ".join("--" + goal.replace("_", "-") for goal in GOALS)
         raise LoraFxError(
             f"{len(value_by_goal)} goals ({', '.join(value_by_goal) or 'none'}); expected one",
-            f"give one of {options}",
+            f"use one of {options}",
         )
     name, value = next(iter(value_by_goal.items()))
     if name in ("rank", "params") and not _is_positive_whole(value):
-        raise LoraFxError(f"{name} {value!r} is not a positive whole number", "for example 16")
+        raise LoraFxError(
+            f"{name} {value!r} is not a positive whole number", "pass 16, for example"
+        )
     if name == "energy" and not 0.0 < value <= 1.0:
-        raise LoraFxError(f"energy {value!r} is not in (0, 1]", "for example 0.99")
+        raise LoraFxError(f"energy {value!r} is not in (0, 1]", "pass 0.99, for example")
     if not (math.isfinite(value) and value >= 0.0):
-        raise LoraFxError(f"{name} {value!r} is not a number of 0 or more", "for example 0.01")
+        raise LoraFxError(
+            f"{name} {value!r} is not a number of 0 or more", "pass 0.01, for example"
+        )
     return name, value
 
 
@@ -253,7 +257,7 @@ def _updates(adapter: Adapter) -> dict[str, LowRank]:
     updates = adapter.lowrank
     if not updates:
         raise LoraFxError(
-            "the adapter has no low-rank update", "give an adapter with low-rank updates"
+            "the adapter has no low-rank update", "pass an adapter with low-rank updates"
         )
     for key, low in updates.items():
         factors_are_finite = np.isfinite(low.a).all() and np.isfinite(low.b).all()

@@ -102,7 +102,7 @@ def expect_variant(name: str, where: str) -> None:
 
 def _known() -> str:
     """Return a hint with the names of the variants."""
-    return f"choose one of {', '.join(VARIANTS)}"
+    return f"use one of {', '.join(VARIANTS)}"
 
 
 def variant_of(low: LowRank) -> Variant:

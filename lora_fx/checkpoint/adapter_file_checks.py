@@ -114,7 +114,7 @@ def start(pair: Pair) -> Iterator[Finding]:
     hint = "save it again with save_pretrained(…, path_initial_model_for_weight_conversion=…)"
     severity = ERROR
     if str(value).lower() in REDONE:
-        hint = "lora-fx merge subtracts that part too; other tools do not"
+        hint = "use lora-fx merge, which subtracts that part too; other tools do not"
         severity = WARNING
     yield Finding(
         list(pair.adapter.lowrank),
@@ -201,7 +201,7 @@ def halves(pair: Pair) -> Iterator[Finding]:
             yield Finding([key], why, "A and B", "the file is incomplete: save or fetch it again")
         elif "; expected" in why:
             what, _, expected = why.partition("; expected ")
-            yield Finding([key], what, expected, "do A and B come from the same file?")
+            yield Finding([key], what, expected, "check that A and B come from the same file")
 
 
 def names(pair: Pair) -> Iterator[Finding]:

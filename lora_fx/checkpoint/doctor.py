@@ -133,9 +133,9 @@ def examine(
 ) -> Report:
     """Run the checks of `doctor`, with the merge's options as one object."""
     for name, path in (("base", base), ("adapter", adapter)):
-        expect_path(path, name, "doctor(base, adapter)")
+        expect_path(path, name, "call doctor(base, adapter)")
     if server:
-        expect_name(server, SERVERS, "no server", f"one of {', '.join(SERVERS)}")
+        expect_name(server, SERVERS, "unknown server", f"use one of {', '.join(SERVERS)}")
     base = local(base)
     adapter = local(adapter, files=FORMATS.files_of_folders)
     with explained(base), trusting(options.trust):

@@ -131,7 +131,10 @@ def extraction(
     if not changes.entries:
         hint = "check that TUNED is the tuned model"
         if changes.left_out:
-            hint = f"only vectors differ ({changes.left_out[0]} …); --also-full extracts them too"
+            hint = (
+                f"only vectors differ ({changes.left_out[0]} …); pass --also-full to extract "
+                "them too"
+            )
         raise NoEffectError(f"{tuned}: no weight differs from {base}", hint)
 
     notes += _notes(changes.rows, tensor_uses, changes.left_out)
@@ -202,7 +205,7 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
             raise LoraFxError(
                 f"{info.file}: tensor {pair.key!r} is {info.dtype} and differs; expected one of "
                 f"{', '.join(FLOATING)}",
-                f"--exclude {pair.key} leaves it out",
+                f"pass --exclude {pair.key} to leave it out",
             )
     if use.layout is not None:
         return _approximate(pair, use, options)

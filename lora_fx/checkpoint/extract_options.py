@@ -35,19 +35,21 @@ class ExtractOptions:
         for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise LoraFxError(
-                    f"{name} {value!r} is not a positive whole number", "for example 16"
+                    f"{name} {value!r} is not a positive whole number", "pass 16, for example"
                 )
         if self.energy is None:
             if self.max_rank is not None:
-                raise LoraFxError("max_rank applies only with energy", "give energy, or rank alone")
+                raise LoraFxError("max_rank applies only with energy", "pass energy, or rank alone")
             return
         if self.rank is not None:
             raise LoraFxError(
                 "rank and energy exclude each other",
-                "give one of them; with energy, max_rank limits the rank",
+                "pass one of them; with energy, max_rank limits the rank",
             )
         if not 0.0 < self.energy < 1.0:
-            raise LoraFxError(f"energy {self.energy!r} is not between 0 and 1", "for example 0.9")
+            raise LoraFxError(
+                f"energy {self.energy!r} is not between 0 and 1", "pass 0.9, for example"
+            )
 
     @property
     def limit(self) -> int:

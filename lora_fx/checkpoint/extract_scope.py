@@ -54,8 +54,8 @@ def scope_of(
     problems = misfits.problems(base, tuned)
     if problems and not options.allow_missing:
         hint = (
-            "--allow-missing leaves all of them out, --exclude NAMES only those; a resized "
-            "vocabulary has no low-rank update"
+            "pass --allow-missing to leave all of them out, or --exclude NAMES to leave out "
+            "only those; a resized vocabulary has no low-rank update"
         )
         if len(misfits.only_base) == len(base_tensors):
             hint = _prefix_hint(base_tensors, tuned_tensors)

@@ -131,11 +131,11 @@ def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:
     )
     if not tie.apart:
         raise LoraFxError(
-            message, f"models of this type hold it once; --exclude {differing} leaves it out"
+            message, f"pass --exclude {differing} to leave it out; models of this type hold it once"
         )
     if tie.table in scope and not same_bytes(sides.base[tie.table], sides.tuned[tie.table]):
         raise LoraFxError(
             f"{message}, and {tie.table!r} has changed as well; an update of the table acts on "
             "all lookups",
-            f"if the model does not read that table, --exclude {tie.table} leaves it out",
+            f"if the model does not read that table, pass --exclude {tie.table} to leave it out",
         )

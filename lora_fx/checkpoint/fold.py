@@ -115,7 +115,7 @@ class TensorFold:
     def error(self, weight: Array, folded: Array, result: Array, low: int) -> LoraFxError:
         """Return the error for the first non-finite value: in the base, the sum or the result."""
         for what, array, values, hint in (
-            ("the base has", weight, weight, "is the checkpoint damaged?"),
+            ("the base has", weight, weight, "check that the checkpoint is not damaged"),
             (
                 "the fold gives",
                 folded,
@@ -126,7 +126,7 @@ class TensorFold:
                 f"{result.dtype} cannot hold",
                 result,
                 folded,
-                "--dtype bfloat16 or float32 can hold it",
+                "pass --dtype bfloat16 or float32, which can hold it",
             ),
         ):
             places = np.argwhere(~np.isfinite(array.astype(np.float64)))
@@ -139,8 +139,8 @@ class TensorFold:
                 )
         return LoraFxError(
             f"tensor {self.name!r}: the norm of W or of its update is beyond the range of fp32",
-            "check the adapter's scale and its weight (ADAPTER:W); --dtype float64 can hold the "
-            "norm",
+            "check the adapter's scale and its weight (ADAPTER:W); or pass --dtype float64, "
+            "which can hold the norm",
         )
 
 

@@ -145,7 +145,8 @@ def rows_of_map(adapter: Adapter, table: JsonView, where: str) -> Rows:
             raise LoraFxError(
                 f"{where}: {whole!r} is {one_line(repr(parts), 80)}; expected the rows of each "
                 "part",
-                'as {"attn.qkv": {"attn.q": "0:64", …}}; "0:64:192" means rows 0:64 of every 192',
+                'write {"attn.qkv": {"attn.q": "0:64", …}}; '
+                '"0:64:192" means rows 0:64 of every 192',
             )
         for key in map(base_name, adapter.entries):
             module = key.removesuffix(".weight")

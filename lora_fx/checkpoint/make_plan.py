@@ -56,7 +56,7 @@ def make_plan(
         LoraFxError: Every reason not to merge that headers and adapters show.
     """
     if not adapters:
-        raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
+        raise LoraFxError("no adapter to merge", "run lora-fx merge BASE ADAPTER -o OUT")
 
     stored = base  # what the output is written from: as floats only where that is asked for
     if options.reads_codes and not is_view(base):
@@ -144,7 +144,7 @@ def _match_all(
         if not updates:
             raise LoraFxError(
                 f"{where}: none of its keys is in {base.path}",
-                "is it the adapter of another model?",
+                "check that it is an adapter of this model",
             )
         placed += [update.at_its_use(tie, base, untie=options.untie) for update in updates]
         names = {**names, **added}
@@ -207,14 +207,14 @@ def _check_adapters(
         if not math.isfinite(item.weight):
             raise LoraFxError(
                 f"{item.where}: its weight is {item.weight:g}; expected a finite number",
-                "for example ADAPTER:0.5",
+                "pass ADAPTER:0.5, for example",
             )
         if item.hash in names_by_hash and not options.again:
             other = names_by_hash[item.hash]
             as_other = "" if item.where == other else f", also as {other}"
             raise LoraFxError(
                 f"{item.where} is given twice{as_other}",
-                "give it once, with the sum of the weights; --again merges it twice",
+                "pass it once, with the sum of the weights; or pass --again to merge it twice",
             )
         names_by_hash[item.hash] = item.where
     hashes = [(item.where, item.hash) for item in adapters]
@@ -239,11 +239,14 @@ def _check_other_readers(adapters: Sequence[WeightedAdapter], options: MergeOpti
                 raise MergeRefusal(
                     READ_TOO,
                     [key],
-                    f"{unreached}, which also reads the tensor; a merge would change that too",
-                    "lora-fx export keeps the other readers unchanged; --other-readers merges "
-                    "anyway",
+                    f"{unreached}, which also reads the tensor and would also get the update in "
+                    "a merge",
+                    "use lora-fx export, which keeps the other readers unchanged; or pass "
+                    "--other-readers to merge anyway",
                 )
-            notes.append(f"{unreached}, but the merged tensor changes that too")
+            notes.append(
+                f"{unreached}, which also reads the merged tensor and so gets the update too"
+            )
     return notes
 
 
@@ -264,7 +267,10 @@ def _check_codes(
             variant = variant_of(low)
             if variant.constant_over:
                 title = variant.title
-                hint = f"lora-fx export folds {title} into the zero points without loss; {hint}"
+                hint = (
+                    f"use lora-fx export, which folds {title} into the zero points without "
+                    f"loss; {hint}"
+                )
                 break
         raise LoraFxError(error.message, hint) from error
 
@@ -287,8 +293,9 @@ def _cost_of_codes(
         return ""
     sizes = f"{human(plan.disk)}B of {options.dtype_of_codes} instead of {human(base.size)}B"
     return (
-        f"--dequantise writes floats ({sizes}); --requantise keeps the codes and {gain:.0%} of "
-        f"the update, with noise of {noise:.1f} times its size (estimated from a sample of rows)"
+        f"pass --dequantise to write floats ({sizes}); or pass --requantise to keep the codes "
+        f"and {gain:.0%} of the update, with noise of {noise:.1f} times its size (estimated "
+        "from a sample of rows)"
     )
 
 

@@ -145,10 +145,11 @@ def _hint_for_unmatched(
 
     names = [*stored, *rename.loaded.names, *rename.loaded.stacks]
     hint = (
-        f"{near(unmatched[0], names, 'the base uses other names;')} --allow-unused leaves them out"
+        f"{near(unmatched[0], names, 'the base uses other names;')} pass --allow-unused to "
+        "leave them out"
     )
     if all(isinstance(adapter.entries[key], Full) for key in unmatched):
-        return f"{hint}, --add writes them as new tensors"
+        return f"{hint}, or --add to write them as new tensors"
     return hint + _hint_for_renamed(rename.config)
 
 
@@ -186,7 +187,7 @@ def _check_missing(
             MISSING,
             [f"{name}.weight" for name in missing],
             message,
-            "check that the file is complete and that this is its base; --allow-missing leaves "
-            "these layers unchanged",
+            "check that the file is complete and that this is its base; or pass "
+            "--allow-missing to leave these layers unchanged",
         )
     return [message]

@@ -211,7 +211,8 @@ def _check_effect(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> 
         tensors = counted(len(stats), "tensor")
         raise NoEffectError(
             f"{target}: not written: no element of {tensors} would change",
-            f"is the adapter untrained, or its weight 0? {wider} keeps small updates",
+            f"check that the adapter is trained and that its weight is not 0; pass {wider} to "
+            "keep small updates",
         )
     if not plan.options.lossy:
         refuse_loss(requantised, target)
@@ -232,7 +233,7 @@ def _prove(plan: MergePlan, stage: Path, target: Path, threads: int) -> None:
         check_unchanged()  # a base that is another one now has other numbers
         raise LoraFxError(
             f"{target}: not written: {differences[0].tensor!r} {differences[0].what}",
-            "this is a mistake of lora-fx: please report it",
+            "report this: it is a mistake of lora-fx",
         )
 
 
@@ -262,7 +263,7 @@ def _read_adapter(item: object, most: int | None, base: Path | None) -> Weighted
     if not isinstance(adapter, (str, os.PathLike, Adapter)) or not isinstance(weight, (int, float)):
         raise LoraFxError(
             f"{item!r} is not an Adapter or the path of one",
-            "give a list of paths or Adapters, or of pairs (adapter, weight)",
+            "pass a list of paths or Adapters, or of pairs (adapter, weight)",
         )
     if isinstance(adapter, Adapter):
         where = "the adapter"

@@ -68,9 +68,7 @@ def jobs_of(
     """
     number, count = shard
     if not 1 <= number <= count:
-        raise LoraFxError(
-            f"there is no shard {number}/{count}", "number the n shards from 1/n to n/n"
-        )
+        raise LoraFxError(f"unknown shard {number}/{count}", "number the n shards from 1/n to n/n")
     names = _output_names([path for path, _ in adapters])
     jobs = [Job(path, weight, folder / (names[path] + suffix)) for path, weight in adapters]
     jobs.sort(key=lambda job: job.out.name)
@@ -102,7 +100,7 @@ def _refuse_repeated(paths: Sequence[str], places: Sequence[Hashable]) -> None:
     counts = Counter(places)
     for path, place in zip(paths, places, strict=True):
         if counts[place] > 1:
-            raise LoraFxError(f"{path} is given twice", "give every adapter once")
+            raise LoraFxError(f"{path} is given twice", "pass every adapter once")
 
 
 def _without_ending(path: str) -> str:

@@ -39,7 +39,7 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
         raise LoraFxError(
             f"{change.name!r} is a stack of matrices or a grouped convolution, which has no "
             "single ΔW",
-            "--exclude it, and merge that update into its base",
+            "pass --exclude to leave it out, and merge that update into its base",
         )
     fold = prepared(change.fold, change.weight)
     weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)

@@ -48,9 +48,9 @@ def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[
         else:
             rounded.append(name)
     for names, how, advice in (
-        (rounded, "rounded", "--dtype float16 or float32 keeps more"),
+        (rounded, "rounded", "pass --dtype float16 or float32 to keep more"),
         (int8, "quantised to int8 again", HINT),
-        (requantised, "quantised again", "--dequantise keeps all of it"),
+        (requantised, "quantised again", "pass --dequantise to keep all of it"),
     ):
         low = [(stats[name].gain, name) for name in names if stats[name].gain < GAIN]
         if low:
@@ -82,10 +82,10 @@ def _output_warnings(plan: MergePlan) -> Iterator[str]:
     if plan.options.dtype and config_dtype not in (None, plan.options.dtype):
         yield (
             f"config.json still has dtype {config_dtype}: transformers rounds to it on loading "
-            "unless you give another dtype"
+            "unless you pass another dtype"
         )
     if plan.tie is not None:
-        yield f"untied: {plan.tie.head} is now a separate tensor, and config.json says so"
+        yield f"untied: {plan.tie.head} is now a separate tensor, and config.json records that"
 
 
 def report_json(report: Report) -> Json:

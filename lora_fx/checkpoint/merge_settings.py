@@ -54,25 +54,29 @@ class MergeOptions:
             )
         if self.shard_bytes < 1:
             raise LoraFxError(
-                "shards of 0 bytes; expected 1 or more", "for example --max-shard-size 5GB"
+                "shards of 0 bytes; expected 1 or more", "pass --max-shard-size 5GB, for example"
             )
 
     def _check_dtype(self) -> None:
         if self.dtype in (None, *FLOATING):
             return
         name = str(self.dtype).removeprefix("torch.")
-        choices = f"one of {', '.join(FLOATING)}"
+        choices = f"use one of {', '.join(FLOATING)}"
         raise LoraFxError(f"unknown dtype {self.dtype!r}", near(name, FLOATING, choices))
 
     def _check_mix(self) -> None:
-        expect_name(self.how, HOWS, "unknown mix", f"one of {', '.join(HOWS)}")
+        expect_name(self.how, HOWS, "unknown mix", f"use one of {', '.join(HOWS)}")
         refuse_rank(self.how, self.rank)
         if self.rank is not None and self.rank < 1:
-            raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
+            raise LoraFxError(
+                f"rank is {self.rank}; expected 1 or more", "pass --rank 16, for example"
+            )
 
     def _check_quantised(self) -> None:
         if self.dequantise and self.requantise:
-            raise LoraFxError("--dequantise and --requantise exclude each other", "choose one")
+            raise LoraFxError(
+                "--dequantise and --requantise exclude each other", "leave one of them out"
+            )
         if self.lossy and not self.requantise:
             raise LoraFxError("--lossy works only with --requantise", "leave it out")
         if self.requantise and self.dtype is not None:

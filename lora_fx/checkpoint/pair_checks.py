@@ -28,7 +28,8 @@ LARGE = 1.0
 
 
 TAKEN = (
-    "lora-fx merge quantises again and reports how much of each update is kept; weak ones lose most"
+    "use lora-fx merge, which quantises again and reports how much of each update is kept; "
+    "weak updates lose most"
 )
 
 
@@ -87,9 +88,9 @@ def model(pair: Pair) -> Iterator[Finding]:
     ours = f"is a {base_type}" if base_type else f"has {first_tensor}"
     _, _, why = next(iter(pair.misfits.values()), "").partition(": ")
     reason = f": {why}" if why else ""
-    hint = "give the model that the adapter was trained on as the base"
+    hint = "pass the model that the adapter was trained on as the base"
     if name:
-        hint = f"give {name} as the base"
+        hint = f"pass {name} as the base"
     yield Finding(
         keys,
         f"the adapter {theirs}; the base {ours}{reason}",
@@ -123,7 +124,8 @@ def prefix(pair: Pair) -> Iterator[Finding]:
             keys,
             f"the adapter's names are the base's names {how}",
             pair.rename(keys[0]),
-            "lora-fx accepts these names; PEFT would apply none of the updates",
+            "rename the tensors for PEFT, which would apply none of the updates; lora-fx "
+            "accepts these names",
             WARNING,
         )
         return
@@ -182,7 +184,7 @@ def unused(pair: Pair) -> Iterator[Finding]:
             unmatched,
             "the base has no such tensors: these updates would be dropped",
             f"names of tensors in {pair.base.path}",
-            f"{nearest} lora-fx merge --allow-unused leaves these updates out",
+            f"{nearest} run lora-fx merge --allow-unused to leave these updates out",
         )
 
 
@@ -197,8 +199,8 @@ def missing(pair: Pair) -> Iterator[Finding]:
             [f"{name}.weight" for name in absent],
             "target_modules in the config names these layers, but the file has no updates for them",
             "an update for each",
-            "check that the file is complete and that this is its base; lora-fx merge "
-            "--allow-missing leaves these layers unchanged",
+            "check that the file is complete and that this is its base; or run lora-fx merge "
+            "--allow-missing to leave these layers unchanged",
         )
 
 
@@ -252,7 +254,7 @@ def shapes(pair: Pair) -> Iterator[Finding]:
             [key],
             update or why,
             f"an update for a tensor {list(info.shape)}",
-            "was the adapter trained on another model?",
+            "check that the adapter was trained on this model",
         )
 
 
@@ -339,7 +341,7 @@ def values(pair: Pair) -> Iterator[Finding]:
         broken,
         "their tensors in the base have NaN or infinite values",
         "finite numbers",
-        "is the checkpoint damaged?",
+        "check that the checkpoint is not damaged",
     )
 
 
@@ -369,7 +371,7 @@ def effect(pair: Pair) -> Iterator[Finding]:
         overflowing,
         "the update is larger than the tensor's dtype can hold",
         "finite numbers",
-        "is lora_alpha right?",
+        "check lora_alpha",
     )
 
     large = [key for key, ratio in ratios.items() if ratio > LARGE]
@@ -379,6 +381,6 @@ def effect(pair: Pair) -> Iterator[Finding]:
             large,
             f"‖ΔW‖/‖W‖ is {ratios[large[0]]:.3g} at {large[0]}",
             f"less than {LARGE:g}; usual updates are below .3",
-            "is lora_alpha right, and is this the base?",
+            "check lora_alpha, and check that this is the right base",
             WARNING,
         )

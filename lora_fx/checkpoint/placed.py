@@ -62,8 +62,8 @@ class Placed:
             [self.key],
             f"{base.path}: the update of {self.key!r} is for one use of {self.tensor!r} ({use}), "
             "but the base stores one tensor for several uses; a merge would change all of them",
-            "train one update for all uses, or run lora-fx fold on the model, which keeps the "
-            "uses apart",
+            "train one update for all uses, or fold the model with lora_fx.fold, which keeps "
+            "the uses apart",
         )
 
     def _is_tensor_of_one_use(
@@ -197,7 +197,7 @@ def _misfit(key: str, info: TensorInfo, what: str, hint: str = "") -> LoraFxErro
         SHAPES,
         [key],
         f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is {what}",
-        hint or "was the adapter trained on another model?",
+        hint or "check that the adapter was trained on this model",
     )
 
 

@@ -82,7 +82,8 @@ def tied(pair: Pair) -> Iterator[Finding]:
         plan.one_use,
         f"the update is for one of two uses of {pair.tie.table}, which is also the output head",
         "an update for both uses, or a base with a separate tensor for the head",
-        "lora-fx merge --untie gives the head a separate tensor; other tools change both uses",
+        "run lora-fx merge --untie to give the head a separate tensor; other tools change both "
+        "uses",
     )
 
 
@@ -95,7 +96,8 @@ def merged(pair: Pair) -> Iterator[Finding]:
             list(pair.adapter.entries),
             "the base's metadata says that this adapter is already merged into it",
             "the original base",
-            "start from the original base; lora-fx merge --again merges the adapter once more",
+            "start from the original base; or run lora-fx merge --again to merge the adapter "
+            "once more",
         )
 
 
@@ -105,7 +107,7 @@ def added(pair: Pair) -> Iterator[Finding]:
         [key for key in pair.adapter.full if pair.tensor(key) is None],
         "whole tensors that the base does not have, such as a new head",
         "tensors of the base",
-        "lora-fx merge --add writes them into the output",
+        "run lora-fx merge --add to write them into the output",
     )
 
 
@@ -126,7 +128,7 @@ def trained(pair: Pair) -> Iterator[Finding]:
             zero,
             "A or B is zero in every update: the adapter is untrained",
             "an update",
-            "was the adapter saved before training?",
+            "check that the adapter was saved after training",
         )
     else:
         yield Finding(
@@ -151,7 +153,7 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
             continue
         hint = f"lora-fx convert {pair.path} -o OUT --format {server} --base {pair.base.path}"
         if rule.what in STAYS:
-            hint = "lora-fx merge folds the adapter into its base"
+            hint = "fold the adapter into its base with lora-fx merge"
         yield Finding(names, what, "an adapter that this program applies as it was trained", hint)
     if not shapes:
         yield Finding(

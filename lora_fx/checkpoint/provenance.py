@@ -106,7 +106,7 @@ def merges_of(text: str | None, where: str) -> list[Json]:
     if text is None:
         return []
     place = f"{where}: metadata {METADATA}"
-    hint = "was the file edited?"
+    hint = "check whether the file was edited"
     merges = json_value(text, place, hint=hint)
     if not isinstance(merges, list) or not all(map(_is_merge, merges)):
         raise LoraFxError(f"{place} is not a list of merges", hint)
@@ -139,5 +139,5 @@ def refuse_again(
                 MERGED,
                 (),
                 f"{path}: {where} is already merged into it",
-                "start from the original base; --again merges it once more",
+                "start from the original base; or pass --again to merge it once more",
             )

@@ -159,7 +159,7 @@ def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Mat
         raise LoraFxError(
             f"an update of kind {type(change).__name__} uses the axes of {list(shape)} in an "
             "order that cannot be merged",
-            "only lora and rslora updates can have such an order of axes",
+            "use lora or rslora updates, which can have such an order of axes",
         )
     count = math.prod(layout.batch_shape)
     every = slice(None)
@@ -193,7 +193,7 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
     raise LoraFxError(
         f"the region {list(bounds)} of a tensor {list(shape)} is not a rectangle of rows and "
         "columns",
-        "lora-fx fold and export can apply it to the model itself",
+        "apply it to the model itself with lora_fx.fold or lora-fx export",
     )
 
 

@@ -65,8 +65,8 @@ def refitted(
     """
     if fuse == split or not (base or table):
         raise LoraFxError(
-            "expected one of --fuse and --split, with --base or --map",
-            "for example --fuse --base FOLDER",
+            "expected either --fuse or --split, with --base or --map",
+            "pass --fuse --base FOLDER, for example",
         )
     tensors: Tensors = {}
     config: JsonView = {}
@@ -151,7 +151,8 @@ class _Refit:
         overwritten = self.entries.keys() & replacing.keys()
         if overwritten:
             raise LoraFxError(
-                f"{min(overwritten)!r} already has another update", "leave that out with --exclude"
+                f"{min(overwritten)!r} already has another update",
+                "leave that update out with --exclude",
             )
         self.entries |= replacing
         self._tell(lows, replacing, spans)
@@ -232,13 +233,15 @@ def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
     bias = f"{key.removesuffix('weight')}bias"
     if bias in others:
         raise LoraFxError(
-            f"{bias!r} is trained too, and cannot be fused or split with {key!r}", "--exclude it"
+            f"{bias!r} is trained too, and cannot be fused or split with {key!r}",
+            "pass --exclude to leave it out",
         )
     if isinstance(entry, LowRank) and _has_movable_rows(entry):
         return entry
     raise LoraFxError(
         f"{key!r} is {name_of(entry)}; expected LoRA or DoRA of a linear layer",
-        "--as lora --rank R turns other methods into LoRA; --exclude leaves it out",
+        "pass --as lora --rank R to turn other methods into LoRA; or pass --exclude to leave "
+        "it out",
     )
 
 

@@ -102,7 +102,8 @@ def refuse_loss(blocks: Iterable[Stats], where: object) -> None:
         raise LoraFxError(
             f"{where}: not written: its codes would keep only {gain:.1%} of the update, with "
             f"noise of {noise:.2f} times its size; expected {LEAST:.0%} or more",
-            "--dequantise keeps all of the update; --lossy writes the codes anyway",
+            "pass --dequantise to keep all of the update; or pass --lossy to write the codes "
+            "anyway",
             exit_code=1,
         )
 

@@ -100,7 +100,7 @@ def _check_every_expert(
         raise LoraFxError(
             f"the adapter has experts 0 to {max(numbers)}, and {base} has {count}; a stack needs "
             "an update for each expert",
-            "--format per-expert keeps them one by one",
+            "pass --format per-expert to keep them one by one",
         )
 
 

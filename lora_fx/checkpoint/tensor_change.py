@@ -226,7 +226,8 @@ def requantised(
         why = "the adapter replaces the whole tensor by floats"
     if anew is None:
         raise LoraFxError(
-            f"{base.path}: {name!r} cannot be quantised again: {why}", "--dequantise writes floats"
+            f"{base.path}: {name!r} cannot be quantised again: {why}",
+            "pass --dequantise to write floats",
         )
 
     codes, *scales = anew.recoded
@@ -275,7 +276,7 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
         worst = highest if highest > limit else lowest
         raise LoraFxError(
             f"{info.file}: tensor {name!r} is {dtype}, which cannot hold the adapter's {worst:g}",
-            "--dtype bfloat16 or float32 can hold it",
+            "pass --dtype bfloat16 or float32, which can hold it",
         )
 
 

@@ -62,8 +62,8 @@ class TensorPair:
             raise LoraFxError(
                 f"{self.tuned.file}: tensor {self.key!r} minus the tensor of {self.base.file} "
                 "overflows",
-                "check that both are checkpoints of the same model; --exclude leaves the tensor "
-                "out",
+                "check that both are checkpoints of the same model; or pass --exclude to leave "
+                "the tensor out",
             )
         return result.reshape(self.rows, self.columns), changed, original
 

@@ -211,7 +211,7 @@ def of_one_use(
             dict.fromkeys(update.key for update in of_one),
             f"{where}: the update of {of_one[0].key!r} is for one of two uses of a tied tensor "
             f"({tie.table!r} is also the output head); a merge would change both",
-            "--untie writes the head as a separate tensor and records that in config.json",
+            "pass --untie to write the head as a separate tensor and record that in config.json",
         )
     return of_one
 

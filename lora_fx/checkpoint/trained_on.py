@@ -81,5 +81,5 @@ def base_note(
         BASE,
         adapter.lowrank,
         f"{other_weights}: samples of the {count} tensors that it changes differ",
-        "merge it into the base that it was trained on; --any-base merges it anyway",
+        "merge it into the base that it was trained on; or pass --any-base to merge it anyway",
     )

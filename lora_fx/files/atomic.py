@@ -165,7 +165,7 @@ def check_output(
     with explained(target):
         if exists(target):
             if not force:
-                raise LoraFxError(f"{target} exists already", EXISTS)
+                raise LoraFxError(f"{target} already exists", EXISTS)
             check_replaceable(target, new, names)
             if not own:
                 check_apart(target)
@@ -179,7 +179,7 @@ def check_space(folder: str | os.PathLike[str], needed: int) -> None:
         disk = shutil.disk_usage(folder)
     if disk.total and disk.free < needed:  # a total of 0: the file system does not say
         raise LoraFxError(
-            f"{os.fspath(folder)}: {human(disk.free)}B free, expected at least {human(needed)}B",
+            f"{os.fspath(folder)}: {human(disk.free)}B free; expected at least {human(needed)}B",
             "free space, or write to another disk",
         )
 

@@ -259,7 +259,7 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
         raise LoraFxError(
             f"{folder}: {len(candidates)} candidates and no model.safetensors "
             f"({', '.join(candidates[:3])} …)",
-            "give one file instead of the folder",
+            "pass one file instead of the folder",
         )
 
     if trusted():
@@ -271,14 +271,14 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
         raise LoraFxError(
             f"{folder}: its weights are pickles ({pickles[0]}), which can run code and are not "
             "read",
-            "give one file instead of the folder" if trusted() else TRUST,
+            "pass one file instead of the folder" if trusted() else TRUST,
         )
     if "adapter_config.json" in names:
         raise LoraFxError(
             f"{folder}: the folder holds an adapter, not a model",
-            "give the folder of its base model",
+            "pass the folder of its base model",
         )
-    raise LoraFxError(f"{folder}: no .safetensors file", "is the download complete?")
+    raise LoraFxError(f"{folder}: no .safetensors file", "check that the download is complete")
 
 
 def _usual_name(folder: Path, stems: tuple[str, ...], ending: str) -> tuple[Path, bool] | None:
@@ -350,7 +350,7 @@ def _shard(index: Path, name: str, shard_of: Mapping[str, str]) -> Header:
         count = list(shard_of.values()).count(name)
         raise LoraFxError(
             f"{file}: this shard is missing ({count} tensors)",
-            "is the download complete?",
+            "check that the download is complete",
         )
     return read_header(file)
 

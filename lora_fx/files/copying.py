@@ -77,7 +77,7 @@ def read_into(fd: int, data: memoryview, at: int) -> None:
         position = end - len(unfilled)
         n_bytes = os.preadv(fd, [unfilled], position)
         if n_bytes <= 0:
-            raise OSError(f"the file ends at byte {position}, expected {end}")
+            raise OSError(f"the file ends at byte {position}; expected {end}")
         unfilled = unfilled[n_bytes:]
 
 

@@ -116,7 +116,7 @@ def parse(text: str) -> HubId:
     match = _FORM.fullmatch(text)
     if match is None:
         before, colon, after = text.removeprefix(PREFIX).partition(":")
-        hint = "for example hf:org/name, hf:org/name@main or hf:org/name/folder"
+        hint = "pass hf:org/name, hf:org/name@main or hf:org/name/folder, for example"
         if colon and _FORM.fullmatch(PREFIX + before):
             hint = f"leave :{after} out: a weight is allowed only with several ADAPTER[:W]"
         raise LoraFxError(f"{text!r}: expected hf:ORG/NAME[/PART][@REVISION]", hint)
@@ -314,7 +314,7 @@ def _without_weights(
         inside: The files in the folder and below it, by their names in it.
         safetensors: Those of them that are .safetensors files, all in folders below.
     """
-    download = f"hf download {hub_id.repo} --local-dir DIR, then give"
+    download = f"run hf download {hub_id.repo} --local-dir DIR, then pass"
     pickles = [name for name in inside if "/" not in name and name.endswith(PICKLES)]
     if pickles:
         why = (
@@ -326,7 +326,7 @@ def _without_weights(
         folders = list(dict.fromkeys(name.rpartition("/")[0] for name in safetensors))
         why = f"{hub_id}: its .safetensors files are in its folders {some(folders, 5)}"
         example = replace(hub_id, part=hub_id.folder + folders[0])
-        return LoraFxError(why, f"give one of the folders: {example}")
+        return LoraFxError(why, f"pass one of the folders: {example}")
     why = f"{hub_id}: no .safetensors file; it has {some(inside, 5) or 'nothing'}"
     return LoraFxError(why, f"{download} the right file in DIR")
 
@@ -336,7 +336,7 @@ def _as_lora_fx_error(hub_id: HubId, hub: ModuleType, error: Exception) -> LoraF
     errors = hub.errors
     site = hub.constants.ENDPOINT
     cache = hub.constants.HF_HUB_CACHE
-    login = "hf auth login, or HF_TOKEN=…"
+    login = "run hf auth login, or set HF_TOKEN=…"
     if isinstance(error, errors.GatedRepoError):
         why = "its owner restricts access, and you have none"
         hint = f"ask for access at {site}/{hub_id.repo}, then: {login}"
@@ -345,7 +345,7 @@ def _as_lora_fx_error(hub_id: HubId, hub: ModuleType, error: Exception) -> LoraF
         hint = f"use its main branch: {HubId(hub_id.repo, hub_id.part)}"
     elif isinstance(error, errors.RepositoryNotFoundError):
         why = f"{site} has no such model, or it is private"
-        hint = f"check the name; a private model needs a token: {login}"
+        hint = f"check the name; for a private model, {login}"
     elif isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
         why = f"{site} rejects the token"
         hint = f"{login} with a token that is valid; unset HF_TOKEN for a public model"
@@ -360,5 +360,5 @@ def _as_lora_fx_error(hub_id: HubId, hub: ModuleType, error: Exception) -> LoraF
             f"not complete in the cache, and {site} cannot be reached: {type(cause).__name__}: "
             f"{cause}"
         )
-        hint = "check the network and try again, or give a local folder"
+        hint = "check the network and try again, or pass a local folder"
     return LoraFxError(one_line(f"{hub_id}: {why}", 400), hint)

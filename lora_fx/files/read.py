@@ -54,20 +54,23 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError as error:
         raise LoraFxError(
-            f"{name!r} is not the name of a file: {error}", "is the path right?"
+            f"{name!r} is not the name of a file: {error}", "check the path"
         ) from error
     except OSError as error:
         if os.path.isdir(path):
-            raise LoraFxError(f"{name}: a folder, not a regular file", "name the file") from error
+            raise LoraFxError(
+                f"{name}: a folder, not a regular file", "pass the path of a file"
+            ) from error
         raise explain(error, f"{name}: cannot be read") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             kind = _kind_of_entry(status.st_mode)
-            raise LoraFxError(f"{name}: {kind}, not a regular file", "name the file")
+            raise LoraFxError(f"{name}: {kind}, not a regular file", "pass the path of a file")
         if most is not None and status.st_size > most:
             raise LoraFxError(
-                f"{name}: {status.st_size} bytes; expected at most {most}", "is it the right file?"
+                f"{name}: {status.st_size} bytes; expected at most {most}",
+                "check that it is the right file",
             )
         run = run_of_files()
         if run is not None:
@@ -104,7 +107,8 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise LoraFxError(
-            f"{os.fspath(path)}: line {line} is not UTF-8: {error}", "iconv -t UTF-8 converts it"
+            f"{os.fspath(path)}: line {line} is not UTF-8: {error}",
+            "convert it with iconv -t UTF-8",
         ) from error
 
 

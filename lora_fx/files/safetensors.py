@@ -29,7 +29,7 @@ CONVERT = (
     "convert it to safetensors: safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
     "state_dict.items()}, 'model.safetensors')"
 )
-TRUST = f"--trust reads it with torch's unpickler that runs no code; or {CONVERT}"
+TRUST = f"pass --trust to read it with torch's unpickler that runs no code; or {CONVERT}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _length(head: bytes, size: int, file: Path) -> int:
             raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", TRUST)
         raise LoraFxError(
             f"{file}: its header has {length} bytes; expected at most {MAX_JSON}",
-            "is this a safetensors file?",
+            "check that it is a safetensors file",
         )
     if 8 + length > size:
         raise LoraFxError(f"{file}: {size} bytes, but its header alone needs {8 + length}", AGAIN)
@@ -222,8 +222,9 @@ def _check_ranges(file: Path, tensors: Tensors, data_start: int, size: int) -> N
         if tensor.start != reached:
             problem = "overlaps" if tensor.start < reached else "leaves a hole after"
             raise LoraFxError(
-                f"{file}: tensor {one_line(repr(name), 120)} {problem} {one_line(previous, 120)}: "
-                f"it starts at byte {tensor.start}, expected {reached}",
+                f"{file}: tensor {one_line(repr(name), 120)} {problem} "
+                f"{one_line(previous, 120)}: it starts at byte {tensor.start}; expected "
+                f"{reached}",
                 AGAIN,
             )
         reached = tensor.stop

@@ -59,7 +59,7 @@ class File:
             raise self.error(
                 name,
                 f"has shape {list(array.shape)}; expected {size} numbers, one for each row of B",
-                "does it come from the same file as B?",
+                "check that it comes from the same file as B",
             )
         return self.master(name, array).reshape(-1)
 
@@ -122,7 +122,9 @@ class File:
             of_module[end] = array
         return modules
 
-    def error(self, name: str, what: str, hint: str = "is the file complete?") -> LoraFxError:
+    def error(
+        self, name: str, what: str, hint: str = "check that the file is complete"
+    ) -> LoraFxError:
         """Return an error for one tensor."""
         return LoraFxError(f"{self.name}: {name!r} {what}", hint)
 

@@ -44,7 +44,7 @@ def look(path: Path) -> FileHead:
     if not FORMATS.with_magic(head) or _is_pickled(path, head):
         return tensors_head(path)
     if head.startswith(_ZIP):
-        check_unpacked(path, "is it the right file?")
+        check_unpacked(path, "check that it is the right file")
     return FileHead(head, config=has_config(path))
 
 
@@ -73,7 +73,7 @@ def format_in(path: Path, seen: FileHead) -> Format:
         return detecting[0]
     if detecting:
         names = " or ".join(format.name for format in detecting)
-        raise _unclear(path, seen, f"the format is ambiguous, {names}")
+        raise _unclear(path, seen, f"the format is ambiguous ({names})")
     for format in FORMATS.importable():
         if format.resembles(seen):
             return format
@@ -86,7 +86,7 @@ def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
     shown = ", ".join(one_line(name, 80) for name in seen.names[:3]) or "nothing"
     return LoraFxError(
         f"{path}: {what}: its tensors ({len(seen.names)}) are named {shown} …",
-        f"formats: {', '.join(FORMATS)}",
+        f"use a file in one of the formats {', '.join(FORMATS)}",
     )
 
 
@@ -129,7 +129,7 @@ def format_for(path: str | Path) -> str:
 def tensor_file(path: Path) -> Path:
     """Return the one file with an adapter's tensors; a pickle only if there is no other."""
     if not path.exists():
-        raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
+        raise LoraFxError(f"{path}: no such file or folder", near_path(path, "check the path"))
     if path.is_file():
         if not _lies_beside(path):
             return path
@@ -146,11 +146,11 @@ def _hint_for_folder(path: Path, weights: str) -> str:
     """Return a hint for a folder without an adapter: a file or folders that may hold one."""
     files = sorted(path.glob("*.safetensors"))
     if files:
-        return f"give the adapter's file: {files[0]}"
+        return f"pass the adapter's file: {files[0]}"
     folders = sorted(file.parent.name for file in path.glob(f"*/{weights}"))
     if folders:
-        return f"give one of its folders with an adapter: {', '.join(folders[:5])}"
-    return "is it an adapter?"
+        return f"pass one of its folders with an adapter: {', '.join(folders[:5])}"
+    return "check that it is an adapter"
 
 
 def files_with_tensors(formats: Collection[Format]) -> tuple[str, ...]:
@@ -197,12 +197,12 @@ def check_elements(path: str | PathLike[str], most: int) -> None:
         raise LoraFxError(
             f"{fspath(path)}: its tensors have {head.elements} elements; expected at most {most}, "
             "twice the elements of this base",
-            "is it an adapter of this model?",
+            "check that it is an adapter of this model",
         )
     size = os.stat(path).st_size
     if not head.names and size > _LARGE + _WIDEST * most:  # a header that only its format reads
         raise LoraFxError(
             f"{fspath(path)}: {size} bytes; expected at most {most} elements, twice the elements "
             "of this base",
-            "is it an adapter of this model?",
+            "check that it is an adapter of this model",
         )

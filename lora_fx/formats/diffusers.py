@@ -98,7 +98,7 @@ def read(path: str | Path) -> Adapter:
     stored, header = read_tensors(path)
     file = File(str(path))
     what = "is not a name that diffusers writes; expected X.lora_A.weight, X.lora_B.weight …"
-    unknown = partial(file.error, what=what, hint="was the file edited?")
+    unknown = partial(file.error, what=what, hint="check whether the file was edited")
     configs = _Configs(header, file)
     entries: dict[str, Entry] = {}
     for module, tensors in file.modules(stored, _split_name, unknown).items():

@@ -96,7 +96,7 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
                     f"its header has more than {_MOST_VALUES} values; expected the header of an "
                     "adapter"
                 )
-                raise LoraFxError(f"{file.name}: {what}", "give a GGUF adapter, not a GGUF model")
+                raise LoraFxError(f"{file.name}: {what}", "pass a GGUF adapter, not a GGUF model")
             if end > self.data.size:
                 raise ValueError(f"byte {end} is needed, but the file has {self.data.size}")
             value: Array = super()._get(offset, dtype, count, *order, **more)
@@ -110,7 +110,7 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
         kind = (fields.get("general.type"), fields.get("adapter.type"))
         if kind != ("adapter", "lora"):
             what = f"and adapter.type are {kind}; expected adapter and lora"
-            raise file.error("general.type", what, "give a GGUF adapter, not a GGUF model")
+            raise file.error("general.type", what, "pass a GGUF adapter, not a GGUF model")
         _check_places(reader)
         tensors = {
             tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -195,7 +195,7 @@ def _names_for(fields: Json, base: StrPath | None, file: File) -> LlamaCppNames:
     names = names_of_base(base) or names_of_architecture(architecture, heads, file.name)
     if names.architecture != architecture:
         what = f"is {architecture!r}, but {names.where} has {names.architecture!r}"
-        raise file.error("general.architecture", what, "is it the adapter of this model?")
+        raise file.error("general.architecture", what, "check that it is an adapter of this model")
     return names
 
 
@@ -291,7 +291,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
     names = names_of_base(base)
     if names is None:
         what = f"{base} has no config.json" if base else "no base is given"
-        hint = "give the folder of the base model: --base"
+        hint = "pass the folder of the base model with --base"
         raise LoraFxError(f"GGUF names depend on the base's architecture, but {what}", hint)
     file = File("the adapter")
     updates = {key: _plain(key, entry, names) for key, entry in adapter.entries.items()}
@@ -348,7 +348,11 @@ def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
     if key in (f"{HEAD}.weight", f"{TABLE}.weight"):
         is_tied_model = names.config.get("tie_word_embeddings") or "gemma" in names.architecture
         if is_tied_model or entry.origin.tied:
-            raise _refused(key, "the model has one table for embedding and head", "--exclude it")
+            raise _refused(
+                key,
+                "the model has one table for embedding and head",
+                "pass --exclude to leave it out",
+            )
     return entry
 
 

@@ -82,13 +82,13 @@ def save_adapter(
         LoraFxError: The output exists or cannot be written, or the format is unknown or cannot
             store this adapter.
     """
-    expect(adapter, Adapter, "adapter", "an Adapter", "save_adapter(adapter, path)")
-    expect_path(path, "path", "save_adapter(adapter, path)")
+    expect(adapter, Adapter, "adapter", "an Adapter", "call save_adapter(adapter, path)")
+    expect_path(path, "path", "call save_adapter(adapter, path)")
     writer = _writer(format)
     check_real(adapter.lowrank)
     _check_variants(adapter, writer)
     if not adapter.entries and not writer.takes_empty:
-        raise LoraFxError("the adapter has no update", "was it saved before training?")
+        raise LoraFxError("the adapter has no update", "check that it was saved after training")
     target = Path(path)
     if target.is_symlink():
         target = Path(os.path.realpath(target))  # replace the file, and not the link
@@ -158,10 +158,10 @@ def _writer(format: str) -> AdapterFormat:
     """Return the format of this name; raise if it cannot be written."""
     writer = FORMATS.get(format)
     if writer is None or writer.only_read:
-        why = "lora-fx only reads this format" if writer else "there is no such format"
+        why = "lora-fx only reads this format" if writer else "the format is unknown"
         raise LoraFxError(
             f"an adapter cannot be written as {format!r}: {why}",
-            f"formats: {', '.join(FORMATS.writers())}",
+            f"use one of the formats {', '.join(FORMATS.writers())}",
         )
     return writer
 
@@ -226,7 +226,7 @@ def load_adapter(
     if trust:
         with trusting():
             return load_adapter(path, base=base, most=most, resolve=resolve)
-    expect_path(path, "path", "load_adapter(path)")
+    expect_path(path, "path", "call load_adapter(path)")
     file = tensor_file(Path(local(path, files=FORMATS.files_of_folders)))
     base = local(base) if base else None
     if file.suffix == ".onnx":
@@ -243,7 +243,7 @@ def load_adapter(
         adapter = _with_failures(adapter)
     if not adapter.entries:
         raise LoraFxError(
-            f"{file}: the adapter has no update", "was the adapter saved before training?"
+            f"{file}: the adapter has no update", "check that the adapter was saved after training"
         )
     if base is None or adapter.names is None or not resolve:
         return adapter

@@ -148,7 +148,7 @@ def _entries(module: str, tensors: Arrays, file: File) -> dict[str, Entry]:
     if methods == ["lokr"]:
         return {f"{module}.weight": lycoris.lokr(factors, alpha, file, module), **entries}
     if not entries:
-        raise file.error(module, "has an alpha and nothing else")
+        raise file.error(module, "has only an alpha; expected the tensors of an update too")
     if alpha is not None:
         alpha_name = f"{module}.alpha"
         file.notes.append(f"{file.name}: {alpha_name!r} is not read: diff has no scale")
@@ -229,7 +229,7 @@ def _unknown_name(name: str, file: File) -> LoraFxError:
     return file.error(
         name,
         "is not a name that kohya or LyCORIS writes; expected X.lora_down.weight, X.alpha …",
-        "was the file edited?",
+        "check whether the file was edited",
     )
 
 
@@ -314,7 +314,7 @@ def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | Non
             raise _refused(key, "the weight is stored [in, out]")
         factors, alpha = lycoris.encode(entry)
         return module, factors, alpha
-    hint = "--as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else KEEPS
+    hint = "pass --as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else KEEPS
     raise _refused(key, f"it is {name_of(entry)}", hint)
 
 

@@ -78,7 +78,7 @@ def lokr(
         raise file.error(
             module,
             "has lokr_t1, which no reader uses; expected lokr_t2 only",
-            "is the file of another method?",
+            "check that it is a file of LoKr",
         )
     w1, rank1 = _lokr_factor(tensors, "lokr_w1", file, module)
     w2, rank2 = _lokr_factor(tensors, "lokr_w2", file, module)

@@ -76,7 +76,7 @@ class ForeignNames:
             if parameter in entries:
                 raise LoraFxError(
                     f"adapter keys {file_keys[parameter]!r} and {key!r} both fit {parameter!r}",
-                    "give the folder of the whole pipeline (model_index.json), not of one "
+                    "pass the folder of the whole pipeline (model_index.json), not of one "
                     "component",
                 )
             entries[parameter] = entry
@@ -136,7 +136,7 @@ def one_model(adapter: Adapter, what: str) -> Adapter:
         raise LoraFxError(
             f"{what} needs the parameter names of one model; {key!r} is a name from a "
             f"{adapter.names.format} file{several}",
-            "give the folder of the adapter's model: --base",
+            "pass the folder of the adapter's model with --base",
         )
     entries = {split_component(key)[1]: entry for key, entry in adapter.entries.items()}
     return replace(adapter, entries=entries, names=None)

@@ -167,7 +167,7 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
             key,
             f"has A {list(a.shape)} and B {list(b.shape)}; expected [*batch, r, in] and "
             "[*batch, out, r]",
-            f"{TRANSPOSED}; give the adapter that the file was made from",
+            f"{TRANSPOSED}; pass the adapter that the file was made from",
         )
     if a.shape[-2] > max(a.shape[-1], b.shape[-2]):
         file.notes.append(f"{key!r} has more ranks than rows and columns; {TRANSPOSED}")

@@ -62,7 +62,7 @@ def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -
         raise file.error(
             module,
             f"has {rows} rows, but {where} has {heads!r} heads{of_size}",
-            "give the folder of the adapter's model: --base",
+            "pass the folder of the adapter's model with --base",
         )
     assert isinstance(heads, int)
     return heads

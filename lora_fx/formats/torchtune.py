@@ -84,7 +84,7 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     file = File(str(path))
     config = _config(path.parent / "adapter_config.json", file)
     what = "is not a name that torchtune writes"
-    unknown = partial(file.error, what=what, hint="was the file edited?")
+    unknown = partial(file.error, what=what, hint="check whether the file was edited")
     masters = {name: file.master(name, tensor) for name, tensor in tensors.items()}
     modules = file.modules(masters, _split_name, unknown)
     model_file = _config_of_model(path.parent, base)
@@ -112,7 +112,7 @@ def _in_halves(module: str, update: LowRank, path: Path, file: File) -> LowRank:
         raise LoraFxError(
             f"{file.name}: {module!r} has its rows in torchtune's order; reordering them needs "
             f"the number of heads, but there is no {path}",
-            "give the folder of the base model (convert --base), or copy its config.json there",
+            "pass the folder of the base model with convert --base, or copy its config.json there",
         )
     config = model_config(path)
     kind = config.get("model_type")

@@ -225,7 +225,7 @@ def _arrays_of_levels(name: str, q: Quantised, levels: Array) -> tuple[str, int,
     if not kinds or not (q.flat or rows_end_blocks):
         raise LoraFxError(
             f"{name}: {len(levels)} levels in blocks of {list(q.block)} are not a known format",
-            f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
+            f"use one of {', '.join(LEVELS)}, in blocks along the flattened weight",
         )
     codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
     scale = q.scale.reshape(-1).astype(np.float32)

@@ -31,7 +31,7 @@ def owner(
             if create is None:
                 raise LoraFxError(
                     f"the model has no module {part!r}, which {name!r} names",
-                    "see model.named_modules() for the names",
+                    "take a name of model.named_modules()",
                 )
             if hasattr(module, part):
                 raise LoraFxError(f"the name {part!r} of {name!r} is taken", "rename that tensor")
@@ -52,7 +52,7 @@ def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
     if parameter is None:
         raise LoraFxError(
             f"{name!r} is not a parameter of the model",
-            "see model.named_parameters() for the names",
+            "take a name of model.named_parameters()",
         )
     return parameter
 

@@ -35,7 +35,7 @@ def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise LoraFxError(
                 f"{path}: holds a {type(value).__name__} at {name!r}; expected a tensor by name",
-                "is it a file that save_pretrained wrote?",
+                "check that save_pretrained wrote the file",
             )
     return dict(state)
 

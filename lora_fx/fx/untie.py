@@ -76,7 +76,7 @@ def untied(model: nn.Module, names: Collection[str]) -> nn.Module:
     Raises:
         LoraFxError: The model cannot be copied.
     """
-    tree = sharing_copy(model, f"give {', '.join(names)} tensors of their own")
+    tree = sharing_copy(model, f"give {', '.join(names)} separate tensors")
     untie(tree, names)
     return tree
 

@@ -59,7 +59,7 @@ class RowChoice:
         """
         if IDS not in feeds:
             raise LoraFxError(
-                f"input {IDS!r} is missing: it says which adapter each row takes", self._hint()
+                f"input {IDS!r} is missing: it sets the adapter of each row", self._hint()
             )
 
         ids = feeds[IDS]
@@ -85,7 +85,7 @@ class RowChoice:
         if rows_outside.size:
             row = int(rows_outside[0])
             raise LoraFxError(
-                f"input {IDS!r}: row {row} asks for adapter {ids[row]}, which is out of range; "
+                f"input {IDS!r}: row {row} has adapter {ids[row]}, which is out of range; "
                 f"expected 0 to {last}",
                 self._hint(),
             )

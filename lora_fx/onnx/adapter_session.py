@@ -113,10 +113,10 @@ class Session:
         if self.manifest.mode == "load":
             raise LoraFxError(
                 "a file of mode load takes its adapter when the session is made",
-                "pass Session(path, adapter=…); --mode switch exports a file whose adapters "
-                "change run by run",
+                "pass Session(path, adapter=…); or pass --mode switch to export a file whose "
+                "adapter can change at each run",
             )
-        expect(name, str, "the name of an adapter", "a text", "session.load(name, adapter)")
+        expect(name, str, "the name of an adapter", "a text", "call session.load(name, adapter)")
         tensors = tensors_of(adapter, self.manifest)
         self._arrays[name] = tensors
         self._values[name] = ort_values(tensors)
@@ -196,7 +196,13 @@ class Session:
         if adapter is None:
             return {}
         expected = "a loaded name, or a weight by name"
-        expect(adapter, Mapping, "adapter", expected, "adapter='a', or {'a': 0.5, 'b': 0.5}")
+        expect(
+            adapter,
+            Mapping,
+            "adapter",
+            expected,
+            "pass adapter='a' or {'a': 0.5, 'b': 0.5}, for example",
+        )
         for name, weight in adapter.items():
             self._check_loaded(name)
             self._check_weight(name, weight)
@@ -243,7 +249,7 @@ class Session:
         if isinstance(name, str) and name in self._arrays:
             return
         text = one_line(name, 80)
-        hint = "session.load(name, path)"
+        hint = "call session.load(name, path)"
         if self._arrays:
             hint = near(text, list(self._arrays), f"loaded: {', '.join(self._arrays)}")
         raise LoraFxError(f"no adapter {text!r} is loaded", hint)
@@ -260,7 +266,7 @@ def _external_tensors(
     manifest = manifest_of(path)
     if manifest.mode != "load":
         raise LoraFxError(
-            f"{fspath(path)}: a file of mode {manifest.mode} takes adapters run by run",
+            f"{fspath(path)}: a file of mode {manifest.mode} takes an adapter at each run",
             "call session.load(name, adapter), then session.run(inputs, adapter=name)",
         )
     return manifest.padded(tensors_of(adapter, manifest))

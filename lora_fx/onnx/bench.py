@@ -118,9 +118,9 @@ def bench(
     """
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value < 1:
-            raise LoraFxError(f"{name} is {value}", "1 or more")
+            raise LoraFxError(f"{name} is {value}; expected 1 or more", "pass 1 or more")
     if not files:
-        raise LoraFxError("no file to measure", "give one or more files: bench A.onnx B.onnx")
+        raise LoraFxError("no file to measure", "pass one or more files: bench A.onnx B.onnx")
     for file in files:
         checked(file)
     sessions = _sessions([fspath(file) for file in files], provider, threads)
@@ -161,7 +161,7 @@ def time_sessions(
             shown = ", ".join(f"{key} {list(array.shape)}" for key, array in feeds[name].items())
             raise LoraFxError(
                 f"{name}: does not run at {shown}: {one_line(e, 160)}",
-                "choose a size with --size BATCH,LENGTH, or give real data with --inputs",
+                "choose a size with --size BATCH,LENGTH, or pass real data with --inputs",
             ) from e
 
     base_seconds = max(seconds_of_a_run[0], 1e-7)

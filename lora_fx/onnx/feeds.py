@@ -24,7 +24,9 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
     from lora_fx.formats.io import load_adapter
 
     expected = "an Adapter, or the path of one"
-    expect(adapter, (str, PathLike), "the adapter", expected, "adapter=None runs the base model")
+    expect(
+        adapter, (str, PathLike), "the adapter", expected, "pass adapter=None to run the base model"
+    )
     where = fspath(adapter)
     if where.endswith(".onnx_adapter"):
         tensors = read_file(Path(where))[0]
@@ -39,13 +41,13 @@ def arrays_of(inputs: object) -> dict[str, Array]:
     Raises:
         LoraFxError: No mapping by name, or a value that is no array of numbers.
     """
-    hint = "session.run({'x': array}), with the names of the model's inputs"
+    hint = "call session.run({'x': array}), with the names of the model's inputs"
     expect(inputs, Mapping, "inputs", "arrays by the names of the model's inputs", hint)
     assert isinstance(inputs, Mapping)
     arrays = {}
     for name, value in inputs.items():
         expect(name, str, f"the input {one_line(repr(name), 60)}", "the name of one", hint)
-        with retold(f"input {name!r} is no array", "numpy.asarray makes one"):
+        with retold(f"input {name!r} is not an array", "make one with numpy.asarray"):
             arrays[name] = np.asarray(value)
         if arrays[name].dtype.kind == "O":
             kind = type(value).__name__
@@ -85,7 +87,10 @@ def _check_dimension(name: str, array: Array, axis: int) -> None:
     """Raise if an input lacks a dimension."""
     if array.ndim <= axis:
         dimensions = f"{array.ndim} dimensions; expected {axis + 1} at least"
-        raise LoraFxError(f"input {name!r} has {dimensions}", "give arrays as the model takes them")
+        raise LoraFxError(
+            f"input {name!r} has {dimensions}",
+            "pass arrays with the dimensions of the model's inputs",
+        )
 
 
 def ort_values(tensors: Mapping[str, Array], device: str = "cpu") -> Json:

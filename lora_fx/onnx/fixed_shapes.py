@@ -68,7 +68,7 @@ def _bind(value: ir.Value, shape: tuple[int, ...], symbols: dict[str, int], wher
     sizes = ", ".join(str(size) for size in expected)
     raise LoraFxError(
         f"{where}: input {str(value.name)!r} takes [{sizes}], but --inputs has {list(shape)}",
-        "give an array of this shape",
+        "pass an array of this shape",
     )
 
 

@@ -160,7 +160,9 @@ def genai_folder(
         LoraFxError: No folder, no tokenizer in it, no end of sequence, or a size that is not known.
     """
     if Path(folder) == target:
-        raise LoraFxError(f"{target}: the file and the folder have the same name", "--genai DIR")
+        raise LoraFxError(
+            f"{target}: the file and the folder have the same name", "pass --genai DIR"
+        )
 
     source = _source(config)
     tokenizer = _tokenizer_files(source)

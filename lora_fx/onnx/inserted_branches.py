@@ -50,8 +50,8 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
     if manifest.get("mode") != "insert":
         raise LoraFxError(
             f"{path}: an ONNX file without trainable branches",
-            "add them with lora-fx insert X.onnx -o Y.onnx; or give the model first, as lora-fx "
-            "merge takes it",
+            "add them with lora-fx insert X.onnx -o Y.onnx; or pass the model first, as in "
+            "lora-fx merge",
         )
 
     updates: dict[str, LowRank] = {}
@@ -67,5 +67,5 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
 def _tensor(model: ir.Model, name: str, path: str | PathLike[str]) -> Array:
     value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
-        raise LoraFxError(f"{path}: tensor {name!r} is missing", "was it renamed?")
+        raise LoraFxError(f"{path}: tensor {name!r} is missing", "check whether it was renamed")
     return np.array(value.const_value.numpy(), np.float32)

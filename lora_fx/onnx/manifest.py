@@ -31,8 +31,8 @@ from lora_fx.text import Json, JsonView, near
 
 PROPERTY = "lora_fx.manifest"
 CHANGED_SINCE = (
-    "another program has changed the file since (onnxsim, for example, folds inputs with a "
-    "default): take the file that export wrote"
+    "take the file that export wrote: another program has changed this one (onnxsim, for "
+    "example, folds inputs with a default)"
 )
 """The hint for a graph and a manifest that do not agree."""
 
@@ -166,7 +166,7 @@ class Manifest:
         name = key
         if update.use and "@" not in key:
             name = f"{key}@{update.use}"
-        raise LoraFxError(f"{where}: {name!r} is no target of the file", near(key, self.slots))
+        raise LoraFxError(f"{where}: {name!r} is not a target of the file", near(key, self.slots))
 
     def adapter(self, tensors: Mapping[str, Array]) -> Adapter:
         """Return the adapter for tensors by their names in the file; the inverse of `tensors`."""
@@ -193,10 +193,13 @@ class Manifest:
         for name in tensors:
             if name not in key_of_tensor:
                 raise LoraFxError(
-                    f"{where}: tensor {name!r} is no input of the file", near(name, key_of_tensor)
+                    f"{where}: tensor {name!r} is not an input of the file",
+                    near(name, key_of_tensor),
                 )
         if not tensors:
-            raise LoraFxError(f"{where}: it holds no tensors", "was it converted for this file?")
+            raise LoraFxError(
+                f"{where}: it holds no tensors", "check that it was converted for this file"
+            )
         for key in dict.fromkeys(key_of_tensor[name] for name in tensors):
             self._check_pair(self.slots[key], tensors, where)
 
@@ -311,7 +314,7 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
     except Exception as e:  # protobuf's and the system's errors have no common base
         raise LoraFxError(
             f"{fspath(path)}: cannot be read as an ONNX file",
-            "give a file that lora-fx export --mode switch, load or batch wrote",
+            "pass a file that lora-fx export --mode switch, load or batch wrote",
         ) from e
 
     manifest = manifest_in(text, fspath(path))

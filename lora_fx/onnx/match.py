@@ -233,7 +233,7 @@ def _ambiguous(key: str, candidates: Sequence[str], why: str) -> LoraFxError:
     return LoraFxError(
         f"{key!r} is not a target of the model; it may be any of "
         f"{', '.join(map(repr, candidates[:4]))}: {why}",
-        "say which with --names FILE: {adapter key: tensor}",
+        "choose one with --names FILE: {adapter key: tensor}",
     )
 
 

@@ -126,7 +126,7 @@ def output(
                 file.loadable.unlink(missing_ok=True)
 
         if file.external and file.data.name != f"{owner.name}.data" and not force:
-            raise LoraFxError(f"{owner}.data exists already", EXISTS)
+            raise LoraFxError(f"{owner}.data already exists", EXISTS)
         for place in places:
             file.copies += place.place(temporary, beside, file.adapters)
         if file.external:

@@ -95,14 +95,14 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
         _refuse_full_disk(path, 65_536 + sum(array.nbytes for array in arrays.values()))
         raise LoraFxError(
             f"{path.name}: ONNX Runtime cannot write it: {one_line(error, 160)}",
-            "is there space and access?",
+            "check the free space and the permissions",
         ) from error
 
     for name, array in arrays.items():
         if not _same_bits(read_back.get(name), array):
             raise LoraFxError(
                 f"{path}: tensor {name!r} differs when it is read back",
-                "is the disk full? write it again",
+                "check that the disk is not full, and write it again",
             )
 
 

@@ -161,7 +161,7 @@ def open_session(
     import onnxruntime as ort
 
     expect_path(path, "the model", "the path of an .onnx file")
-    expect(provider, str, "provider", "a text", "auto, cpu or cuda")
+    expect(provider, str, "provider", "a text", "use auto, cpu or cuda")
     expect_name(provider, ("auto", "cpu", "cuda"), "unknown provider", "use auto, cpu or cuda")
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
         text = one_line(repr(threads), 60)
@@ -187,7 +187,8 @@ def open_session(
     if try_cuda and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
     with retold(
-        f"{fspath(path)}: ONNX Runtime cannot load it", "was it written for a newer opset?"
+        f"{fspath(path)}: ONNX Runtime cannot load it",
+        "check whether it was written for a newer opset",
     ):
         session = ort.InferenceSession(
             fspath(path), options, providers=_providers_to_try(try_cuda, exact)
@@ -199,7 +200,7 @@ def open_session(
     if provider == "cuda" and used_provider != "cuda":
         why = "the driver did not load" if not driver_present() else "its libraries did not load"
         raise LoraFxError(
-            f"CUDA was asked for, but cannot be used: {why}",
+            f"CUDA was requested, but cannot be used: {why}",
             "install lora-fx[gpu] on a machine with a GPU (pip install 'lora-fx[gpu]'), or use "
             "--provider cpu",
         )

@@ -39,7 +39,10 @@ def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Swi
     owner = graph.model.graph
     for inserted_name, name, shape in zip(slot_names(target.key), names, shapes, strict=True):
         if name in owner.initializers or any(value.name == name for value in owner.inputs):
-            raise LoraFxError(f"the graph already has a tensor {name!r}", f"--exclude {target.key}")
+            raise LoraFxError(
+                f"the graph already has a tensor {name!r}",
+                f"pass --exclude {target.key} to leave it out",
+            )
         inserted = owner.initializers[inserted_name]
         sizes = [size if isinstance(size, int) else rank for size in shape]
         zeros = np.zeros(sizes, np.float32)

@@ -116,7 +116,9 @@ class TrainSession:
         where = "the adapter"
         if not isinstance(adapter, Adapter):
             expected = "an Adapter, or the path of one"
-            expect(adapter, (str, PathLike), "the adapter", expected, "TrainSession.load(path)")
+            expect(
+                adapter, (str, PathLike), "the adapter", expected, "call TrainSession.load(path)"
+            )
             where = fspath(adapter)
             if not where.endswith(".onnx_adapter"):
                 from lora_fx.formats.io import load_adapter
@@ -222,7 +224,7 @@ class TrainSession:
             raise LoraFxError(
                 f"'labels' has size {size} in dimension {axis}, but {name!r} has "
                 f"{batch[name].shape[i]} in {i}",
-                "give a label for each row of scores",
+                "pass a label for each row of scores",
             )
 
     def _axes_of_symbol(self, symbol: object) -> list[tuple[str, int]]:

@@ -53,9 +53,9 @@ class Repository:
             LoraFxError: The folders are no model repository of the ONNX Runtime backend.
         """
         if (self.max_batch or 0) < 0:
-            raise LoraFxError(f"a batch size of {self.max_batch}", "0 or more")
+            raise LoraFxError(f"batch size {self.max_batch}; expected 0 or more", "pass 0 or more")
         if self.name in ("", ".", "..") or re.search(r"[/\\\0]", self.name):
-            raise LoraFxError(f"{self.name!r} cannot be the name of a folder", "name=…")
+            raise LoraFxError(f"{self.name!r} cannot be the name of a folder", "pass name=…")
         for path in (self.folder, self.home):
             if (path.exists() or path.is_symlink()) and not path.is_dir():
                 raise LoraFxError(f"{path} exists and is not a folder", "choose another folder")
@@ -168,7 +168,7 @@ def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
         LoraFxError: A config and a model that disagree, named by what differs; no model at all.
     """
     if not Path(folder).is_dir():
-        raise LoraFxError(f"{folder}: no such folder", "give a repository: DIR/NAME/1/model.onnx")
+        raise LoraFxError(f"{folder}: no such folder", "pass a repository: DIR/NAME/1/model.onnx")
 
     versions: dict[str, list[int]] = {}
     for home in sorted(Path(folder).iterdir()):
@@ -181,7 +181,7 @@ def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
 
     if not any(versions.values()):
         raise LoraFxError(
-            f"{folder}: it holds no model", "give a repository: DIR/NAME/1/model.onnx"
+            f"{folder}: it holds no model", "pass a repository: DIR/NAME/1/model.onnx"
         )
     return versions
 
@@ -200,7 +200,7 @@ def _read(home: Path) -> Config:
     """Read the config in a model's folder."""
     path = home / CONFIG
     errors = (OSError, UnicodeDecodeError)
-    with retold(f"{path}: cannot be read", "is it the folder of a model?", errors):
+    with retold(f"{path}: cannot be read", "check that it is the folder of a model", errors):
         text = path.read_text(encoding="utf-8")
     return Config.from_text(text, str(path), home.name)
 

@@ -176,7 +176,7 @@ def _ports(
     ports: dict[str, Port] = {}
     for message in messages:
         if message.name in ports:
-            raise _no_config(where, f"{side} {message.name!r} is there twice")
+            raise _no_config(where, f"{side} {message.name!r} appears twice")
         if message.data_type not in KINDS:
             raise _no_config(where, f"the data_type {message.data_type} is unknown")
         dims = message.reshape.shape if message.HasField("reshape") else message.dims

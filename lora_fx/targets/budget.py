@@ -32,7 +32,7 @@ FULL = 0.98
 """The share of a budget that ranks should use, if possible."""
 MOST = 16
 """The most ranks of one target that are exchanged at a time."""
-FORMS = "for example params:100000, flops:2%, flops:1e9 or uniform:8"
+FORMS = "pass params:100000, flops:2%, flops:1e9 or uniform:8, for example"
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Budget:
             value = math.nan
         is_known = kind in ("params", "flops", "uniform")
         if not is_known or not math.isfinite(value) or value <= 0:
-            raise LoraFxError(f"no budget {text!r}", FORMS)
+            raise LoraFxError(f"unknown budget {text!r}", FORMS)
         if not percent and value != math.floor(value):
-            raise LoraFxError(f"no budget {text!r}", FORMS)
+            raise LoraFxError(f"unknown budget {text!r}", FORMS)
         return cls(text, "flops%" if percent else kind, value)
 
     def cost(self, target: Target, use: str) -> int:

@@ -111,7 +111,9 @@ def make_plan(
         LoraFxError: No target, a selector without a match, a rank that no target can hold.
     """
     if not is_whole(rank) or rank <= 0:
-        raise LoraFxError(f"rank {rank!r} is not a positive whole number", "for example 8 or 16")
+        raise LoraFxError(
+            f"rank {rank!r} is not a positive whole number", "pass 8 or 16, for example"
+        )
     if not found.targets and not (include and found.optional):
         raise LoraFxError(
             "the model has no weight matmul that an adapter can attach to",
@@ -150,7 +152,7 @@ def make_plan(
         target_rank = row.get("rank", rank)
         if target_rank <= 0:
             raise LoraFxError(
-                f"rank {target_rank} of {key} is not a positive whole number", "for example 8"
+                f"rank {target_rank} of {key} is not a positive whole number", "pass 8, for example"
             )
         limit = target.layout.max_rank
         if target_rank > limit and ranks is not None:
@@ -245,7 +247,9 @@ def _alpha(key: str, rank: int, alpha: float | None) -> float:
         alpha = default_alpha(rank)
     alpha = float(alpha)
     if not math.isfinite(alpha):
-        raise LoraFxError(f"alpha {alpha} of {key} is not a finite number", "the default is 2·rank")
+        raise LoraFxError(
+            f"alpha {alpha} of {key} is not a finite number", "leave it out for the default, 2·rank"
+        )
     return alpha
 
 

@@ -148,7 +148,7 @@ def given_ranks(plan: GivenRanks | None) -> tuple[JsonView | None, str]:
     return {key: _row_of(key, value) for key, value in plan.items()}, "the plan"
 
 
-OWN_PLAN = "for example {'fc.weight': 8}, or {'fc.weight': {'rank': 8, 'alpha': 16}}"
+OWN_PLAN = "pass {'fc.weight': 8} or {'fc.weight': {'rank': 8, 'alpha': 16}}, for example"
 
 
 def _row_of(key: str, value: object) -> Json:
@@ -219,7 +219,7 @@ def _check_fields(data: JsonView, where: str) -> None:
             raise LoraFxError(f"{where}: unknown field {name!r} in the plan", near(name, FIELDS))
         if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
             kind = FIELDS[name].__name__
-            raise LoraFxError(f"{where}: {name} is {value!r}, expected {kind}", "correct the file")
+            raise LoraFxError(f"{where}: {name} is {value!r}; expected {kind}", "correct the file")
     if data.get("format", FORMAT) != FORMAT:
         raise LoraFxError(
             f"{where}: a file of {data['format']!r}; expected {FORMAT!r}", "write the plan again"

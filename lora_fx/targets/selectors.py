@@ -234,7 +234,7 @@ def _sites_of_role(target: Target, role: str) -> Sequence[Site] | None:
     other role the matmul alone.
     """
     if role not in ROLES:
-        raise LoraFxError(f"unknown role {role!r}", f"choose one of {', '.join(ROLES)}")
+        raise LoraFxError(f"unknown role {role!r}", f"use one of {', '.join(ROLES)}")
     is_lookup = role == "embedding" and "embedding" in target.uses
     if not is_lookup and target.role != role:
         return None

@@ -59,12 +59,12 @@ HALVINGS = 10
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The first gates of the explicit reference, by dtype."""
 READ_PAST = (
-    "the update does not change the live model, so some code reads the weight without its "
-    "module's attribute"
+    "the update does not change the live model, so some code reads the weight, but not through "
+    "the attribute of its module"
 )
 READ_TWICE = (
     "the update changes the live model in another way, so some code reads the weight for more "
-    "than the matmuls that were found, or the weight's numbers decide what the model does"
+    "than the matmuls that were found, or what the model does depends on the weight's values"
 )
 
 

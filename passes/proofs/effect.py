@@ -95,7 +95,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
             raise NoEffectError(
                 f"the branches differ from W + s·b·a: output {parity.output!r}: "
                 f"rel {parity.rel:.2e}, the gate is {parity.tol:.1e}",
-                "--dead allow inserts without the proof; please report this model",
+                "pass --dead allow to insert without the proof, and report this model",
             )
 
 
@@ -117,8 +117,8 @@ def _same_gradients(module: AdaptedModule, named: Named) -> None:
         raise LoraFxError(
             f"{some(functions)} defines a custom gradient, which a graph drops: training would "
             "differ",
-            "use lora_fx.attach, which trains the live model; or --dead allow, which inserts "
-            "anyway",
+            "use lora_fx.attach, which trains the live model; or pass --dead allow, which "
+            "inserts anyway",
         )
 
 

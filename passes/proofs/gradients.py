@@ -115,7 +115,8 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                     raise LoraFxError(
                         f"no backward pass of the model runs: {'; '.join(failures)}",
                         "check that the original model trains with these inputs; some models "
-                        "need targets as inputs in train mode; --dead allow leaves out this proof",
+                        "need targets as inputs in train mode; pass --dead allow to leave out "
+                        "this proof",
                     ) from e
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue
@@ -272,7 +273,7 @@ def without_gradient(effect: Effect, count: int, dead: str) -> tuple[str, ...]:
         keys = [f"{key} ({'/'.join(modes)})" for key, modes in effect.dead.items()]
         raise DeadTargetError(
             f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
-            "--exclude leaves out one target; --dead drop leaves out all such targets; --dead "
-            "allow keeps them",
+            "pass --exclude to leave out one target, --dead drop to leave out all such "
+            "targets, or --dead allow to keep them",
         )
     return ()

@@ -62,13 +62,13 @@ def prove_merge(
             raise LoraFxError(
                 f"{target}: not written: tensor {name!r} differs from the base's, and no update "
                 "is for it",
-                "is the disk full?",
+                "check that the disk is not full",
             )
     for name, gap in _wrong_rows(written, base, found, fold):
         check_unchanged()
         raise LoraFxError(
             f"{target}: not written: tensor {name!r} is wrong by {gap:.2e}",
-            "this is a mistake of lora-fx: please report it",
+            "report this: it is a mistake of lora-fx",
         )
     for name, value in matched.whole.items():
         if not same_bytes(written.reader(name)(), value.astype(base[name]().dtype)):

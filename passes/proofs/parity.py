@@ -94,7 +94,9 @@ def prove(
             where = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             _refuse_where_model_runs(reference, named, where, e)
             if may_fail or example_remains:
-                leave_out(reference, shapes, f"the model does not run there: {one_line(e, 160)}")
+                leave_out(
+                    reference, shapes, f"the model does not run at these sizes: {one_line(e, 160)}"
+                )
                 continue
             raise LoraFxError(
                 f"the model does not run at {where}: {one_line(e, 160)}",

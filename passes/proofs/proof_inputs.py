@@ -76,7 +76,7 @@ def feeds_of(
             leave_out(
                 reference,
                 shapes_of(feeds),
-                f"the model takes another path there: {refused.message}",
+                f"the model takes another path at these sizes: {refused.message}",
             )
             continue
         # a size by the names of dimensions lies beyond a cut of the model

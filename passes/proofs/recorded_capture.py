@@ -151,7 +151,7 @@ def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
         which = f" ({some(keys, 5)})"
         excludes = " ".join(f"--exclude {key}" for key in keys[:5])
         pronoun = "it" if len(keys) == 1 else "them"
-        advice = f"{excludes} leaves {pronoun} out"
+        advice = f"pass {excludes} to leave {pronoun} out"
     return NoEffectError(
         "the recorded run is not valid with an adapter: what the model does depends on its "
         f"weights{which}; with W + s·b·a, output {parity.output!r} of the live model differs from "

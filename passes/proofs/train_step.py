@@ -88,13 +88,17 @@ def prove_step(
         except (IndexError, RuntimeError, ValueError) as e:
             if not may_fail:
                 raise
-            leave_out(module, shapes_of(arrays_of(named)), f"the model does not run there: {e}")
+            leave_out(
+                module, shapes_of(arrays_of(named)), f"the model does not run at these sizes: {e}"
+            )
             continue
         feeds = {**arrays_of(named), "labels": labels}
         refused = graph.traced.door.refused(tree_leaves(dict(named)))
         if refused:
             leave_out(
-                module, shapes_of(feeds), f"the model takes another path there: {refused.message}"
+                module,
+                shapes_of(feeds),
+                f"the model takes another path at these sizes: {refused.message}",
             )
             continue
         # at the first size the optimizer's states are zero: m' is the gradient itself

@@ -245,7 +245,7 @@ def _notes_on_lost(
     if len(lost) == len(start.adapter.lowrank):
         refused = dict(lost)
     for key, reason in refused.items():
-        raise LoraFxError(reason, f"exclude={key!r}, or use lora_fx.insert")
+        raise LoraFxError(reason, f"pass exclude={key!r}, or use lora_fx.insert")
 
     notes = []
     for key, reason in lost.items():

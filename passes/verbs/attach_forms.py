@@ -124,7 +124,7 @@ class GraphPlanner(Planner):
         """
         branches = self._branches(updates)
         for key, reason in self.unreached(updates, by_weight).items():
-            raise LoraFxError(reason, f"exclude={key!r}, or use lora_fx.insert")
+            raise LoraFxError(reason, f"pass exclude={key!r}, or use lora_fx.insert")
 
         pairs = [(self.found[key], update) for key, update in updates.items()]
         by_parameter = by_key((pair[0].parameter.name, pair) for pair in pairs)
@@ -240,7 +240,8 @@ class GraphPlanner(Planner):
             if len(set(reach.places.values())) > 1:
                 where = f"{path or 'the model'}.{leaf}"
                 raise InseparableError(
-                    group[0][0], f"{where} takes one update inside the module, another outside it"
+                    group[0][0],
+                    f"{where} would need one update inside the module and another one outside it",
                 )
 
             branch = reach.branch(branches)
@@ -267,7 +268,7 @@ class GraphPlanner(Planner):
                 raise LoraFxError(
                     f"{target.key}: partial graphs cannot tell the uses of a tied tensor apart "
                     f"({', '.join(target.uses)})",
-                    f"exclude={target.key!r}, or adapt all its uses: include='re:{name}'",
+                    f"pass exclude={target.key!r}, or adapt all its uses: include='re:{name}'",
                 )
 
     def _module_of(self, site: Site) -> str | None:
@@ -302,7 +303,9 @@ class GraphPlanner(Planner):
 
             if len(inside) > 1 or len(outside) > 1:
                 raise InseparableError(
-                    target, f"{path or 'the model'}.forward has uses with it and uses without it"
+                    target,
+                    f"{path or 'the model'}.forward has both uses with the update and uses "
+                    "without it",
                 )
             if outside:
                 reach.has_uses_outside = True

@@ -62,7 +62,7 @@ def calibrate(
     """
     for name in wanted:
         if name not in STATISTICS:
-            raise LoraFxError(f"unknown statistic {name!r}", f"choose from {', '.join(STATISTICS)}")
+            raise LoraFxError(f"unknown statistic {name!r}", f"use one of {', '.join(STATISTICS)}")
     weights = "gradient" in wanted
     results = "outputs" in wanted
     needs_loss = weights or results

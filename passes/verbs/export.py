@@ -147,7 +147,7 @@ def export(
     """
     if isinstance(model, (str, PathLike)):
         remember(model)
-    expect_path(path, "path", "export(model, path, args)")
+    expect_path(path, "path", "call export(model, path, args)")
     keywords: Json = {
         "include": include, "exclude": exclude, "rank": rank, "scales": scales, "loss": loss,
         "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip,
@@ -354,7 +354,9 @@ def opened_adapters(
         by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
         return {name: as_adapter(adapter) for name, adapter in by_name.items()}
 
-    expect(given, (str, PathLike, Iterable), "adapters", "adapters", "adapters=[first, second, …]")
+    expect(
+        given, (str, PathLike, Iterable), "adapters", "adapters", "pass adapters=[first, second, …]"
+    )
     adapters = [given] if isinstance(given, (str, PathLike)) else list(given)
     paths = [adapter for adapter in adapters if isinstance(adapter, (str, PathLike))]
     if len(paths) < len(adapters):

@@ -55,7 +55,7 @@ def write_batch(
         LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
         NoEffectError: A row differs from its adapter alone; nothing is written.
     """
-    refuse_unexchangeable(adapters, "a file of one adapter a row")
+    refuse_unexchangeable(adapters, "a file with one adapter for each row")
     model = graph.model
     nodes_of_base = _count_nodes(model)
     updates = {name: adapter.lowrank for name, adapter in adapters.items()}

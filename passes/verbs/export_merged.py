@@ -252,7 +252,7 @@ def _write_proven(
     is_rewritten = any(stage.kept for stage in rewriting.stages)
     if not is_rewritten or options.precision in GATES or all(row.ok for row in written.parity):
         return written
-    reason = "all rewrites together differ too much from torch"
+    reason = "the result of all rewrites differs too much from torch"
     dropped = [replace(stage, kept=False, why=stage.why or reason) for stage in rewriting.stages]
     return _write_and_compare(output, branched, exported, dropped, rewriting.tol, options)
 

@@ -161,7 +161,7 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
     if not any(target.no_fold for target in find(graph).targets):
         raise LoraFxError(
             f"{source} is an .onnx file already, and there is nothing to do",
-            "give an adapter, --optimise, --precision or another --mode",
+            "pass an adapter, --optimise, --precision or another --mode",
         )
 
     before = {name: graph.reader(name) for name in graph.flow.stores}
@@ -172,7 +172,8 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
             output.loadable, options.target, before, set(), find(graph), no_updates, Fold({})
         )
     note = (
-        "the output is a copy of the input: no adapter was given, and a quantised weight takes none"
+        "the output is a copy of the input: no adapter was given, and quantised weights cannot "
+        "take one"
     )
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, (note, *graph.notes), {"mode": "merged"})

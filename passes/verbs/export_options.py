@@ -121,7 +121,7 @@ class ExportOptions:
             expect_selectors(getattr(self, name), name)
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
             raise LoraFxError(
-                f"rank {self.rank!r} is not a positive whole number", "8 or 16 is usual"
+                f"rank {self.rank!r} is not a positive whole number", "pass 8 or 16, for example"
             )
         object.__setattr__(self, "precision", long_name(self.precision))
         if self.precision is not None:
@@ -174,7 +174,7 @@ class ExportOptions:
             raise LoraFxError(f"unknown optimizer {self.optimizer!r}", "use adamw or sgd")
         for name in ("weight_decay", "clip"):
             value = getattr(self, name)
-            expect(value or 0, Real, name, "a number", f"{name}=0.01")
+            expect(value or 0, Real, name, "a number", f"pass {name}=0.01, for example")
             if value is not None and not 0 <= value < math.inf:
                 raise LoraFxError(f"{name} is {value}; expected 0 or more", "pass 0 to turn it off")
         if self.places:
@@ -198,7 +198,7 @@ class ExportOptions:
                 expected = f"more than the gate of {rounding}, {gate:g}, and less than 1"
             raise LoraFxError(
                 f"tol is {tol:g}; expected {expected}",
-                "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
+                "leave --tol out; or pass --precision float16, int8 or --accuracy-level 4 too",
             )
 
     def capture_of_base(self) -> CaptureOptions:

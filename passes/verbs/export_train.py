@@ -90,7 +90,7 @@ def _written(files: _Files) -> Report:
     except (AssertionError, IndexError, RuntimeError, ValueError) as e:
         raise LoraFxError(
             f"torch cannot compute the loss or its gradient with random labels: {one_line(e, 200)}",
-            "give labels in the example, as kwargs={'labels': …}; fix each of their dimensions "
+            "pass labels in the example, as kwargs={'labels': …}; fix each of their dimensions "
             "that no input shares with --static labels:1",
         ) from e
     except (TypeError, SpecViolationError) as e:
@@ -277,7 +277,7 @@ class _Files:
             write_adapter(self.adapter, manifest, temporary)
         warnings = []
         if bytes_inside > MOST_INSIDE:
-            warnings.append(f"{target.name} itself holds {bytes_inside} bytes of tensors")
+            warnings.append(f"{target.name} holds {bytes_inside} bytes of tensors inside the file")
         return Companions(parity, [target, start], warnings)
 
     def _model(

@@ -96,7 +96,7 @@ def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "c
     """
     if not len(data):
         raise LoraFxError(
-            "the data has no examples", "give examples that were not used for training"
+            "the data has no examples", "pass examples that were not used for training"
         )
     module = insert(cap, adapter=adapter, dead="allow")
     trained = module.adapter()

@@ -154,7 +154,7 @@ def _without_idle(
         if len(idle) > 1:
             message = f"{idle[0]!r} and {len(idle) - 1} more change no output"
         raise NoEffectError(
-            message, "--dead drop leaves such targets out; --inputs gives real data"
+            message, "pass --dead drop to leave such targets out; or pass real data with --inputs"
         )
     effective = {key: update for key, update in updates.items() if key not in idle}
     return effective, [f"{key}: left out, it changes no output" for key in idle]

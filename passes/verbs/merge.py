@@ -100,7 +100,7 @@ def merge(
         NoEffectError: Every element of the output would be what it was.
     """
     for name, path in (("base", base), ("out", out)):
-        expect_path(path, name, "merge(base, adapters, out)")
+        expect_path(path, name, "call merge(base, adapters, out)")
     threads = under_either_name("workers", workers, "threads", threads)
     of_onnx_files = {
         "names": names, "external_over": external_over, "places": places, "delta": delta,

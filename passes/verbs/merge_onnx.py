@@ -119,7 +119,7 @@ def _refuse_unchanged(
     tensors = counted(len(changed), "tensor")
     raise NoEffectError(
         f"{target}: not written: no element of {tensors} would change",
-        "is the adapter untrained, or its weight 0?",
+        "check that the adapter is trained and that its weight is not 0",
     )
 
 
@@ -127,7 +127,7 @@ def _check_delta(source: Path, target: Path, has_data_file: bool, places: Sequen
     """Raise if the output cannot read its other tensors from the base's data file."""
     if not has_data_file:
         raise LoraFxError(
-            f"{source} holds its weights itself, so there is no data file to share",
+            f"{source} holds its weights inside the file, so there is no data file to share",
             "leave --delta out",
         )
     if source.resolve().parent != target.resolve().parent:

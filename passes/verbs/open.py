@@ -102,7 +102,9 @@ def _shares(module: CapturedModule) -> bool:
 def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
     """Open a .pt2 file and return it as a capture."""
     if options.weights:
-        raise LoraFxError(f"{fspath(path)} holds its weights itself", "leave --weights out")
+        raise LoraFxError(
+            f"{fspath(path)} holds its weights inside the file", "leave --weights out"
+        )
     program = open_program(
         path,
         options.args,

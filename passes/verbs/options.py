@@ -173,7 +173,13 @@ class BranchOptions:
 
     def __post_init__(self) -> None:
         """Raise for an unknown name, and replace dead="auto" by the value it stands for."""
-        expect(self.alpha or 0, (int, float), "alpha", "a number", "2·rank is usual")
+        expect(
+            self.alpha or 0,
+            (int, float),
+            "alpha",
+            "a number",
+            "leave it out for the default, 2·rank",
+        )
         for name in ("include", "exclude", "also_train"):
             expect_selectors(getattr(self, name, None), name)
         named_variant(self.variant)
@@ -280,9 +286,9 @@ class InsertOptions(BranchOptions):
                 f"init {self.init!r} starts from data, but no data was given",
                 "pass --data FILE",
             )
-        expect(self.dropout, (int, float), "dropout", "a number", "0.05 is usual")
+        expect(self.dropout, (int, float), "dropout", "a number", "pass 0.05, for example")
         if not 0.0 <= self.dropout < 1.0:
-            raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
+            raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "pass 0.05, for example")
         if self.norm_stats not in ("frozen", "update"):
             raise LoraFxError(f"unknown norm_stats {self.norm_stats!r}", "use frozen or update")
         if self.adapter is not None:
@@ -318,7 +324,13 @@ class InsertOptions(BranchOptions):
 
 def expect_selectors(given: object, name: str) -> None:
     """Raise for anything but a comma list, a list of comma lists, or None."""
-    expect(given or "", (str, Collection), name, "selectors", f"{name}=['q_proj', 'fc1']")
+    expect(
+        given or "",
+        (str, Collection),
+        name,
+        "selectors",
+        f"pass {name}=['q_proj', 'fc1'], for example",
+    )
 
 
 def is_given(option: object) -> bool:

@@ -74,7 +74,7 @@ def plan(
         LoraFxError: A method or budget that is not known, no data, a budget below one rank.
     """
     if method not in METHODS:
-        raise LoraFxError(f"unknown method {method!r}", f"use {', '.join(METHODS)}")
+        raise LoraFxError(f"unknown method {method!r}", f"use one of {', '.join(METHODS)}")
     parsed_budget = Budget.of(budget)
     _check_options(method, loss, scale, has_data=data is not None)
 

@@ -56,7 +56,8 @@ def save_program(
     """
     if not fspath(path).endswith(".pt2"):
         raise LoraFxError(
-            f"{fspath(path)}: expected a name that ends in .pt2", "give the file such a name"
+            f"{fspath(path)}: expected a name that ends in .pt2",
+            "give the file a name that ends in .pt2",
         )
     if any(parameter.device.type != "cpu" for parameter in module.parameters()):
         module = copy.deepcopy(module).to("cpu")
@@ -158,7 +159,7 @@ def _prove(
             _prove_by_torch(loaded_by_torch, named, expected)
     if not count:
         raise LoraFxError(
-            "the model runs at none of the sizes that the proof tries", "give --static or --inputs"
+            "the model runs at none of the sizes that the proof tries", "pass --static or --inputs"
         )
 
 

@@ -72,8 +72,8 @@ def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
     texts: object = [wanted] if isinstance(wanted, str) else wanted
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise LoraFxError(
-            f"quantise={wanted!r} is no kind of quantised weights",
-            f"use {', '.join(KINDS)}, or {{kind: selectors}}",
+            f"unknown kind {wanted!r} of quantised weights",
+            f"use one of {', '.join(KINDS)}, or {{kind: selectors}}",
         )
     kinds: list[tuple[str, Selectors]] = []
     for text in texts:

@@ -34,8 +34,8 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
             *names, last = names_taken(reading_weight=reading_weight)
             raise LoraFxError(
                 f"{name}: {key!r} is {name_of(entry)}; {taker} takes {', '.join(names)} and {last}",
-                f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and "
-                "reports the error",
+                f"run lora-fx convert {name} -o OUT --as lora --base MODEL, which approximates "
+                "it and reports the error",
             )
 
 
@@ -82,7 +82,7 @@ def check_rows(adapter: Adapter, name: str) -> None:
     raise LoraFxError(
         f"{name}: {keys[0]!r} is the weight of {refused[keys[0]]}, whose updates mode batch cannot "
         f"choose row by row{others}",
-        f"{_exclude_command(name, keys)} leaves it out; modes switch and load take it",
+        f"run {_exclude_command(name, keys)} to leave it out; modes switch and load take it",
     )
 
 
@@ -103,8 +103,8 @@ def _without_rows(entry: LowRank) -> str:
 def exclude_hint(name: str, keys: Sequence[str]) -> str:
     """Return the hint to leave out an adapter's whole tensors, or to merge them into the base."""
     return (
-        f"{_exclude_command(name, keys)} leaves it out; the same command with --include writes it "
-        "alone, and lora-fx merge folds that into the base"
+        f"run {_exclude_command(name, keys)} to leave it out; run the same command with "
+        "--include to write it alone, and lora-fx merge to fold that into the base"
     )
 
 

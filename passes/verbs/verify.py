@@ -61,7 +61,7 @@ VERIFY_RULES: tuple[NoSay[Compared], ...] = (
     ),
     NoSay(
         ("rows",), lambda c: not (c.tensors and c.adapted),
-        "except for tensor files with an adapter, of which it sets the sample of rows",
+        "except for tensor files with an adapter, whose rows it samples",
     ),
     NoSay(("provider",), lambda c: not c.onnx, "when no .onnx file is run"),
 )  # fmt: skip
@@ -187,7 +187,7 @@ def refuse_adapter_as_model(a: object, b: object) -> None:
     model = os.fspath(b) if is_path(b) else "MODEL"
     raise LoraFxError(
         f"{name} is an adapter; expected a model",
-        f"lora-fx verify {model} {name} says whether it fits",
+        f"run lora-fx verify {model} {name} to check whether it fits",
     )
 
 

@@ -278,7 +278,7 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
         ("shared.weight", "scales its logits"),
     ),
     # outputs
-    "output exists": (existing_output, ("out exists", "--force")),
+    "output exists": (existing_output, ("out already exists", "--force")),
     "output is the base": (same_output, ("would replace the input", "base")),
     "output of another kind": (
         output_of_another_kind,

@@ -112,7 +112,7 @@ def test_every_format_becomes_floats_with_the_update(name: str, tmp_path: Path) 
     assert config == {"model_type": "llama", "torch_dtype": "bfloat16"}
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
     assert any("1 scales of activations" in w for w in report.warnings)
-    assert any("--dtype float32 keeps them" in w for w in report.warnings)  # the norm's
+    assert any("pass --dtype float32 to keep them" in w for w in report.warnings)  # the norm's
     assert lora_fx.verify(tmp_path / "out", tmp_path / "base", adapter=path)
 
 

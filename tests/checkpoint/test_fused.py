@@ -426,9 +426,9 @@ def test_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("no.json").write_text("[1]")
     fuse, table = ["--fuse"], ["--map", "map.json"]
     rows: list[tuple[str, list[str], str]] = [
-        ("apart", [*fuse], "expected one of --fuse and --split, with --base or --map"),
-        ("apart", [*fuse, "--split", *table], "expected one of --fuse and --split"),
-        ("apart", table, "expected one of --fuse and --split"),
+        ("apart", [*fuse], "expected either --fuse or --split, with --base or --map"),
+        ("apart", [*fuse, "--split", *table], "expected either --fuse or --split"),
+        ("apart", table, "expected either --fuse or --split"),
         ("apart", ["--split", *table], "no update of the whole"),
         ("apart", [*fuse, "--map", "other.json"], "no update of a part"),
         ("both", ["--split", *table], "already has another update"),

@@ -173,7 +173,7 @@ def test_shards_are_a_partition() -> None:
     assert {len(p) for p in parts} == {2, 3}
     assert jobs_of(given[::-1], Path("o"), (2, 3)) == parts[1]
     for i, n in ((0, 3), (4, 3)):
-        with pytest.raises(LoraFxError, match="no shard"):
+        with pytest.raises(LoraFxError, match="unknown shard"):
             jobs_of(given, Path("o"), (i, n))
     with pytest.raises(LoraFxError, match="is given twice"):
         jobs_of([("a", 1.0), ("./a", 1.0)], Path("o"))

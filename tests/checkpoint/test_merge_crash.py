@@ -234,7 +234,7 @@ def test_a_20_mb_disk(
     if "reservation" in without:
         monkeypatch.delattr(os, "posix_fallocate")
     with pytest.raises(
-        LoraFxError, match="disk full" if without else r"free, expected at least 31"
+        LoraFxError, match="disk full" if without else r"free; expected at least 31"
     ):
         scene.merge()
     assert os.listdir(small_disk) == []

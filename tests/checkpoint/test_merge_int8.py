@@ -137,7 +137,7 @@ def test_what_people_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "int8 error/‖Δ‖" in said.out and "own/‖W‖" in said.out
     assert "2 of 2 tensors kept less than 95% of their update when quantised to int8" in said.err
     assert "--dtype float32: 2 int8 tensors stay int8" in said.err
-    assert "float16 or float32 keeps more" not in said.err and "unquantised original" in said.err
+    assert "float16 or float32 to keep more" not in said.err and "unquantised original" in said.err
 
 
 def test_blocks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

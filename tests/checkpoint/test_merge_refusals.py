@@ -38,7 +38,7 @@ def test_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     hints = [line for line in lines if line.startswith("Hint: ")]
     assert (code, len(errors), len(hints)) == (2, 1, 1), said.err
     assert lines[-2:] == [errors[0], hints[0]] and said.out == ""
-    assert "please report it" not in hints[0], said.err
+    assert "report this with the output of -v" not in hints[0], said.err
     for text in texts:
         assert text in errors[0] + hints[0], said.err
     assert tree(tmp_path) == before

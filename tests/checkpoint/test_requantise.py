@@ -170,8 +170,8 @@ def test_a_loss_is_refused_and_a_way_on_named(
     code, _, err = run(capsys, *args)
     assert (
         code == 2
-        and "--dequantise writes floats (" in err
-        and "--requantise keeps the codes" in err
+        and "pass --dequantise to write floats (" in err
+        and "pass --requantise to keep the codes" in err
     )
     code, _, err = run(capsys, *args, "--requantise")
     assert code == 1 and "expected 50% or more" in err and "--lossy" in err

@@ -136,7 +136,7 @@ WRONG = {
     ),
     "unknown mode": (["export", "model.py:build", "-o", "m.onnx", "--mode", "odd"], "mode 'odd'"),
     "not an onnx name": (["export", "model.py:build", "-o", "m.bin"], "does not end in .onnx"),
-    "unknown command": (["tragets", "model.py:build"], "no command 'tragets'"),
+    "unknown command": (["tragets", "model.py:build"], "unknown command 'tragets'"),
     "unknown option": (["targets", "model.py:build", "--jsn"], "--jsn"),
     "missing output": (["export", "model.py:build"], "'-o'"),
     "unknown input": (["targets", "model.py:build", "--dynamic", "y:0"], "no input is named 'y'"),

@@ -139,7 +139,7 @@ def test_what_is_refused_leaves_no_config(home: Path, capsys: Any) -> None:
     (home / "r.toml").write_text("# lora-fx merge --config FILE\n")
     doctor = ["doctor", "base.safetensors", "one", "--save-config", "r.toml"]
     code, _, err = run(capsys, *doctor)
-    assert code == 2 and "r.toml exists already" in err and "--force" in err
+    assert code == 2 and "r.toml already exists" in err and "--force" in err
     code, _, _ = run(capsys, *doctor, "--force")
     assert code in (0, 1) and "[doctor]" in (home / "r.toml").read_text()
     (home / "r.toml").write_text("[doctor]\n# mine\n")
@@ -201,22 +201,22 @@ def test_a_name_that_is_no_utf8_is_refused_before_the_work(home: Path, capsys: A
 
 
 REFUSED = {
-    "no file": ("", "--config gone.toml", "gone.toml: cannot be read", "is the path right"),
+    "no file": ("", "--config gone.toml", "gone.toml: cannot be read", "check the path"),
     "no TOML": ("[merge", "", "r.toml: not TOML", "[merge]"),
-    "no table": ("[plan]\nseed = 1", "", "r.toml: no table [merge]", "it has [plan]"),
+    "no table": ("[plan]\nseed = 1", "", "r.toml: no table [merge]", "the file has [plan]"),
     "empty": ("", "", "r.toml: no table [merge]", "empty"),
-    "no command": ("[mrge]\nlossy = true", "", "there is no command [mrge]", "did you mean merge"),
+    "no command": ("[mrge]\nlossy = true", "", "unknown command [mrge]", "did you mean merge"),
     "a key in no table": ("lossy = true\n[merge]", "", "'lossy' is not in a table", "[merge]"),
-    "an unknown key": ("[merge]\ndtpe = 'fp32'", "", "[merge] dtpe: no such option", "mean dtype"),
-    "a key of another command": ("[merge]\nepochs = 3", "", "epochs: no such option", ""),
+    "an unknown key": ("[merge]\ndtpe = 'fp32'", "", "[merge] dtpe: unknown option", "mean dtype"),
+    "a key of another command": ("[merge]\nepochs = 3", "", "epochs: unknown option", ""),
     "twice": ("[merge]\nany_base = true\nany-base = true", "", "given twice", "leave one"),
     "a number for a flag": ("[merge]\nlossy = 1", "", "lossy = 1; expected true or", "= true"),
     "a text for a number": ("[merge]\nrank = '8'", "", 'rank = "8"; expected a whole', "rank = 8"),
     "true for a number": ("[merge]\nthreads = true", "", "threads = true; expected a whole", "8"),
-    "a list for one": ("[merge]\ndtype = ['fp32']", "", "expected a text", "for example dtype"),
+    "a list for one": ("[merge]\ndtype = ['fp32']", "", "expected a text", "write dtype = "),
     "a number in a list": ("[merge]\nadapters = ['x', 3]", "", "a text or a list", "adapters"),
     "no choice": ("[merge]\nhow = 'cta'", "", "[merge] how: 'cta' is not one of", "mean cat"),
-    "config in a config": ("[merge]\nconfig = 'x'", "", "config: no such option", ""),
+    "config in a config": ("[merge]\nconfig = 'x'", "", "config: unknown option", ""),
     "not .toml": ("[merge]\nlossy = true", "--save-config r.txt", "not end in .toml", "run.toml"),
 }  # fmt: skip
 

@@ -78,13 +78,13 @@ def test_names_need_the_base(made: Path, capsys: Any) -> None:
         (["start", "-o", "x", "--format", "kohya"], "needs a name that ends in .safetensors"),
         (["start", "-o", "x.onnx_adapter", "--format", "peft"], "format peft needs"),
         (["start", "-o", "x.safetensors", "--format", "gguf"], "a name that ends in .gguf"),
-        (["start", "-o", "start"], "start exists"),
+        (["start", "-o", "start"], "start already exists"),
         (["gone", "-o", "x"], "no such file"),
         (
             ["odd.safetensors", "-o", "x"],
             "not an adapter in a known format: its tensors (1) are named odd",
         ),
-        (["two.safetensors", "-o", "x"], "the format is ambiguous, kohya or torchtune"),
+        (["two.safetensors", "-o", "x"], "the format is ambiguous (kohya or torchtune)"),
         (["lone.safetensors", "-o", "x"], "no adapter_config.json next to it"),
     ],
 )

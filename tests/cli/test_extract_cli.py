@@ -50,7 +50,7 @@ def test_the_whole_way(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "truncate y.safetensors -o z --rank 8")
     assert code == 0 and "no rank was dropped" in err
     code, _, err = run(capsys, f"{BOTH} --rank 6")
-    assert code == 2 and "x exists" in err
+    assert code == 2 and "x already exists" in err
     code, _, _ = run(capsys, f"{BOTH} --energy 0.5 --max-rank 3 --force --include q_proj")
     assert code == 0 and list(lora_fx.load_adapter("x").entries) == ["q_proj.weight"]
     code, _, err = run(capsys, "truncate x -o x --rank 1 --force")

@@ -100,7 +100,7 @@ def test_errors_are_red_in_a_terminal_alone(
         monkeypatch.setenv("NO_COLOR", no_color)
     with pytest.raises(SystemExit):
         main(["tragets"])
-    said = "Error: no command 'tragets'"
+    said = "Error: unknown command 'tragets'"
     error, hint = stream.getvalue().splitlines()
     assert error == (f"\x1b[31m{said}\x1b[0m" if red else said)
     assert hint == "Hint: did you mean targets?"

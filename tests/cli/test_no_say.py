@@ -226,7 +226,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("convert start -o x", "--rank 4", "need --as lora"),
     ("convert start -o x", "--energy 0.9", "need --as lora"),
     ("convert start -o x", "--model-type llama", "without a --format that has a layout"),
-    ("convert start -o x", "--map m.json", "--fuse and --split"),
+    ("convert start -o x", "--map m.json", "either --fuse or --split"),
     ("convert start -o x --format peft", "--for m.onnx", "works with onnx_adapter"),
     *(
         (FITS, o, "for base.safetensors" if o.startswith("--in") else "")
@@ -316,4 +316,4 @@ def test_an_option_without_a_say_is_refused(
     word = option.split()[0].lstrip("-") if option.startswith("-") else "DATA"
     assert word in error or "has no effect" not in error
     assert decides in error
-    assert "mistake of yours" not in error
+    assert "mistake of lora-fx" not in error

@@ -180,13 +180,13 @@ def test_spectra_are_weighted(home: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_page_that_exists_is_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("page.html").write_text("<!doctype html><title>lora-fx merge: done")
     code, _, err = run(capsys, *COMMANDS["truncate"], "--report", "page.html")
-    assert code == 2 and "page.html exists" in err and "--force" in err
+    assert code == 2 and "page.html already exists" in err and "--force" in err
     assert "merge: done" in Path("page.html").read_text()
     assert not Path("out").exists(), "refused before any work"
     code, _, _ = run(capsys, *COMMANDS["truncate"], "--report", "page.html", "--force")
     assert code == 0 and "Truncated" in Path("page.html").read_text()
     code, _, err = run(capsys, *COMMANDS["verify"], "--report", "page.html")
-    assert code == 2 and "page.html exists" in err
+    assert code == 2 and "page.html already exists" in err
     code, _, err = run(capsys, *COMMANDS["verify"], "--report", "page.html", "--force")
     assert code == 0 and "as expected" in Path("page.html").read_text()
     assert not [p for p in os.listdir() if "lora_fx_" in p]

@@ -96,7 +96,7 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         and "Hint: resume it" in err
     )
     code, _, err = run(capsys, *short, "b", "--save-state", "state")
-    assert code == 2 and "state exists" in err
+    assert code == 2 and "state already exists" in err
     (home / "mine").mkdir()
     (home / "mine" / "thesis.txt").write_text("x")
     code, _, err = run(capsys, *short, "b", "--save-state", "mine", "--force")

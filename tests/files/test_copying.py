@@ -126,7 +126,7 @@ def test_a_source_that_ends_early(
     for name in gone:
         monkeypatch.setattr(os, name, refuse(errno.ENOSYS))
     with files(tmp_path, 1000) as (source, target):
-        with pytest.raises(OSError, match="ends at byte 1000, expected 1050") as caught:
+        with pytest.raises(OSError, match="ends at byte 1000; expected 1050") as caught:
             copy_range(source, target, 50, 0, 1000)
         assert caught.value.errno is None
         copy_range(source, target, 5000, 0, 0)

@@ -37,7 +37,7 @@ def test_a_20_mb_disk(small_disk: Path, fill: Callable[[Path], None]) -> None:
         t.mkdir()
         fill(t / "big")
     assert (out / "old").read_text() == "old" and os.listdir(small_disk) == ["out"]
-    with pytest.raises(LoraFxError, match=r"2\d\.\d MB free, expected at least 30\.0 MB"):
+    with pytest.raises(LoraFxError, match=r"2\d\.\d MB free; expected at least 30\.0 MB"):
         check_space(small_disk, 30_000_000)
     check_space(small_disk, 10_000_000)
 

@@ -151,12 +151,12 @@ ANSWERS: dict[str, tuple[str, str, str]] = {
         f"hf:org/base@{'0' * 40}", f"no revision '{'0' * 40}'", "its main branch: hf:org/base",
     ),
     "gated": (
-        "hf:org/gated", "its owner restricts access, and you have none", "/org/gated, then: hf",
+        "hf:org/gated", "its owner restricts access, and you have none", "/org/gated, then: run hf",
     ),
     "pickles only": ("hf:org/pickled", "its weights are pickles (pytorch_model.bin)", "--trust"),
     "no weights": ("hf:org/gguf", "no .safetensors file; it has model.gguf", "hf download"),
     "in folders": (
-        "hf:org/parts", "are in its folders de, fr", "give one of the folders: hf:org/parts/de",
+        "hf:org/parts", "are in its folders de, fr", "pass one of the folders: hf:org/parts/de",
     ),
     "no such part": ("hf:org/parts/it", "hf:org/parts/it: it is not in commit", "config.json"),
     "no such file": ("hf:org/base/x.safetensors", "x.safetensors is not in commit", "config.json"),
@@ -233,7 +233,7 @@ def test_an_output_that_is_refused_is_refused_before_the_download(
 ) -> None:
     push_pair(there, tmp_path)
     Path("out").mkdir()
-    for out, message in (("out", "out exists already"), ("no/out", "the folder no does not exist")):
+    for out, message in (("out", "out already exists"), ("no/out", "the folder no does not exist")):
         code, _, err = run(capsys, "merge", "hf:org/base", "hf:org/style", "-o", out)
         assert code == 2 and message in err, err
     assert there.asked == []

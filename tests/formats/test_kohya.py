@@ -251,7 +251,7 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"alpha": 2.0}, "has an alpha and nothing else"),
+        ({"alpha": 2.0}, "has only an alpha; expected the tensors of an update too"),
         (
             {"dora_scale": normal(0, 4, 1), "lokr_w1": normal(1, 2, 2), "lokr_w2": normal(2, 2, 2)},
             "has dora_scale together with lokr",

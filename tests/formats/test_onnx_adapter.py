@@ -144,7 +144,7 @@ def test_what_the_format_cannot_say(tmp_path: Path, entries: Any, word: str) -> 
     [
         ({"x.lora_A": A}, r"has no 'x\.lora_B'"),
         ({"x.lora_B": B}, r"has no 'x\.lora_A'"),
-        ({"x.lora_A": A.T, "x.lora_B": B}, "give the adapter that the file was made from"),
+        ({"x.lora_A": A.T, "x.lora_B": B}, "pass the adapter that the file was made from"),
         ({"x.lora_A": A * np.float32("nan"), "x.lora_B": B}, "NaN"),
         ({"h": np.full(3, np.inf, np.float32)}, "infinite"),
     ],

@@ -106,7 +106,7 @@ def test_it_is_converted_read_merged_and_replaced(work: Path, tmp_path: Path) ->
     np.testing.assert_allclose(after - before, 1.5 * B @ A, rtol=1e-5, atol=1e-5)
 
     written = Path("x.toy").read_bytes()
-    refused(lora_fx("convert back -o x.toy"), "x.toy exists already", "--force")
+    refused(lora_fx("convert back -o x.toy"), "x.toy already exists", "--force")
     Path("x.toy").write_bytes(written + b"    ")
     done = lora_fx("convert back -o x.toy --force")
     assert done.returncode == 0, done.stderr
@@ -349,7 +349,7 @@ def test_safetensors_folders_and_archives(two: Path, out: str, name: str) -> Non
     for line in (first, f"{first} --force"):
         done = run(line)
         assert done.returncode == 0, done.stderr
-    refused(run(first), f"{out} exists already")
+    refused(run(first), f"{out} already exists")
     done = run(f"convert {out} -o back --json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["from"] == name
@@ -409,7 +409,7 @@ def test_a_large_file_with_a_magic_is_bounded_too(place: Path) -> None:
 def test_two_packages_that_know_a_file(two: Path) -> None:
     assert run("convert start -o x.flat").returncode == 0
     changed(two, f"{PLAIN}\nZipped.magic = None\nZipped.detect = Flat.detect\n")
-    refused(run("convert x.flat -o x --format peft"), "the format is ambiguous, flat or zipped")
+    refused(run("convert x.flat -o x --format peft"), "the format is ambiguous (flat or zipped)")
 
 
 def test_a_file_of_ours_is_ours(two: Path) -> None:

@@ -64,7 +64,7 @@ class Outcome:
     @property
     def raw(self) -> bool:
         """True where an exception reached the user, or the process died."""
-        told = "please report it" in self.err or "Traceback" in self.err
+        told = "report this with the output of -v" in self.err or "Traceback" in self.err
         return self.hung or self.code not in (0, 1, 2) or told
 
     @property

@@ -170,7 +170,10 @@ def load(argv: Sequence[str]) -> None:
         print(f"Error: {e.message}\nHint: {e.hint}", file=sys.stderr)
         sys.exit(e.exit_code)
     except Exception as e:
-        print(f"Error: {type(e).__name__}: {e}\nHint: please report it", file=sys.stderr)
+        print(
+            f"Error: {type(e).__name__}: {e}\nHint: report this with the output of -v",
+            file=sys.stderr,
+        )
         sys.exit(2)
     sys.exit(0)
 

@@ -267,7 +267,7 @@ def test_a_table_that_is_computed_is_bounded(
     name, fields, field = TABLES[family]
     monkeypatch.setitem(FAMILIES, family, (name, fields))
     folder = folder_of(family, tmp_path / "m", **{field: 3_000_000})
-    with pytest.raises(LoraFxError, match=r"config\.json asks for tensors of more than"):
+    with pytest.raises(LoraFxError, match=r"config\.json creates tensors of more than"):
         load_folder(folder)
     load_folder(folder_of(family, tmp_path / "good"))
 
@@ -286,7 +286,7 @@ def test_a_meter_looks_at_what_is_computed(
 ) -> None:
     line = torch.ones(20_000)
     file = {"w": TensorInfo("float32", (4,), tmp_path, 0, 16)}
-    with Metered("x", file), pytest.raises(LoraFxError, match="x asks for tensors of"):
+    with Metered("x", file), pytest.raises(LoraFxError, match="x creates tensors of"):
         make(line)
     with Metered("x", file):
         line[:, None].expand(-1, 1 << 20)  # takes no memory
@@ -294,7 +294,7 @@ def test_a_meter_looks_at_what_is_computed(
 
 
 def test_a_meter_counts_before_it_makes() -> None:
-    with Metered("x", None), pytest.raises(LoraFxError, match="x asks for tensors of more than"):
+    with Metered("x", None), pytest.raises(LoraFxError, match="x creates tensors of more than"):
         torch.empty(1 << 40, 1 << 20)
 
 

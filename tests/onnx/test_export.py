@@ -91,7 +91,7 @@ def test_large_weights_go_beside_the_file(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="exists"):
         lora_fx.export(adapted(), tmp_path / "m.onnx", external_over=100)
     (tmp_path / "m.onnx").unlink()
-    with pytest.raises(LoraFxError, match=r"m\.onnx\.data exists"):
+    with pytest.raises(LoraFxError, match=r"m\.onnx\.data already exists"):
         lora_fx.export(adapted(), tmp_path / "m.onnx", external_over=100)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx.data"]
 
@@ -219,7 +219,7 @@ def test_providers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.setattr(sessions, "providers", lambda: ["cpu"])
         assert "running on CPU" in open_session(tmp_path / "m.onnx").note
     assert open_session(tmp_path / "m.onnx", "cpu").note == ""
-    with pytest.raises(LoraFxError, match="CUDA was asked for"):
+    with pytest.raises(LoraFxError, match="CUDA was requested"):
         open_session(tmp_path / "m.onnx", "cuda")
     with pytest.raises(LoraFxError, match="unknown provider 'tpu'"):
         open_session(tmp_path / "m.onnx", "tpu")

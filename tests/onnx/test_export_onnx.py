@@ -115,7 +115,7 @@ def test_load_refuses_a_rank_without_room(base: Path, tmp_path: Path) -> None:
     lora_fx.export(base, tmp_path / "one.onnx", rank=1, include="*", **options)  # bytes, not more
     got = Session(tmp_path / "one.onnx", "cpu", adapter=Adapter(tiny)).run(X)["y"]
     assert rel(got, wanted(Adapter(tiny))) < 1e-6
-    with pytest.raises(LoraFxError, match="of mode switch takes adapters run by run"):
+    with pytest.raises(LoraFxError, match="of mode switch takes an adapter at each run"):
         lora_fx.export(base, tmp_path / "s.onnx", mode="switch", provider="cpu")
         Session(tmp_path / "s.onnx", "cpu", adapter=ADAPTERS["fr"])
 

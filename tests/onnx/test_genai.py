@@ -163,7 +163,7 @@ def test_what_the_model_says(
 def test_a_folder_is_replaced_where_lora_fx_made_it(source: Path) -> None:
     write_decoder(Path("m.onnx"), data="m.onnx.data")
     place(genai_folder("genai", Path("m.onnx"), settings(), force=False), Path("m.onnx"))
-    with pytest.raises(LoraFxError, match="genai exists already"):
+    with pytest.raises(LoraFxError, match="genai already exists"):
         genai_folder("genai", Path("m.onnx"), settings(), force=False)
     (source / "chat_template.jinja").unlink()
     write_decoder(Path("m.onnx"))
@@ -237,7 +237,7 @@ REFUSED: dict[str, tuple[Any, Any, str, str, str]] = {
         "org/name: it has no tokenizer.json", "",
     ),
     "the same name": (None, settings(), "m.onnx", "m.onnx: the file and the folder", "genai=DIR"),
-    "there": (None, settings(), "model", "model exists already", "force=True"),
+    "there": (None, settings(), "model", "model already exists", "force=True"),
     "nowhere": (None, settings(), "no/genai", "no does not exist", "create it first"),
 }  # fmt: skip
 

@@ -218,7 +218,7 @@ def test_every_command_that_reads_a_file_checks_it_first(
     err = capsys.readouterr().err
     assert end.value.code == 2
     assert err.startswith("Error: ") and str(folder) in err.splitlines()[0]
-    assert len(err.splitlines()) == 2 and "please report" not in err, err
+    assert len(err.splitlines()) == 2 and "report this" not in err, err
     assert re.search(words, err), err
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(before)
 

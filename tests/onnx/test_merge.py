@@ -102,7 +102,7 @@ def test_large_weights_are_streamed_beside_the_file(bert: Path, tmp_path: Path) 
     got, wanted = outputs(out, bert)
     assert rel(got, wanted) < 2e-6
     (out).unlink()
-    with pytest.raises(LoraFxError, match=r"m\.onnx\.data exists"):
+    with pytest.raises(LoraFxError, match=r"m\.onnx\.data already exists"):
         lora_fx.merge(bert / "base.onnx", bert / "adapter", out, external_over=100)
 
 

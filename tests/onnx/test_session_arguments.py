@@ -175,7 +175,7 @@ def test_files_of_other_modes(folder: Path) -> None:
         Session(folder / "step.onnx", "cpu")
     with pytest.raises(LoraFxError, match="a file of mode switch, which has no training step"):
         TrainSession(folder / "switch.onnx", provider="cpu")
-    with pytest.raises(LoraFxError, match="a file of mode switch takes adapters run by run"):
+    with pytest.raises(LoraFxError, match="a file of mode switch takes an adapter at each run"):
         Session(folder / "switch.onnx", "cpu", adapter=folder / "peft")
 
 

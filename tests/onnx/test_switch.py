@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> Non
         r"is \[20, 4\]; expected \[20, 8\]|is \[4, 20\]": {slot.a: good[slot.a].T.copy()},
         r"expected \[4, 32\]": {slot.b: good[slot.b][:3].copy()},
         "is float16; expected float32": {slot.a: good[slot.a].astype(np.float16)},
-        "'other.lora_A' is no input": {"other.lora_A": good[slot.a]},
+        "'other.lora_A' is not an input": {"other.lora_A": good[slot.a]},
     }
     for i, (words, change) in enumerate(changes.items()):
         tensors = {k: v for k, v in {**good, **change}.items() if v is not None}
@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> Non
     whole = copy.deepcopy(ADAPTERS["de"].entries)
     with pytest.raises(LoraFxError, match="whole tensor"):
         session.load("bad", Adapter({**whole, "fc.bias": lora_fx.Full(np.zeros(32))}))
-    with pytest.raises(LoraFxError, match="no target of the file"):
+    with pytest.raises(LoraFxError, match="not a target of the file"):
         write_adapter(Adapter({"no.weight": whole["fc.weight"]}), manifest, tmp_path / "x")
     with pytest.raises(LoraFxError, match="not switchable"):
         Session(made.with_name("base-merged.onnx"), "cpu")
@@ -296,7 +296,7 @@ def test_adapters_of_another_file_are_kept_or_their_end_is_said(tmp_path: Path) 
     lora_fx.export(Net().eval(), first, args, adapters=one, **kind)
     before = file.read_bytes()
     other = {"de": ADAPTERS["de"].weighted(0.5)}
-    with pytest.raises(LoraFxError, match=r"de\.onnx_adapter exists already"):
+    with pytest.raises(LoraFxError, match=r"de\.onnx_adapter already exists"):
         lora_fx.export(Net().eval(), tmp_path / "second.onnx", args, adapters=other, **kind)
     assert file.read_bytes() == before and not (tmp_path / "second.onnx").exists()
     again = lora_fx.export(Net().eval(), first, args, adapters=one, force=True, **kind)

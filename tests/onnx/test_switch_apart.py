@@ -157,7 +157,7 @@ def test_a_weight_that_something_else_reads_is_not_changed_where_it_is_stored(
             return self.r(x)[0] * self.r.weight_hh_l0.norm()
 
     module = lora_fx.insert(Read().eval(), (STEPS,), rank=2, include="*hh*")
-    with pytest.raises(lora_fx.LoraFxError, match=r"weight_hh_l0' is no target of the exported"):
+    with pytest.raises(lora_fx.LoraFxError, match=r"weight_hh_l0' is not a target of the exported"):
         lora_fx.export(module, tmp_path / "m.onnx", mode="switch", provider="cpu")
     assert not (tmp_path / "m.onnx").exists()
 

@@ -125,7 +125,7 @@ def test_a_batch_size_needs_a_batch_everywhere(tmp_path: Path) -> None:
         export(tmp_path / "m.onnx", tmp_path / "models", max_batch=8)
     with pytest.raises(LoraFxError, match="is for a Triton repository"):
         export(tmp_path / "m.onnx", None, max_batch=8)
-    with pytest.raises(LoraFxError, match="batch size of -1"):
+    with pytest.raises(LoraFxError, match="batch size -1; expected 0 or more"):
         export(tmp_path / "m.onnx", tmp_path / "models", max_batch=-1)
     assert not list(tmp_path.iterdir())
 

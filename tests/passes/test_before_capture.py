@@ -79,7 +79,12 @@ def test_an_export_is_refused(kind: str, mode: str, no_capture: None, tmp_path: 
 OPS = {
     "conv_transpose1d": ("t.weight", numbers(2, 4), numbers(15, 2), "a transposed convolution"),
     "conv_transpose2d": ("t.weight", numbers(2, 4), numbers(45, 2), "a transposed convolution"),
-    "conv_transpose3d": ("g.weight", numbers(2, 2, 2), numbers(2, 81, 2), "a transposed conv"),
+    "conv_transpose3d": (
+        "g.weight",
+        numbers(2, 2, 2),
+        numbers(2, 81, 2),
+        "a transposed convolution",
+    ),
     "conv2d": ("g.weight", numbers(2, 2, 18), numbers(2, 3, 2), "a grouped convolution"),
     "lstm": ("r.weight_ih_l0", numbers(2, 4), numbers(24, 2), "a recurrent layer"),
     "gru": ("r.weight_hh_l0", numbers(2, 4), numbers(18, 2), "a recurrent layer"),
@@ -96,7 +101,7 @@ def test_mode_batch_knows_an_op_that_has_no_rows(op: str, no_capture: None, tmp_
     ) as caught:
         lora_fx.export(Net(), tmp_path / "m.onnx", X, adapters={"de": adapter}, mode="batch")
     module = key.removesuffix(".weight")
-    assert f"lora-fx convert de -o OUT --exclude {module} leaves it out" in caught.value.hint
+    assert f"run lora-fx convert de -o OUT --exclude {module} to leave it out" in caught.value.hint
 
 
 class Up(torch.nn.Module):

@@ -47,6 +47,8 @@ def test_a_live_model_has_them_where_modules_tell_them_apart() -> None:
     assert list(model.adapter()) == list(module.updates)
     lora_fx.detach(model)
     cap, _ = built("Repeated")
-    with pytest.raises(LoraFxError, match=r"layer\.forward has uses with it and uses without it"):
+    with pytest.raises(
+        LoraFxError, match=r"layer\.forward has both uses with the update and uses without it"
+    ):
         lora_fx.attach(cap, rank=2, include="*@*")
     assert not hasattr(cap.model, "adapter")

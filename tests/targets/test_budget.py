@@ -54,7 +54,7 @@ def test_ranks_are_exchanged_where_the_budget_would_stay_empty() -> None:
     ["params", "params:0", "params:1.5", "rank:8", "flops:-2%", "uniform:2%", "params:nan", ":8"],
 )
 def test_no_budget(text: str) -> None:
-    with pytest.raises(LoraFxError, match="no budget"):
+    with pytest.raises(LoraFxError, match="unknown budget"):
         Budget.of(text)
     assert Budget.of("flops:0.5%").number == 0.5 and Budget.of("params:1e6").unit == "params"
 
@@ -85,7 +85,7 @@ def test_a_plan_file_is_read_back(tmp_path: Path) -> None:
         ("[]", "a JSON list"),
         ('{"targets": []}', "is not a plan"),
         ('{"targets": {"a": 1}, "metod": "kfac"}', "unknown field 'metod'"),
-        ('{"targets": {"a": 1}, "limit": "3"}', "limit is '3', expected int"),
+        ('{"targets": {"a": 1}, "limit": "3"}', "limit is '3'; expected int"),
         ('{"targets": {"a": 1}, "version": 2}', "format 2; this lora-fx reads formats up to 1"),
         ('{"targets": {"a": 1}, "format": "x"}', "a file of 'x'; expected 'lora-fx plan'"),
         ('{"targets": {"a": 1, "a": 2}}', "'a' appears twice"),

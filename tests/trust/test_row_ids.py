@@ -336,9 +336,9 @@ def test_a_range_over_all_rows(tmp_path: Path) -> None:
 
 GOOD = np.array([0, 1, 2, 1, 0])
 WRONG = {
-    "below": (np.array([0, 1, -1, 1, 0]), r"row 2 asks for adapter -1, .*out of range.* 0 to 2"),
-    "above": (np.array([0, 1, 2, 1, 3]), r"row 4 asks for adapter 3, .*out of range"),
-    "far above": (np.array([0, 1, 2**62 + 1, 1, 3]), r"row 2 asks for adapter 4611686018427387905"),
+    "below": (np.array([0, 1, -1, 1, 0]), r"row 2 has adapter -1, .*out of range.* 0 to 2"),
+    "above": (np.array([0, 1, 2, 1, 3]), r"row 4 has adapter 3, .*out of range"),
+    "far above": (np.array([0, 1, 2**62 + 1, 1, 3]), r"row 2 has adapter 4611686018427387905"),
     "int32": (GOOD.astype("int32"), r"is int32; expected an array of int64"),
     "uint64": (GOOD.astype("uint64"), r"is uint64"),
     "floats": (GOOD.astype("float32"), r"is float32"),

@@ -157,7 +157,7 @@ def test_no_layer_is_dropped_in_a_train_graph() -> None:
     torch.testing.assert_close(module.train()(x), module.eval()(x))
     module.train()(x).sum().backward()
     assert all(a.grad is not None for a, _ in insertion_of(module).slots().values())
-    assert "no layer is dropped in train mode" in str(module.report())
+    assert "layer drop is off in train mode" in str(module.report())
 
 
 class Counting(nn.Module):

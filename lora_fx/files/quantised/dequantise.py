@@ -149,7 +149,7 @@ def view_notes(base: Checkpoint) -> list[str]:
         notes.append(
             f"config.json now has dtype {dtype_of_config}, as the dequantised weights; the others "
             f"stay {' and '.join(sorted(wider))}, and transformers rounds them on loading: "
-            f"--dtype {min(wider)} keeps them"
+            f"pass --dtype {min(wider)} to keep them"
         )
     return notes
 

@@ -35,7 +35,7 @@ def encode(adapter: Adapter) -> Encoded:
         if not isinstance(entry, (LowRank, Full, Dense, ReplacedRows)):
             raise LoraFxError(
                 f"{key!r} is {name_of(entry)}, which peft_type LORA cannot store",
-                "--as lora --rank R turns it into LoRA; kohya files hold LoHa and LoKr",
+                "pass --as lora --rank R to turn it into LoRA; kohya files hold LoHa and LoKr",
             )
     return _Writer(adapter).run()
 

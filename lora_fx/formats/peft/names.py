@@ -193,11 +193,11 @@ def _check_shapes(kind: str, a: Array, b: Array, where: str) -> None:
     if a.ndim != b.ndim or (kind == "embedding" and a.ndim != 2) or a.ndim > 5:
         raise LoraFxError(
             f"{where}: {shapes}; expected A [r, in, *kernel] and B [out, r, 1, …]",
-            "is the file complete?",
+            "check that the file is complete",
         )
     if a.shape[0] == b.shape[1] and all(size == 1 for size in b.shape[2:]):
         return
-    hint = "do A and B come from the same file?"
+    hint = "check that A and B come from the same file"
     if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
         hint = "PEFT's update of a grouped convolution mixes the groups, so no weight can hold it"
     raise LoraFxError(
@@ -218,7 +218,7 @@ def unknown_name(name: str, where: str) -> LoraFxError:
 
 def _hint_for_name(name: str) -> str:
     """Return a hint with the nearest name that PEFT writes."""
-    hint = "was the file saved with save_pretrained?"
+    hint = "check that the file was saved with save_pretrained"
     start = name.find(PREFIX)
     if start > 0:
         return (

@@ -126,7 +126,7 @@ def _pair(group: Group, source: PeftFile) -> Factors:
         raise LoraFxError(
             f"{source.name}: {group.names['a']!r}: A is {list(a.shape)} and B is {list(b.shape)}; "
             "expected [r·E, in] and [out, r·E] for a parameter",
-            "do A and B come from the same file?",
+            "check that A and B come from the same file",
         )
     vectors = {"magnitude", "bias", "diagonal"} & set(group.names)
     if vectors or mutation(source.config) or source.config.get("use_dora"):

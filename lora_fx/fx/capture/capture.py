@@ -87,7 +87,7 @@ class Captured:
         *,
         repeat: bool = True,
     ) -> None:
-        expect(args, (tuple, list), "args", "a tuple", "args=(x,), or kwargs={'x': x}")
+        expect(args, (tuple, list), "args", "a tuple", "pass args=(x,), or kwargs={'x': x}")
         expect({} if kwargs is None else kwargs, Mapping, "kwargs", "a dict", "kwargs={'x': x}")
         expect(dynamic or {}, Mapping, "dynamic", "a dict", "dynamic={'x': {0: 'batch'}}")
         user_module = as_module(model)
@@ -551,15 +551,15 @@ class Captured:
             parity = _first_parity(agreement, chain([first_call], calls))
             if parity is None:
                 sizes = {name: list(shape) for name, shape in sizes_of(first_call).items()}
-                reason = f"{agreement.of}: the model does not run there"
+                reason = f"{agreement.of}: the model does not run at these sizes"
                 self.unproven[str(sizes)] = {"sizes": sizes, "reason": reason}
             elif parity.ok:
                 compared.append(parity)
             else:
                 self.repeat = False
                 self.notes.append(
-                    "blocks that look alike compute different things, so each was traced by "
-                    f"itself: their copies differ by {parity.rel:.1e} at "
+                    "blocks that look alike compute different things, so each was traced "
+                    f"separately: their copies differ by {parity.rel:.1e} at "
                     f"{sizes_text(parity.sizes)} ({parity.of})"
                 )
                 return False

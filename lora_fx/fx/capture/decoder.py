@@ -183,11 +183,11 @@ def _check_decoder(model: Any) -> None:
         )
     parameters = inspect.signature(model.forward).parameters
     if not {"input_ids", "attention_mask", "use_cache"} <= set(parameters):
-        raise LoraFxError(f"{name} takes no cache, so it is no decoder", WORKS)
+        raise LoraFxError(f"{name} takes no cache, so it is not a decoder", WORKS)
     if "forward" in model.__dict__:
         raise LoraFxError(
             f"the forward of this {name} object was replaced",
-            "build the model anew: only the forward of its class can take a cache",
+            "build the model again: only the forward of its class can take a cache",
         )
 
 

@@ -41,7 +41,7 @@ class EveryLayer(TorchFunctionMode):
     ) -> Any:
         """Run a function; a single drawn number becomes one that drops nothing."""
         if func is torch.rand and len(args) == 1 and args[0] in ([], ()):
-            self.notes[:] = ["no layer is dropped in train mode: a graph has all of them"]
+            self.notes[:] = ["layer drop is off in train mode: a graph contains every layer"]
             return _DrawnNumber(1.0)
         return func(*args, **(kwargs or {}))
 

@@ -139,8 +139,8 @@ def backbones(raw: JsonView) -> str:
 
 def _hint(key: str) -> str:
     if key in TIMM:
-        return "write its backbone_config in its place, or give file.py:FACTORY"
-    return "remove this field, or give file.py:FACTORY, which may load anything"
+        return "write its backbone_config in its place, or pass file.py:FACTORY"
+    return "remove this field, or pass file.py:FACTORY, which may load anything"
 
 
 def _check_number(
@@ -150,12 +150,14 @@ def _check_number(
     # A whole number of more than 64 bits is read as a float; the largest floats are masks.
     is_long = isinstance(value, float) and value.is_integer() and 2.0**64 <= value < 1e38
     if is_long or (isinstance(value, int) and abs(value) > LARGEST):
-        raise LoraFxError(f"{where} is {shown}; expected at most 2^53", "is the file damaged?")
+        raise LoraFxError(
+            f"{where} is {shown}; expected at most 2^53", "check that the file is not damaged"
+        )
     for form, most in limits.items():
         if form.search(key) and value > most:
             raise LoraFxError(
                 f"{where} is {shown}; expected at most {most}",
-                "is config.json the config of these weights?",
+                "check that config.json is the config of these weights",
             )
 
 
@@ -193,7 +195,9 @@ def _inner_class(key: str, value: object, cls: type[object]) -> type[object] | N
 def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[str, str, object]]:
     """Yield the values in objects and lists, each with its place and its field's name."""
     if depth > DEEPEST:
-        raise LoraFxError(f"{place[:80]}: nested deeper than {DEEPEST}", "is the file damaged?")
+        raise LoraFxError(
+            f"{place[:80]}: nested deeper than {DEEPEST}", "check that the file is not damaged"
+        )
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{place}.{name}", name, depth + 1)

@@ -53,7 +53,7 @@ def examples(module: nn.Module) -> dict[str, torch.Tensor]:
     if main not in inputs:
         raise LoraFxError(
             f"no example inputs are known for {type(module).__name__} (its main input is {main!r})",
-            "give file.py:FACTORY, which returns (module, args, kwargs)",
+            "pass file.py:FACTORY, which returns (module, args, kwargs)",
         )
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _ids(config, _decoder_vocabulary(config), seed=1)

@@ -76,7 +76,8 @@ def _named_by(spec: str) -> Iterator[Any]:
     is_file = where.endswith(".py")
     if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
         raise LoraFxError(
-            f"{spec!r} names no factory", "give package.module:FACTORY or file.py:FACTORY"
+            f"{spec!r} is not the name of a factory",
+            "pass package.module:FACTORY or file.py:FACTORY",
         )
     path = Path(where).absolute()
     if is_file and not path.is_file():
@@ -122,7 +123,7 @@ def _from_name(name: str, folder: str) -> ModuleType:
         return _from_file(file)
     raise LoraFxError(
         f"{name}: {package} has the name of a module that Python or lora-fx needs",
-        "rename it, or give path/file.py:FACTORY",
+        "rename it, or pass path/file.py:FACTORY",
     )
 
 
@@ -149,9 +150,9 @@ def _run(what: str, call: Callable[[], object]) -> object:
         raise
     except (Exception, SystemExit) as e:
         text = one_line(f"{type(e).__name__}: {e}", 200)
-        hint = "-v prints the traceback"
+        hint = "pass -v to print the traceback"
         if _is_missing(what, e):
-            hint = "run from the folder that holds it, or give path/file.py:FACTORY"
+            hint = "run from the folder that holds it, or pass path/file.py:FACTORY"
             hint = near(what, ("timm", "torchvision"), hint, cutoff=0.8)
         failure = f"{what} failed"
         line = _line_of(e)

@@ -48,7 +48,7 @@ def float_model(
         raise LoraFxError(
             f"{config.name_or_path}: {cls.__name__} cannot be built: "
             f"{type(e).__name__}: {one_line(e, 200)}",
-            "is config.json the config of this model?",
+            "check that config.json is the config of this model",
         ) from e
     return module, judge(module, info, path, strict=strict)
 
@@ -77,7 +77,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
     infos = tensors(path)
     if not infos:
-        raise LoraFxError(f"{path}: holds no tensors", "is the download complete?")
+        raise LoraFxError(f"{path}: holds no tensors", "check that the download is complete")
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(info.file for info in infos.values()):
         if is_pickle(first_bytes(file)):
@@ -100,7 +100,7 @@ def judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) 
         strict: No tensor may be missing or left over; else up to half may be missing.
     """
     for name, shape, expected in sorted(info["mismatched_keys"]):
-        raise misfit(f"{path}: tensor {name!r} is {list(shape)}, expected {list(expected)}")
+        raise misfit(f"{path}: tensor {name!r} is {list(shape)}; expected {list(expected)}")
     problems = [*info["error_msgs"], *(info.get("conversion_errors") or {}).values()]
     if problems:
         raise misfit(f"{path}: {one_line(problems[0], 200)}")
@@ -129,4 +129,4 @@ def judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) 
 
 def misfit(what: str) -> LoraFxError:
     """Return an error about weights that do not fit their model."""
-    return LoraFxError(what, "is config.json the config of these weights?")
+    return LoraFxError(what, "check that config.json is the config of these weights")

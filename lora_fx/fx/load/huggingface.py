@@ -36,7 +36,7 @@ TOKENIZERS = (
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 FACTORY = (
-    "build the model with a factory: give file.py:FACTORY, which returns (module, args, kwargs)"
+    "build the model with a factory: pass file.py:FACTORY, which returns (module, args, kwargs)"
 )
 _IMPLEMENTATIONS = {
     "_attn_implementation": ("sdpa",),
@@ -80,7 +80,9 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
         module.config._name_or_path = str(folder)
         _switch_off_cache(module)
         padding_notes = _settle_padding(module)
-    with retold(f"{folder}/config.json: no inputs can be made of it", FACTORY, named=True):
+    with retold(
+        f"{folder}/config.json: no example inputs can be made from this config", FACTORY, named=True
+    ):
         inputs = examples(module)
     tokenizer_folder = None
     if any((folder / name).exists() for name in TOKENIZERS):
@@ -127,11 +129,11 @@ def _config_json(folder: Path) -> Json:
         if (folder / "adapter_config.json").exists():
             raise LoraFxError(
                 f"{folder}: the folder holds an adapter, not a model",
-                "give the folder of its base model",
+                "pass the folder of its base model",
             )
         if (folder / "model_index.json").exists():
             raise LoraFxError(f"{folder}: a diffusers pipeline, not one model", FACTORY)
-        raise LoraFxError(f"{folder}: no config.json", "give a folder that save_pretrained wrote")
+        raise LoraFxError(f"{folder}: no config.json", "pass a folder that save_pretrained wrote")
     raw = model_config(folder / "config.json")
     if "_class_name" in raw and "model_type" not in raw:
         raise LoraFxError(f"{folder}: a diffusers model ({raw['_class_name']})", FACTORY)
@@ -170,7 +172,7 @@ def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrained
     except Exception as e:  # config classes raise whatever their fields make them raise
         raise LoraFxError(
             f"{folder}/config.json: {one_line(f'{type(e).__name__}: {e}', 200)}",
-            f"does transformers {transformers.__version__} know this config?",
+            f"check that transformers {transformers.__version__} supports this config",
         ) from e
     return config
 

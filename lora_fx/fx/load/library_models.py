@@ -45,7 +45,7 @@ def library_model(text: str, library: str, name: str, file: Path | None, meta: b
     elif not meta:
         notes = (
             (
-                f"random weights: {text} was built without weights; give them with --weights "
+                f"random weights: {text} was built without weights; pass them with --weights "
                 "FILE.safetensors"
             ),
         )
@@ -80,7 +80,7 @@ def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[i
     if group in ("detection", "optical_flow", "quantization"):
         raise LoraFxError(
             f"torchvision:{name}: no example inputs are known for {group} models",
-            "give file.py:FACTORY, which returns (module, args, kwargs)",
+            "pass file.py:FACTORY, which returns (module, args, kwargs)",
         )
     options = inspect.signature(builder).parameters
     # the default of a backbone downloads

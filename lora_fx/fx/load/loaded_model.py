@@ -31,7 +31,7 @@ class LoadedModel:
 
 
 FORMS = (
-    "MODEL is a Hugging Face folder, hf:ORG/NAME, package.module:FACTORY, path/file.py:FACTORY, "
+    "pass a Hugging Face folder, hf:ORG/NAME, package.module:FACTORY, path/file.py:FACTORY, "
     "timm:NAME or torchvision:NAME"
 )
 """The forms in which a user can give a model, for hints."""

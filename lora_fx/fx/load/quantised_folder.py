@@ -161,7 +161,7 @@ def _check_codes(
     expected = tuple(shape[::-1]) if is_transposed else tuple(shape)
     if weight.bits and weight.shape != expected:
         raise misfit(
-            f"{path}: tensor {name!r} has codes of {list(weight.shape)}, expected {list(shape)}"
+            f"{path}: tensor {name!r} has codes of {list(weight.shape)}; expected {list(shape)}"
         )
 
 
@@ -179,7 +179,7 @@ def _check_filled(module: nn.Module, path: Path) -> None:
     if empty:
         raise LoraFxError(
             f"{path}: {len(empty)} tensors are missing: {some(empty, 4)}",
-            "is the download complete?",
+            "check that the download is complete",
         )
 
 

@@ -135,8 +135,8 @@ class Metered(TorchFunctionMode):
         self.calls += 1
         if self.calls > self.most_calls:
             raise LoraFxError(
-                f"{self.where} asks for more than {self.most_calls} tensors",
-                "is config.json the config of these weights?",
+                f"{self.where} creates more than {self.most_calls} tensors",
+                "check that config.json is the config of these weights",
             )
         on_meta = {**keywords, "device": "meta"}
         on_meta.pop("generator", None)
@@ -148,6 +148,6 @@ class Metered(TorchFunctionMode):
     def _refuse_bytes(self, size: int) -> None:
         if size > self.most_bytes:
             raise LoraFxError(
-                f"{self.where} asks for tensors of more than {human(self.most_bytes)}B",
-                "is config.json the config of these weights?",
+                f"{self.where} creates tensors of more than {human(self.most_bytes)}B",
+                "check that config.json is the config of these weights",
             )

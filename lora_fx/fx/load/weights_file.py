@@ -126,5 +126,5 @@ def _hint(file_names: set[str], expected: Mapping[str, object]) -> str:
     """Return the hint: if a prefix would make the names fit, name this prefix."""
     verb, prefix = lead_between(expected, file_names)
     if not verb:
-        return "is it the state_dict of this model?"
+        return "check that the file is the state_dict of this model"
     return f"the file's names {verb} the prefix {prefix!r}"

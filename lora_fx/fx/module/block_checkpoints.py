@@ -97,7 +97,8 @@ class Recomputing:
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise LoraFxError(
-                f"checkpointing has no option {', '.join(unknown)}", f"use {', '.join(OPTIONS)}"
+                f"unknown option of checkpointing: {', '.join(unknown)}",
+                f"use one of {', '.join(OPTIONS)}",
             )
         if every_n_layers < 1:
             raise LoraFxError(

@@ -198,7 +198,7 @@ class Archive:
         if not self.trust:
             raise self.bad(
                 f"{member} ({name!r}) is a pickle, which can run code, and is not read",
-                "--trust reads it as weights only; or save a model of plain tensors",
+                "pass --trust to read it as weights only; or save a model of plain tensors",
             )
         data = io.BytesIO(self.read(member))
         try:
@@ -206,7 +206,7 @@ class Archive:
         except Exception as e:  # pickles fail as they like
             raise self.bad(
                 f"{member} ({name!r}) holds more than tensors: {one_line(e, 120)}",
-                "--trust reads tensors only; save a model of plain tensors",
+                "save a model of plain tensors",
             ) from e
         if not isinstance(value, torch.Tensor):
             raise self.bad(f"{member} ({name!r}) holds a {type(value).__name__}, not a tensor")
@@ -268,7 +268,7 @@ def _check_members(archive: Archive) -> None:
         raise archive.bad("a zip file, but not a .pt2 archive")
     if len(set(members)) != len(members):
         repeated = next(member for member in members if members.count(member) > 1)
-        raise archive.bad(f"the member {repeated} is there twice")
+        raise archive.bad(f"the member {repeated} appears twice")
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED:
             raise archive.bad(

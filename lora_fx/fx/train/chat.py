@@ -77,7 +77,7 @@ class ChatTemplate:
             raise LoraFxError(
                 f"{self.folder}: its chat template has {len(self.text)} characters; at most "
                 f"{MAX_TEMPLATE} are read",
-                "is it the template of this model?",
+                "check that it is the template of this model",
             )
         job = {
             "template": self.text,
@@ -116,7 +116,7 @@ class ChatTemplate:
                 f"ended its process, which is limited to {MEGABYTES} MB: {one_line(lines[-1], 200)}"
             )
         what = f"{where}: the chat template of {self.folder} {why}"
-        return LoraFxError(what, "is it the template of this model?")
+        return LoraFxError(what, "check that it is the template of this model")
 
 
 # The process that renders.
@@ -152,7 +152,7 @@ def main() -> None:
 
 def _answer(text: str, spans: Sequence[tuple[int, int]], most: int) -> Json:
     if len(text) > most:
-        return {"error": f"it writes {len(text)} characters, expected at most {most}"}
+        return {"error": f"it writes {len(text)} characters; expected at most {most}"}
     return {"text": text, "spans": spans}
 
 

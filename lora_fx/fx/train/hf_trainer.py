@@ -61,6 +61,6 @@ class AdapterCheckpoints:
         if not hasattr(found, "load_adapter") or not hasattr(found, "report"):
             raise LoraFxError(
                 f"a {type(found).__name__} holds no adapter of lora-fx",
-                "give Trainer a model that lora_fx.insert or lora_fx.attach returned",
+                "pass Trainer a model that lora_fx.insert or lora_fx.attach returned",
             )
         return found

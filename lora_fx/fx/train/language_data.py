@@ -136,9 +136,9 @@ def _refuse_unknown_token(
     top = max(ids)
     if top >= size:
         raise LoraFxError(
-            f"{where}: token {top} ({one_line(repr(tokenizer.decode([top])), 40)}), expected "
+            f"{where}: token {top} ({one_line(repr(tokenizer.decode([top])), 40)}); expected "
             f"ids below {size}, the rows of the model's embedding",
-            f"is the tokenizer in {folder} that of this model?",
+            f"check that {folder} holds the tokenizer of this model",
         )
 
 
@@ -165,7 +165,7 @@ def _no_panic(where: str, folder: Path) -> Iterator[None]:
             raise
         raise LoraFxError(
             f"{where}: the tokenizer in {folder} failed: {one_line(error, 160)}",
-            "is it the tokenizer of this model?",
+            "check that it is the tokenizer of this model",
         ) from error
 
 

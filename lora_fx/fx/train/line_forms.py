@@ -53,7 +53,7 @@ def text_of(row: Mapping[str, object], name: str, where: str) -> str:
     if isinstance(value, list) and name != "content":
         hint = "put the turns under 'messages'"
     shown = one_line(json.dumps(value, ensure_ascii=False), 60)
-    raise LoraFxError(f"{where}: {name!r} is {shown}, expected a text", hint)
+    raise LoraFxError(f"{where}: {name!r} is {shown}; expected a text", hint)
 
 
 def conversation_of(where: str, row: JsonView) -> Json:
@@ -62,7 +62,7 @@ def conversation_of(where: str, row: JsonView) -> Json:
     if not isinstance(turns, list) or not turns:
         shown = one_line(json.dumps(turns, ensure_ascii=False), 60)
         raise LoraFxError(
-            f"{where}: 'messages' is {shown}, expected turns",
+            f"{where}: 'messages' is {shown}; expected turns",
             "write a list of objects, one for each turn",
         )
     for number, turn in enumerate(turns, 1):
@@ -78,7 +78,7 @@ def _check_turn(where: str, turn: object) -> None:
     role = turn.get("role") if isinstance(turn, dict) else None
     if not isinstance(turn, dict) or role not in ROLES:
         raise LoraFxError(
-            f"{where} has the role {one_line(repr(role), 60)}, expected one of {', '.join(ROLES)}",
+            f"{where} has the role {one_line(repr(role), 60)}; expected one of {', '.join(ROLES)}",
             'a message is {"role": "user", "content": "…"}',
         )
     if not turn.get("tool_calls") or turn.get("content") is not None:

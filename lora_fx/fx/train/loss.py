@@ -46,7 +46,7 @@ def _squared_error(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if scores.squeeze(-1).shape != labels.squeeze(-1).shape:
         raise LoraFxError(
             f"the model gives {list(scores.shape)}, but the labels are {list(labels.shape)}",
-            "give a label for every output, as mse needs",
+            "pass a label for every output, as mse needs",
         )
     return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
 
@@ -95,7 +95,7 @@ def classes_last(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         raise LoraFxError(
             f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}: the axis "
             "of the classes is unknown",
-            "for ce give labels [rows] for [rows, classes], [rows, tokens] for [rows, tokens, "
+            "for ce pass labels [rows] for [rows, classes], [rows, tokens] for [rows, tokens, "
             "classes], [rows, height, width] for [rows, classes, height, width]; or use a loss "
             "function of your own",
         )

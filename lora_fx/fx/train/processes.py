@@ -124,7 +124,7 @@ def _together(tensor: torch.Tensor) -> None:
     except RuntimeError as e:
         raise LoraFxError(
             f"another process of this run ended without an error message ({one_line(e, 120)})",
-            "was it killed, or out of memory?",
+            "check whether it was killed or ran out of memory",
         ) from e
 
 

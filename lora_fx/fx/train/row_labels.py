@@ -88,10 +88,10 @@ def _way_on(task: str, classifiers: Sequence[str], folder: Path | None) -> str:
     """Return the hint: other data for this model, or a head for this data."""
     hints = []
     if task == "CAUSAL_LM":
-        hints.append('leave --label out, and give .jsonl with "text", or "prompt" and "completion"')
+        hints.append('leave --label out, and pass .jsonl with "text", or "prompt" and "completion"')
     if classifiers and folder is not None:
         architecture = f'"architectures": ["{classifiers[0]}"]'
         hints.append(f"{architecture} in {folder}/config.json gives it such a head")
     if not hints:
-        hints.append("give a model with a classification head, or --loss file.py:FUNCTION")
+        hints.append("pass a model with a classification head, or --loss file.py:FUNCTION")
     return "; or ".join(hints)

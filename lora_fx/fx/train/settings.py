@@ -56,7 +56,7 @@ class Settings:
 
 def _expect(kind: str, name: str, names: list[str]) -> None:
     if name not in names:
-        raise LoraFxError(f"unknown {kind} {name!r}", f"use {', '.join(names)}")
+        raise LoraFxError(f"unknown {kind} {name!r}", f"use one of {', '.join(names)}")
 
 
 @dataclass(frozen=True)

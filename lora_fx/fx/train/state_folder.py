@@ -74,8 +74,8 @@ def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
     if not (path / WORDS).is_file() or not (path / TENSORS).is_file():
         raise LoraFxError(
             f"{folder} is not a training state: it needs both {WORDS} and {TENSORS}",
-            "name a folder that train --save-state wrote",
+            "pass a folder that train --save-state wrote",
         )
-    words = read_json(path / WORDS, hint="start anew")
+    words = read_json(path / WORDS, hint="start again")
     check_format(words, str(path / WORDS))
     return words, read_tensors(path / TENSORS)[0]

@@ -182,8 +182,8 @@ class OnnxEmitter:
             return self._cast(x, dtype)
         if self._opset < 15:
             raise LoraFxError(
-                f"the dtype of {model.name!r} is unknown, and the graph needs opset 15 to ask for "
-                "it",
+                f"the dtype of {model.name!r} is unknown, and only opset 15 or later can cast "
+                "to an unknown dtype",
                 "write the dtypes into the file with onnx.shape_inference.infer_shapes(model)",
             )
         return self.call("CastLike", x, model)

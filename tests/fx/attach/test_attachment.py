@@ -280,7 +280,11 @@ class Measured(nn.Module):
             Twice,
             "lin.weight: the attached model's 'output' .* changes the live model in another way",
         ),
-        (Scaled, "lin.weight: the attached model's 'output' .* the weight's numbers decide"),
+        (
+            Scaled,
+            "lin.weight: the attached model's 'output' .* what the model does depends on the "
+            "weight's values",
+        ),
         (Both, "the adapter: the attached model's 'output' .* each update is right by itself"),
         (Measured, "w: read by linalg_vector_norm too"),
     ],

@@ -118,4 +118,4 @@ def test_sizes_at_which_the_model_does_not_run_are_told() -> None:
     rows = list(cap.unproven.values())
     assert [row["sizes"] for row in rows] == [{"x": [12, 4]}, {"x": [4, 4]}]
     for row in rows:
-        assert row["reason"] == "copied blocks, train mode: the model does not run there"
+        assert row["reason"] == "copied blocks, train mode: the model does not run at these sizes"

@@ -46,7 +46,7 @@ def test_no_layer_is_dropped() -> None:
         assert torch.rand(2).shape == (2,) and not notes
         number: Any = torch.rand([])
         assert number == 1.0 and number.item() == 1.0
-    assert notes == ["no layer is dropped in train mode: a graph has all of them"]
+    assert notes == ["layer drop is off in train mode: a graph contains every layer"]
 
 
 def test_experts_of_other_libraries_stay() -> None:

@@ -78,11 +78,11 @@ def test_factory(where: str, name: str, code: Path) -> None:
         ("nets.py:mkae", ["nets.py has no 'mkae'", "make"]),
         ("nets.py:fails", ["nets.py:fails failed at", "nets.py:27: RuntimeError"]),
         ("nets.py:quits", ["nets.py:29: SystemExit: 3"]),
-        ("nets.py", ["which factory?", "nets.py:FACTORY"]),
+        ("nets.py", ["the name of a factory is missing", "pass nets.py:FACTORY"]),
         ("gone.py:make", ["gone.py: no such file"]),
         ("nowhere.nets:make", ["nowhere.nets failed", "No module named 'nowhere'", "run from"]),
-        ("bad name:make", ["names no factory"]),
-        ("nets:", ["names no factory"]),
+        ("bad name:make", ["is not the name of a factory"]),
+        ("nets:", ["is not the name of a factory"]),
     ],
 )
 def test_factories_that_fail(spec: str, texts: list[str], code: Path) -> None:

@@ -234,7 +234,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
 
 def test_folder_whose_shapes_differ(tmp_path: Path) -> None:
     edit(saved(bert(), tmp_path), vocab_size=62)
-    refused(tmp_path, "'bert.embeddings.word_embeddings.weight' is [61, 24], expected [62, 24]")
+    refused(tmp_path, "'bert.embeddings.word_embeddings.weight' is [61, 24]; expected [62, 24]")
 
 
 def test_folder_with_other_weights(tmp_path: Path) -> None:

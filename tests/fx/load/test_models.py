@@ -27,7 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reserved_names_have_random_weights(spec: str, shape: tuple[int, ...]) -> None:
     loaded, again = load_model(spec), load_model(spec)
     assert loaded.notes == (
-        f"random weights: {spec} was built without weights; give them with "
+        f"random weights: {spec} was built without weights; pass them with "
         "--weights FILE.safetensors",
     )
     assert loaded.args[0].shape == shape and torch.equal(loaded.args[0], again.args[0])
@@ -136,12 +136,12 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
     ("spec", "text"),
     [
         ("model.pt2", "a program, not a torch module"),
-        ("model.onnx", "in this version"),
+        ("model.onnx", "an .onnx file cannot be opened as a torch model"),
         ("w.safetensors", "MODEL weights='w.safetensors'"),
         ("pytorch_model.bin", "MODEL weights='pytorch_model.bin'"),
         ("meta-llama/Llama-3.1-8B", "hf:meta-llama/Llama-3.1-8B"),
-        ("nothing", "MODEL is a Hugging Face folder"),
-        ("", "MODEL is a Hugging Face folder"),
+        ("nothing", "pass a Hugging Face folder"),
+        ("", "pass a Hugging Face folder"),
     ],
 )
 def test_forms_that_are_refused(

@@ -63,7 +63,7 @@ def refused(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> st
         errors = capsys.readouterr().err
         assert stop.value.code == 2, errors
         assert len([x for x in errors.splitlines() if x.startswith("Error:")]) == 1
-        assert "please report it" not in errors, errors
+        assert "report this with the output of -v" not in errors, errors
         said.add(errors)
     assert not Path(str(path) + ".onnx").exists()
     return said.pop()

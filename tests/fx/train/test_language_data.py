@@ -200,8 +200,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another form": ({"prompt": "a", "completion": "b"}, "the first line has 'text'"),
     "no form": ({"question": "a"}, "has none of the forms; the first line has 'text'"),
     "no completion": ({"prompt": "a"}, "has no 'completion'"),
-    "a number": ({"text": 3}, "'text' is 3, expected a text"),
-    "null": ({"text": None}, "'text' is null, expected a text"),
+    "a number": ({"text": 3}, "'text' is 3; expected a text"),
+    "null": ({"text": None}, "'text' is null; expected a text"),
     "empty": ({"text": ""}, "the text is empty"),
     "only its end": ({"text": "</s>"}, "it has no token to train on"),
 }
@@ -210,10 +210,10 @@ FIRST: dict[str, tuple[Any, str]] = {
     "turns as a prompt": ({"prompt": [TURN], "completion": "b"}, "'prompt' is [{"),
     "unknown role": (
         {"messages": [TURN, {"role": "bot", "content": "a"}]},
-        "message 2 has the role 'bot', expected one of system, developer, user, assistant, tool",
+        "message 2 has the role 'bot'; expected one of system, developer, user, assistant, tool",
     ),
-    "no turns": ({"messages": []}, "'messages' is [], expected turns"),
-    "text as turns": ({"messages": "hi"}, "'messages' is \"hi\", expected turns"),
+    "no turns": ({"messages": []}, "'messages' is []; expected turns"),
+    "text as turns": ({"messages": "hi"}, "'messages' is \"hi\"; expected turns"),
     "a turn of text": ({"messages": ["hi"]}, "message 1 has the role None"),
     "parts as content": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},

@@ -105,4 +105,4 @@ def test_the_command_says_so_in_one_line(
     assert code == 2 and not out and not Path("a").exists()
     assert "Error: d.csv: 'stars' has one label a row ('w0', 'w1', 'w10' and 37 more)" in err
     assert err.count("w39") == 0
-    assert "Hint: leave --label out, and give .jsonl" in err
+    assert "Hint: leave --label out, and pass .jsonl" in err

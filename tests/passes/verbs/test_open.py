@@ -147,7 +147,7 @@ def test_a_program_with_branches(folder: Path) -> None:
 def test_no_model(folder: Path) -> None:
     wrong: list[tuple[Any, str]] = [
         ("nothing", "'nothing' is not a model: no such file or folder"),
-        (f"{folder}/net.py", "which factory"),
+        (f"{folder}/net.py", "the name of a factory is missing"),
         (f"{folder}/net.py:bild", "has no 'bild'"),
         ("net.onnx", "an .onnx file cannot be opened as a torch model"),
         (3, "a int is not a model"),

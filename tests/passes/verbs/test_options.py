@@ -167,7 +167,7 @@ FOLD: dict[str, Any] = {"base": "b.safetensors", "out": "o.safetensors"}
          "tol is a str, not a number"),
         (lambda: lora_fx.merge(adapters="a", threads=-1, **FOLD), "threads is -1"),
         (lambda: lora_fx.merge(adapters="a", threads="all", **FOLD), "threads is 'all'"),
-        (lambda: lora_fx.doctor("b.safetensors", "a", server="vlm"), "no server 'vlm'"),
+        (lambda: lora_fx.doctor("b.safetensors", "a", server="vlm"), "unknown server 'vlm'"),
         (lambda: lora_fx.doctor("b.safetensors", GIVEN), "adapter is a Adapter, not a path"),
     ],
 )  # fmt: skip

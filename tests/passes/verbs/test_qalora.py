@@ -208,7 +208,9 @@ def test_a_folder_of_gptq(tmp_path: Path) -> None:
     save_adapter(Adapter({f"{Q}.weight": low}), tmp_path / "a")
     with pytest.raises(LoraFxError) as caught:
         lora_fx.merge(tmp_path / "m", [tmp_path / "a"], tmp_path / "o")
-    assert caught.value.hint.startswith("lora-fx export folds QA-LoRA into the zero points without")
+    assert caught.value.hint.startswith(
+        "use lora-fx export, which folds QA-LoRA into the zero points without"
+    )
     assert "--dequantise" in caught.value.hint
     with torch.no_grad():
         before = plain(input_ids=IDS).logits.numpy()
