@@ -146,7 +146,8 @@ def command(
         said = "".join(f"{row}\n" for row in rows)
     elif changes.rank is not None or changes.energy is not None:
         raise LoraFxError(
-            "--rank and --energy need --as lora", "use lora-fx truncate to reduce the ranks of LoRA"
+            "--rank and --energy need --as lora",
+            "pass --as lora; or use lora-fx truncate for a LoRA adapter",
         )
     if changes.fuse or changes.split or changes.rows:
         from lora_fx.checkpoint.refit import refitted

@@ -146,7 +146,7 @@ def _hint_for_unmatched(
     names = [*stored, *rename.loaded.names, *rename.loaded.stacks]
     hint = (
         f"{near(unmatched[0], names, 'the base uses other names;')} pass --allow-unused to "
-        "leave them out"
+        "leave these updates out"
     )
     if all(isinstance(adapter.entries[key], Full) for key in unmatched):
         return f"{hint}, or --add to write them as new tensors"

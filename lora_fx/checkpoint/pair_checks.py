@@ -272,7 +272,7 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     advice = "merge with --dequantise or --requantise, as requested"
     if isinstance(refusal, LoraFxError):
         advice = HINT
-        if refusal.hint.startswith("--dequantise"):
+        if "--dequantise" in refusal.hint:
             advice = refusal.hint
     for (kind, severity), keys in keys_by_kind.items():
         hint = advice

@@ -297,7 +297,7 @@ def test_who_does_not_know_it_refuses_it(tmp_path: Path) -> None:
         with pytest.raises(LoraFxError, match=r" has variant 'vectors', which is not") as e:
             read(tmp_path / place)
         assert place in e.value.message and "\n" not in e.value.message
-        assert "choose one of lora, rslora" in e.value.hint
+        assert "use one of lora, rslora" in e.value.hint
     with pytest.raises(LoraFxError, match="unknown variant 'vectors'"):
         lora_fx.insert(net(), (X[:2],), variant="vectors")
     with pytest.raises((KeyError, ValueError), match="vectors"):

@@ -147,7 +147,7 @@ def test_every_command(
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *COMMANDS[name])
     if name != "merge-all":
-        assert code == 2 and "pickle" in err and "Hint: --trust" in err, err
+        assert code == 2 and "pickle" in err and "Hint: pass --trust" in err, err
     assert code and not Path("x").exists(), out
     code, out, err = run(capsys, *COMMANDS[name], "--trust")
     assert code == 0, err

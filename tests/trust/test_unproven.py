@@ -92,7 +92,9 @@ def test_every_size_is_proven_or_named(kind: type[Alone], mode: str, tmp_path: P
     left = {tuple(r["sizes"]["x"]) for r in said["unproven"]}
     assert proven and (left or said["ranges"]) and not proven & left
     reasons = [r["reason"] for r in said["unproven"]]
-    assert all(reason.startswith("the model takes another path there: ") for reason in reasons)
+    assert all(
+        reason.startswith("the model takes another path at these sizes: ") for reason in reasons
+    )
 
 
 def test_a_model_that_runs_everywhere_has_none(tmp_path: Path) -> None:
