@@ -3,11 +3,11 @@
     branch   y + s·b(a x) is what a module's own forward gives with W + s·b·a for its weight
     graph    the live model is the eval graph with the same updates at the sites of its targets
 
-Both are compared in one run, with random a and b, so that there is an effect to compare. branches.py
-has the first. The graph computes a site as the live model does: the branch where the first shows
-that it is right, else W + s·b·a. Nothing is then between the two but what they do with an update:
-in bfloat16 the sums of y + s·b(a x) and of (W + s·b·a) x are rounded so far apart that a few
-layers make more of it than any gate lets pass, and a lost update would be hidden by such a gate.
+Both are compared in one run, with random a and b, so that there is an effect to compare; the first
+is in branches.py. The graph computes a site as the live model does: with the branch where the first
+comparison shows it right, else with W + s·b·a. The two then round alike. With W + s·b·a at every
+site they do not: in bfloat16 the sums of y + s·b(a x) and of (W + s·b·a) x differ so much after a
+few layers that the comparison passes no gate, and a gate that lets it pass hides a lost update.
 
 For a model without a graph the reference is the unadapted model, run with W + s·b·a in its
 parameters. Gradients are those of the live model itself, in both modes.

@@ -83,26 +83,40 @@ class Program:
 
 @dataclass(frozen=True)
 class Bound:
-    """A program with the modules that hold its tensors, and attributes ready to be passed."""
+    """A program with the modules that hold its tensors.
+
+    A step has its primitive, the places of what it takes, its attributes ready to be passed, and
+    the places of the results that no later step takes: a W + s·B·A of one large weight holds B·A
+    and s·B·A no longer than needed.
+    """
 
     places: tuple[tuple[nn.Module, str], ...]
     constants: tuple[float, ...]
-    steps: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...]
+    steps: tuple[tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]], ...]
 
     def __call__(self, first: torch.Tensor, second: object = None, op: object = None) -> object:
         """Run the program on the values of one call."""
         tensors = [module._parameters[leaf] for module, leaf in self.places]
         values: list[object] = [first, second, op, *tensors, *self.constants]
-        for prim, operands, attrs in self.steps:
+        for prim, operands, attrs, used_up in self.steps:
             values.append(PRIMS[prim](*[values[i] for i in operands], **attrs))
+            for i in used_up:
+                values[i] = None
         return values[-1]
 
 
 def bound(program: Program, root: nn.Module) -> Bound:
     """The program with the modules under `root` that hold its tensors."""
     places = tuple(owner(root, name) for name in program.tensors)
-    steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
-    return Bound(places, program.constants, steps)
+    first_result = INPUTS + len(program.tensors) + len(program.constants)
+    last_step_of = {
+        place: step for step, (_, operands, _) in enumerate(program.steps) for place in operands
+    }
+    steps = []
+    for step, (prim, operands, attrs) in enumerate(program.steps):
+        used_up = {i for i in operands if i >= first_result and last_step_of[i] == step}
+        steps.append((prim, operands, dict(attrs), tuple(used_up)))
+    return Bound(places, program.constants, tuple(steps))
 
 
 @dataclass
