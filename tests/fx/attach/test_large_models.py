@@ -109,4 +109,3 @@ def test_a_lost_branch_of_one_module_is_found(path: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(GraphPlanner, "forms", lost)
     with pytest.raises(LoraFxError, match=f"{path}.weight: the attached model"):
         attached(deep(16, 32))
-
