@@ -12,6 +12,7 @@ import click
 
 from lora_fx.cli.group import COMMANDS, group
 from lora_fx.cli.output import echo, result, show
+from lora_fx.cli.process_end import end_quickly
 from lora_fx.cli.streams import open_streams
 from lora_fx.cli.termination import stopping
 from lora_fx.errors import LoraFxError, Terminated, explain, one_line
@@ -21,8 +22,14 @@ from lora_fx.text import near
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its code.
+
+    Args:
+        argv: The words of a program that goes on afterwards; None for those of this process.
+    """
     open_streams()
+    if argv is None:
+        end_quickly()
     words = list(sys.argv[1:] if argv is None else argv)
     flags_of_group = [word for word in words if word in ("-v", "--verbose", "-q", "--quiet")]
     argv = flags_of_group + [word for word in words if word not in flags_of_group]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -63,30 +63,59 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
         return math.inf
     if ours.size == 0:
         return 0.0
-    ours = widened(ours)
-    reference = widened(reference)
-    finite = np.isfinite(reference)
-    if not (np.isfinite(ours) == finite).all():
-        return math.inf
-    if not (ours[~finite] == reference[~finite]).all():  # equal infinities; NaN equals nothing
-        return math.inf
 
-    ours = ours[finite]
-    reference = reference[finite]
-    differs = ours != reference
-    gap = float(np.abs(ours - reference).max(initial=0.0))
-    # the number of a mask, -1e9, is the same in both, and nothing is seen beside it
-    largest_differing = float(np.abs(reference[differs]).max(initial=0.0))
-    sizes = np.abs(reference)
-    if largest_differing:
-        is_no_mask = differs | (sizes < MASK) | (sizes <= MASK * largest_differing)
-        sizes = sizes[is_no_mask]
-    top = float(sizes.max(initial=0.0))
+    gap = 0.0
+    largest_differing = 0.0
+    for ours_part, reference_part in _parts(ours, reference):
+        finite = np.isfinite(reference_part)
+        if not (np.isfinite(ours_part) == finite).all():
+            return math.inf
+        if not (ours_part[~finite] == reference_part[~finite]).all():  # NaN equals nothing
+            return math.inf
+        differs = finite & (ours_part != reference_part)
+        ours_part = ours_part[differs]
+        reference_part = reference_part[differs]
+        gap = max(gap, float(np.abs(ours_part - reference_part).max(initial=0.0)))
+        largest_differing = max(largest_differing, largest(reference_part))
+
+    top = _largest_but_masks(ours, reference, largest_differing)
     if top > 0.0:
         return gap / top
     if gap == 0.0 and is_exact:
         return 0.0
     return math.inf
+
+
+def _largest_but_masks(ours: Array, reference: Array, largest_differing: float) -> float:
+    """The largest finite number of a reference that is no number of a mask.
+
+    That of a mask, -1e9, is the same in both, and nothing is seen beside it.
+
+    Args:
+        ours: What is compared with it.
+        reference: The reference.
+        largest_differing: The largest number of the reference that is another in `ours`.
+    """
+    top = 0.0
+    for ours_part, reference_part in _parts(ours, reference):
+        sizes = np.abs(reference_part)
+        counts = np.isfinite(reference_part)
+        if largest_differing:
+            differs = ours_part != reference_part
+            counts &= differs | (sizes < MASK) | (sizes <= MASK * largest_differing)
+        top = max(top, float(sizes[counts].max(initial=0.0)))
+    return top
+
+
+NUMBERS_AT_ONCE = 1 << 18
+"""Numbers of an output that are in memory in fp64 at a time: logits are many."""
+
+
+def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Consecutive numbers of arrays of one shape, in fp64."""
+    flat = [array.reshape(-1) for array in arrays]
+    for start in range(0, flat[0].size, NUMBERS_AT_ONCE):
+        yield tuple(widened(array[start : start + NUMBERS_AT_ONCE]) for array in flat)
 
 
 BOXES_AT_ONCE = 256
@@ -405,8 +434,10 @@ def _output(run: Callable[[], Outputs], name: str) -> Array:
 
 def largest(values: npt.ArrayLike) -> float:
     """Return the largest finite magnitude in an output."""
-    numbers = widened(np.asarray(values))
-    return float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0))
+    top = 0.0
+    for (numbers,) in _parts(np.asarray(values)):
+        top = max(top, float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0)))
+    return top
 
 
 def wide_gate(
@@ -513,11 +544,14 @@ def compare(
 
 def _largest_gap(ours: Array, reference: Array) -> float:
     """Return max|a − b|; infinite if the shapes differ."""
-    a = widened(np.asarray(ours))
-    b = widened(np.asarray(reference))
+    a = np.asarray(ours)
+    b = np.asarray(reference)
     if a.shape != b.shape:
         return math.inf
-    return float(np.abs(a - b).max(initial=0.0))
+    gap = 0.0
+    for a_part, b_part in _parts(a, b):
+        gap = float(np.maximum(gap, np.abs(a_part - b_part).max(initial=0.0)))  # NaN stays NaN
+    return gap
 
 
 @dataclass(frozen=True)

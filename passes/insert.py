@@ -57,6 +57,7 @@ class Insert:
             that do not reach every target.
         role: What the new tensors are for.
         weight_form: Take the weight form everywhere, as a reference for the output forms.
+        branched: Ids of the only sites that may have the output form; None where all may.
     """
 
     updates: Updates
@@ -65,6 +66,7 @@ class Insert:
     role: Role = Role.TRAIN
     missing: str = "error"
     weight_form: bool = False
+    branched: frozenset[str] | None = None
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
         """Edit the graph; sites that already have a branch are not changed."""
@@ -91,6 +93,8 @@ class Insert:
         Nothing is emitted in that case.
         """
         if self.weight_form or not site.kind.has_branch:
+            return False
+        if self.branched is not None and site.id not in self.branched:
             return False
         read = site_layout(site, pairs[0][0].parameter.shape)
         if read is None:

@@ -27,7 +27,7 @@ def widen(model: ir.Model) -> bool:
     for value in values:
         value.dtype = ir.DataType.FLOAT
         if value.const_value is not None:
-            value.const_value = _float32(value.const_value)
+            value.const_value = _float32_when_read(value.const_value)
     for node in model.graph.all_nodes():
         _widen_attributes(node)
     return bool(values)
@@ -65,23 +65,43 @@ def unround(
         stored = value.const_value
         if source not in exact or stored is None or value.dtype is not ir.DataType.FLOAT:
             continue
-        unrounded = _unrounded(stored.numpy(), exact[source]())
+        unrounded = _unrounded(stored.numpy(), exact[source])
         if unrounded is not None:
-            value.const_value = ir.tensor(np.ascontiguousarray(unrounded), name=stored.name)
+            value.const_value = _when_read(unrounded, stored)
         replaced = unrounded is not None
         every_copy_replaced[source] = replaced and every_copy_replaced.get(source, True)
     return frozenset(name for name, replaced in every_copy_replaced.items() if replaced)
 
 
-def _unrounded(stored: Array, exact: Array) -> Array | None:
-    """Return the exact values in the stored layout; None if they do not round to `stored`."""
-    wide = exact.astype(np.float32, copy=False)
-    rounded = wide.astype(ml_dtypes.bfloat16).astype(np.float32)
+def _unrounded(stored: Array, exact: Callable[[], Array]) -> Callable[[], Array] | None:
+    """What gives the exact numbers as they are stored; None where those are no rounding of them."""
+
+    def wide() -> Array:
+        return exact().astype(np.float32, copy=False)
+
+    rounded = wide().astype(ml_dtypes.bfloat16).astype(np.float32)
     if np.array_equal(rounded, stored):
         return wide
     if np.array_equal(rounded.T, stored):
-        return wide.T
+        return lambda: wide().T
     return None
+
+
+def _float32_when_read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return _when_read(lambda: tensor.numpy().astype(np.float32), tensor)
+
+
+def _when_read(compute: Callable[[], Array], tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A float32 tensor in the place of another one, computed each time that it is read.
+
+    Those of a whole model would be in memory beside it, in twice its bytes. A file is written one
+    tensor after the other.
+    """
+
+    def computed() -> ir.Tensor:
+        return ir.tensor(np.ascontiguousarray(compute()), name=tensor.name)
+
+    return ir.LazyTensor(computed, ir.DataType.FLOAT, tensor.shape, name=tensor.name)
 
 
 def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -23,6 +24,7 @@ from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
 from lora_fx.onnx.runtime_log import quiet_options
+from lora_fx.progress import stage
 from lora_fx.text import is_whole
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ def open_session(
     rewrites: bool = True,
     exact: bool = True,
     patterns: bool = True,
+    packs: bool = True,
     external: Mapping[str, Array] | None = None,
 ) -> RuntimeSession:
     """Load a model.
@@ -146,12 +149,16 @@ def open_session(
         path: The .onnx file.
         provider: cpu; cuda, which is an error when it cannot be had; or auto: CUDA where it can
             be had, else CPU with a note.
-        threads: The number of threads; 0 leaves it to the runtime.
+        threads: The number of threads; 0 takes that of OMP_NUM_THREADS, or leaves it to the
+            runtime, which does not read that variable.
         rewrites: Let the runtime rewrite the graph.
         exact: Products are computed in float32. Unasked, the runtime makes int8 of activations at
             block-wise DequantizeLinear (level 4 of MatMulNBits): rel 5e-3, and CUDA multiplies in
             TF32, with 10 bits of each factor.
         patterns: Keep one block of memory for all values of a run at sizes seen before.
+        packs: Copy weights into the order in which products read them, once for all runs. Without,
+            they stay in the pages of the data file, and a proof of a few runs needs no second
+            model in memory.
         external: Arrays in the place of initialisers that lie in a data file, of equal shapes
             and dtypes.
 
@@ -171,6 +178,9 @@ def open_session(
 
     options = quiet_options()
     options.enable_mem_pattern = patterns
+    if not packs:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    threads = threads or _threads_of_user()
     if threads:
         options.intra_op_num_threads = threads
     if not rewrites:
@@ -186,10 +196,9 @@ def open_session(
     try_cuda = provider != "cpu" and "cuda" in providers()
     if try_cuda and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
-    with retold(
-        f"{fspath(path)}: ONNX Runtime cannot load it",
-        "check whether it was written for a newer opset",
-    ):
+    refused = f"{fspath(path)}: ONNX Runtime cannot load it"
+    hint = "check whether it was written for a newer opset"
+    with retold(refused, hint), stage("loading the file in ONNX Runtime"):
         session = ort.InferenceSession(
             fspath(path), options, providers=_providers_to_try(try_cuda, exact)
         )
@@ -209,6 +218,14 @@ def open_session(
     if provider == "auto" and used_provider == "cpu" and driver_present():
         note = "running on CPU: this build of ONNX Runtime does not use the GPU"
     return RuntimeSession(session, used_provider, note)
+
+
+def _threads_of_user() -> int:
+    """The first number of OMP_NUM_THREADS; 0 where it has none."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if not first.isdecimal():
+        return 0
+    return min(int(first), MOST_THREADS)
 
 
 def _providers_to_try(cuda: bool, exact: bool) -> list[str | tuple[str, dict[str, str]]]:

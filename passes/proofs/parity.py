@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ def prove(
     tol: float = ORT_TOL,
     of: str = "",
     rerun: Rerun | None = None,
+    unadapted: Named | None = None,
 ) -> list[Parity]:
     """Run both models at every size; sizes that are equal after pinning a dimension run once.
 
@@ -68,6 +69,7 @@ def prove(
         tol: The gate in fp32.
         of: A word for the report: what is compared.
         rerun: Other ways to run what is compared.
+        unadapted: The outputs on `arrays` without an adapter, where they are known.
     """
     reference.eval()
     results: list[Parity] = []
@@ -104,9 +106,7 @@ def prove(
             ) from e
         execution_of(reference).captured.unproven.pop(str(shapes), None)
 
-        gates = {
-            name: _gate(reference, named, name, value, tol) for name, value in expected.items()
-        }
+        gates = _gates(reference, named, expected, tol, unadapted)
         choose = partial(choices_of, reference, named)
         with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
             parity, note = compared(ours, rerun, feeds, expected, gates, own, choose, of=of)
@@ -190,8 +190,14 @@ def guards(reference: CapturedModule) -> tuple[Condition, ...]:
     )
 
 
-def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, tol: float) -> Gate:
-    """Return the gate of one output: `tol` in fp32.
+def _gates(
+    reference: CapturedModule,
+    named: Named,
+    expected: Mapping[str, Array],
+    tol: float,
+    unadapted: Named | None,
+) -> dict[str, Gate]:
+    """Return the gate of every output: `tol` in fp32.
 
     Where the output, an adapted weight or a product is in a narrower dtype, its rounding decides.
     """
@@ -199,16 +205,27 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, t
     if isinstance(reference, AdaptedModule):
         targets = insertion_of(reference).found
         dtypes_of_weights = {targets[key].parameter.dtype for key in reference.updates}
-    dtypes = {expected.dtype.name, *_product_dtypes(reference), *dtypes_of_weights}
-    eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
+    dtypes = {*_product_dtypes(reference), *dtypes_of_weights}
 
-    def unadapted() -> Array:
+    @cache
+    def base() -> Mapping[str, Array]:
+        if unadapted is not None:
+            return unadapted
         with reference.base():
-            return execution_of(reference).flat(named)[name]
+            return execution_of(reference).flat(named)
 
-    if eps:
-        return narrow_gate(tol, eps, unadapted(), expected)
-    return wide_gate(tol, expected, unadapted if dtypes_of_weights else None)
+    gates = {}
+    for name, value in expected.items():
+        eps = max(EPSILON.get(dtype, 0.0) for dtype in (value.dtype.name, *dtypes))
+        if eps:
+            gates[name] = narrow_gate(tol, eps, base()[name], value)
+            continue
+
+        def of_base(name: str = name) -> Array:
+            return base()[name]
+
+        gates[name] = wide_gate(tol, value, of_base if dtypes_of_weights else None)
+    return gates
 
 
 def _product_dtypes(reference: CapturedModule) -> set[str]:

@@ -244,6 +244,7 @@ class GraphPlanner(Planner):
                     f"{where} would need one update inside the module and another one outside it",
                 )
 
+            reached = [pair for pair in group if pair[0].key in reach.places]
             branch = reach.branch(branches)
             form = result.setdefault(path, Form())
             where = next(iter(reach.places.values()))
@@ -252,11 +253,12 @@ class GraphPlanner(Planner):
                     form.stacks[leaf] = branch
             elif branch is not None and reach.is_alone and path not in by_weight:
                 form.output = branch
+                form.merged = (leaf, weight_form(reached))
+                form.sites = frozenset(site.id for site in reach.sites)
                 where = OUTSIDE
                 is_head = any(target.role == "head" for target, _ in group)
                 if reach.has_uses_outside or reach.is_lookup or not is_head:
                     continue
-            reached = [pair for pair in group if pair[0].key in reach.places]
             form.weights[leaf] = weight_form(reached), where
 
     def _refuse_one_use_in_parts(self, name: str, group: Sequence[Pair]) -> None:

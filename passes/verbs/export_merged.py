@@ -268,7 +268,10 @@ def _write_and_compare(
     """Write one model, and compare the file with the unfolded module."""
     conditions = onnx_conditions(branched.conditions())
     notes = files.save_within(output, model, conditions, guards(branched), options)
-    session = open_session(output.path, options.provider)
+    # products over codes have another kernel where these are packed
+    has_codes = execution_of(branched).captured.quantised is not None or bool(options.precision)
+    packs = has_codes or not output.external
+    session = open_session(output.path, options.provider, packs=packs)
     parity = prove(
         session.run,
         branched,

@@ -22,8 +22,8 @@ from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, restore, swap
-from lora_fx.fx.attach.live_state import ActiveAdapter, Live
-from lora_fx.fx.attach.recording import Program, bound
+from lora_fx.fx.attach.live_state import ActiveAdapter, Live, Watcher
+from lora_fx.fx.attach.recording import Bound, Program, bound
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.dotted_names import owner, parameter_of
@@ -155,7 +155,11 @@ class Attachment:
             leaf: (bound(eval_branch, root), bound(train_branch, root))
             for leaf, (eval_branch, train_branch) in form.stacks.items()
         }
-        return Live(self.switch, weights, output, stacks)
+        merged = None
+        if form.merged is not None:
+            leaf, program = form.merged
+            merged = (leaf, bound(program, root))
+        return Live(self.switch, weights, output, merged, stacks)
 
     def _taken(self) -> set[str]:
         """Return the names of the model's own tensors, children and attributes."""
@@ -204,16 +208,30 @@ class Attachment:
         """A block in which the low-rank updates are off."""
         return patched(self.switch, on=False)
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[set[str]]:
-        """A block that collects the paths of the modules whose branch ran."""
-        run_ids: set[int] = set()
-        run_paths: set[str] = set()
-        with patched(self.switch, seen=run_ids):
-            yield run_paths
-        for path in self.forms:
-            if id(self.model.get_submodule(path)) in run_ids:
-                run_paths.add(path)
+    def watched(self, watcher: Watcher) -> contextlib.AbstractContextManager[None]:
+        """A block in which `watcher` is told of every forward with a branch."""
+        return patched(self.switch, watcher=watcher)
+
+    def branched_sites(self) -> frozenset[str]:
+        """Ids of the uses whose branch can be compared with W + s·B·A in their own parameter."""
+        ids: set[str] = set()
+        for path, form in self.forms.items():
+            if self.merged(self.model.get_submodule(path)) is not None:
+                ids |= form.sites
+        return frozenset(ids)
+
+    def merged(self, module: nn.Module) -> tuple[str, Bound] | None:
+        """The leaf of a module with a branch, and the program of its W + s·B·A.
+
+        None where it has no branch, or no plain tensor of floats that could hold W + s·B·A: what
+        is sharded or made from codes has a type of its own.
+        """
+        live: Live = module.__dict__[STATE]
+        if live.merged is None:
+            return None
+        stored = module._parameters.get(live.merged[0])
+        is_plain = type(stored) is nn.Parameter and stored.is_floating_point()
+        return live.merged if is_plain else None
 
     # --- what the model gains --------------------------------------------------------------------
 
@@ -368,12 +386,15 @@ def keeps_statistics(module: nn.Module) -> bool:
 class Form:
     """The form of one module: programs for its weights, a branch on its output, or both.
 
-    A leaf that is a stack of matrices has the branches of its products too.
+    A leaf that is a stack of matrices has the branches of its products too. A branch of a stored
+    tensor comes with the program of W + s·B·A and the ids of the uses that it serves, for a proof.
     """
 
     weights: dict[str, tuple[Program, str]] = field(default_factory=dict)
     stacks: dict[str, tuple[Program, Program]] = field(default_factory=dict)
     output: tuple[Program, Program] | None = None
+    merged: tuple[str, Program] | None = None
+    sites: frozenset[str] = frozenset()
 
 
 class Planner(Protocol):

@@ -74,13 +74,15 @@ def _with_branch(plain: Forward) -> Forward:
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         y = plain(self, *args, **kwargs)
         live = self._lora_fx
-        if live.switch.seen is not None:
-            live.switch.seen.add(id(self))
-        if not live.switch.on:
-            return y
-        # only modules whose forward takes one argument get a branch (see one_argument)
-        x = args[0] if args else next(iter(kwargs.values()))
-        return live.output[1 if self.training else 0](x, y)
+        result = y
+        if live.switch.on:
+            # only modules whose forward takes one argument get a branch (see one_argument)
+            x = args[0] if args else next(iter(kwargs.values()))
+            result = live.output[1 if self.training else 0](x, y)
+        if live.switch.watcher is not None:
+            again = functools.partial(plain, self, *args, **kwargs)
+            live.switch.watcher(self, again, y, result)
+        return result
 
     return forward
 

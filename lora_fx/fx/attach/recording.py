@@ -87,22 +87,31 @@ class Bound:
 
     places: tuple[tuple[nn.Module, str], ...]
     constants: tuple[float, ...]
-    steps: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...]
+    steps: tuple[tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]], ...]
 
     def __call__(self, first: torch.Tensor, second: object = None, op: object = None) -> object:
         """Run the program on the values of one call."""
         tensors = [module._parameters[leaf] for module, leaf in self.places]
         values: list[object] = [first, second, op, *tensors, *self.constants]
-        for prim, operands, attrs in self.steps:
+        for prim, operands, attrs, used_up in self.steps:
             values.append(PRIMS[prim](*[values[i] for i in operands], **attrs))
+            for i in used_up:
+                values[i] = None
         return values[-1]
 
 
 def bound(program: Program, root: nn.Module) -> Bound:
     """Bind a program to the modules under `root` that hold its tensors."""
     places = tuple(owner(root, name) for name in program.tensors)
-    steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
-    return Bound(places, program.constants, steps)
+    first_result = INPUTS + len(program.tensors) + len(program.constants)
+    last_step_of = {
+        place: step for step, (_, operands, _) in enumerate(program.steps) for place in operands
+    }
+    steps = []
+    for step, (prim, operands, attrs) in enumerate(program.steps):
+        used_up = {i for i in operands if i >= first_result and last_step_of[i] == step}
+        steps.append((prim, operands, dict(attrs), tuple(used_up)))
+    return Bound(places, program.constants, tuple(steps))
 
 
 @dataclass

@@ -54,4 +54,4 @@ def nearby(x: Any, generator: torch.Generator) -> Any:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return x
     signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
+    return (x * (1 + signs * torch.finfo(x.dtype).eps / 2)).to(x.dtype)
