@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,9 +53,14 @@ class Cached:
         from transformers import DynamicCache
 
         pairs = [(layer["key"], layer["value"]) for layer in past_key_values.values()]
+        rows, length = input_ids.shape
         past = pairs[0][0].shape[2]
-        length = input_ids.shape[1]
-        torch._check(attention_mask.shape[1] == past + length)  # type: ignore[no-untyped-call]
+        check: Any = torch._check
+        check(attention_mask.shape[1] == past + length)
+        for past_states in chain.from_iterable(pairs):
+            # known only in its layer, the sizes would be others than in the layer before
+            check(past_states.shape[0] == rows)
+            check(past_states.shape[2] == past)
         forward: Any = super().forward  # type: ignore[misc]  # of the class that is mixed in
         named: dict[str, Any] = {_cache_name(forward): DynamicCache(pairs)}
         if "position_ids" in inspect.signature(forward).parameters:
