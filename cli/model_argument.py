@@ -1,4 +1,4 @@
-"""How a MODEL argument becomes a capture, and its module."""
+"""Captures a MODEL argument, and builds its module."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def captured(
     cache: bool = False,
     check: Callable[[Any], object] | None = None,
 ) -> Captured:
-    """The capture of a MODEL argument, whose notes are printed.
+    """Capture a MODEL argument, and print the notes of the capture.
 
     Args:
         model: A path or name, as on the command line.
-        options: How it is loaded and captured.
-        meta: Read no weights.
-        cache: Capture a decoder with its key-value cache.
-        check: Of a decoder: called with its config before it is captured; it may raise.
+        options: Options for loading and capturing the model.
+        meta: True to read no weights.
+        cache: True to capture a decoder with its key-value cache.
+        check: For a decoder: called with its config before the capture; it may raise.
     """
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
@@ -58,7 +58,7 @@ def captured(
 
 
 def module_with_adapter(cap: Captured) -> AdaptedModule:
-    """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
+    """The module of a .pt2 file with branches; raises for an option that chooses targets."""
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.passes.verbs.build import module_of
@@ -68,7 +68,7 @@ def module_with_adapter(cap: Captured) -> AdaptedModule:
     option = first_given(*choosing, "plan", "quantise", "dead")
     if option:
         raise LoraFxError(
-            f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
+            f"{cap.path} contains an adapter, whose training goes on, so {option} has no effect",
             "leave it out, or start from the original model",
         )
     module = module_of(cap)

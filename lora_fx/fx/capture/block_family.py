@@ -59,7 +59,7 @@ class Block:
         return attributes | classes
 
     def state(self) -> list[object]:
-        """Which things its modules hold, to see whether a call has put others in their places."""
+        """The objects that its modules hold, to see whether a call has replaced some of them."""
         attributes = self.attributes()
         return [*attributes, *map(id, attributes.values()), *map(id, self.tensors())]
 
@@ -130,7 +130,7 @@ class TracedCall:
     spec: TreeSpec = field(default_factory=LeafSpec)
 
     def reads(self, module: nn.Module, name: str) -> None:
-        """Write down that the call asked a module for an attribute."""
+        """Record that the call read an attribute of a module."""
         self.read |= self._differing_places_of(module, name)
 
     def _differing_places_of(self, module: nn.Module, name: str) -> set[Place]:
@@ -149,7 +149,7 @@ class TracedCall:
         return bool(self.layer.places & self._differing_places_of(module, name))
 
     def holds_for(self, tokens: Tokens) -> bool:
-        """Whether what the call may have read is, in a block of these tokens, as it was then."""
+        """Whether all that the call may have read is unchanged in a block of these tokens."""
         unread = self.block.family.differ - self.read
         return differing_places(self.tokens, tokens) <= unread
 
