@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -102,9 +102,7 @@ def prove(
             ) from e
         execution_of(reference).captured.unproven.pop(str(shapes), None)
 
-        gates = {
-            name: _gate(reference, named, name, value, tol) for name, value in expected.items()
-        }
+        gates = _gates(reference, named, expected, tol)
         choose = partial(choices_of, reference, named)
         with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
             parity, note = compared(ours, rerun, feeds, expected, gates, own, choose, of=of)
@@ -188,8 +186,10 @@ def guards(reference: CapturedModule) -> tuple[Condition, ...]:
     )
 
 
-def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, tol: float) -> Gate:
-    """The gate of one output: `tol` in fp32.
+def _gates(
+    reference: CapturedModule, named: Named, expected: Mapping[str, Array], tol: float
+) -> dict[str, Gate]:
+    """The gate of every output: `tol` in fp32.
 
     Where the output, an adapted weight or a product is in a narrower dtype, its rounding decides.
     """
@@ -197,16 +197,25 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, t
     if isinstance(reference, AdaptedModule):
         targets = insertion_of(reference).found
         dtypes_of_weights = {targets[key].parameter.dtype for key in reference.updates}
-    dtypes = {expected.dtype.name, *_product_dtypes(reference), *dtypes_of_weights}
-    eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
+    dtypes_of_all = _product_dtypes(reference) | dtypes_of_weights
 
-    def unadapted() -> Array:
+    @cache
+    def unadapted_outputs() -> dict[str, Array]:
         with reference.base():
-            return execution_of(reference).flat(named)[name]
+            return execution_of(reference).flat(named)
 
-    if eps:
-        return narrow_gate(tol, eps, unadapted(), expected)
-    return wide_gate(tol, expected, unadapted if dtypes_of_weights else None)
+    gates: dict[str, Gate] = {}
+    for name, output in expected.items():
+
+        def unadapted(name: str = name) -> Array:
+            return unadapted_outputs()[name]
+
+        eps = max(EPSILON.get(dtype, 0.0) for dtype in {output.dtype.name, *dtypes_of_all})
+        if eps:
+            gates[name] = narrow_gate(tol, eps, unadapted(), output)
+        else:
+            gates[name] = wide_gate(tol, output, unadapted if dtypes_of_weights else None)
+    return gates
 
 
 def _product_dtypes(reference: CapturedModule) -> set[str]:

@@ -7,6 +7,7 @@ stay those of the user's model, which is not touched.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -50,8 +51,6 @@ class Cached:
             attention_mask: [batch, past + length]; 0 on padding, which is on the left.
             past_key_values: {layer: {key, value}}, each [batch, heads, past, width].
         """
-        from transformers import DynamicCache
-
         pairs = [(layer["key"], layer["value"]) for layer in past_key_values.values()]
         rows, length = input_ids.shape
         past = pairs[0][0].shape[2]
@@ -62,7 +61,7 @@ class Cached:
             check(past_states.shape[0] == rows)
             check(past_states.shape[2] == past)
         forward: Any = super().forward  # type: ignore[misc]  # of the class that is mixed in
-        named: dict[str, Any] = {_cache_name(forward): DynamicCache(pairs)}
+        named: dict[str, Any] = {_cache_name(forward): _filled_cache(pairs)}
         if "position_ids" in inspect.signature(forward).parameters:
             positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
             named["position_ids"] = positions.narrow(1, past, length)
@@ -72,6 +71,26 @@ class Cached:
             for i, layer in enumerate(_cache_of(out).layers)
         }
         return {"logits": out.logits, "present": present}
+
+
+def _filled_cache(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A cache that holds the keys and values of every layer, as they are.
+
+    Made from the pairs by its class, it would join each tensor to an empty one: four more traced
+    ops a layer.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    initialised = DynamicLayer()
+    initialised.lazy_initialization(*pairs[0])
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer = copy.copy(initialised)
+        layer.keys = keys
+        layer.values = values
+        cache.layers.append(layer)
+    return cache
 
 
 def decoder(
