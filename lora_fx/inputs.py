@@ -394,7 +394,8 @@ def _implied(condition: Condition, places: tuple[tuple[Size, str], ...]) -> bool
 
 def _extents(places: Mapping[Size, str], values: Mapping[str, int]) -> dict[Size, int]:
     """The number that every size is where symbols have these values."""
-    return {place: _extent(text, values) for place, text in places.items()}
+    extents_of_texts = {text: _extent(text, values) for text in {*places.values()}}
+    return {place: extents_of_texts[text] for place, text in places.items()}
 
 
 def _extent(symbol: str, values: Mapping[str, int]) -> int:
