@@ -21,6 +21,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.expert_forms import traceable_experts
 from lora_fx.fx.capture.model_source import base_dtype, weightless
 from lora_fx.fx.pt2.captured import FileCaptured
+from lora_fx.fx.symbolic_sizes import equal_sizes_shared
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST
 
@@ -29,7 +30,7 @@ ROWS = 2
 NOW = 5
 """New tokens of the example."""
 BEFORE = 3
-"""Tokens in the cache of the example."""
+"""Tokens in the cache of the example: these sizes and their sum differ, as `decoder` needs it."""
 WORKS = "use a causal language model of transformers whose cache keeps every token"
 
 
@@ -131,7 +132,8 @@ def decoder(
         dynamic[f"past_key_values.{i}.value"] = {2: PAST}
     captured = Captured(with_cache(model), (), named, dynamic, repeat=repeat)
     captured.notes += [note for note in notes if note not in captured.notes]
-    captured.traced(False, captured.named)
+    with equal_sizes_shared():
+        captured.traced(False, captured.named)
     return captured
 
 

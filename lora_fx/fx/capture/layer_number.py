@@ -1,4 +1,4 @@
-"""Numbers of layers: a block holds one, and by it asks a key-value cache for the layer that it fills.
+"""The number of a layer: by it a block asks a key-value cache for the layer that it fills.
 
 A decoder gives the whole cache to each of its blocks. Calls of two blocks are alike where each
 asks for the layer of its own number, and does nothing else with the cache and with the number. So
@@ -91,7 +91,8 @@ class LayerNumber:
         return getattr(self.number(), name)
 
     @property
-    def __class__(self) -> Any:  # for isinstance
+    def __class__(self) -> Any:
+        """The class that isinstance finds."""
         return type(self.number())
 
 
@@ -136,13 +137,16 @@ class WatchedLayers:
         self._calls = calls
 
     def __len__(self) -> int:
+        """How many layers there are, which is the same for every block."""
         return len(self.layers)
 
     def __iter__(self) -> Iterator[Any]:
+        """All layers."""
         self.asked_for_by(())
         return iter(self.layers)
 
     def __getitem__(self, index: Any) -> Any:
+        """The layer of a number; a plain number may be that of another block's layer."""
         if type(index) is not LayerNumber:
             self.asked_for_by(())
             return self.layers[index]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_fx.fx.capture.decoder import decoder
-from tests.fx.capture.test_repeat import WIDTH, Block, captures, rows
+from tests.fx.capture.test_repeat import Block, captures, rows
 from tests.onnx.decoders import MODELS
 
 cache_utils = pytest.importorskip("transformers.cache_utils")
