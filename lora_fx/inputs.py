@@ -14,7 +14,7 @@ import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,7 @@ class Inputs:
             texts += spec.dims.values()
         return _symbols_in(texts)
 
+    @cached_property
     def _places(self) -> dict[Size, str]:
         """Return the symbol of every size: equal sizes share one, fixed sizes are numbers."""
         places: dict[Size, str] = {}
@@ -218,7 +219,7 @@ class Inputs:
 
     def values(self, size: Extents) -> dict[str, int] | None:
         """Return symbol values at one size, or at the nearest valid one; None if none was found."""
-        places = self._places()
+        places = self._places
         requested = self._requested(size, places)
         restricted = set[str]()
         for condition in self.conditions:
@@ -239,7 +240,7 @@ class Inputs:
         values = self.values(size)
         if values is None:  # the example is certain
             return {spec.name: spec.shape for spec in self.specs}
-        extents = _extents(self._places(), values)
+        extents = _extents(self._places, values)
         shapes = {}
         for spec in self.specs:
             shapes[spec.name] = tuple(extents[spec.name, dim] for dim in range(len(spec.shape)))
@@ -247,13 +248,18 @@ class Inputs:
 
     def symbol(self, name: str, d: int) -> str:
         """Return the symbol of a dimension; sizes that must be equal have the same one."""
-        return self._places().get((name, d), f"{name}[{d}]")
+        return self._places.get((name, d), f"{name}[{d}]")
+
+    @cached_property
+    def _places_by_demand(self) -> dict[Size, str]:
+        """The symbols of every size, where only demands make sizes equal."""
+        demands = tuple(other for other in self.conditions if other.demanded)
+        return replace(self, conditions=demands)._places
 
     def implied(self, condition: Condition) -> bool:
         """Whether a condition holds whenever sizes with the same symbol are equal."""
         # names and demands say so: a branch, which asked the same, is what is to be told
-        demands = tuple(other for other in self.conditions if other.demanded)
-        places = replace(self, conditions=demands)._places()
+        places = self._places_by_demand
         about = sorted(condition.about & {*places})
         return _implied(condition, tuple((place, places[place]) for place in about))
 
@@ -264,7 +270,7 @@ class Inputs:
             condition: The one to break.
             near: What symbols that it does not speak of are.
         """
-        places = self._places()
+        places = self._places
         requested = self._requested(near, places)
         about = _symbols_about(condition, places)
         for move in _moves([symbol for symbol in requested if symbol in about], condition):
@@ -388,7 +394,8 @@ def _implied(condition: Condition, places: tuple[tuple[Size, str], ...]) -> bool
 
 def _extents(places: Mapping[Size, str], values: Mapping[str, int]) -> dict[Size, int]:
     """Return the number for every size, given the values of the symbols."""
-    return {place: _extent(text, values) for place, text in places.items()}
+    extents_of_texts = {text: _extent(text, values) for text in {*places.values()}}
+    return {place: extents_of_texts[text] for place, text in places.items()}
 
 
 def _extent(symbol: str, values: Mapping[str, int]) -> int:

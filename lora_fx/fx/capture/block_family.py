@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from lora_fx.fx.capture.cache_layer import CacheLayer
 from lora_fx.fx.capture.snapshot import Snapshot, Token, attributes_of_module
 from lora_fx.fx.trees import LeafSpec, TreeSpec
 
@@ -88,6 +90,16 @@ class BlockFamily:
     patterns: list[TracedCall] = field(default_factory=list)
     broken: bool = False
 
+    @cached_property
+    def numbers(self) -> frozenset[Place]:
+        """The places where every block holds a whole number of its own."""
+        places: set[Place] = set()
+        for path, name in self.differ - self.fixed:
+            held = [block.modules[path].__dict__.get(name) for block in self.blocks]
+            if all(type(x) is int for x in held) and len(set(held)) == len(held):
+                places.add((path, name))
+        return frozenset(places)
+
 
 @dataclass(eq=False)
 class TracedCall:
@@ -100,7 +112,9 @@ class TracedCall:
         inputs: The tensors that it was called with, and those of its block.
         tokens: The tokens of what its block held then, and of what its code could reach.
         read: Those of the family's differing places that it read.
-        outputs: Its outputs, flat.
+        layer: The layer of a cache that it was given.
+        strays: True once it touched another layer of the cache.
+        outputs: Its outputs and the tensors of the layer after it, flat.
         spec: Their tree.
     """
 
@@ -110,15 +124,29 @@ class TracedCall:
     inputs: Sequence[torch.Tensor]
     tokens: Tokens
     read: set[Place]
+    layer: CacheLayer | None = None
+    strays: bool = False
     outputs: list[object] = field(default_factory=list)
     spec: TreeSpec = field(default_factory=LeafSpec)
 
     def reads(self, module: nn.Module, name: str) -> None:
         """Record that the call read an attribute of a module, if blocks differ in it."""
+        self.read |= self._differing_places_of(module, name)
+
+    def _differing_places_of(self, module: nn.Module, name: str) -> set[Place]:
+        """The places of the family's differing ones that an attribute of a module is."""
+        places: set[Place] = set()
         for path, differing_name in self.block.family.differ:
             is_of_block = self.block.modules[path].__dict__ is module.__dict__
             if differing_name == name and is_of_block:
-                self.read.add((path, name))
+                places.add((path, name))
+        return places
+
+    def knows_layer_by(self, module: nn.Module, name: str) -> bool:
+        """Whether an attribute of a module is the number of the layer that the call was given."""
+        if self.layer is None:
+            return False
+        return bool(self.layer.places & self._differing_places_of(module, name))
 
     def holds_for(self, tokens: Tokens) -> bool:
         """Whether everything that the call may have read is the same in a block of these tokens."""

@@ -7,8 +7,10 @@ stay those of the user's model, which is not touched.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.expert_forms import traceable_experts
 from lora_fx.fx.capture.model_source import base_dtype, weightless
 from lora_fx.fx.pt2.captured import FileCaptured
+from lora_fx.fx.symbolic_sizes import equal_sizes_shared
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST
 
@@ -49,14 +52,17 @@ class Cached:
             attention_mask: [batch, past + length]; 0 on padding, which is on the left.
             past_key_values: {layer: {key, value}}, each [batch, heads, past, width].
         """
-        from transformers import DynamicCache
-
         pairs = [(layer["key"], layer["value"]) for layer in past_key_values.values()]
+        rows, length = input_ids.shape
         past = pairs[0][0].shape[2]
-        length = input_ids.shape[1]
-        torch._check(attention_mask.shape[1] == past + length)  # type: ignore[no-untyped-call]
+        check: Any = torch._check
+        check(attention_mask.shape[1] == past + length)
+        for past_states in chain.from_iterable(pairs):
+            # known only in its layer, the sizes would be others than in the layer before
+            check(past_states.shape[0] == rows)
+            check(past_states.shape[2] == past)
         forward: Any = super().forward  # type: ignore[misc]  # of the class that is mixed in
-        named: dict[str, Any] = {_cache_name(forward): DynamicCache(pairs)}
+        named: dict[str, Any] = {_cache_name(forward): _filled_cache(pairs)}
         if "position_ids" in inspect.signature(forward).parameters:
             positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
             named["position_ids"] = positions.narrow(1, past, length)
@@ -66,6 +72,26 @@ class Cached:
             for i, layer in enumerate(_cache_of(out).layers)
         }
         return {"logits": out.logits, "present": present}
+
+
+def _filled_cache(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A cache that holds the keys and values of every layer, as they are.
+
+    Made from the pairs by its class, it would join each tensor to an empty one: four more traced
+    ops a layer.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    initialised = DynamicLayer()
+    initialised.lazy_initialization(*pairs[0])
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer = copy.copy(initialised)
+        layer.keys = keys
+        layer.values = values
+        cache.layers.append(layer)
+    return cache
 
 
 def decoder(
@@ -106,7 +132,8 @@ def decoder(
         dynamic[f"past_key_values.{i}.value"] = {2: PAST}
     captured = Captured(with_cache(model), (), named, dynamic, repeat=repeat)
     captured.notes += [note for note in notes if note not in captured.notes]
-    captured.traced(False, captured.named)
+    with equal_sizes_shared():
+        captured.traced(False, captured.named)
     return captured
 
 

@@ -34,7 +34,9 @@ from lora_fx.fx.capture.block_family import (
     differing_places,
     is_altered,
 )
+from lora_fx.fx.capture.cache_layer import CacheLayer
 from lora_fx.fx.capture.call import is_cache
+from lora_fx.fx.capture.layer_number import LayerNumber, WatchedLayers, layer_of
 from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot
 from lora_fx.fx.fake_tensors import detect_fake_mode
 from lora_fx.fx.func_transforms import transforms_are_active
@@ -152,10 +154,14 @@ class Repeats:
         """Return a property that records when an attribute is read."""
 
         def get(module: nn.Module) -> object:
+            with_layer = self._open_with_layer(module, name)
             for pattern in self._open:
-                pattern.reads(module, name)
+                if pattern not in with_layer:
+                    pattern.reads(module, name)
             if name not in module.__dict__:
                 raise AttributeError(name)  # nn.Module looks among its tensors then
+            if with_layer:
+                return LayerNumber(module, name, with_layer)
             return module.__dict__[name]
 
         def put(module: nn.Module, value: object) -> None:
@@ -163,9 +169,13 @@ class Repeats:
 
         return property(get, put, lambda module: module.__dict__.pop(name))
 
+    def _open_with_layer(self, module: nn.Module, name: str) -> list[TracedCall]:
+        """The open calls that were given a layer whose number an attribute of a module is."""
+        return [pattern for pattern in self._open if pattern.knows_layer_by(module, name)]
+
     def _without_empty_cache(self, argument: Any) -> Any:
         """Return None for an empty cache, which holds no values; other arguments are returned."""
-        if not is_cache(argument):
+        if not is_cache(argument) or isinstance(vars(argument).get("layers"), WatchedLayers):
             return argument
         parts_of_cache = (argument, *vars(argument).values())
         layered = [x for x in parts_of_cache if hasattr(x, "layers") and x.layers is not _MISSING]
@@ -212,10 +222,14 @@ class Repeats:
         A call that cannot be told from others is run as it is.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        arguments = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        layer = layer_of(block, leaves)
+        cached = [*layer.tensors().values()] if layer else []
+        arguments = [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *cached]
         inputs = [*arguments, *block.tensors()]
         now = Snapshot(self._around)
-        call = _described(leaves, spec, inputs, now) if block.is_as_compared() else None
+        call = None
+        if block.is_as_compared():
+            call = _described([*leaves, *cached], spec, inputs, layer, now)
         if call is None:
             return run(*args, **kwargs)
         call.append(run.func)
@@ -225,16 +239,28 @@ class Repeats:
         sized_call = _sized(call)
         for pattern in block.family.patterns:
             if _sized(pattern.call) == sized_call and pattern.holds_for(tokens):
-                return self._copy(pattern, block, inputs)
-        pattern = TracedCall(next(_KEYS), block, call, inputs, tokens, {*block.family.fixed})
+                return self._copy(pattern, block, inputs, layer)
+        read = {*block.family.fixed}
+        pattern = TracedCall(next(_KEYS), block, call, inputs, tokens, read, layer)
         return self._trace(pattern, run, args, kwargs)
 
-    def _copy(self, pattern: TracedCall, block: Block, inputs: Sequence[torch.Tensor]) -> object:
-        """Add one opaque node for a call; return its outputs in the tree of the pattern's."""
+    def _copy(
+        self,
+        pattern: TracedCall,
+        block: Block,
+        inputs: Sequence[torch.Tensor],
+        layer: CacheLayer | None,
+    ) -> object:
+        """The outputs of one opaque node, in the tree of the pattern's; the layer is filled."""
         self.copies += 1
         for outer in self._open:
             for path, name in pattern.read:
                 outer.reads(block.modules[path], name)
+        if layer is not None:
+            for path, name in layer.places:
+                WatchedLayers(layer.layers, self._open).asked_for_by(
+                    self._open_with_layer(block.modules[path], name)
+                )
 
         copied_outputs = iter(AGAIN(inputs, pattern.key))
         # an output that is an input of the pattern is that input of this call
@@ -243,7 +269,10 @@ class Repeats:
         for output in pattern.outputs:
             copied = next(copied_outputs) if isinstance(output, torch.Tensor) else output
             outputs.append(passed_on.get(id(output), copied))
-        return tree_unflatten(outputs, pattern.spec)
+        result, filled = tree_unflatten(outputs, pattern.spec)
+        if layer is not None:
+            layer.fill(filled)
+        return result
 
     def _trace(
         self,
@@ -255,26 +284,37 @@ class Repeats:
         """Run a call between two marks; keep it as a pattern if it has no side effects."""
         block = pattern.block
         inputs = pattern.inputs
+        layer = pattern.layer
 
         def left_behind() -> object:
             """Return the present state of everything that the call may change."""
             snapshot = Snapshot(self._around)
-            tokens = [snapshot.token(leaf) for leaf in tree_leaves((args, kwargs))]
+            tokens: list[object] = []
+            for leaf in tree_leaves((args, kwargs)):
+                if layer is None or leaf is not layer.cache:
+                    tokens.append(snapshot.token(leaf))
+            if layer is not None:
+                tokens += [layer.kind(snapshot), layer.others(snapshot)]
             versions = [tensor._version for tensor in inputs]
             return versions, _count_of_unbacked_sizes(inputs), block.state(), tokens
 
         before = left_behind()
         START(inputs, pattern.key)
         self._open.append(pattern)
+        watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if layer is not None:
+            watched = patched(layer.cache, layers=WatchedLayers(layer.layers, self._open))
         try:
-            result = run(*args, **kwargs)
+            with watched:
+                result = run(*args, **kwargs)
         finally:
             self._open.pop()
 
-        pattern.outputs, pattern.spec = tree_flatten(result)
+        filled = layer.tensors() if layer is not None else {}
+        pattern.outputs, pattern.spec = tree_flatten((result, filled))
         tensors = [output for output in pattern.outputs if isinstance(output, torch.Tensor)]
         are_plain = all(isinstance(x, (torch.Tensor, torch.Size, *PLAIN)) for x in pattern.outputs)
-        left_nothing = before == left_behind()
+        left_nothing = before == left_behind() and not pattern.strays
         still_holds = left_nothing and pattern.holds_for(block.tokens(Snapshot(self._around)))
         if are_plain and _are_tracked(tensors) and still_holds:
             END([*tensors, *inputs], pattern.key)  # a cast that does nothing is now an argument
@@ -321,14 +361,19 @@ def _holds_tokens(layer: object) -> bool:
 
 
 def _described(
-    leaves: Sequence[object], spec: object, inputs: Sequence[torch.Tensor], now: Snapshot
+    leaves: Sequence[object],
+    spec: object,
+    inputs: Sequence[torch.Tensor],
+    layer: CacheLayer | None,
+    now: Snapshot,
 ) -> list[object] | None:
     """Return a description of a block's call; None if calls cannot be compared.
 
     Args:
-        leaves: The arguments.
-        spec: Their tree.
-        inputs: The tensors among them, and those of the block.
+        leaves: The arguments, and the tensors of the layer.
+        spec: The tree of the arguments.
+        inputs: The tensors among the leaves, and those of the block.
+        layer: The layer that it fills of a cache among the arguments.
         now: Tells functions and classes apart.
     """
     if torch.is_autocast_enabled("cpu") or transforms_are_active():
@@ -348,6 +393,8 @@ def _described(
             call.append(leaf)
         elif inspect.isroutine(leaf) or isinstance(leaf, type):
             call.append(now.token(leaf))
+        elif layer is not None and leaf is layer.cache:
+            call.append(layer.kind(now))
         else:
             return None
     return call

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.compare import Gate, compare_fairly, narrow_gate
-from lora_fx.passes.proofs import graph_choices, torch_rounding
+from lora_fx.passes.proofs import graph_choices, parity, torch_rounding
 from lora_fx.passes.proofs.torch_rounding import own_errors
 
 
@@ -152,3 +152,33 @@ def test_inputs_that_fit_count_where_sampled_ones_do_not() -> None:
     adapted = lora_fx.insert(Rows().eval(), (x,), rank=2, include="fc")
     assert 0 < all_of(own_errors(adapted))["output"] < 1e-6  # the example counts
     assert 0 < all_of(own_errors(adapted, {"x": x.numpy()}))["output"] < 1e-6
+
+
+class ThreeOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        y = self.layer(x)
+        return y, y.tanh(), y.exp()
+
+
+def test_the_unadapted_model_runs_once_for_the_gates_of_all_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = ThreeOutputs().bfloat16().eval()
+    adapted = lora_fx.insert(model, (torch.randn(2, 8, dtype=torch.bfloat16),), rank=2)
+    blocks = 0
+    base = type(adapted).base
+
+    def counted(module: Any) -> Any:
+        nonlocal blocks
+        blocks += 1
+        return base(module)
+
+    monkeypatch.setattr(type(adapted), "base", counted)
+    results = parity.prove(parity.torch_run(adapted), adapted)
+    assert len(results) > 1
+    assert blocks == len(results)

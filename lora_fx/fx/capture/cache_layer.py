@@ -1,0 +1,61 @@
+"""The layer of a key-value cache that a call of a block may read and fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_fx.fx.capture.snapshot import Snapshot, Token
+
+
+@dataclass(frozen=True, eq=False)
+class CacheLayer:
+    """The layer of a filled cache that a call of a block may read and fill.
+
+    Attributes:
+        cache: The cache, an argument of the call.
+        layers: Those of the cache.
+        number: Which of them it is.
+        places: (path in the block, attribute) of all that holds the number there.
+    """
+
+    cache: Any
+    layers: Sequence[Any]
+    number: int
+    places: frozenset[tuple[str, str]]
+
+    @property
+    def layer(self) -> Any:
+        """The layer itself."""
+        return self.layers[self.number]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by the names of its attributes."""
+        attributes = vars(self.layer)
+        return {name: x for name, x in attributes.items() if isinstance(x, torch.Tensor)}
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give it the tensors that a call puts there."""
+        vars(self.layer).update(tensors)
+
+    def kind(self, now: Snapshot) -> Token:
+        """The features, but for tensors, that are the same in calls that are alike."""
+        tensors = self.tensors()
+        attributes = vars(self.layer)
+        settings = {name: x for name, x in attributes.items() if name not in tensors}
+        of_cache = {name: x for name, x in vars(self.cache).items() if name != "layers"}
+        return (
+            type(self.cache),
+            now.token(of_cache),
+            len(self.layers),
+            type(self.layer),
+            now.token(settings),
+            tuple(tensors),
+        )
+
+    def others(self, now: Snapshot) -> Token:
+        """The state of the other layers, which the call leaves as they are."""
+        return now.token([layer for layer in self.layers if layer is not self.layer])
