@@ -122,7 +122,7 @@ class MarksLayer(Fills):
 
 
 class WritesLayer(Fills):
-    def forward(self, x: Any, cache: Any) -> Any:
+    def forward(self, x: Any, cache: Any) -> Any:  # type: ignore[override]
         cache.layers[self.index].keys.add_(1.0)
         return super().forward(x, cache)
 
