@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.train.loss import Loss
+    from lora_fx.fx.train.run_defaults import RunDefaults
 
 
 BATCH = 32
@@ -36,6 +37,7 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
     from lora_fx.fx.load.factory import call_function
     from lora_fx.fx.load.folder_tokenizer import tokenizer_of
     from lora_fx.fx.train.language_data import language_table
+    from lora_fx.fx.train.run_defaults import OTHERS
     from lora_fx.passes.verbs.open import user_module
 
     folder = cap.tokenizer_folder
@@ -50,7 +52,7 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
 
     tokenizer = None
     if folder is not None:
-        tokenizer = Texts(tokenizer_of(folder, max_length or 128))
+        tokenizer = Texts(tokenizer_of(folder, max_length or OTHERS.longest))
     table = training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
     if max_length and tokenizer is not None and not tokenizer.seen:
         raise LoraFxError(
@@ -81,7 +83,9 @@ class Texts:
         return self.tokenizer(texts)
 
 
-def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> tuple[Table, Table]:
+def tables_of(
+    data: str, cap: Captured, options: ExampleOptions, seed: int, defaults: RunDefaults
+) -> tuple[Table, Table]:
     """Examples to train on, and those that are held out.
 
     Args:
@@ -89,6 +93,7 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
         cap: The model.
         options: What is held out, and the names of columns.
         seed: That of the draw of examples that are held out.
+        defaults: Say what share is held out where the options do not.
     """
     from lora_fx.held_out import alike, repeated, split
 
@@ -99,7 +104,10 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
         note(f"labels: {some(labels, 8)}")
     path = options.eval_data
     if not path:
-        return split(table, options.validation, seed)
+        share = options.validation
+        if share is None:
+            share = defaults.share_of(len(table))
+        return split(table, share, seed)
 
     read = training_data(path, cap, options.label, options.max_length)
     held_out = alike(read, table, path, data)

@@ -27,6 +27,7 @@ from click.core import ParameterSource
 
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError, NoSay
+from lora_fx.fx.train.run_defaults import CAUSAL, OTHERS
 from lora_fx.spellings import under_either_name
 from lora_fx.text import JsonView
 
@@ -84,9 +85,13 @@ def loss_option() -> Any:
 
 def max_length_option() -> Any:
     """A field of a group: how many tokens of a text are read."""
-    return count_option(
-        "--max-length", "Tokens of a text.  [default: 128; 1024 for causal language models]"
-    )
+    return count_option("--max-length", f"Tokens of a text.  {run_default('longest')}")
+
+
+def run_default(name: str) -> str:
+    """The text of a default that folders of causal language models have otherwise."""
+    number = getattr(OTHERS, name)
+    return f"[default: {number:g}; {getattr(CAUSAL, name):g} for causal language models]"
 
 
 def quantise_option() -> Any:

@@ -17,8 +17,10 @@ from lora_fx.cli.options import (
     loss_option,
     max_length_option,
     option,
+    run_default,
 )
 from lora_fx.errors import LoraFxError, NoSay
+from lora_fx.fx.train.run_defaults import CAUSAL, OTHERS, RunDefaults
 from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ class ExampleOptions:
 
     label: str = label_option("Column to predict.")
     loss: str = loss_option()
-    validation: float = option("--validation", type=float, default=0.1, help="Share held out.")
+    validation: float | None = option(
+        "--validation",
+        type=float,
+        help=f"Share held out.  [default: {OTHERS.held_out:g}; of causal language models at most "
+        f"{CAUSAL.most_held_out} examples]",
+    )
     eval_data: str | None = option(
         "--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA."
     )
@@ -39,9 +46,10 @@ class ExampleOptions:
 
     def check(self, patience: int | None) -> None:
         """Refuse, before any work, options of the held-out examples that contradict each other."""
-        if not 0 <= self.validation < 1:
-            raise LoraFxError(f"--validation {self.validation} is not in [0, 1)", "0.1 is usual")
-        if patience and not (self.validation or self.eval_data):
+        share = OTHERS.held_out if self.validation is None else self.validation
+        if not 0 <= share < 1:
+            raise LoraFxError(f"--validation {share} is not in [0, 1)", "0.1 is usual")
+        if patience and not (share or self.eval_data):
             raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
 
 
@@ -63,13 +71,19 @@ class LoopOptions:
     """How the loop of train runs, what it writes beside the adapter, and its states."""
 
     curve: str | None = option(
-        "--curve", metavar="FILE.csv", help="Write the losses: step, loss, validation."
+        "--curve",
+        metavar="FILE.csv",
+        help="Write the losses while the run goes: step, loss, validation.",
     )
     device: str = option("--device", default="cpu", help="cpu or cuda.")
     epochs: float = option("--epochs", type=ABOVE_0, default=3.0, help="Passes over DATA.")
     steps: int | None = count_option("--steps", "Steps, instead of epochs.")
-    batch_size: int = option("--batch-size", type=FROM_1, default=32, help="Examples a step.")
-    lr: float = option("--lr", type=ABOVE_0, default=1e-3, help="Peak learning rate.")
+    batch_size: int | None = count_option(
+        "--batch-size", f"Examples of a batch.  {run_default('batch_size')}"
+    )
+    lr: float | None = option(
+        "--lr", type=ABOVE_0, help=f"Peak learning rate.  {run_default('lr')}"
+    )
     schedule: str = option(
         "--schedule",
         default="cosine",
@@ -102,8 +116,9 @@ class LoopOptions:
         envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
         help="Parts that a step runs in, one after another, to save memory.",
     )
-    gradient_accumulation_steps: int = count_option(
-        "--gradient-accumulation-steps", "Batches of --batch-size that make one step.", 1
+    gradient_accumulation_steps: int | None = count_option(
+        "--gradient-accumulation-steps",
+        f"Batches of --batch-size that make one step.  {run_default('batches')}",
     )
     activation_checkpointing: bool = flag(
         "--activation-checkpointing", "Recompute blocks in backward."
@@ -130,19 +145,26 @@ class LoopOptions:
         "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
     )
 
-    def settings(self, seed: int) -> Settings:
+    def settings(self, seed: int, defaults: RunDefaults = OTHERS) -> Settings:
         """What the loop is asked for.
 
         Batches that are accumulated are one larger batch that runs in as many more parts.
+
+        Args:
+            seed: That of the run.
+            defaults: The numbers of options that were not given.
         """
         from lora_fx.fx.train.settings import Settings
 
+        batch_size = self.batch_size or defaults.batch_size
         batches = self.gradient_accumulation_steps
+        if batches is None:
+            batches = defaults.batches if self._leaves_the_step_open() else 1
         return Settings(
             epochs=self.epochs,
             steps=self.steps,
-            batch_size=batches * self.batch_size,
-            lr=self.lr,
+            batch_size=batches * batch_size,
+            lr=defaults.lr if self.lr is None else self.lr,
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             clip=self.clip,
@@ -154,6 +176,13 @@ class LoopOptions:
             schedule=self.schedule,
             optimizer=self.optimizer,
         )
+
+    def _leaves_the_step_open(self) -> bool:
+        """Whether no option says how many examples a step has, and how they run.
+
+        A user's own --batch-size is what a step has, as it always was.
+        """
+        return self.batch_size is None and self.accumulate == 1
 
     def saving(self, *, force: bool) -> Saving:
         """Where states are kept; raises, before any work, for what cannot be written."""
@@ -171,11 +200,30 @@ class LoopOptions:
             resume = self.resume
             again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
             check_folder(folder, force=force or again, own=again, limit=self.save_total_limit)
-        return Saving(folder, self.save_every, self.resume, self.save_total_limit)
+        return Saving(folder, self.save_every, self.resume, self.save_total_limit, curve=self.curve)
+
+
+def defaults_taken(examples: ExampleOptions, loop: LoopOptions) -> list[str]:
+    """The defaults of causal language models that hold for a run, as one line; none of it, none."""
+    settings = loop.settings(0, CAUSAL)
+    numbers = []
+    if loop.batch_size is None:
+        numbers.append(f"--batch-size {CAUSAL.batch_size}")
+    if loop.gradient_accumulation_steps is None and settings.accumulate > loop.accumulate:
+        numbers.append(f"--gradient-accumulation-steps {CAUSAL.batches}")
+    if loop.lr is None:
+        numbers.append(f"--lr {CAUSAL.lr:g}")
+    if examples.max_length is None:
+        numbers.append(f"at most {CAUSAL.longest} tokens of a line (--max-length)")
+    if examples.validation is None and not examples.eval_data:
+        numbers.append(f"at most {CAUSAL.most_held_out} examples held out (--validation)")
+    if not numbers:
+        return []
+    return [f"defaults of causal language models: {', '.join(numbers)}"]
 
 
 def _validates(asked: JsonView) -> bool:
-    return bool(asked["validation"] or asked["eval_data"])
+    return asked["validation"] != 0 or bool(asked["eval_data"])
 
 
 def _keeps_states(asked: JsonView) -> bool:

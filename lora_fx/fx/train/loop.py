@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import replacing
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.train import run_facts, state
@@ -200,6 +201,10 @@ class _Run:
             saves = trail.step % self.saving.every == 0
         if self.saving.folder and (saves or ends):
             state.save(self.saving, trail, self.optimizer, self.facts, self.world)
+        if self.saving.curve and (is_due or ends) and self.world.first:
+            # the run's own file, which it may replace: what a user had there was refused before
+            with replacing(self.saving.curve, force=True) as temporary:
+                temporary.write_text(trail.report.to_csv(), encoding="utf-8")
         return ends
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
