@@ -20,16 +20,13 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.train.run_defaults import CAUSAL, OTHERS
 from lora_fx.held_out import split
 from tests.cli.test_cli import run
+from tests.cli.test_train_cli import MODEL
 from tests.fx.train.language_models import folder, rows, write
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by PEFT
-def test_a_run_without_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "base")
-    write(tmp_path / "chat.jsonl", rows("messages", 30))
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each capture of the test so far is of train mode."""
     modes: list[bool] = []
     trace = Captured._trace
 
@@ -38,6 +35,19 @@ def test_a_run_without_options(
         return trace(self, source, training, *rest)
 
     monkeypatch.setattr(Captured, "_trace", counted)
+    return modes
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by PEFT
+def test_a_run_without_options(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    modes: list[bool],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "base")
+    write(tmp_path / "chat.jsonl", rows("messages", 30))
     capsys.readouterr()  # transformers' own line of the folder that it saved
     code, out, err = run(
         capsys, "train", "base", "chat.jsonl", "-o", "a", "--json", "--curve", "c.csv"
@@ -71,6 +81,25 @@ def test_a_run_without_options(
         expected = base(ids).logits
     assert (adapted - before).abs().max() > 1e-3
     assert torch.allclose(adapted, expected, rtol=0, atol=1e-9)
+
+
+def test_a_classifier_is_captured_once_a_mode(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    modes: list[bool],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.py").write_text(
+        MODEL.replace("torch.relu(", "nn.functional.dropout(training=self.training, input=")
+    )
+    x = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    np.savez("d.npz", x=x, labels=np.arange(40) % 4)
+    code, _, err = run(capsys, "train", "model.py:build", "d.npz", "-o", "a", "--steps", "2")
+    assert code == 0, err
+    assert modes == [False, True]
+    assert "the data has 4 labels, the model scores 5 classes" in err
+    assert "defaults of" not in err
 
 
 def test_an_option_of_the_users_wins() -> None:

@@ -12,15 +12,15 @@ from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.fx.train.loss import IGNORED, Loss, loss_function
+from lora_fx.fx.train.loss import Loss, loss_function
 
 
 def label_example(cap: Captured, table: Table | Buckets, loss: str | Loss) -> None:
     """Give the example of a capture that nothing was traced of the labels that batches will have.
 
-    They are labels of the data, in the example's sizes: one a row, or one a token of an input of
-    whole numbers. Labels of other shapes are left to the first batch, since nothing says how large
-    they are for an example of ours.
+    They are zeros in the example's sizes, one a row, or one a token of an input of whole numbers:
+    0 is a class of every model. Fractions, and labels of other shapes, are left to the first
+    batch: not every model takes fractions, and nothing says how large the others are.
     """
     arguments = cap.signature.keywords
     _, argument = loss_function(loss, table.label, lambda name: name in arguments)
@@ -28,12 +28,12 @@ def label_example(cap: Captured, table: Table | Buckets, loss: str | Loss) -> No
         return
     labels = np.asarray(table.columns[table.label])
     like = _input_of_labels(cap, table, labels)
-    if like is None:
+    if like is None or labels.dtype.kind not in "iu":
         return
     shape = tuple(cap.named[like].shape)[: labels.ndim]
     dims = cap.requested.get(like, {})
     free = {dim: symbol for dim, symbol in dims.items() if dim < labels.ndim}
-    cap.extend_example(argument, from_numpy(_drawn_from(labels, shape)), free)
+    cap.extend_example(argument, from_numpy(np.zeros(shape, labels.dtype)), free)
 
 
 def _input_of_labels(cap: Captured, table: Table | Buckets, labels: Array) -> str | None:
@@ -48,11 +48,3 @@ def _input_of_labels(cap: Captured, table: Table | Buckets, labels: Array) -> st
         if labels.ndim == 2 and is_tokens and np.shape(column) == labels.shape:
             return spec.name
     return None
-
-
-def _drawn_from(labels: Array, shape: tuple[int, ...]) -> Array:
-    """Labels of the data in a shape, again from the first where there are too few; none ignored."""
-    counted = labels[labels != IGNORED]
-    if not counted.size:
-        counted = np.zeros(1, labels.dtype)
-    return np.resize(counted, shape)

@@ -107,7 +107,7 @@ def objective(
     _refuse_unknown_columns(model, training)
     compute, own = loss_function(loss, training.label, lambda name: name in arguments)
     labels = training.columns.get(training.label)
-    warnings = _heed_classes(model, training, rows) if loss == "ce" else []
+    warnings = _heed_classes(model, training, own, rows) if loss == "ce" else []
 
     counts = "examples"
     if loss == "ce" and labels is not None and labels.dtype.kind in "iu":
@@ -131,16 +131,23 @@ def _refuse_unknown_columns(model: AdaptedModule, training: Table | Buckets) -> 
             )
 
 
-def _heed_classes(model: AdaptedModule, training: Table | Buckets, rows: int) -> list[str]:
+def _heed_classes(
+    model: AdaptedModule, training: Table | Buckets, own: str, rows: int
+) -> list[str]:
     """Check one label an example against the model's scores, before any step; returns warnings."""
     tables = training.tables if isinstance(training, Buckets) else [training]
     needed = training.label in execution_of(model).captured.signature.required
     if needed or tables[0].columns.get(training.label, np.zeros(())).ndim != 1:
         return []
     labels = torch.cat([from_numpy(np.asarray(t.columns[training.label])) for t in tables])
+    question = question_rows(model, tables[0], rows)
+    inputs = inputs_of(model, question)
+    if own and not labels.is_floating_point():
+        # without labels it is another program, which would be captured for this question alone
+        inputs[own] = labels.new_zeros(len(question), device=device_of(model))
     model.eval()
     with torch.no_grad():
-        out = model(**inputs_of(model, question_rows(model, tables[0], rows)))
+        out = model(**inputs)
     scores = scores_of(out)
     if scores.dim() != 2 or scores.shape[1] < 2:
         return []
