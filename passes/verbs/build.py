@@ -32,6 +32,7 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.train.language_data import is_causal
+from lora_fx.passes.chunk import Chunk
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import exact
@@ -268,15 +269,24 @@ def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None
     )
 
 
-def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
-    """The passes of train programs, in order."""
+def speedups(blocks: Sequence[str], training: bool) -> list[Callable[[FxGraph], object]]:
+    """The passes of programs, in order; most are about what training keeps."""
     paths = tuple(blocks)
-    return [Clean(), Share(paths, free=True), Fuse(True), Recompute(paths), RecomputeWeights()]
+    if not training:
+        return [Chunk(paths)]
+    return [
+        Clean(),
+        Chunk(paths),
+        Share(paths, free=True),
+        Fuse(True),
+        Recompute(paths),
+        RecomputeWeights(),
+    ]
 
 
-def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
+def plainly(blocks: Sequence[str], training: bool) -> list[Callable[[FxGraph], object]]:
     """The passes of a program that is run as it was captured: no weight as numbers is kept."""
-    return [RecomputeWeights()]
+    return [RecomputeWeights()] if training else []
 
 
 def module_of(captured: FileCaptured) -> CapturedModule:

@@ -33,6 +33,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.block_checkpoints import Recomputing, checkpointer, refuse_inlined
 from lora_fx.fx.module.codegen import inlined_blocks
+from lora_fx.fx.module.loss_output import keep_loss
 from lora_fx.fx.module.norm_statistics import freeze_norms
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import to_numpy
@@ -43,8 +44,8 @@ from lora_fx.patching import patched
 Rewriter = Callable[[FxGraph], object]
 Program = tuple[str, Traced]
 """The name of its code, and what it was made from: the sizes that it takes, its outputs' tree."""
-Speedups = Callable[[Sequence[str]], list[Rewriter]]
-"""The passes that make train programs cheaper, for the paths of a module's blocks."""
+Speedups = Callable[[Sequence[str], bool], list[Rewriter]]
+"""The passes that make programs cheaper, for the paths of a module's blocks and a mode."""
 
 
 # The weightless copy holds the model's code: the user's module with every tensor faked. Captures
@@ -143,6 +144,8 @@ class CapturedModule(Recomputing, Scope):
     """A captured model as a module again: original names, signature and output type."""
 
     _fast: Speedups | None = None
+    _loss_alone = False
+    """Whether programs give the model's loss and None for its other outputs."""
 
     def __init__(
         self,
@@ -185,7 +188,8 @@ class CapturedModule(Recomputing, Scope):
         # Nothing flips flags or dtypes in a graph: another mode, dtype or set of arguments is
         # another program, captured when it is first called for. So are sizes at which the model's
         # code takes another path.
-        key = (self.training, self._dtype, self._adapted, *program_key(named, leaves))
+        state = (self.training, self._dtype, self._adapted, self._loss_alone)
+        key = (*state, *program_key(named, leaves))
         for ident, traced in programs.compiled.get(key, ()):  # noqa: B007 - it is used behind
             if traced.door.admits(leaves):
                 break
@@ -230,9 +234,11 @@ class CapturedModule(Recomputing, Scope):
         traced = programs.captured.traced(self.training, named, self._dtype)
         traced.door.check(tree_leaves(named))
         graph = self._graph(self.training, named)
+        if self._loss_alone and keep_loss(graph.graph, traced.out_spec):
+            graph.changed()
         blocks = self._blocks() if programs.blocks else {}
-        if self._fast is not None and self.training and self._adapted:
-            for speedup in self._fast(tuple(blocks)):
+        if self._fast is not None and self._adapted:
+            for speedup in self._fast(tuple(blocks), self.training):
                 speedup(graph)
         graph.lint()
 

@@ -92,8 +92,9 @@ def fit(
         world.same(run_facts.digests(model, facts))
 
     run = _Run(run_objective, optimizer, world, saving, facts, held_out, rows)
-    trail = run.start()
-    run.go(training, trail, progress)
+    with run_objective.alone():
+        trail = run.start()
+        run.go(training, trail, progress)
     report = trail.report
     if report.best_step and report.best_step != trail.step:
         state.set_trained(optimizer, trail.kept)

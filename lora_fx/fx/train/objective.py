@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class Objective:
         own: The argument that carries the labels into the model; empty where the loss takes them.
         counts: Items of the mean: examples, labels, or next (labels but an example's first).
         half: Whether products run in bfloat16.
+        own_loss: Whether the loss is the model's own where it gives one.
     """
 
     model: AdaptedModule
@@ -51,6 +53,7 @@ class Objective:
     own: str = ""
     counts: str = "examples"
     half: bool = False
+    own_loss: bool = False
 
     def weight(self, batch: Table) -> int:
         """Over how many items the loss of a batch is a mean."""
@@ -70,6 +73,12 @@ class Objective:
             if labels is None:
                 return self.compute(out, None)
             return self.compute(out, from_numpy(labels).to(device))
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the model need not give its scores where its own loss is taken."""
+        if self.own and self.own_loss:
+            return execution_of(self.model).loss_alone()
+        return contextlib.nullcontext()
 
     @torch.no_grad()
     def mean(self, table: Table, batch_size: int, world: Processes = ALONE) -> float:
@@ -118,7 +127,7 @@ def objective(
     if not counts:
         warnings.append(UNKNOWN)
         counts = "examples"
-    return Objective(model, compute, own, counts, half), warnings
+    return Objective(model, compute, own, counts, half, loss == "ce"), warnings
 
 
 def _refuse_unknown_columns(model: AdaptedModule, training: Table | Buckets) -> None:
