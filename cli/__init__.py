@@ -1,4 +1,4 @@
-"""The command line: one command a file; each parses, calls the library and prints.
+"""The command line, one command in each file: it parses, calls the library and prints.
 
 Nothing heavy is imported here, so that `lora-fx --help` is instant.
 """
@@ -10,10 +10,11 @@ import sys
 
 
 def _leave_current_folder() -> None:
-    """Take the current folder from the places of imports, where nobody asked for it by name.
+    """Remove the current folder from the import path, unless the user put it there by name.
 
-    `python -m` puts it first, and an empty entry of PYTHONPATH, such as a colon at its end leaves,
-    stands for it. It may be a folder of somebody else's files, with a click.py in it.
+    `python -m` puts the current folder first, and an empty entry of PYTHONPATH, such as after a
+    colon at its end, means the current folder. That folder may hold files of others, such as a
+    click.py.
     """
     runs = any(word.endswith("lora_fx.cli") for word in sys.orig_argv)
     started = runs and sys.argv[:1] == ["-m"]  # while runpy looks for it

@@ -1,4 +1,4 @@
-"""How ADAPTER[:W] arguments become adapters."""
+"""Reads ADAPTER[:W] arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """`ADAPTER:W` as (path, W) where ADAPTER exists or is of the Hub; else (text, 1).
+    """Split `ADAPTER:W` into (path, W) if ADAPTER exists or is on the Hub; else (text, 1).
 
     >>> split_weight("adapter"), split_weight("hf:org/name:0.5")
     (('adapter', 1.0), ('hf:org/name', 0.5))
@@ -27,13 +27,15 @@ def split_weight(text: str) -> tuple[str, float]:
     except ValueError as error:
         if path.endswith(".py"):
             raise LoraFxError(
-                f"{text} is a model, not an adapter", "the model comes first"
+                f"{text} is a model, not an adapter", "give the model first, then the adapters"
             ) from error
-        raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from error
+        raise LoraFxError(
+            f"{text}: {number!r} is not a number", f"give a weight, such as {path}:0.5"
+        ) from error
 
 
 def adapter_of(path: str) -> Adapter:
-    """An adapter from a file, what its reader had to say printed."""
+    """Load an adapter and print the notes of its reader."""
     from lora_fx.formats.io import load_adapter
 
     adapter = load_adapter(path)
@@ -42,7 +44,7 @@ def adapter_of(path: str) -> Adapter:
 
 
 def named_adapters(texts: Sequence[str]) -> dict[str, Adapter]:
-    """`ADAPTER[:W]` arguments by the name of the folder or file."""
+    """The adapters of `ADAPTER[:W]` arguments, by the name of the folder or file."""
     from lora_fx.formats.io import adapter_name
 
     adapters: dict[str, Adapter] = {}

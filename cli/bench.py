@@ -1,4 +1,4 @@
-"""lora-fx bench: .onnx files timed in turn, with the first one twice as a control."""
+"""lora-fx bench: time .onnx files in turn; the first one runs twice, as a control."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_fx.text import Json
 NO_SAY: Rules = (
     NoSay(
         ("sizes",), lambda asked: bool(asked["inputs_file"]),
-        "beside --inputs {0[inputs_file]}, which has one size", "leave one of them out",
+        "with --inputs {0[inputs_file]}, which has one size", "leave one of them out",
     ),
 )  # fmt: skip
 
@@ -26,12 +26,16 @@ NO_SAY: Rules = (
     "sizes",
     multiple=True,
     metavar="BATCH,LENGTH",
-    help="Of dynamic dimensions; repeatable.  [default: 1,8 and 1,32]",
+    help="Set the dynamic dimensions; may be given several times.  [default: 1,8 and 1,32]",
 )
-@click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Inputs by name, one size.")
-@click.option("--rounds", type=int, default=15, help="Rounds that count.")
-@click.option("--threads", type=THREADS, default=1, help="Of ONNX Runtime.")
-@click.option("--provider", default="cpu", help="auto, cpu or cuda.")
+@click.option(
+    "--inputs", "inputs_file", metavar="FILE.npz", help="Read inputs of one size from this file."
+)
+@click.option("--rounds", type=int, default=15, help="Time this many rounds.")
+@click.option(
+    "--threads", type=THREADS, default=1, help="Set the number of threads of ONNX Runtime."
+)
+@click.option("--provider", default="cpu", help="Run ONNX Runtime on auto, cpu or cuda.")
 def command(
     files: tuple[str, ...],
     sizes: tuple[str, ...],
@@ -40,9 +44,9 @@ def command(
     threads: int,
     provider: str,
 ) -> None:
-    r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
+    r"""Time ONNX files in turn, and print the latency of each and its ratio to that of A.
 
-    A is timed twice: the second row says how far two measurements of one thing lie apart.
+    A is timed twice: the second row shows how much two measurements of the same file differ.
 
     \b
     lora-fx bench base.onnx adapted.onnx --size 1,128 --size 8,128

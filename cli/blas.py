@@ -1,4 +1,4 @@
-"""The threads of BLAS, which a merge that has its own does not need."""
+"""Keeps BLAS to one thread in a merge, which has its own threads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def load_numpy() -> None:
-    """Import numpy with one BLAS thread, where nothing has imported it or said how many.
+    """Import numpy with one BLAS thread, unless numpy is imported or the user set a number.
 
-    A merge has threads of its own. BLAS's are started as it is loaded, and spin in wait for work:
-    that is .1 s of a core on two cores.
+    A merge has its own threads. BLAS starts its threads when it is loaded, and they spin while they
+    wait for work: on two cores that costs .1 s of one core.
     """
     name = "OPENBLAS_NUM_THREADS"
     if "numpy" in sys.modules or name in os.environ:

@@ -1,4 +1,4 @@
-"""The options of branches: which targets get them, of which rank, and what A and B start from."""
+"""The options of branches: their targets, their ranks, and the initial values of A and B."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """Which targets get branches, of which rank, and what A and B start from."""
+    """Options for the targets of branches, their ranks, and the initial values of A and B."""
 
-    plan: str | None = option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
-    rank: int = option("--rank", "-r", type=int, default=8, help="Rank of every target.")
+    plan: str | None = option(
+        "--plan",
+        metavar="PLAN",
+        help="Take targets and ranks from a file that `lora-fx plan` wrote.",
+    )
+    rank: int = option("--rank", "-r", type=int, default=8, help="Set the rank of every target.")
     alpha: float | None = option(
-        "--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"
+        "--alpha", type=float, help="Scale every update by alpha/rank.  [default: 2·rank]"
     )
     include: tuple[str, ...] | None = selectors(
-        "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
+        "--include", "Choose targets in place of the default ones, as q_proj,role:v,op:conv2d,re:…"
     )
-    exclude: tuple[str, ...] | None = selectors("--exclude", "Targets to leave out.")
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Leave out these targets.")
     also_train: tuple[str, ...] | None = selectors(
-        "--also-train", "Tensors trained whole, such as a new head."
+        "--also-train", "Train these tensors whole, such as a new head."
     )
     variant: str = option(
         "--variant",
         metavar="lora|rslora|dora|lora-fa|lora+|qalora[:G]",
         default="lora",
-        help="What an update is and how it learns.",
+        help="Choose the form of the updates, and how they are trained.",
     )
     init: str = option(
         "--init",
@@ -45,27 +49,27 @@ class TargetOptions:
             ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
         ),
         default="kaiming",
-        help="What A and B start from.",
+        help="Choose the first values of A and B.",
     )
     dropout: float = option(
-        "--dropout", type=float, default=0.0, help="Dropout on the branches' inputs."
+        "--dropout", type=float, default=0.0, help="Set the dropout on the inputs of the branches."
     )
     quantise: tuple[str, ...] = quantise_option()
-    seed: int = seed_option("Of initial values.")
+    seed: int = seed_option("Seed the first values of A and B.")
     dead: str = option(
         "--dead",
         type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
         default="auto",
-        help="Targets that no gradient reaches: refuse those you named and leave out others; "
-        "refuse; leave out; keep; or prove nothing.",
+        help="Treat targets without effect: error refuses them, drop leaves them out, keep keeps "
+        "them, allow tests none; auto refuses those you named and leaves out others.",
     )
 
     def insert(self, data: Iterable[Named] | None = None, loss: str | Loss = "ce") -> InsertOptions:
-        """What an insert is asked for.
+        """The options of an insert.
 
         Args:
-            data: The batches that a start of data reads.
-            loss: The loss whose gradients a start of gradients reads.
+            data: The batches for an `init` that reads data.
+            loss: The loss for an `init` that reads gradients.
         """
         from lora_fx.passes.verbs.options import InsertOptions
 
@@ -90,8 +94,8 @@ PLANNED: Rules = (
     NoSay(
         ("rank", "alpha", "include"),
         lambda asked: bool(asked["plan"]),
-        "beside --plan {0[plan]}",
+        "with --plan {0[plan]}",
         "leave one of them out",
     ),
 )
-"""When one of them has no say."""
+"""Combinations in which an option has no effect and is refused."""

@@ -1,4 +1,4 @@
-"""--config FILE and --save-config FILE: what a command is given, as a table of a TOML file.
+"""Reads and writes the options of a command as a table of a TOML file (--config, --save-config).
 
     [train]
     model = "model.py:build"
@@ -30,21 +30,25 @@ OWN = ("config", "save_config")
 
 
 def config_options() -> list[click.Option]:
-    """Options of every command."""
+    """The options --config and --save-config, which every command has."""
     return [
         click.Option(
             ["--config"],
             metavar="FILE.toml",
             is_eager=True,  # what it says is there before a required option is missed
             callback=_read,
-            help="What stands in its table of this command.",
+            help="Read options from a TOML file: the table named after this command.",
         ),
-        click.Option(["--save-config"], metavar="FILE.toml", help="Write what --config reads."),
+        click.Option(
+            ["--save-config"],
+            metavar="FILE.toml",
+            help="Write the options of this run to a TOML file for --config.",
+        ),
     ]
 
 
 def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
-    """Make the table of a config file what the command has where its line says nothing."""
+    """Read a config file; its values replace defaults, and the command line wins."""
     if path is None:
         return None
     path = os.path.expanduser(path)
@@ -55,10 +59,10 @@ def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str |
     commands = ctx.parent.command.list_commands(ctx)
     for key, table in tables.items():
         if not isinstance(table, dict):
-            raise LoraFxError(f"{path}: {key!r} stands in no table", f"put it below [{name}]")
+            raise LoraFxError(f"{path}: {key!r} is not in a table", f"write it below [{name}]")
         if key not in commands:
             hint = near(key, commands, "lora-fx --help lists the commands")
-            raise LoraFxError(f"{path}: [{key}] is no command", hint)
+            raise LoraFxError(f"{path}: there is no command [{key}]", hint)
     if name not in tables:
         has = f"it has {some([f'[{t}]' for t in tables])}" if tables else "it is empty"
         raise LoraFxError(f"{path}: no table [{name}]", has)
@@ -67,7 +71,7 @@ def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str |
 
 
 def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
-    """{parameter: value} of a table, each of the type of its option."""
+    """The values of a table by parameter, each with the type of its option."""
     param_of: dict[str, click.Parameter] = {}
     for param in ctx.command.params:
         if param.name not in OWN:
@@ -86,18 +90,18 @@ def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
             raise LoraFxError(f"{where}: given twice", "leave one of them out")
         values[name] = _value(ctx, param, value, where)
     if values.get("trust"):
-        note(f"{path} says trust: pickles are read, by torch's unpickler that runs no code")
+        note(f"{path} sets trust: pickled tensors are read, without running code from them")
     return values
 
 
 def _keys(param: click.Parameter) -> list[str]:
-    """The names that a parameter has in a file; the first is the one that is written."""
+    """The names that a parameter may have in a file; --save-config writes the first."""
     long = [option.removeprefix("--") for option in param.opts if option.startswith("--")]
     return long or [(param.name or "").replace("_", "-")]
 
 
 def _value(ctx: click.Context, param: click.Parameter, value: object, where: str) -> object:
-    """A value of a file as click takes it from a default."""
+    """A value from a file in the form in which click takes a default."""
     takes_several = param.nargs == -1 or getattr(param, "multiple", False)
     kind, fits, example = _type(param)
     items = value if isinstance(value, list) and takes_several else [value]
@@ -121,7 +125,7 @@ def _value(ctx: click.Context, param: click.Parameter, value: object, where: str
 
 
 def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
-    """What a value of a parameter has to be: in words, as a test, and an example."""
+    """The values that a parameter accepts: a description, a test and an example."""
     if getattr(param, "is_flag", False):
         return "true or false", lambda x: isinstance(x, bool), "true"
     if isinstance(param.type, type(click.INT)):
@@ -133,7 +137,7 @@ def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
 
 @contextlib.contextmanager
 def saving_config(ctx: click.Context) -> Iterator[None]:
-    """A block at whose end the config of --save-config is written, unless it refused its input."""
+    """Write the file of --save-config after the block, unless the block refused its input."""
     path = ctx.params.get("save_config")
     force = bool(ctx.params.get("force"))
     if not path or os.environ.get("RANK", "0") != "0":  # the first of several processes writes it
@@ -158,7 +162,7 @@ def saving_config(ctx: click.Context) -> Iterator[None]:
 
 
 def config_text(ctx: click.Context) -> str:
-    """What the command was given, as a file that --config reads."""
+    """The options of this run, as the text of a file for --config."""
     lines = [f"# lora-fx {ctx.info_name} --config FILE", f"[{ctx.info_name}]"]
     for param in ctx.command.params:
         name = param.name or ""
@@ -173,7 +177,7 @@ def config_text(ctx: click.Context) -> str:
 
 
 def _toml(value: object) -> str:
-    """A value as TOML has it."""
+    """A value in TOML."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, float):

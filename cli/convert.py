@@ -34,14 +34,14 @@ def _listed(names: Iterable[str]) -> str:
 
 NAMES = list(dict.fromkeys([*FORMATS.writers(), *LAYOUTS]))
 
-HELP = rf"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
+HELP = rf"""Write ADAPTER to OUT in another format; what the format cannot store is an error.
 
-ADAPTER's own format is told by its content: {", ".join(FORMATS)}. OUT is a folder
-({FORMATS.default.name}), or a file whose name ends as those of its format do; where several have
-that ending, as .safetensors, --format says which.
+The format of ADAPTER is recognised by its content: {", ".join(FORMATS)}. OUT is a folder
+({FORMATS.default.name}), or a file with the ending of its format. Where several formats have that
+ending, such as .safetensors, choose one with --format.
 
-{_listed(LAYOUTS)} are files of PEFT, with the experts of a mixture as these releases and programs
-have them.
+{_listed(LAYOUTS)} are PEFT folders that store the experts of a mixture as these releases and
+servers expect them.
 
 \b
 lora-fx convert ./adapter -o adapter.onnx_adapter
@@ -54,57 +54,67 @@ lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
 NO_SAY: Rules = (
     NoSay(
         ("model_type",), lambda asked: asked["name"] not in LAYOUTS,
-        "without a --format that lays experts out", f"--format {' or '.join(LAYOUTS)}",
+        "without a --format that has a layout for experts", f"--format {' or '.join(LAYOUTS)}",
     ),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeOptions:
-    """What becomes of the updates on their way from one format to another."""
+    """Options that change the updates while they are converted."""
 
     model_type: str | None = option(
         "--model-type",
         metavar="TYPE",
-        help="The base's, in its place, for experts alone.",
+        help="Name the model type in place of --base, where only experts need it.",
     )
     kind: str | None = option(
-        "--as", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA."
+        "--as", type=click.Choice(["lora"]), help="Write LoHa, LoKr, DoRA and others as LoRA."
     )
-    rank: int | None = option("--rank", type=int, help="Of --as.")
+    rank: int | None = option("--rank", type=int, help="Set the rank of the LoRA that --as writes.")
     energy: float | None = option(
-        "--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep."
+        "--energy",
+        type=float,
+        help="Choose the ranks of --as so that they keep this share of ‖ΔW‖².",
     )
-    fuse: bool = flag("--fuse", "q, k, v, or gate, up, become one, as in --base.")
-    split: bool = flag("--split", "The reverse.")
+    fuse: bool = flag(
+        "--fuse", "Join updates of q, k and v, or of gate and up, as --base joins their weights."
+    )
+    split: bool = flag(
+        "--split", "Split updates of joined weights into q, k and v, or gate and up."
+    )
     rows: str | None = option(
-        "--map", metavar="FILE", help="Of both: whose rows are which, as JSON."
+        "--map",
+        metavar="FILE",
+        help="Read the rows of each part from a JSON file, for --fuse and --split.",
     )
     include: tuple[str, ...] | None = selectors(
-        "--include", "Of the adapter: the updates to write.  [default: all]"
+        "--include", "Write only these updates of the adapter.  [default: all]"
     )
     exclude: tuple[str, ...] | None = selectors(
-        "--exclude", "Of the adapter: updates to leave out."
+        "--exclude", "Leave out these updates of the adapter."
     )
     trust: bool = flag("--trust", TRUST)
 
 
 @click.command("convert", cls=ReportCommand, no_say=NO_SAY, help=HELP)
 @click.argument("adapter")
-@output_option("OUT", "The file or folder to write.")
+@output_option("OUT", "Name the file or folder to write.")
 @click.option(
     "--format",
     "name",
     type=click.Choice(NAMES),
     metavar="FORMAT",
-    help=f"Of OUT: {', '.join(NAMES)}.  [default: told by its name where only one is called so]",
+    help=f"Choose the format of OUT: {', '.join(NAMES)}.  [default: the only one with this ending]",
 )
 @click.option(
     "--base",
     metavar="FOLDER",
-    help="The model that it is for, where ADAPTER or OUT depends on it: its names, heads or W.",
+    help="Name the base model, where a format needs its names, heads or weights.",
 )
-@click.option("--for", "model", metavar="X.onnx", help="The switchable file that OUT is for.")
+@click.option(
+    "--for", "model", metavar="X.onnx", help="Name the switch file (.onnx) that will load OUT."
+)
 @option_group("changes", ChangeOptions)
 @force_option
 def command(
@@ -116,7 +126,7 @@ def command(
     changes: ChangeOptions,
     force: bool,
 ) -> None:
-    """Convert an adapter between file formats; HELP is what the command says of itself."""
+    """Convert an adapter between file formats; HELP is the text of --help."""
     if base and not Path(base).exists():
         raise LoraFxError(f"{base}: cannot be read: no such file or folder", near_path(base))
     wanted = name or format_for(output)
@@ -136,7 +146,7 @@ def command(
         said = "".join(f"{row}\n" for row in rows)
     elif changes.rank is not None or changes.energy is not None:
         raise LoraFxError(
-            "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
+            "--rank and --energy need --as lora", "use lora-fx truncate to reduce the ranks of LoRA"
         )
     if changes.fuse or changes.split or changes.rows:
         from lora_fx.checkpoint.refit import refitted

@@ -1,4 +1,4 @@
-"""How a DATA argument, --inputs and --loss become tables, arrays and a loss."""
+"""Reads DATA arguments, --inputs and --loss."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.train.loss import Loss
-    from lora_fx.fx.train.run_defaults import RunDefaults
+    from lora_fx.run_defaults import RunDefaults
 
 
 BATCH = 32
-"""Examples that run at a time."""
+"""The number of examples that run at a time."""
 
 
 def load_npz(path: str | None) -> Json:
-    """Arrays of an --inputs file by name; empty without one."""
+    """The arrays of an --inputs file by name; empty without a file."""
     from lora_fx.data_files import read_npz
 
     if not path:
@@ -32,17 +32,19 @@ def load_npz(path: str | None) -> Json:
 
 
 def training_data(path: str, cap: Captured, label: str, max_length: int | None = None) -> Table:
-    """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
+    """Read DATA as inputs of a model; the model's own tokenizer tokenises texts."""
     from lora_fx.data import training_table
     from lora_fx.fx.load.factory import call_function
     from lora_fx.fx.load.folder_tokenizer import tokenizer_of
     from lora_fx.fx.train.language_data import language_table
-    from lora_fx.fx.train.run_defaults import OTHERS
     from lora_fx.passes.verbs.open import user_module
+    from lora_fx.run_defaults import OTHERS
 
     folder = cap.tokenizer_folder
     if max_length and folder is None:
-        raise LoraFxError("--max-length has no say for a model without a tokenizer", "leave it out")
+        raise LoraFxError(
+            "--max-length has no effect for a model without a tokenizer", "leave it out"
+        )
     if folder and not label and path.endswith(".jsonl") and Path(path).is_file():
         examples = language_table(path, user_module(cap), folder, max_length)
         if examples is not None:
@@ -56,13 +58,13 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
     table = training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
     if max_length and tokenizer is not None and not tokenizer.seen:
         raise LoraFxError(
-            f"--max-length has no say for {path}, which has no column of texts", "leave it out"
+            f"--max-length has no effect for {path}, which has no column of texts", "leave it out"
         )
     return table
 
 
 def refuse_row_labels(table: Table, cap: Captured, data: str, loss: str) -> None:
-    """Raise where DATA has one label a row and the model scores something else by itself."""
+    """Raise if DATA has one label a row and the model's own loss does not score rows."""
     from lora_fx.fx.train import row_labels
     from lora_fx.passes.verbs.open import user_module
 
@@ -71,14 +73,14 @@ def refuse_row_labels(table: Table, cap: Captured, data: str, loss: str) -> None
 
 
 class Texts:
-    """A tokenizer that knows whether it was given any text."""
+    """A tokenizer that records whether it was called."""
 
     def __init__(self, tokenizer: Callable[[list[str]], Any]) -> None:
         self.tokenizer = tokenizer
         self.seen = False
 
     def __call__(self, texts: list[str]) -> Any:
-        """The columns of texts."""
+        """Tokenise texts."""
         self.seen = True
         return self.tokenizer(texts)
 
@@ -86,14 +88,14 @@ class Texts:
 def tables_of(
     data: str, cap: Captured, options: ExampleOptions, seed: int, defaults: RunDefaults
 ) -> tuple[Table, Table]:
-    """Examples to train on, and those that are held out.
+    """Read the training examples and the held-out examples.
 
     Args:
         data: The DATA argument.
         cap: The model.
-        options: What is held out, and the names of columns.
-        seed: That of the draw of examples that are held out.
-        defaults: Say what share is held out where the options do not.
+        options: The held-out examples and the names of columns.
+        seed: The seed by which held-out examples are drawn.
+        defaults: The share that is held out if the options name none.
     """
     from lora_fx.held_out import alike, repeated, split
 
@@ -119,7 +121,7 @@ def tables_of(
 
 
 def loss_of(text: str) -> str | Loss:
-    """Ce or mse as they are, the function of module:NAME."""
+    """The function of `module:NAME`; ce and mse stay as text."""
     from lora_fx.fx.load.factory import load_function
 
     if ":" not in text:
@@ -129,6 +131,6 @@ def loss_of(text: str) -> str | Loss:
 
 
 def batches_of(table: Table | Buckets, seed: int = 0, rows: int = BATCH) -> Iterator[JsonView]:
-    """The columns of one pass over the data, so many rows at a time."""
+    """The columns of the batches of one pass over the data."""
     for batch in table.batches(rows, seed):
         yield batch.columns

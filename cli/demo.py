@@ -1,4 +1,4 @@
-"""lora-fx demo: all of it, end to end, on a real model and real data."""
+"""lora-fx demo: insert, train and export a real model on real data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from lora_fx.cli.output import emit, note, say
     "--output",
     default="lora-fx-demo",
     metavar="OUT",
-    help="Folder for adapter/, model.onnx and report.json.",
+    help="Name the folder for adapter/, model.onnx and report.json.",
 )
-@click.option("--quick", is_flag=True, help="A short run: few steps, no demand on the accuracy.")
+@click.option("--quick", is_flag=True, help="Train a few steps only, and demand no accuracy.")
 @force_option
 def command(output: str, quick: bool, force: bool) -> None:
-    """Teach all-MiniLM-L6-v2 where in the standard library a docstring stands.
+    """Train an adapter for all-MiniLM-L6-v2 on docstrings of the standard library, and export it.
 
-    The data are this machine's own Python files; nothing is downloaded. A linear probe is fitted,
-    rank-8 adapters go on all linears, they are trained, folded and exported, and ONNX Runtime has
-    to predict the same for every held-out example. Fails (exit 1) unless training gains 5 points
-    over the probe; --quick (12 steps) only demands that the scores move.
+    The model learns which part of the library a docstring is from. The data are this machine's
+    own Python files; nothing is downloaded. The command fits a linear probe, trains rank-8 adapters
+    on all linear layers, folds and exports them, and checks that ONNX Runtime predicts the same
+    for every held-out example. The exit code is 1 if training gains less than 5 points over the
+    probe. --quick (12 steps) only checks that the scores change.
     """
     # Threads spin shortly, then sleep: nothing lost on idle cores, half the time on shared ones.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

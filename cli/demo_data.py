@@ -1,8 +1,8 @@
-"""The demo's data: docstrings of this machine's standard library, labelled by where they stand.
+"""The demo's data: docstrings of the standard library, labelled by their modules.
 
-The top-level modules in alphabetical order are cut into volumes of about equal size, as a printed
-manual would be; the label of a docstring is its volume. A volume mixes unlike modules, so a
-linear probe on a text encoder's features gets only so far, and there is something to learn.
+The top-level modules, in alphabetical order, are cut into volumes of about equal size, like those
+of a printed manual. The label of a docstring is its volume. Each volume mixes unlike modules, so a
+linear probe on a text encoder's features cannot separate the volumes well, and an adapter can.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ VOLUMES = 10
 
 
 SEED = 20261124
-"""Of the split. Settings were tuned on the split of seed 0, so the demo reports on another."""
+"""Seed of the split. The settings were tuned on seed 0, so the demo uses another seed."""
 
 
 WORDS = 4
-"""Shorter docstrings say nothing of where they come from."""
+"""The fewest words of a docstring; shorter ones do not show their module."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Topics:
 
 
 def docstrings(root: Path | None = None) -> Iterator[tuple[str, str]]:
-    """(top-level module, docstring) of every definition, parsed and never imported."""
+    """(top-level module, docstring) of every definition; the files are parsed, not imported."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         components = path.relative_to(root).parts
@@ -66,7 +66,7 @@ def docstrings(root: Path | None = None) -> Iterator[tuple[str, str]]:
 
 
 def topics(train: int, test: int, seed: int = SEED, root: Path | None = None) -> Topics:
-    """About `train` and `test` examples, every volume in its share; no text stands twice."""
+    """About `train` and `test` examples, in proportion from every volume; no text is repeated."""
     modules_of: dict[str, set[str]] = {}
     for module, text in docstrings(root):
         modules_of.setdefault(text, set()).add(module)
@@ -88,9 +88,9 @@ def topics(train: int, test: int, seed: int = SEED, root: Path | None = None) ->
 
 
 def _volumes(counts: Mapping[str, int]) -> list[list[str]]:
-    """Modules in alphabetical order, cut into volumes with about as many texts each.
+    """Cut the modules, in alphabetical order, into volumes with about equal numbers of texts.
 
-    A module larger than a volume leaves one empty, which is left out.
+    A module that is larger than a volume leaves the next one empty; empty volumes are left out.
     """
     total = sum(counts.values())
     volumes: list[list[str]] = [[] for _ in range(VOLUMES)]

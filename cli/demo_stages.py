@@ -1,4 +1,4 @@
-"""The demo's stages: probe, insert, train, export, predict; each timed, each said as it ends."""
+"""The stages of the demo: probe, insert, train, export, predict. Each is timed and reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does, and what it demands of the result."""
+    """The size of a demo, and the gain in accuracy that it must reach."""
 
     train: int
     test: int
@@ -34,7 +34,7 @@ class Size:
 
     @classmethod
     def of(cls, quick: bool) -> Size:
-        """The whole demo gains 5 points or more over the probe; the quick one only has to learn."""
+        """The whole demo must gain 5 points over the probe; the quick demo only has to learn."""
         if quick:
             return cls(600, 200, 12, -1.0)
         return cls(5000, 1000, 480, 0.05)
@@ -42,7 +42,7 @@ class Size:
 
 @dataclass
 class Result:
-    """What the table and report.json show."""
+    """The results that the table and report.json show."""
 
     facts: Json = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class Result:
 
 
 class Stages:
-    """The stages of one demo, in their order; each ends by saying what came out.
+    """The stages of one demo, in their order; each prints its result at its end.
 
     Args:
         out: The folder of adapter/, model.onnx and report.json.
-        size: How much is done.
+        size: The size of the demo.
         say: Prints a line.
     """
 
@@ -66,7 +66,7 @@ class Stages:
         self._started = time.perf_counter()
 
     def end(self, stage: str, text: str) -> None:
-        """Note how long a stage took, and say what came out."""
+        """Record the seconds of a stage, and print its result."""
         now = time.perf_counter()
         seconds = round(now - self._started, 1)
         self._started = now
@@ -74,7 +74,7 @@ class Stages:
         self.say(f"{stage}: {text} ({seconds} s)")
 
     def data(self) -> None:
-        """Docstrings to train on and to predict, as token ids."""
+        """Read the training and the held-out docstrings as token ids."""
         from lora_fx.fx.load import minilm
 
         data = topics(self.size.train, self.size.test)
@@ -91,7 +91,7 @@ class Stages:
         self.test_rows = minilm.tokenise(test_texts)
 
     def probe(self) -> None:
-        """A linear probe on the encoder's features: what the adapter has to beat."""
+        """Fit a linear probe on the encoder's features, which the adapter has to beat."""
         import torch
 
         from lora_fx.fx.load import minilm
@@ -110,7 +110,7 @@ class Stages:
         self.end("probe", f"a fitted linear probe reaches {facts['probe']:.3f}")
 
     def insert(self) -> None:
-        """Branches beside every weight matmul but the head's, which is trained whole."""
+        """Insert a branch at every weight matmul except the head, which is trained whole."""
         import torch
 
         import lora_fx
@@ -131,7 +131,7 @@ class Stages:
         self.end("insert", f"{len(report.targets)} targets, {report.trained:,} parameters to train")
 
     def train(self) -> None:
-        """The steps, on batches of texts of like length."""
+        """Train on batches of texts of similar length."""
         from lora_fx.data import Buckets, Table
         from lora_fx.fx.load import minilm
         from lora_fx.fx.train.loop import Settings, fit
@@ -158,7 +158,7 @@ class Stages:
         self.end("train", f"{steps} steps, accuracy {facts['after']:.3f}")
 
     def export(self) -> None:
-        """The adapter, and the model with the adapter folded in."""
+        """Write the adapter, and the ONNX file with the adapter folded in."""
         import lora_fx
 
         lora_fx.save_adapter(self.model.adapter(), self.out / "adapter")
@@ -168,7 +168,7 @@ class Stages:
         self.end("export", f"folded, checked at three sizes, largest difference {largest:.1e}")
 
     def runtime(self) -> None:
-        """The held-out texts in ONNX Runtime, beside torch."""
+        """Predict the held-out texts in ONNX Runtime, and compare with torch."""
         from lora_fx.fx.load import minilm
         from lora_fx.onnx.session import open_session
 
@@ -199,7 +199,7 @@ class Stages:
 
 
 def _in_torch(module: Callable[..., torch.Tensor]) -> Callable[[Array, Array], Array]:
-    """A function of torch on arrays of token ids and of a mask."""
+    """Wrap a torch module as a function of numpy token ids and a mask."""
     import torch
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ def _in_torch(module: Callable[..., torch.Tensor]) -> Callable[[Array, Array], A
 
 
 def run(out: Path, size: Size, say: Say) -> Result:
-    """All stages; leaves adapter/, model.onnx and report.json in `out`."""
+    """Run all stages; they write adapter/, model.onnx and report.json into `out`."""
     stages = Stages(out, size, say)
     stages.data()
     stages.probe()
@@ -224,7 +224,7 @@ def run(out: Path, size: Size, say: Say) -> Result:
 
 
 def _judge(result: Result, size: Size) -> None:
-    """Say what is not as promised."""
+    """Record every promise of the demo that the result breaks."""
     facts = result.facts
     first_loss, last_loss = facts["loss"]
     gain = facts["after"] - facts["probe"]
@@ -244,7 +244,7 @@ def _judge(result: Result, size: Size) -> None:
 
 
 def table(result: Result, out: Path) -> str:
-    """The facts for a person to read."""
+    """The results as a table."""
     facts = result.facts
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items())
     rows = [
@@ -267,7 +267,7 @@ def table(result: Result, out: Path) -> str:
 
 
 def refusal(result: Result) -> NoEffectError | None:
-    """The error when something is not as promised."""
+    """The error if the result breaks a promise of the demo; else None."""
     if not result.failures:
         return None
-    return NoEffectError("; ".join(result.failures), "report.json has every number")
+    return NoEffectError("; ".join(result.failures), "report.json contains every number")

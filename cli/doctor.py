@@ -1,4 +1,4 @@
-"""lora-fx doctor: what is wrong with a base and an adapter."""
+"""lora-fx doctor: report everything that is wrong with a base and an adapter."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lora_fx.formats.servers import SERVERS
 @click.option(
     "--server",
     type=click.Choice([*SERVERS]),
-    help="Also say what this program would read, misread, drop or refuse.",
+    help="Also say what this server would read, misread, drop or refuse.",
 )
 def command(base: str, adapter: str, merge: CheckpointOptions, server: str | None) -> None:
-    r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
+    r"""Report every problem of a merge of ADAPTER into BASE, and what to do.
 
-    BASE is a Hugging Face folder or a .safetensors file. Nothing is loaded or run. The options are
-    those of the merge that is meant.
+    BASE is a Hugging Face folder or a .safetensors file. No model is loaded or run. Give the
+    options that you would give to lora-fx merge.
 
-    Exit code 0: nothing that makes the pair wrong. 1: errors were found. 2: a file cannot be read.
+    Exit codes: 0 if the merge would work, 1 if it would not, 2 if a file cannot be read.
 
     \b
     lora-fx doctor ./llama ./adapter

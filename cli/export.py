@@ -1,4 +1,4 @@
-"""lora-fx export: a model as an ONNX file, adapters folded in or switchable, proven equal."""
+"""lora-fx export: write a model as an ONNX file, with adapters folded in or switchable."""
 
 from __future__ import annotations
 
@@ -35,67 +35,100 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeOptions:
-    """What belongs to single modes."""
+    """The options that belong to single modes."""
 
-    include: tuple[str, ...] | None = selectors("--include", "Of switch, load, train: targets.")
-    exclude: tuple[str, ...] | None = selectors("--exclude", "Of switch, load, train: leave out.")
-    rank: int | None = option("--rank", type=int, help="Of load: the largest; of train, 8.")
-    loss: str | None = option("--loss", help="Of train: ce, mse or module:function.")
-    optimizer: str | None = option("--optimizer", help="Of train: adamw or sgd.")
+    include: tuple[str, ...] | None = selectors(
+        "--include", "Choose targets (modes switch, load and train)."
+    )
+    exclude: tuple[str, ...] | None = selectors(
+        "--exclude", "Leave out targets (modes switch, load and train)."
+    )
+    rank: int | None = option(
+        "--rank",
+        type=int,
+        help="Set the highest rank that can be loaded (mode load), or the rank of a new "
+        "adapter (mode train: 8).",
+    )
+    loss: str | None = option(
+        "--loss", help="Choose the loss: ce, mse or module:function (mode train)."
+    )
+    optimizer: str | None = option("--optimizer", help="Choose adamw or sgd (mode train).")
     weight_decay: float | None = option(
-        "--weight-decay", type=float, help="Of train: 0.01 without it."
+        "--weight-decay", type=float, help="Set the weight decay (mode train: 0.01)."
     )
     clip: float | None = option(
-        "--clip", type=float, help="Of train: longest gradient (norm), 1; 0 for any."
+        "--clip",
+        type=float,
+        help="Scale gradients down to this norm; 0 leaves them (mode train: 1).",
     )
-    scales: bool = flag("--scales", "Of batch: an input of weights by row.")
+    scales: bool = flag(
+        "--scales", "Add an input that weights the adapters of every row (mode batch)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """What the file is: its numbers, its inputs, and where copies of it go."""
+    """The options of the file: its precision, its inputs, and its copies."""
 
-    provider: str = option("--provider", default="auto", help="auto, cpu or cuda.")
-    opset: int = option("--opset", type=int, default=20, help="ONNX operator set.")
-    optimise: bool = flag("--optimise", "Rewrite the graph for ONNX Runtime, proven equal.")
+    provider: str = option(
+        "--provider", default="auto", help="Run ONNX Runtime on auto, cpu or cuda."
+    )
+    opset: int = option(
+        "--opset", type=int, default=20, help="Write this version of the ONNX operator set."
+    )
+    optimise: bool = flag(
+        "--optimise", "Rewrite the graph for ONNX Runtime; the result is compared."
+    )
     precision: str | None = option(
         "--precision",
         metavar="DTYPE",
-        help="float16 or int8; of a bfloat16 model, float32 too.",
+        help="Compute in float16 or int8; a bfloat16 model also in float32.",
     )
     quantise: tuple[str, ...] = quantise_option()
     accuracy_level: int = option(
-        "--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8."
+        "--accuracy-level",
+        type=int,
+        default=0,
+        help="Choose how products with int4 or int8 codes are computed; 4 rounds x to int8.",
     )
     tol: float | None = option(
-        "--tol", type=float, metavar="REL", help="Accept rounding over its gate, up to this."
+        "--tol",
+        type=float,
+        metavar="REL",
+        help="Accept a larger rounding error than the gate, up to this.",
     )
-    cache: bool = flag("--cache", "Of a decoder: its key-value cache goes in and out.")
+    cache: bool = flag("--cache", "Pass the key-value cache of a decoder in and out.")
     genai: str | None = option(
-        "--genai", metavar="DIR", help="Of --cache: also a folder for onnxruntime-genai."
+        "--genai", metavar="DIR", help="Also write a folder for onnxruntime-genai (with --cache)."
     )
-    within: bool = flag("--within", "Leave out what fails at sizes outside `ranges`.")
+    within: bool = flag(
+        "--within", "Leave out the checks in the file that fail at sizes it is not true for."
+    )
     names: str | None = option(
-        "--names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor."
+        "--names",
+        metavar="FILE",
+        help="Read from a JSON file which tensor each adapter key names (an .onnx model).",
     )
     old_names: str | None = option("--map", metavar="FILE", hidden=True)
     triton: str | None = option(
-        "--triton", metavar="DIR", help="Also into a model repository of Triton."
+        "--triton", metavar="DIR", help="Also write a model repository for Triton."
     )
     max_batch: int | None = option(
-        "--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."
+        "--max-batch", type=int, metavar="N", help="Set the most rows of a batch in Triton."
     )
 
     def names_file(self) -> str | None:
-        """The file of --names, which was called --map."""
+        """The file of --names, or of --map, the old name of --names."""
         return under_new_name("--map", self.old_names, "--names", self.names)
 
 
 @click.command("export", cls=ReportCommand, no_say=PROGRAM)
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
-@output_option("X.onnx", "The file to write.")
-@click.option("--mode", default="merged", help="merged, switch, load, batch or train.")
+@output_option("X.onnx", "Name the file to write.")
+@click.option(
+    "--mode", default="merged", help="Choose what is written: merged, switch, load, batch or train."
+)
 @option_group("of_mode", ModeOptions)
 @option_group("file", FileOptions)
 @option_group("capture", ModelOptions)
@@ -110,13 +143,16 @@ def command(
     capture: ModelOptions,
     force: bool,
 ) -> None:
-    r"""Write MODEL as an ONNX file, proven equal at three sizes.
+    r"""Write MODEL as an ONNX file that is checked against the model at three sizes.
 
-    In mode merged ADAPTER is folded in. In mode switch adapters are chosen at run time, in mode
-    load when a session is made, and every ADAPTER is written beside the file as
-    NAME.onnx_adapter. In mode batch every row of a batch picks its own. Mode train writes a
-    training step of ADAPTER, or of a new one, and its forward. MODEL may be an .onnx file too.
-    ADAPTER may carry a weight, `my-adapter:0.5`. Without one the base model is exported.
+    \b
+    --mode merged  folds ADAPTER into the weights; without ADAPTER the base model is written
+    --mode switch  keeps adapters apart, as NAME.onnx_adapter; each run chooses one
+    --mode load    keeps adapters apart likewise; a session is created with one
+    --mode batch   stores all adapters in the file; each row of a batch chooses one
+    --mode train   writes a training step for ADAPTER or a new one, and its forward pass
+
+    MODEL may also be an .onnx file. ADAPTER:W multiplies the adapter by W.
 
     \b
     lora-fx export ./my-bert ./adapter -o bert.onnx
@@ -143,7 +179,7 @@ def command(
     check_output(output, force=force)
     if mode == "merged" and len(adapters) > 1:
         raise LoraFxError(
-            f"merged takes one adapter, not {len(adapters)}", "--mode switch or batch"
+            f"--mode merged takes one adapter, not {len(adapters)}", "pass --mode switch or batch"
         )
     is_graph = model.endswith(".onnx")
     updates = named_adapters(adapters)
@@ -163,7 +199,7 @@ def command(
         inputs = [{"model": model}]
     else:
         if names_file:
-            raise LoraFxError("--names is of .onnx files", "a model's own names tell")
+            raise LoraFxError("--names is for .onnx models only", "leave it out")
         refuse_genai(file.genai, mode, cache=file.cache)
         check = partial(_check_genai, file.genai, output, force) if file.genai else None
         source = captured(model, capture, cache=file.cache, check=check)
@@ -204,7 +240,7 @@ def command(
 
 
 def _check_genai(folder: str, output: str, force: bool, config: object) -> None:
-    """Refuse, before any work, a model that onnxruntime-genai lacks something of."""
+    """Refuse, before any work, a model that onnxruntime-genai cannot run."""
     from lora_fx.onnx.genai import genai_folder
 
     genai_folder(folder, Path(output), config, force=force)

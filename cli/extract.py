@@ -1,4 +1,4 @@
-"""lora-fx extract: an adapter recovered from two checkpoints, by SVD."""
+"""lora-fx extract: recover an adapter from two checkpoints, by SVD."""
 
 from __future__ import annotations
 
@@ -28,32 +28,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """Which tensors are compared, and what rank an update has."""
+    """Options for the compared tensors and the ranks of the updates."""
 
-    rank: int | None = option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
+    rank: int | None = option(
+        "--rank", "-r", type=int, help="Set the rank of every update.  [default: 16]"
+    )
     energy: float | None = option(
-        "--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖²."
+        "--energy",
+        type=float,
+        help="Choose each rank so that it keeps this share of ‖Δ‖², in place of --rank.",
     )
     max_rank: int | None = option(
-        "--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]"
+        "--max-rank", type=int, help="Limit the ranks that --energy chooses.  [default: 128]"
     )
-    include: tuple[str, ...] | None = selectors("--include", "Weights to look at.")
-    exclude: tuple[str, ...] | None = selectors("--exclude", "Tensors to leave out.")
-    also_full: bool = flag("--also-full", "Take norms and biases that differ, whole.")
+    include: tuple[str, ...] | None = selectors("--include", "Extract only these weights.")
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Leave out these tensors.")
+    also_full: bool = flag("--also-full", "Store norms and biases that differ whole.")
     whole: tuple[str, ...] | None = selectors(
-        "--whole", "Tensors to take whole where they differ, such as a head."
+        "--whole", "Store these tensors whole where they differ, such as a head."
     )
-    allow_missing: bool = flag("--allow-missing", "Leave out tensors that do not fit.")
+    allow_missing: bool = flag(
+        "--allow-missing", "Leave out tensors that only one model has, or whose shapes differ."
+    )
     fan_in_fan_out: bool | None = option(
         "--fan-in-fan-out/--no-fan-in-fan-out",
         default=None,
-        help="Linear weights are stored [in, out].  [default: config.json says]",
+        help="Read linear weights as [in, out].  [default: as config.json says]",
     )
-    seed: int = seed_option("Of the random subspaces.")
+    seed: int = seed_option("Seed the random subspaces of the SVD.")
     trust: bool = flag("--trust", TRUST)
 
     def extract(self) -> ExtractOptions:
-        """What an extraction is asked for; raises for options that exclude each other."""
+        """The options of an extraction; raises if options exclude each other."""
         from lora_fx.checkpoint.extract_options import ExtractOptions
 
         return ExtractOptions(
@@ -74,14 +80,14 @@ class RecoveryOptions:
 @click.command("extract", cls=ReportCommand)
 @click.argument("base")
 @click.argument("tuned")
-@output_option("ADAPTER", "Folder or .safetensors.")
+@output_option("ADAPTER", "Write an adapter folder or a .safetensors file.")
 @option_group("wanted", RecoveryOptions)
 @force_option
 def command(base: str, tuned: str, output: str, wanted: RecoveryOptions, force: bool) -> None:
-    r"""Recover an adapter that turns BASE into TUNED.
+    r"""Extract an adapter that turns BASE into TUNED.
 
-    Both are Hugging Face folders or .safetensors files with the same tensors. They are read one
-    tensor at a time; no model is built.
+    BASE and TUNED are Hugging Face folders or .safetensors files with the same tensors. They are
+    read one tensor at a time, and no model is built.
 
     \b
     lora-fx extract ./llama ./llama-chat -o chat --rank 32
@@ -100,7 +106,7 @@ def command(base: str, tuned: str, output: str, wanted: RecoveryOptions, force: 
 
 
 def _progress() -> Callable[[float], None]:
-    """Says how far it is, every ten seconds."""
+    """A function that prints the progress every ten seconds."""
     last = monotonic()
 
     def tell(share: float) -> None:

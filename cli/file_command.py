@@ -1,4 +1,4 @@
-"""A command of files: with --json, --config and --report, and checks before any work."""
+"""The class of commands on files: --json, --config, --report, and checks before any work."""
 
 from __future__ import annotations
 
@@ -26,39 +26,36 @@ from lora_fx.progress import stage
 from lora_fx.text import JsonView, is_whole
 
 WRITTEN = ("output", "out", "report", "curve", "save_state", "resume", "save_config")
-"""Options that name what is written."""
+"""Options that name an output."""
 
 
 SHOWN = ("merge", "extract", "train")
-"""Commands that draw a bar on a terminal, or print their steps."""
+"""Commands that draw a progress bar on a terminal, or print their steps."""
 
 
 class FileCommand(click.Command):
-    """A command with --json and --config, whose inputs are remembered.
-
-    No output takes the place of an input.
-    """
+    """A command with --json and --config that never overwrites its inputs."""
 
     reports: ClassVar = False
-    """True where --report is an option too."""
+    """True if the command also has --report."""
 
     def __init__(self, *args: Any, no_say: Rules = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.no_say = no_say
         self.function_params = {param.name for param in self.params}
-        json_help = "Print one JSON object."
+        json_help = "Print the result as one JSON object."
         self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=json_help))
         self.params += config_options()
         if "force" not in self.function_params:
             self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
         if self.reports:
-            page_help = "Write the result as a page."
+            page_help = "Write the result as an HTML page."
             self.params.append(click.Option(["--report"], metavar="PAGE.html", help=page_help))
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run it, with ~ as the home folder, and models of the Hub as their folders in the cache.
+        """Run the command; ~ becomes the home folder, and Hub models their folders in the cache.
 
-        Shells leave the ~ of --option=~/file as it is.
+        Shells do not expand the ~ of --option=~/file.
         """
         ctx.params = {name: _at_home(value) for name, value in ctx.params.items()}
         _check_numbers(ctx)
@@ -83,7 +80,7 @@ class FileCommand(click.Command):
             return self._invoke_with_page(ctx, report, params["force"])
 
     def _invoke_with_page(self, ctx: click.Context, report: str, force: bool) -> object:
-        """Run it with a page of its result, or of its answer where that is an error."""
+        """Run the command and write a page of its result, or of an error with exit code 1."""
         write = functools.partial(write_page, report, force)
         ctx.find_root().obj["report"] = write
         try:
@@ -94,7 +91,7 @@ class FileCommand(click.Command):
             raise
 
     def _download_models(self, params: dict[str, Any]) -> None:
-        """Put paths in the cache in the place of models and adapters of the Hub."""
+        """Replace models and adapters of the Hub by their paths in the cache."""
         for name in MODELS:
             value = params.get(name)
             if isinstance(value, tuple):
@@ -103,7 +100,7 @@ class FileCommand(click.Command):
                 params[name] = self._local(value, weighted=False)
 
     def _local(self, text: str, *, weighted: bool) -> str:
-        """A path as it is; of `hf:…` the one in the cache, with the weight that stands behind."""
+        """The path in the cache for `hf:…`, with the weight after it; other texts stay."""
         if not text.startswith("hf:"):
             return text
         from lora_fx.files.hub import fetch
@@ -122,7 +119,7 @@ class FileCommand(click.Command):
         return f"{path}:{weight!r}"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Below one title each, in columns of one width."""
+        """Write the options in groups with titles, in columns of one width."""
         rows_by_title: dict[str, list[tuple[str, str]]] = {}
         width = 0
         for title, params in in_groups(self.get_params(ctx)).items():
@@ -139,20 +136,20 @@ class FileCommand(click.Command):
 
 
 def _check_numbers(ctx: click.Context) -> None:
-    """Refuse a whole number that no array and no library of C holds."""
+    """Refuse an integer of more than 64 bits, which arrays and C libraries cannot hold."""
     for param in ctx.command.params:
         value = ctx.params.get(param.name or "")
         if is_whole(value) and not -(1 << 63) <= value < 1 << 63:
             message = f"{param.opts[-1]} {one_line(value, 40)} has more than 64 bits"
-            raise LoraFxError(message, f"{ctx.command_path} --help says what it is")
+            raise LoraFxError(message, f"{ctx.command_path} --help explains it")
 
 
 def _check_outputs(params: JsonView, *, inside: bool) -> None:
-    """Refuse, before any work, two outputs that are one, or one inside what is replaced whole.
+    """Refuse, before any work, equal outputs, or an output inside a folder that is replaced.
 
     Args:
-        params: What the command was given.
-        inside: The output is replaced whole, where it is a folder.
+        params: The arguments and options of the command.
+        inside: True if an output folder is replaced as a whole.
     """
     outputs = {}
     for name in WRITTEN:
@@ -165,7 +162,9 @@ def _check_outputs(params: JsonView, *, inside: bool) -> None:
         first_option = f"--{first.replace('_', '-')} {params[first]}"
         second_option = f"--{second.replace('_', '-')} {params[second]}"
         if inside and first in ("output", "out") and paths[first] in paths[second].parents:
-            raise LoraFxError(f"{second_option} lies in {first_option}", "choose a name beside it")
+            raise LoraFxError(
+                f"{second_option} is inside {first_option}", "choose a path outside it"
+            )
         if paths[first] == paths[second]:
             raise LoraFxError(f"{second_option} is also {first_option}", "choose another name")
 
@@ -177,7 +176,7 @@ def _check_outputs(params: JsonView, *, inside: bool) -> None:
 
 
 def _at_home(value: object) -> object:
-    """A value of an argument or option with ~ as the home folder, where it begins a path."""
+    """A value in which a leading ~ is replaced by the home folder."""
     if isinstance(value, tuple):
         return tuple(map(_at_home, value))
     if isinstance(value, str) and value.startswith("~"):
@@ -186,10 +185,10 @@ def _at_home(value: object) -> object:
 
 
 class ReportCommand(FileCommand):
-    """A command that changes or judges a model, with --report.
+    """A command that changes or checks a model, with --report.
 
-    The path is checked before the work starts; emit() hands over the JSON object, whatever its
-    answer, and an answer that is an error with exit code 1 makes a page too.
+    The path of the page is checked before the work starts. emit() passes the JSON object to the
+    page, also after an error with exit code 1.
     """
 
     reports = True

@@ -16,32 +16,32 @@ from lora_fx.progress import telling
 from lora_fx.text import near
 
 COMMANDS = {
-    "targets": "List what an adapter can attach to, and why the rest cannot.",
-    "insert": "Insert untrained branches.",
-    "train": "Insert, train, keep the best, and save only the adapter.",
+    "targets": "List the weights that an adapter can attach to.",
+    "insert": "Insert untrained low-rank branches.",
+    "train": "Train an adapter on data, and save only the adapter.",
     "merge": "Fold adapters into the weights of a checkpoint or .onnx file.",
-    "merge-all": "Merge every adapter of a fleet by itself.",
-    "export": "Write an ONNX file: merged, or with adapters to choose from.",
-    "extract": "Recover an adapter from two checkpoints, by SVD.",
-    "truncate": "Fewer ranks, with the exact error that it costs.",
-    "plan": "A rank for every target, under one budget.",
+    "merge-all": "Merge each of many adapters into the same base.",
+    "export": "Write an ONNX file, merged or with adapters to choose from.",
+    "extract": "Extract an adapter from two checkpoints.",
+    "truncate": "Reduce the ranks of an adapter, with an exact error.",
+    "plan": "Choose a rank for every target under one budget.",
     "convert": "Convert an adapter between file formats.",
-    "verify": "Compare two models, or tensor files; or: does an adapter fit?",
-    "doctor": "Say what is wrong with a base and an adapter.",
-    "bench": "Time ONNX files in turn, and print the ratios.",
-    "demo": "All of it, end to end, on a real model and real data.",
+    "verify": "Compare two models, or check that an adapter fits.",
+    "doctor": "Report every problem of a base and an adapter.",
+    "bench": "Time ONNX files in turn.",
+    "demo": "Train, fold, export and check on a real model and data.",
 }
 
 
 class LazyGroup(click.Group):
-    """Commands are imported when they run; the list and its help lines need none of them."""
+    """A group that imports a command only when it runs; --help of the group imports none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names in the order of the work, not of the alphabet."""
+        """The names of the commands, in the order in which they are used."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command's file."""
+        """Import the module of a command."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"lora_fx.cli.{cmd_name.replace('-', '_')}").command
@@ -49,14 +49,14 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One line each, without importing them."""
+        """Write one line for each command, without importing it."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Suggest the nearest command for a name that is none."""
+        """Suggest the nearest command for an unknown name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             hint = near(args[0], COMMANDS, "lora-fx --help lists them", cutoff=0.6)
             raise LoraFxError(f"no command {args[0]!r}", hint)
@@ -105,7 +105,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 )
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
-    """Every command is in COMMANDS."""
+    """The group; COMMANDS lists its commands."""
     began = {"when": time.time(), "seconds": time.monotonic()}
     run = {"quiet": quiet, "began": began, "notes": [], "warned": set()}
     ctx.obj = {**(ctx.obj or {}), **run}  # main's, which has argv

@@ -1,4 +1,4 @@
-"""The files and models that a command was given, by the names of its arguments and options."""
+"""Finds the files and models among the arguments and options of a command."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MODELS = ("model", "base", "tuned", "adapter", "adapters", "a", "b", "weights")
 
 
 NAMED = (*MODELS, "data", "inputs_file", "names", "old_names", "plan", "eval_data")
-"""Arguments and options that can name a file. Not every word that is one's name is meant so."""
+"""Arguments and options that can name a file; values of others only look like file names."""
 
 
 def input_paths(given: JsonView) -> list[Path]:
-    """The files that were given: weights, and the function of `file.py:name`, cut off."""
+    """The existing files among the arguments, without `:W` and the function of `file.py:name`."""
     existing: dict[Path, None] = {}
     for text in texts_of(given, NAMED):
         if "\0" in text or len(text) > 4096:
@@ -30,7 +30,7 @@ def input_paths(given: JsonView) -> list[Path]:
 
 
 def texts_of(given: JsonView, names: Sequence[str]) -> Iterator[str]:
-    """The texts that these arguments and options were given, one or several each."""
+    """The values of these arguments and options, each of which may have several."""
     for name in names:
         value = given.get(name)
         texts = value if isinstance(value, (tuple, list)) else [value]

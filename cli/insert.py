@@ -1,4 +1,4 @@
-"""lora-fx insert: untrained branches, as an adapter folder to start from."""
+"""lora-fx insert: write untrained branches as an adapter to start from."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions:
-    """The data that a start reads: --init eva, lora-ga."""
+    """The data that --init eva and lora-ga read."""
 
     data: str | None = option(
-        "--data", metavar="DATA", help="Data that --init eva or lora-ga reads."
+        "--data", metavar="DATA", help="Give the data that --init eva and --init lora-ga read."
     )
-    label: str = label_option("Its labels.")
+    label: str = label_option("Name the column of labels of --data.")
     loss: str = loss_option()
 
 
@@ -65,7 +65,9 @@ STARTED: Rules = (
 
 @click.command("insert", cls=ReportCommand, no_say=(*PLANNED, *STARTED, *PROGRAM))
 @click.argument("model")
-@output_option("OUT", "Folder, .safetensors, .pt2; .onnx from .onnx.")
+@output_option(
+    "OUT", "Write an adapter folder, a .safetensors or a .pt2 file; from .onnx, an .onnx file."
+)
 @option_group("targets", TargetOptions)
 @option_group("start", StartOptions)
 @option_group("capture", ModelOptions)
@@ -78,14 +80,15 @@ def command(
     capture: ModelOptions,
     force: bool,
 ) -> None:
-    r"""Insert untrained branches and write them.
+    r"""Insert untrained low-rank branches into MODEL and write them to OUT.
 
-    OUT is an adapter folder or .safetensors file (a start for any trainer; PEFT loads it), or a
-    .pt2 program: the eval and train graphs with their branches, over one set of weights. Every
-    command, and torch.export.load, opens it without the model's source.
+    OUT is one of two things. An adapter folder or .safetensors file holds the first values of the
+    adapter: PEFT and other trainers load it. A .pt2 program holds the graphs for evaluation and
+    for training, with branches, over one set of weights: every command and torch.export.load
+    open it without the source of the model.
 
-    An .onnx file becomes an .onnx file, with branches that a trainer of ONNX graphs can train
-    (lora-fx convert takes the adapter out of it again).
+    From an .onnx file OUT is an .onnx file with branches, for trainers of ONNX graphs;
+    lora-fx convert reads the trained adapter from it.
 
     \b
     lora-fx insert ./my-bert -o start --rank 16 --include q,v
@@ -121,7 +124,7 @@ def command(
 
 
 def _start_batches(cap: Captured, init: str, options: StartOptions) -> Iterator[JsonView] | None:
-    """The batches that a start reads; None for one that reads no data.
+    """The batches that --init reads; None if it reads no data.
 
     Raises:
         LoraFxError: Data for a start that reads none, or none for one that does.
@@ -131,10 +134,15 @@ def _start_batches(cap: Captured, init: str, options: StartOptions) -> Iterator[
     data = options.data
     if init not in OF_DATA:
         if data:
-            raise LoraFxError(f"--init {init} reads no data", f"--init {' or '.join(OF_DATA)}")
+            raise LoraFxError(
+                f"--data has no effect with --init {init}",
+                f"leave it out, or pass --init {' or '.join(OF_DATA)}",
+            )
         return None
     if not data:
-        raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
+        raise LoraFxError(
+            f"--init {init} needs data", "pass --data FILE, in a format of lora-fx train"
+        )
     table = training_data(data, cap, options.label)
     if init == "lora-ga":
         refuse_row_labels(table, cap, data, options.loss)
@@ -148,7 +156,7 @@ def _onnx(
     from lora_fx.passes.verbs.insert_onnx import OnnxInsertOptions, insert_into_file
 
     if not output.endswith(".onnx"):
-        raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")
+        raise LoraFxError(f"{output} does not end in .onnx, but {model} does", "-o OUT.onnx")
     arrays = load_npz(capture.inputs_file) or None
     of_capture = [name for name in names_of(ModelOptions) if name != "inputs_file"]
     of_torch = ("also_train", "dropout", "quantise", *names_of(StartOptions))

@@ -1,4 +1,4 @@
-"""The state that an interrupted training leaves."""
+"""Reports the saved state after an interrupted training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def stateful(saving: Saving) -> Iterator[None]:
-    """What is stopped in this block says which state it leaves."""
+    """Add the saved state to the message if this block is interrupted or fails."""
     from lora_fx.fx.train.state_folder import step_of
 
     before = None if saving.resume else _version(saving.folder)
@@ -35,7 +35,7 @@ def stateful(saving: Saving) -> Iterator[None]:
 
 
 def _version(folder: str | None) -> tuple[int, int] | None:
-    """What tells one state of a folder from the next; None where there is no state."""
+    """A value that changes with every state saved in a folder; None without a folder."""
     if not folder or not Path(folder).is_dir():
         return None
     found = Path(folder).stat()

@@ -1,4 +1,4 @@
-"""Versions of the libraries that are installed."""
+"""Versions of installed libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 
 
 def installed(*names: str) -> dict[str, str]:
-    """{library: version} of those that are installed; nothing is imported."""
+    """The versions of installed libraries by name; nothing is imported."""
     from importlib import metadata
 
     versions = {}

@@ -1,4 +1,4 @@
-"""lora-fx merge: adapters folded into the weights of a checkpoint."""
+"""lora-fx merge: fold adapters into the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,38 +26,48 @@ NO_SAY: Rules = (
     NoSay(
         ("threads", "link"),
         lambda asked: asked["base"].endswith(".onnx"),
-        "for {0[base]}, a graph, of which one thread writes a file",
+        "for {0[base]}, a graph, which one thread writes",
     ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
-    """How several adapters become one."""
+    """Options for the mix of several adapters."""
 
     how: str = option(
         "--how",
         default="sum",
         type=click.Choice(["sum", "cat", "linear", "svd"]),
-        help="Several adapters: their exact sum, or a mix of their factors.",
+        help="Combine several adapters: as their exact sum, or by mixing their factors.",
     )
-    rank: int | None = option("--rank", type=int, help="Of an svd mix.")
+    rank: int | None = option("--rank", type=int, help="Set the rank of a mix by svd.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """How the output is written: an .onnx file, or a checkpoint by several threads."""
+    """Options for the output: an .onnx file, or a checkpoint that several threads write."""
 
-    names: str | None = option("--names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
+    names: str | None = option(
+        "--names",
+        metavar="FILE",
+        help="Read from a JSON file which tensor each adapter key names (an .onnx base).",
+    )
     old_names: str | None = option("--map", metavar="FILE", hidden=True)
-    delta: bool = flag("--delta", "Of .onnx: write what changes, share the rest.")
-    run: bool = flag("--run", "Of .onnx: run it too, against branches.")
+    delta: bool = flag(
+        "--delta", "Write only what changes and share the rest with BASE (an .onnx base)."
+    )
+    run: bool = flag(
+        "--run", "Run the merged file too, and compare it with branches (an .onnx base)."
+    )
     threads: int | None = option(
-        "--threads", type=FROM_1, help="Worker threads.  [default: one a core]"
+        "--threads",
+        type=FROM_1,
+        help="Set the number of worker threads.  [default: one for each core]",
     )
 
     def names_file(self) -> str | None:
-        """The file of --names, which was called --map."""
+        """The file of --names, or of --map, the old name of --names."""
         return under_new_name("--map", self.old_names, "--names", self.names)
 
     def refuse_for_checkpoint(self) -> None:
@@ -65,14 +75,14 @@ class OutputOptions:
         of_onnx = {"--names": self.names_file(), "--delta": self.delta, "--run": self.run}
         for name, value in of_onnx.items():
             if value:
-                raise LoraFxError(f"{name} is of .onnx files", "leave it out")
+                raise LoraFxError(f"{name} is for .onnx bases only", "leave it out")
 
 
 @click.command("merge", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
-@click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option("-o", "--out", required=True, metavar="OUT", help="Name the folder or file to write.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @option_group("mix", MixOptions)
 @option_group("checkpoint", CheckpointOptions)
 @option_group("written", OutputOptions)
@@ -89,9 +99,10 @@ def command(
 ) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
-    BASE is a Hugging Face folder, a .safetensors or an .onnx file; it and ADAPTER may be of the
-    Hub, hf:ORG/NAME[@REVISION]. It is streamed: memory does not grow with it. Untouched tensors
-    are copied byte for byte, names and shards stay. ADAPTER:W weights one.
+    BASE is a Hugging Face folder, a .safetensors or an .onnx file. BASE and ADAPTER may also be
+    hf:ORG/NAME[@REVISION]. ADAPTER:W multiplies the adapter by W. Tensors are streamed, so memory
+    does not grow with the model. Unchanged tensors are copied byte for byte, and OUT has the same
+    names and shards.
 
     \b
     lora-fx merge ./llama ./adapter -o ./merged

@@ -1,4 +1,4 @@
-"""lora-fx merge-all: one base, many adapters, one merged checkpoint each."""
+"""lora-fx merge-all: merge many adapters into one base, one checkpoint for each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _result(row: JsonView) -> str:
 
 
 def _line(row: JsonView) -> str:
-    """A merge that has ended, as a line of progress; why, where it failed."""
+    """The progress line of a finished merge, with the error if it failed."""
     line = f"{row['adapter']}: {_result(row)}"
     if row["ok"]:
         return line
@@ -43,14 +43,14 @@ def _line(row: JsonView) -> str:
 @click.command("merge-all", cls=ReportCommand)
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
-@click.option("-o", "--out", required=True, metavar="DIR", help="The folder of the outputs.")
-@click.option("-j", "processes", type=int, default=1, help="Merges at a time.")
+@click.option("-o", "--out", required=True, metavar="DIR", help="Name the folder of the outputs.")
+@click.option("-j", "processes", type=int, default=1, help="Run this many merges at a time.")
 @click.option(
     "--shard",
     default="1/1",
     show_default=False,
     metavar="i/n",
-    help="This machine's part of the list.",
+    help="Merge only this machine's part of the list, as I/N.",
 )
 @option_group("checkpoint", CheckpointOptions)
 @force_option
@@ -65,8 +65,8 @@ def command(
 ) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME.
 
-    One that cannot be merged fails alone, and the exit code is 1. An output that is this very merge
-    is kept, so a fleet that was interrupted goes on where it stopped.
+    An adapter that cannot be merged does not stop the others; the exit code is then 1. Outputs
+    that an earlier run of the same merge wrote are kept, so an interrupted run can be repeated.
 
     \b
     lora-fx merge-all ./llama adapters/* -o merged -j 4
@@ -82,7 +82,7 @@ def command(
     folder = Path(out)
     jobs = jobs_of(list(map(split_weight, adapters)), folder, _shard(shard), suffix)
     if folder.exists() and not folder.is_dir():
-        raise LoraFxError(f"{out} is no folder", "choose another output")
+        raise LoraFxError(f"{out} is not a folder", "choose another output")
     is_new = not folder.exists()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def command(
         refused = NoEffectError(
             f"{len(failed)} of {len(rows)} merges failed, the first {first['adapter']}: "
             f"{first['error']}",
-            "the others are done; the lines above say why each failed",
+            "the others are done; the lines above give the reasons",
         )
     outputs = [row["out"] for row in rows if row["ok"]]
     inputs = [{"base": base, "adapters": list(adapters)}]

@@ -13,40 +13,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What a merge into a checkpoint writes, and what it accepts."""
+    """Options for the output of a merge into a checkpoint, and for what it accepts."""
 
     dtype: str | None = option(
         "--dtype",
         metavar="DTYPE",
-        help="Of touched tensors: bf16, fp16, fp32, fp64.  [default: as stored]",
+        help="Store merged tensors as bf16, fp16, fp32 or fp64.  [default: as in BASE]",
     )
-    allow_unused: bool = flag(
-        "--allow-unused", "Leave out updates that the base has no tensor for."
-    )
+    allow_unused: bool = flag("--allow-unused", "Leave out updates whose tensors BASE lacks.")
     allow_missing: bool = flag(
-        "--allow-missing", "Accept an adapter that lacks layers its config has."
+        "--allow-missing",
+        "Accept an adapter without updates for some layers that its config names.",
     )
-    any_base: bool = flag("--any-base", "Merge into other weights than it was trained on.")
+    any_base: bool = flag("--any-base", "Allow a base that the adapter was not trained on.")
     other_readers: bool = flag(
-        "--other-readers", "Merge where more than its products reads a weight."
+        "--other-readers", "Merge into a weight that is also read outside its matmuls."
     )
-    untie: bool = flag("--untie", "Give a tied output head a tensor of its own.")
-    add: bool = flag("--add", "Add whole tensors that the base lacks: a new head.")
-    again: bool = flag("--again", "Merge an adapter that is in the base already.")
-    dequantise: bool = flag("--dequantise", "Store the weights of a quantised base as floats.")
-    requantise: bool = flag("--requantise", "Store them as codes again, with the update in them.")
-    lossy: bool = flag("--lossy", "Of --requantise: also where that loses most of the update.")
-    link: bool = flag("--link", "Hard links for untouched files, instead of copies.")
+    untie: bool = flag(
+        "--untie", "Store an output head that is tied to the embedding as a tensor of its own."
+    )
+    add: bool = flag("--add", "Add whole tensors that BASE lacks, such as a new head.")
+    again: bool = flag("--again", "Merge an adapter even if BASE contains it already.")
+    dequantise: bool = flag("--dequantise", "Store merged weights of a quantised base as floats.")
+    requantise: bool = flag(
+        "--requantise", "Store merged weights of a quantised base as codes again."
+    )
+    lossy: bool = flag("--lossy", "Let --requantise lose most of an update to rounding.")
+    link: bool = flag("--link", "Link unchanged files to those of BASE in place of copying them.")
     trust: bool = flag("--trust", TRUST)
     max_shard_size: str | None = option(
-        "--max-shard-size", metavar="SIZE", help="Of --dequantise.  [default: 5GB]"
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Set the size of the shards that --dequantise writes.  [default: 5GB]",
     )
 
     def merge(self, how: str = "sum", rank: int | None = None) -> MergeOptions:
-        """What a merge is asked for; raises for options that contradict each other.
+        """The options of a merge; raises if options contradict each other.
 
         Args:
-            how: How several adapters become one.
+            how: The mix of several adapters.
             rank: The rank of an svd mix.
         """
         from lora_fx.checkpoint.merge_settings import MergeOptions

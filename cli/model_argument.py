@@ -1,4 +1,4 @@
-"""How a MODEL argument becomes a capture, and its module."""
+"""Captures a MODEL argument, and builds its module."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def captured(
     check: Callable[[Any], object] | None = None,
     later: bool = False,
 ) -> Captured:
-    """The capture of a MODEL argument, whose notes are printed.
+    """Capture a MODEL argument, and print the notes of the capture.
 
     Args:
         model: A path or name, as on the command line.
-        options: How it is loaded and captured.
-        meta: Read no weights.
-        cache: Capture a decoder with its key-value cache.
-        check: Of a decoder: called with its config before it is captured; it may raise.
-        later: Leave the trace, and its notes, to `trace_example`.
+        options: Options for loading and capturing the model.
+        meta: True to read no weights.
+        cache: True to capture a decoder with its key-value cache.
+        check: For a decoder: called with its config before the capture; it may raise.
+        later: True to leave the trace, and its notes, to `trace_example`.
     """
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
@@ -79,7 +79,7 @@ def is_causal_folder(model: str, cap: Captured) -> bool:
 
 
 def module_with_adapter(cap: Captured) -> AdaptedModule:
-    """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
+    """The module of a .pt2 file with branches; raises for an option that chooses targets."""
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.passes.verbs.build import module_of
@@ -89,7 +89,7 @@ def module_with_adapter(cap: Captured) -> AdaptedModule:
     option = first_given(*choosing, "plan", "quantise", "dead")
     if option:
         raise LoraFxError(
-            f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
+            f"{cap.path} contains an adapter, whose training goes on, so {option} has no effect",
             "leave it out, or start from the original model",
         )
     module = module_of(cap)

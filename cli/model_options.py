@@ -10,18 +10,30 @@ from lora_fx.errors import NoSay
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How a model is loaded and captured."""
+    """Options for loading and capturing a model."""
 
     weights: str | None = option(
-        "--weights", metavar="FILE", help="Weights for a model built from code."
+        "--weights", metavar="FILE", help="Load these weights into a model that is built from code."
     )
-    inputs_file: str | None = option("--inputs", metavar="FILE.npz", help="Example inputs by name.")
+    inputs_file: str | None = option(
+        "--inputs",
+        metavar="FILE.npz",
+        help="Example inputs, an array for each argument of the model.",
+    )
     dynamic: tuple[str, ...] = repeatable(
-        "--dynamic", "NAME:0=batch,2=h", "Dimensions that may vary."
+        "--dynamic",
+        "NAME:0=batch,2=h",
+        "Name dimensions that may have other sizes than in the example.",
     )
-    static: tuple[str, ...] = repeatable("--static", "NAME[:DIM]", "Dimensions that may not.")
-    trust: bool = flag("--trust", "Read pickled tensors: .bin, and in a .pt2.")
-    no_repeat: bool = flag("--no-repeat", "Trace each of equal layers: slower, the same graph.")
+    static: tuple[str, ...] = repeatable(
+        "--static", "NAME[:DIM]", "Fix dimensions to their sizes in the example."
+    )
+    trust: bool = flag(
+        "--trust", "Read pickled tensors (.bin, or inside a .pt2), without running code from them."
+    )
+    no_repeat: bool = flag(
+        "--no-repeat", "Trace every layer, even where layers are equal; slower, the same graph."
+    )
 
 
 PROGRAM: Rules = (
@@ -31,4 +43,4 @@ PROGRAM: Rules = (
         "for {0[model]}, which is traced already",
     ),
 )
-"""When one of them has no say."""
+"""Combinations in which an option has no effect and is refused."""

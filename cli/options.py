@@ -1,10 +1,10 @@
-"""Options: how a command declares them, alone and in groups, and where --help lists them.
+"""Declares options of commands, alone and in groups, and sets where --help lists them.
 
 A group is a frozen dataclass whose fields are options. A command takes it as one argument:
 
     @dataclass(frozen=True, kw_only=True)
     class Limits:
-        rank: int = option("--rank", "-r", type=int, default=8, help="Rank of every target.")
+        rank: int = option("--rank", "-r", type=int, default=8, help="Set the rank.")
         lossy: bool = flag("--lossy", "Accept a loss.")
 
     @click.command("cut")
@@ -12,7 +12,8 @@ A group is a frozen dataclass whose fields are options. A command takes it as on
     def command(limits: Limits) -> None: ...
 
 model_options.py, branch_options.py, train_options.py and merge_options.py have the groups that
-commands share, or that become an object of a verb; others stand in the file of their command.
+several commands share, or that become an object of a verb. Other groups are in the file of their
+command.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from click.core import ParameterSource
 
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError, NoSay
-from lora_fx.fx.train.run_defaults import CAUSAL, OTHERS
+from lora_fx.run_defaults import CAUSAL, OTHERS
 from lora_fx.spellings import under_either_name
 from lora_fx.text import JsonView
 
 FROM_1 = click.IntRange(1, 2**31 - 1)
 THREADS = click.IntRange(0, 2**10)
-"""Of ONNX Runtime; 0 leaves the number to it."""
-FORCE = "Replace an output that exists."
+"""The number of threads of ONNX Runtime; with 0 it chooses the number."""
+FORCE = "Replace the output if it exists."
 
 Command = Callable[..., object]
-"""What click makes a command of."""
+"""A function that click turns into a command."""
 Decorator = Callable[[Command], Command]
-"""What adds options to a command."""
+"""A decorator that adds options to a command."""
 
 
 def option(*names: str, **settings: Any) -> Any:
-    """A field of a group: the option that `click.option` makes of the same words.
+    """A field of a group: an option with the arguments of `click.option`.
 
-    The parameter is called as the field. The field has the option's default, or None.
+    The name of the parameter is that of the field. The field has the option's default, or None.
     """
     return _declared(settings.get("default"), names, settings)
 
@@ -61,7 +62,7 @@ def repeatable(name: str, metavar: str, text: str) -> Any:
 
 
 def selectors(name: str, text: str) -> Any:
-    """A field of a group: a repeatable option of selectors. The field is None without them."""
+    """A field of a group: a repeatable option of selectors. The field is None without any."""
     return option(
         name,
         metavar="SELECTORS",
@@ -72,24 +73,24 @@ def selectors(name: str, text: str) -> Any:
 
 
 def label_option(text: str) -> Any:
-    """A field of a group: the column of labels. Without it the usual names are looked for."""
+    """A field of a group: the column of labels. Without it, common names are tried."""
     return option(
         "--label", default="", show_default=False, metavar="COL", help=f"{text}  [default: labels]"
     )
 
 
 def loss_option() -> Any:
-    """A field of a group: what is computed of outputs and labels."""
-    return option("--loss", default="ce", help="ce, mse or module:function.")
+    """A field of a group: the loss of outputs and labels."""
+    return option("--loss", default="ce", help="Choose the loss: ce, mse or module:function.")
 
 
 def max_length_option() -> Any:
-    """A field of a group: how many tokens of a text are read."""
-    return count_option("--max-length", f"Tokens of a text.  {run_default('longest')}")
+    """A field of a group: the number of tokens that are read of a text."""
+    return count_option("--max-length", f"Cut texts to this many tokens.  {run_default('longest')}")
 
 
 def run_default(name: str) -> str:
-    """The text of a default that folders of causal language models have otherwise."""
+    """The text of a default that is another one for folders of causal language models."""
     number = getattr(OTHERS, name)
     return f"[default: {number:g}; {getattr(CAUSAL, name):g} for causal language models]"
 
@@ -99,17 +100,18 @@ def quantise_option() -> Any:
     return repeatable(
         "--quantise",
         "KIND[=SELECTORS]",
-        "Store the base's weights as nf4, int4 or int8; of the default plan, or those named.",
+        "Store weights of the base as nf4, int4 or int8: those of the default targets, "
+        "or those named.",
     )
 
 
 def seed_option(text: str) -> Any:
-    """A field of a group: a seed that torch and numpy both take."""
+    """A field of a group: a seed that both torch and numpy accept."""
     return option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help=text)
 
 
 def count_option(name: str, text: str, default: int | None = None) -> Any:
-    """A field of a group: a whole number from 1 on."""
+    """A field of a group: an integer of at least 1."""
     return option(name, type=FROM_1, metavar="N", default=default, help=text)
 
 
@@ -153,17 +155,17 @@ def output_option(metavar: str, text: str) -> Decorator:
     return click.option("-o", "--output", required=True, metavar=metavar, help=text)
 
 
-TRUST = "Read pickles (.bin), by torch's unpickler that runs no code."
+TRUST = "Read pickled tensors (.bin), without running code from them."
 force_option = click.option("--force", is_flag=True, help=FORCE)
 trust_option = click.option("--trust", is_flag=True, help=TRUST)
 
 
 GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
-"""Where what the user asked for stands: on the command line, or in a config."""
+"""The sources of values that the user gave: the command line, or a config."""
 
 
 def given_here(ctx: click.Context) -> dict[str, str]:
-    """The parameters that the user gave, each as a long option, or as the help names it."""
+    """The parameters that the user gave, by their long option or their name in --help."""
     given = {}
     for param in ctx.command.params:
         name = param.name or ""
@@ -176,19 +178,21 @@ def given_here(ctx: click.Context) -> dict[str, str]:
 
 
 def first_given(*names: str) -> str:
-    """The first of these that the user gave, as a long option; else empty."""
+    """The long option of the first of these that the user gave; else an empty text."""
     given = given_here(click.get_current_context())
     return next((given[n] for n in names if n in given), "")
 
 
 def refuse_given(model: str, names: Sequence[str]) -> None:
-    """Raise for an option that was given and has no say for an .onnx file."""
+    """Raise for a given option that has no effect for an .onnx file."""
     if option := first_given(*names):
-        raise LoraFxError(f"{option} has no say for {model}, a graph as it is", "leave it out")
+        raise LoraFxError(
+            f"{option} has no effect for {model}, which is already a graph", "leave it out"
+        )
 
 
 def under_new_name(old: str, old_value: str | None, new: str, new_value: str | None) -> str | None:
-    """The value of an option that has a new name; the old one is a hidden option, and is noted.
+    """The value of a renamed option; the old name is a hidden option, and its use is noted.
 
     Raises:
         LoraFxError: Both are given.
@@ -201,7 +205,7 @@ def _note_new_name(old: str, new: str) -> None:
 
 
 Rules = Sequence[NoSay[JsonView]]
-"""When an option of a command has no say; what was asked for is click's parameters by name."""
+"""Rules that refuse an option without effect; they read the values of click's parameters."""
 
 
 GROUPS = {
@@ -219,11 +223,11 @@ GROUPS = {
     "Run and result": "provider device threads dry_run run link report config save_config force "
     "as_json",
 }
-"""Titles in --help, and what stands below them; what is in none of them is a command's own."""
+"""Titles in --help, with their options; other options are listed under Options."""
 
 
 def in_groups(params: Sequence[click.Parameter]) -> dict[str, list[click.Option]]:
-    """The options of a command below their titles; one that would stand alone is its own."""
+    """The options of a command by title; a group of one option goes to Options."""
     options = [p for p in params if isinstance(p, click.Option) and not p.hidden]
     by_name = {option.name: option for option in options}
     groups: dict[str, list[click.Option]] = {}

@@ -1,4 +1,4 @@
-"""What commands print: a result as text or JSON, and notes and progress on stderr."""
+"""Prints results as text or JSON on stdout, and notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def table(report: Report) -> str:
-    """The stages of an optimised export, a line each; empty without stages."""
+    """The stages of an optimised export, one line for each; empty without stages."""
     if "stages" not in report.details:
         return ""
     from lora_fx.onnx.optimise import RewriteStage
@@ -30,7 +30,7 @@ def table(report: Report) -> str:
 
 
 def wrote(report: Report) -> str:
-    """The file, and its copy for Triton."""
+    """The lines that name the written file and its copy for Triton."""
     copies = [f for f in report.outputs[1:] if f.endswith("model.onnx")]
     return "\n".join(f"wrote {f}" for f in [report.outputs[0], *copies])
 
@@ -43,10 +43,10 @@ def emit(
     refused: LoraFxError | None = None,
     **fields: object,
 ) -> None:
-    """The result: text for people, or with --json the object of docs/json.md; and its --report.
+    """Print the result, as text or as the JSON object of docs/json.md, and write its --report.
 
-    `refused` ends the command after its result was shown: the object says ok = false, and the
-    error follows on stderr with its exit code.
+    `refused` ends the command after its result is printed: `ok` is false in the object, and the
+    error follows on stderr, with its exit code.
     """
     if refused is not None:
         ok, refused.told = False, True
@@ -77,7 +77,7 @@ def show(whole: Json) -> None:
 
 
 def echo(text: str, *, err: bool = False, red: bool = False) -> None:
-    """Print text, red in a terminal; what no terminal should be told is shown by its code."""
+    """Print text, red on request in a terminal; control characters are shown as their codes."""
     end_line()
     said = visible(text, lines=True)
     shown = red and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
@@ -87,12 +87,12 @@ def echo(text: str, *, err: bool = False, red: bool = False) -> None:
 def _write(text: str, *, err: bool = False) -> None:
     """Write a text to a standard stream.
 
-    What stderr does not take, since the disk behind it is full, is no error: a command has its
-    answer and its exit code.
+    A failure to write to stderr, such as a full disk, is ignored: the result and the exit code of
+    the command do not depend on stderr.
 
     Raises:
-        LoraFxError: stdout does not take the result.
-        BrokenPipeError: Nobody reads the result any more.
+        LoraFxError: Writing to stdout fails.
+        BrokenPipeError: The reader of stdout has closed it.
     """
     try:
         click.echo(text, err=err)
@@ -105,7 +105,7 @@ def _write(text: str, *, err: bool = False) -> None:
 
 
 def result(ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:
-    """The one JSON object of docs/json.md; what was noted stands before the warnings."""
+    """The JSON object of docs/json.md; `warnings` begins with the notes of the run."""
     from lora_fx import __version__
 
     ctx = click.get_current_context(silent=True)
@@ -115,23 +115,23 @@ def result(ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:
 
 
 def _run() -> Json:
-    """What is known of this run of the command line, by name; empty outside of one."""
+    """The state of this run of the command line, by name; empty outside a run."""
     ctx = click.get_current_context(silent=True)
     return (ctx.find_root().obj or {}) if ctx else {}
 
 
 def say(text: str) -> None:
-    """A line of progress on stderr, unless -q."""
+    """Print a line of progress on stderr, unless -q is given."""
     if not _run().get("quiet"):
         echo(text, err=True)
 
 
 def note(*texts: str, warns: bool = False) -> None:
-    """What the user should know: a line each on stderr, and a row of the JSON's warnings.
+    """Print notes on stderr, one line for each, and add them to `warnings` of the JSON.
 
     Args:
-        texts: A sentence each.
-        warns: They ask to be looked at, and a page marks them.
+        texts: The notes, one sentence each.
+        warns: True if they are warnings, which the page of --report marks.
     """
     for text in (one_line(t, 10_000) for t in texts):
         _run().get("notes", []).append(text)
@@ -141,7 +141,7 @@ def note(*texts: str, warns: bool = False) -> None:
 
 
 def stages() -> Listener | None:
-    """What writes the stages of a command to stderr, a line each with its seconds."""
+    """A listener that writes stages to stderr, one line for each with its seconds."""
     if _run().get("quiet") or sys.stderr is not sys.__stderr__:  # read by a program in this process
         return None
     lines = _run()["stages"] = _Lines()
@@ -155,7 +155,7 @@ def end_line() -> None:
 
 
 class _Lines:
-    """A stage's line is left open for its seconds, and closed where another begins before."""
+    """Writes stages; a line stays open for its seconds, or until another line begins."""
 
     def __init__(self) -> None:
         self.open, self.file = "", sys.stderr  # which a stage may redirect

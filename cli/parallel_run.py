@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def together(device: str) -> Iterator[tuple[Processes, str]]:
-    """The processes of the run, of which the first alone prints; a place for each on `device`.
+    """Start the processes of the run; only the first one prints, and each gets a device.
 
-    Yields (Processes, device). A process that ends because another one failed says nothing.
+    Yields (Processes, device). A process that ends because another one failed prints nothing.
     """
     from lora_fx.fx.train.processes import Elsewhere, one_by_accelerate, processes
 

@@ -1,4 +1,4 @@
-"""lora-fx plan: a rank for every target under one budget, from one pass over data."""
+"""lora-fx plan: choose the rank of every target under one budget, from one pass over data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def _reads(asked: JsonView, *statistics: str) -> bool:
-    """Whether the method takes any of these from DATA, or anything where none is named."""
+    """True if the method reads one of these statistics from DATA, or, without names, any."""
     from lora_fx.targets.rank_methods import METHODS
 
     wanted_statistics = set(METHODS[asked["method"]].wanted)
@@ -62,34 +62,39 @@ NO_SAY: Rules = (
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """The budget, the targets that share it, and the data that say what a rank is worth."""
+    """Options for the budget, its targets, and the data that rate a rank."""
 
     budget: str = option(
         "--budget",
         default="uniform:8",
         metavar="BUDGET",
-        help="params:N, flops:N, flops:F% or uniform:R, what rank R would take everywhere.",
+        help="Limit the parameters (params:N), the FLOPs (flops:N, flops:F%), or both to "
+        "those of rank R everywhere (uniform:R).",
     )
     method: Literal["uniform", "importance", "kfac", "eva"] = option(
         "--method",
         type=click.Choice(["uniform", "importance", "kfac", "eva"]),
         default="uniform",
-        help="What a rank is worth; all but uniform read DATA.",
+        help="Choose how ranks are valued; all but uniform read DATA.",
     )
-    scale: float = option("--scale", type=float, default=2.0, help="alpha/rank everywhere.")
-    label: str = label_option("Column to predict.")
+    scale: float = option(
+        "--scale", type=float, default=2.0, help="Set alpha/rank of every target."
+    )
+    label: str = label_option("Name the column to predict.")
     loss: str = loss_option()
-    examples: int = option("--examples", type=FROM_1, default=1024, help="Of DATA, at most.")
+    examples: int = option(
+        "--examples", type=FROM_1, default=1024, help="Read at most this many examples of DATA."
+    )
     max_length: int | None = max_length_option()
-    include: tuple[str, ...] | None = selectors("--include", "Targets to choose from.")
-    exclude: tuple[str, ...] | None = selectors("--exclude", "Targets to leave out.")
-    seed: int = seed_option("Of the choice of examples.")
+    include: tuple[str, ...] | None = selectors("--include", "Plan only these targets.")
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Leave out these targets.")
+    seed: int = seed_option("Seed the choice of examples.")
 
 
 @click.command("plan", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("model")
 @click.argument("data", required=False)
-@output_option("PLAN", "A .json file.")
+@output_option("PLAN", "Name the .json file to write.")
 @option_group("options", BudgetOptions)
 @option_group("capture", ModelOptions)
 @force_option
@@ -101,10 +106,10 @@ def command(
     capture: ModelOptions,
     force: bool,
 ) -> None:
-    r"""Plan a rank for every target of MODEL under one budget, and write it.
+    r"""Choose a rank for every target of MODEL under one budget, and write the plan to a file.
 
-    One pass over DATA (as for train) says where low rank is worth its cost. insert and train take
-    the file with --plan; adapters made from it carry PEFT's rank_pattern.
+    One pass over DATA (as for train) measures where ranks reduce the loss most for their cost.
+    insert and train read the file with --plan, and write adapters with PEFT's rank_pattern.
 
     \b
     lora-fx plan model.py:build data.npz -o plan.json --method kfac --budget uniform:4
@@ -120,7 +125,9 @@ def command(
     if not output.endswith(".json"):
         raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
     if METHODS[options.method].wanted and not data:
-        raise LoraFxError(f"--method {options.method} reads data", "lora-fx plan MODEL DATA …")
+        raise LoraFxError(
+            f"--method {options.method} needs data", "give DATA: lora-fx plan MODEL DATA …"
+        )
     cap = captured(model, capture)
     batches = _batches(data, cap, options)
     planned = plan(
@@ -146,7 +153,7 @@ def command(
 
 
 def _batches(data: str | None, cap: Captured, options: BudgetOptions) -> Iterator[JsonView] | None:
-    """Batches of at most --examples of DATA, drawn by --seed."""
+    """The batches of at most --examples examples of DATA, drawn by --seed."""
     import numpy as np
 
     if not data:

@@ -1,4 +1,4 @@
-"""--report PAGE.html: the result of a command as one HTML file, beside what it prints."""
+"""Writes the result of a command as one HTML file (--report PAGE.html)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gp
 
 
 FILES = 100
-"""The most files of a folder that are hashed."""
+"""The largest number of files of a folder that are hashed."""
 
 
 def check_page(report: str, force: bool, given: JsonView) -> None:
-    """Refuse, before any work, a page that cannot be written or that would be something else."""
+    """Refuse, before any work, a page that cannot be written or that is also an input."""
     if not report.endswith((".html", ".htm")):
         raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
     if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
@@ -37,7 +37,7 @@ def check_page(report: str, force: bool, given: JsonView) -> None:
 
 
 def write_page(path: str, force: bool, shown: JsonView) -> str:
-    """Write the page of a result, all of it or nothing; its path."""
+    """Write the page of a result, completely or not at all; returns its path."""
     from lora_fx.report.page import page
 
     ctx = click.get_current_context()
@@ -58,7 +58,7 @@ def write_page(path: str, force: bool, shown: JsonView) -> str:
 
 
 def _drop_repeated(adapters: list[Json], shown: JsonView) -> None:
-    """Take out of the adapters' rows what the result's own row of the same key says."""
+    """Remove from the adapters' rows the fields that equal those of the result's row."""
     targets = shown.get("targets")
     if not isinstance(targets, list):
         return
@@ -76,14 +76,14 @@ def _drop_repeated(adapters: list[Json], shown: JsonView) -> None:
 
 
 def when(began: dict[str, float]) -> Json:
-    """When the command began, in local time, how many seconds it took, and on which machine."""
+    """The local start time of the command, its seconds, and the machine."""
     start = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began["when"]))
     seconds = time.monotonic() - began["seconds"]
     return {"when": start, "seconds": round(seconds, 1), "host": platform.node()}
 
 
 def versions() -> dict[str, str]:
-    """{library: version} of those that are installed; nothing is imported."""
+    """The versions of installed libraries by name; nothing is imported."""
     return {
         "lora-fx": __version__,
         "python": platform.python_version(),
@@ -93,7 +93,7 @@ def versions() -> dict[str, str]:
 
 
 def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
-    """Rows of files with their hashes; of a folder the files in it, hidden ones left out."""
+    """Rows of files with their hashes; a folder gives its files, except hidden ones."""
     rows: list[Json] = []
     unhashed: list[str] = []
     hashed: set[Path] = set()
@@ -117,7 +117,7 @@ def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
 
 
 def _files_of(path: Path, page: str) -> list[Path]:
-    """A file, or the files of a folder without hidden ones and without the page."""
+    """A file, or the files of a folder, except hidden ones and the page."""
     files = [path]
     if path.is_dir():
         files = sorted(child for child in path.iterdir() if not child.name.startswith("."))
@@ -126,7 +126,7 @@ def _files_of(path: Path, page: str) -> list[Path]:
 
 
 def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[str]]:
-    """The adapters that were written, or else those that were given, with their spectra."""
+    """The written adapters, or else the given ones, with their spectra."""
     base = given.get("base")
     if base and str(base).endswith(".onnx"):
         base = None
@@ -151,7 +151,7 @@ def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[st
 
 
 def _adapters_among(paths: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The paths that are adapters, with their weights."""
+    """The paths of adapters, with their weights."""
     from lora_fx.formats.io import is_adapter
 
     adapters = []

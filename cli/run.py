@@ -1,4 +1,4 @@
-"""One run of the command line: every way out of it has its message and its exit code."""
+"""Runs the command line; every way to end has its message and exit code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_fx.text import near
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; every way out has its exit code."""
+    """Run the command line and exit with its code."""
     open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     flags_of_group = [word for word in words if word in ("-v", "--verbose", "-q", "--quiet")]
@@ -46,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except MemoryError as error:
         message = f"out of memory: {one_line(error)}"
-        _fail(LoraFxError(message, "a smaller model or batch"), argv, files)
+        _fail(LoraFxError(message, "use a smaller model or batch"), argv, files)
     except Exception as error:
         _fail(_explained(error), argv, files)
 
 
 def _hint_of(error: click.ClickException) -> str:
-    """What to do about a mistake in the command line: the nearest choice, or --help."""
+    """The hint for a mistake in the command line: the nearest choice, or --help."""
     ctx = error.ctx if isinstance(error, click.UsageError) else None
     hint = f"{ctx.command_path if ctx else 'lora-fx'} --help"
     param_type = getattr(getattr(error, "param", None), "type", None)
@@ -64,7 +64,7 @@ def _hint_of(error: click.ClickException) -> str:
 
 
 def _end_interrupted(error: BaseException, files: Remembered) -> NoReturn:
-    """End after Ctrl-C or SIGTERM, and say what was left behind."""
+    """End after Ctrl-C or SIGTERM, and print which files remain."""
     for target in files.outputs:
         sweep(target)
     was_terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
@@ -78,7 +78,7 @@ def _end_interrupted(error: BaseException, files: Remembered) -> NoReturn:
 
 
 def _explained(error: Exception) -> LoraFxError:
-    """An error that nobody expected: what the system said, or a request to report it."""
+    """Explain an unexpected error: the system's message, or a request to report it."""
     cause: BaseException | None = error  # onnx_ir wraps what the system said
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__
@@ -92,7 +92,7 @@ def _explained(error: Exception) -> LoraFxError:
 
 
 def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoReturn:
-    """End with an error; one that comes after an output has its name says so, by exit code 1."""
+    """End with an error; if an output is already written, name it and exit with code 1."""
     written = files.written
     if error.exit_code == 2 and written:
         message = f"{', '.join(map(str, written))} was written; then: {error.message}"

@@ -8,10 +8,10 @@ import sys
 
 
 def open_streams() -> None:
-    """Open the standard streams that are closed, as `2>&-` leaves them, on the null device.
+    """Open closed standard streams (after `2>&-`, for example) on the null device.
 
-    Python has None in their place, which libraries print to; and the next file that is opened
-    would get their number, so that what a library of C writes to stderr would land in it.
+    Python sets a closed stream to None, and libraries fail when they print to it. And the next file
+    to be opened would get the stream's number, so that a C library would write its stderr into it.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return

@@ -1,4 +1,4 @@
-"""lora-fx targets: what an adapter can attach to, and why the rest cannot."""
+"""lora-fx targets: list the weights that an adapter can attach to, and why others cannot."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 @click.command("targets", cls=FileCommand, no_say=PROGRAM)
 @click.argument("model")
 @option_group("capture", ModelOptions)
-@click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
+@click.option(
+    "--train", "training", is_flag=True, help="List the targets of the model in training mode."
+)
 def command(model: str, capture: ModelOptions, training: bool) -> None:
-    r"""List what an adapter can attach to, and why the rest cannot.
+    r"""List the weights of MODEL that an adapter can attach to, and why others are no targets.
 
-    No weights are read. MODEL is a Hugging Face folder, hf:ORG/NAME (of which the configs alone
-    are downloaded), a .safetensors, .onnx or .pt2 file, file.py:factory, package.module:factory,
-    timm:NAME or torchvision:NAME.
+    MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file, file.py:factory,
+    package.module:factory, timm:NAME, torchvision:NAME or hf:ORG/NAME. No weights are read; of
+    hf:ORG/NAME only the configs are downloaded.
 
     \b
     lora-fx targets ./my-bert
@@ -42,8 +44,12 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
     has_say = {"trust"} if tensors else {"inputs_file"}
     no_say = [n for n in (*names_of(ModelOptions), "training") if n not in has_say]
     if (tensors or onnx) and (option := first_given(*no_say)):
-        what = "names and shapes alone" if tensors else "a graph as it is"
-        raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
+        what = (
+            "a file of which only names and shapes are read"
+            if tensors
+            else "which is already a graph"
+        )
+        raise LoraFxError(f"{option} has no effect for {model}, {what}", "leave it out")
     if tensors:
         from lora_fx.checkpoint.file_targets import file_targets
 
@@ -61,7 +67,7 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
     if not (found.targets or tensors):
         refused = LoraFxError(
             f"{model} has no weight matmul that an adapter could attach to",
-            "the lines above say what was refused and why",
+            "the lines above give the reasons",
         )
     fields = {"inputs": inputs, "warnings": found.notes, **found.to_json()}
     emit(str(found), refused=refused, **fields)

@@ -1,4 +1,4 @@
-"""SIGTERM as Ctrl-C: what a command was writing is removed on the way out."""
+"""Handles SIGTERM like Ctrl-C, so that unfinished outputs are removed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lora_fx.errors import Terminated
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """Within this block SIGTERM raises Terminated, once; then it is ignored until the end.
+    """Make the first SIGTERM in this block raise Terminated; later ones are ignored.
 
-    Does nothing outside the main thread, where no handler can be set, and where SIGTERM already
-    has another handler or is ignored. A forked process ends as it would without this.
+    This does nothing outside the main thread, where no handler can be set, or if SIGTERM already
+    has another handler or is ignored. In a forked process, SIGTERM keeps its default effect.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

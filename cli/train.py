@@ -22,13 +22,13 @@ from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.parallel_run import together
 from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions, defaults_taken
-from lora_fx.fx.train.run_defaults import CAUSAL, OTHERS
+from lora_fx.run_defaults import CAUSAL, OTHERS
 
 
 @click.command("train", cls=ReportCommand, no_say=(*PLANNED, *TRAINED, *PROGRAM))
 @click.argument("model")
 @click.argument("data")
-@output_option("ADAPTER", "Folder or .safetensors.")
+@output_option("ADAPTER", "Write an adapter folder or a .safetensors file.")
 @option_group("examples", ExampleOptions)
 @option_group("loop", LoopOptions)
 @option_group("targets", TargetOptions)
@@ -46,11 +46,12 @@ def command(
 ) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
-    DATA is .npz or .jsonl (keys are the model's argument names), .csv with --label, or
-    file.py:loader (no arguments; returns columns by name). Columns of text go through the model
-    folder's tokenizer. For the folder of a causal language model DATA is .jsonl with "text",
-    "prompt" and "completion", or "messages". A tenth is held out, and the adapter with the best
-    validation loss is kept.
+    DATA is an .npz or .jsonl file whose keys are the arguments of the model, a .csv file (see
+    --label), or file.py:loader, a function without arguments that returns columns by name. The
+    tokenizer in the folder of the model encodes columns of text. For a causal language model DATA
+    is a .jsonl file with "text", with "prompt" and "completion", or with "messages".
+
+    A tenth of DATA is held out for validation. The adapter with the best validation loss is saved.
 
     \b
     lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier

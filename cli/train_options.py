@@ -1,4 +1,4 @@
-"""The options of train: its examples, its loop, and the states that it keeps."""
+"""The options of train: its examples, its loop, and its saved states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_fx.cli.options import (
     run_default,
 )
 from lora_fx.errors import LoraFxError, NoSay
-from lora_fx.fx.train.run_defaults import CAUSAL, OTHERS, RunDefaults
+from lora_fx.run_defaults import CAUSAL, OTHERS, RunDefaults
 from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
@@ -29,23 +29,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleOptions:
-    """The examples that are trained on, those that are held out, and their loss."""
+    """Options for the training examples, the held-out examples, and their loss."""
 
-    label: str = label_option("Column to predict.")
+    label: str = label_option("Name the column to predict.")
     loss: str = loss_option()
     validation: float | None = option(
         "--validation",
         type=float,
-        help=f"Share held out.  [default: {OTHERS.held_out:g}; of causal language models at most "
-        f"{CAUSAL.most_held_out} examples]",
+        help=f"Hold out this share of DATA for validation.  [default: {OTHERS.held_out:g}; at most "
+        f"{CAUSAL.most_held_out} examples for causal language models]",
     )
     eval_data: str | None = option(
-        "--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA."
+        "--eval-data",
+        metavar="FILE",
+        help="Validate on these examples in place of a share of DATA.",
     )
     max_length: int | None = max_length_option()
 
     def check(self, patience: int | None) -> None:
-        """Refuse, before any work, options of the held-out examples that contradict each other."""
+        """Refuse, before any work, contradictory options of the held-out examples."""
         share = OTHERS.held_out if self.validation is None else self.validation
         if not 0 <= share < 1:
             raise LoraFxError(f"--validation {share} is not in [0, 1)", "0.1 is usual")
@@ -59,54 +61,67 @@ SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
 class OfLaunch(click.Option):
-    """An option that `accelerate launch` always gives, by its environment: a config wins."""
+    """An option that `accelerate launch` always sets by environment; --config wins over that."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """Nothing where the table of --config has the option."""
+        """The value from the environment, unless the table of --config has the option."""
         return None if self.name in (ctx.default_map or {}) else super().resolve_envvar_value(ctx)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How the loop of train runs, what it writes beside the adapter, and its states."""
+    """Options for the training loop, its other outputs, and its saved states."""
 
     curve: str | None = option(
         "--curve",
         metavar="FILE.csv",
-        help="Write the losses while the run goes: step, loss, validation.",
+        help="Write the losses to a CSV file during the run: step, loss, validation.",
     )
-    device: str = option("--device", default="cpu", help="cpu or cuda.")
-    epochs: float = option("--epochs", type=ABOVE_0, default=3.0, help="Passes over DATA.")
-    steps: int | None = count_option("--steps", "Steps, instead of epochs.")
+    device: str = option("--device", default="cpu", help="Train on cpu or cuda.")
+    epochs: float = option(
+        "--epochs", type=ABOVE_0, default=3.0, help="Set how often DATA is read through."
+    )
+    steps: int | None = count_option("--steps", "Set the number of steps, in place of --epochs.")
     batch_size: int | None = count_option(
-        "--batch-size", f"Examples of a batch.  {run_default('batch_size')}"
+        "--batch-size", f"Set how many examples a batch has.  {run_default('batch_size')}"
     )
     lr: float | None = option(
-        "--lr", type=ABOVE_0, help=f"Peak learning rate.  {run_default('lr')}"
+        "--lr", type=ABOVE_0, help=f"Set the highest learning rate.  {run_default('lr')}"
     )
     schedule: str = option(
         "--schedule",
         default="cosine",
         metavar="NAME",
-        help="Of the rate: cosine, linear, constant, constant_with_warmup or inverse_sqrt.",
+        help="Choose how the rate changes: cosine, linear, constant, constant_with_warmup or "
+        "inverse_sqrt.",
     )
     optimizer: str = option(
         "--optimizer",
         default="adamw_torch",
         metavar="NAME",
-        help="adamw_torch, adamw_torch_fused, sgd, rmsprop or adagrad.",
+        help="Choose adamw_torch, adamw_torch_fused, sgd, rmsprop or adagrad.",
     )
     weight_decay: float = option(
-        "--weight-decay", type=FROM_0, default=0.01, help="Of AdamW, times the rate."
+        "--weight-decay",
+        type=FROM_0,
+        default=0.01,
+        help="Set the weight decay of AdamW; a step takes it times the rate.",
     )
     warmup: float = option(
-        "--warmup", type=SHARE, default=0.05, help="Share of the steps that warm up."
+        "--warmup",
+        type=SHARE,
+        default=0.05,
+        help="Raise the rate from 0 over this share of the steps.",
     )
     clip: float = option(
-        "--clip", type=FROM_0, default=1.0, help="Longest gradient (norm); 0 for any."
+        "--clip", type=FROM_0, default=1.0, help="Scale gradients down to this norm; 0 leaves them."
     )
-    checks: int = option("--checks", type=FROM_1, default=10, help="Validations in the run.")
-    patience: int | None = count_option("--patience", "Validations in vain that end the run.")
+    checks: int = option(
+        "--checks", type=FROM_1, default=10, help="Validate this many times in the run."
+    )
+    patience: int | None = count_option(
+        "--patience", "Stop after this many validations without a better loss."
+    )
     accumulate: int = option(
         "--accumulate",
         type=FROM_1,
@@ -114,14 +129,15 @@ class LoopOptions:
         metavar="N",
         cls=OfLaunch,
         envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-        help="Parts that a step runs in, one after another, to save memory.",
+        help="Run every step in this many parts, one after another, to save memory.",
     )
     gradient_accumulation_steps: int | None = count_option(
         "--gradient-accumulation-steps",
-        f"Batches of --batch-size that make one step.  {run_default('batches')}",
+        "Sum the gradients of this many batches of --batch-size in every step.  "
+        f"{run_default('batches')}",
     )
     activation_checkpointing: bool = flag(
-        "--activation-checkpointing", "Recompute blocks in backward."
+        "--activation-checkpointing", "Save memory: compute blocks again in the backward pass."
     )
     mixed_precision: str = option(
         "--mixed-precision",
@@ -129,24 +145,26 @@ class LoopOptions:
         default="no",
         cls=OfLaunch,
         envvar="ACCELERATE_MIXED_PRECISION",
-        help="bf16: products in bfloat16; what is trained stays float32.",
+        help="bf16: compute products in bfloat16; trained tensors stay float32.",
     )
     save_state: str | None = option(
-        "--save-state", metavar="DIR", help="Keep a state there to --resume from."
+        "--save-state", metavar="DIR", help="Keep a state in this folder, for --resume."
     )
     save_every: int | None = count_option(
-        "--save-every", "Steps between two states.  [default: one at every validation]"
+        "--save-every", "Save a state every N steps.  [default: at every validation]"
     )
     save_total_limit: int | None = count_option(
         "--save-total-limit",
-        "Keep the last N states, as DIR/checkpoint-STEP.  [default: the last, as DIR]",
+        "Keep the last N states, as DIR/checkpoint-STEP.  [default: one, as DIR]",
     )
     resume: str | None = option(
-        "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
+        "--resume",
+        metavar="DIR",
+        help="Continue from the state in this folder, and keep saving there.",
     )
 
     def settings(self, seed: int, defaults: RunDefaults = OTHERS) -> Settings:
-        """What the loop is asked for.
+        """The settings of the loop.
 
         Batches that are accumulated are one larger batch that runs in as many more parts.
 
@@ -185,7 +203,7 @@ class LoopOptions:
         return self.batch_size is None and self.accumulate == 1
 
     def saving(self, *, force: bool) -> Saving:
-        """Where states are kept; raises, before any work, for what cannot be written."""
+        """The folder of saved states; raises, before any work, if it cannot be written."""
         from lora_fx.files.atomic import check_output
         from lora_fx.fx.train.settings import Saving
         from lora_fx.fx.train.state_folder import check_folder
@@ -195,7 +213,7 @@ class LoopOptions:
             check_output(self.curve, force=force)
         if (self.save_every or self.save_total_limit) and not folder:
             name = "--save-every" if self.save_every else "--save-total-limit"
-            raise LoraFxError(f"{name}, but no state is kept", "--save-state DIR")
+            raise LoraFxError(f"{name} needs a folder for states", "pass --save-state DIR")
         if folder:
             resume = self.resume
             again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
@@ -227,7 +245,7 @@ def _validates(asked: JsonView) -> bool:
 
 
 def _keeps_states(asked: JsonView) -> bool:
-    """Whether states are kept as often as a validation would run."""
+    """True if a state is saved whenever a validation would run."""
     return bool(asked["save_state"] or asked["resume"]) and not asked["save_every"]
 
 
@@ -241,19 +259,19 @@ TRAINED: Rules = (
     NoSay(
         ("validation",),
         lambda asked: bool(asked["eval_data"]),
-        "beside --eval-data {0[eval_data]}",
+        "with --eval-data {0[eval_data]}",
         "leave one of them out",
     ),
     NoSay(
         ("epochs",),
         lambda asked: asked["steps"] is not None,
-        "beside --steps {0[steps]}",
+        "with --steps {0[steps]}",
         "leave one of them out",
     ),
     NoSay(
         ("checks",),
         lambda asked: not _validates(asked) and not _keeps_states(asked),
-        "where no example is held out, and no state is kept at a validation",
+        "when no example is held out and no validation keeps a state",
     ),
 )
-"""When one of them has no say."""
+"""Combinations in which an option has no effect and is refused."""

@@ -1,4 +1,4 @@
-"""lora-fx truncate: an adapter of fewer ranks, with the exact error that it costs."""
+"""lora-fx truncate: reduce the ranks of an adapter, and report the exact error."""
 
 from __future__ import annotations
 
@@ -35,43 +35,55 @@ NO_SAY: Rules = (
 
 @dataclass(frozen=True, kw_only=True)
 class GoalOptions:
-    """How far an adapter is truncated, of which one is given."""
+    """Options for the goal of a truncation; the user gives one of them."""
 
-    rank: int | None = option("--rank", "-r", type=int, help="No update has a higher one.")
+    rank: int | None = option(
+        "--rank", "-r", type=int, help="Cut every update to at most this rank."
+    )
     params: int | None = option(
-        "--params", type=int, help="Elements of all A and B together, at most."
+        "--params", type=int, help="Keep at most this many elements of all A and B together."
     )
     energy: float | None = option(
-        "--energy", type=float, help="Share of Σσ² over all updates to keep, at least."
+        "--energy", type=float, help="Keep at least this share of Σσ² over all updates."
     )
     max_error: float | None = option(
-        "--max-error", type=float, help="‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most."
+        "--max-error",
+        type=float,
+        help="Accept at most this error ‖ΔW − ΔW'‖/‖ΔW‖ over all updates.",
     )
     max_abs_error: float | None = option(
-        "--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most."
+        "--max-abs-error", type=float, help="Accept at most this error ‖ΔW − ΔW'‖ over all updates."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """The data on which every rank is judged, and the model that is run."""
+    """Options for the data and the model that measure every rank."""
 
     table: str | None = option(
-        "--table", metavar="DATA", help="Print its loss at every rank, and no more."
+        "--table",
+        metavar="DATA",
+        help="Print the loss on this data at every rank, and write nothing.",
     )
     model: str | None = option(
-        "--model", metavar="MODEL", help="Of --table: what ADAPTER was trained on."
+        "--model", metavar="MODEL", help="Name the base model of ADAPTER, for --table."
     )
-    label: str = label_option("Of --table.")
-    loss: str = option("--loss", default="ce", help="Of --table, as for train.")
+    label: str = label_option("Name the column of labels, for --table.")
+    loss: str = option(
+        "--loss", default="ce", help="Choose the loss, for --table: ce, mse or module:function."
+    )
     weights: str | None = option(
-        "--weights", metavar="FILE", help="Of --model, where it is built from code."
+        "--weights",
+        metavar="FILE",
+        help="Load these weights into --model, if it is built from code.",
     )
 
 
 @click.command("truncate", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("adapter")
-@click.option("-o", "--output", metavar="OUT", help="Folder or .safetensors.")
+@click.option(
+    "-o", "--output", metavar="OUT", help="Write an adapter folder or a .safetensors file."
+)
 @option_group("goal", GoalOptions)
 @option_group("of_table", TableOptions)
 @trust_option
@@ -84,10 +96,11 @@ def command(
     trust: bool,
     force: bool,
 ) -> None:
-    r"""Drop the ranks of ADAPTER that matter least, over all its updates at once.
+    r"""Remove the ranks of ADAPTER that change its updates least.
 
-    Give one goal. No model is needed; the error is exact. --table needs a model and data, and says
-    what every rank is worth on them.
+    Give one goal: --rank, --params, --energy, --max-error or --max-abs-error. The ranks are chosen
+    over all updates together, and the error is computed exactly, without a model. --table needs a
+    model and data, and prints the loss at every rank.
 
     \b
     lora-fx truncate ./adapter -o small --rank 8
@@ -105,7 +118,9 @@ def command(
         emit(text, inputs=inputs, **fields)
         return
     if not output:
-        raise LoraFxError("nothing to write to", "-o OUT, or --table DATA to look first")
+        raise LoraFxError(
+            "no output is given", "pass -o OUT, or --table DATA to see the losses first"
+        )
     check_output(output, force=force, names=FORMATS.default.folder_files)
     result = truncation(
         adapter_of(adapter),
@@ -123,23 +138,23 @@ def command(
 
 
 def _refuse_beside_table(goal: GoalOptions, output: str | None) -> None:
-    """Raise for a goal or an output, where a table is printed."""
+    """Raise for a goal or an output if only a table is printed."""
     given = [name for name in names_of(GoalOptions) if getattr(goal, name) is not None]
     if output:
         given.append("output")
     if given:
         raise LoraFxError(
-            f"--{given[0].replace('_', '-')} has no say beside --table, which writes nothing",
-            "look at the table first",
+            f"--{given[0].replace('_', '-')} has no effect with --table, which writes nothing",
+            "leave it out",
         )
 
 
 def _table(adapter: str, data: str, options: TableOptions, trust: bool) -> tuple[str, Json]:
-    """Losses on DATA at lower ranks, as text and for --json; nothing is written."""
+    """The losses on DATA at lower ranks, as text and for --json; no file is written."""
     from lora_fx.passes.verbs.held_out_loss import held_out
 
     if not options.model:
-        raise LoraFxError("--table needs the model", "--model MODEL")
+        raise LoraFxError("--table needs the base model", "pass --model MODEL")
     capture = ModelOptions(weights=options.weights, trust=trust)
     cap = captured(options.model, capture)
     table = training_data(data, cap, options.label)

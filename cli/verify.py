@@ -1,4 +1,4 @@
-"""lora-fx verify: models run and compared, tensor files compared as tensors, adapters fitted."""
+"""lora-fx verify: compare models or tensor files, or check that an adapter fits a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _tensors(asked: JsonView) -> bool:
 
 
 def _of_tensors(a: str, b: str) -> bool:
-    """Whether both are files of tensors, or b is an adapter, or there is no b."""
+    """True if `a` is a tensor file and `b` is one too, is an adapter, or does not exist."""
     from lora_fx.checkpoint.verify import is_tensor_file
     from lora_fx.formats.io import is_adapter
 
@@ -50,22 +50,25 @@ MODEL = ("weights", "dynamic", "static", "no_repeat")
 NO_SAY: Rules = (
     NoSay(
         ("adapters", "tol", "everything", "provider"), _fits,
-        "beside {0[b]}, an adapter: names and shapes are compared",
+        "with {0[b]}, an adapter: names and shapes are compared",
     ),
     NoSay(
         ("inputs_file", "provider", *MODEL), _tensors,
-        "for {0[a]}, of which tensors are compared", "leave it out, or --run",
+        "for {0[a]}, whose tensors are compared", "leave it out, or --run",
     ),
     NoSay(
         ("everything",), lambda asked: not (_tensors(asked) and asked["adapters"]),
-        "but for tensor files and an --adapter, of which a sample is computed again",
+        "except for tensor files with an --adapter, where every row is computed again",
     ),
     NoSay(
         ("inputs_file", *MODEL), lambda asked: _fits(asked) and _onnx(asked)[0],
-        "for {0[a]}, of which names and shapes are compared",
+        "for {0[a]}, whose names and shapes are compared",
     ),
-    NoSay(MODEL, lambda asked: all(_onnx(asked)), "for {0[a]} and {0[b]}, graphs as they are"),
-    NoSay(("provider",), lambda asked: not any(_onnx(asked)), "where no .onnx file is run"),
+    NoSay(
+        MODEL, lambda asked: all(_onnx(asked)),
+        "for {0[a]} and {0[b]}, which are already graphs",
+    ),
+    NoSay(("provider",), lambda asked: not any(_onnx(asked)), "when no .onnx file is run"),
 )  # fmt: skip
 
 
@@ -77,12 +80,19 @@ NO_SAY: Rules = (
     "adapters",
     multiple=True,
     metavar="ADAPTER[:W]",
-    help="Applied to B, or to the one that is no .onnx file; of tensors: what A has and B has not.",
+    help="Apply this adapter to B, or to the model that is not an .onnx file; of tensor "
+    "files A has it merged.",
 )
-@click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
-@click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
-@click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
-@click.option("--provider", show_default="auto", help="auto, cpu or cuda.")
+@click.option(
+    "--tol",
+    type=float,
+    help="Accept max|a - b| / max|b| up to this.  [default: 2e-6; tensor files 0]",
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="Compute every row again, in place of a sample."
+)
+@click.option("--run", is_flag=True, help="Run tensor files as models and compare their outputs.")
+@click.option("--provider", show_default="auto", help="Run ONNX Runtime on auto, cpu or cuda.")
 @option_group("capture", ModelOptions)
 def command(
     a: str,
@@ -94,12 +104,14 @@ def command(
     provider: Provider | None,
     capture: ModelOptions,
 ) -> None:
-    r"""Compare models A and B; or check that adapter B fits model A.
+    r"""Compare models A and B, or check that adapter B fits model A.
 
-    Two Hugging Face folders or .safetensors files are compared as tensors: with --adapter, A must
-    be B with it merged. All other models are run on the same inputs.
+    Two Hugging Face folders or .safetensors files are compared tensor by tensor; with --adapter, A
+    must equal B with the adapter merged. Other models are run on the same inputs, and their outputs
+    are compared.
 
-    Exit code 0: equal within the gate. 1: they differ. 2: they cannot be compared.
+    Exit codes: 0 if they are equal within the tolerance, 1 if they differ, 2 if they cannot be
+    compared.
 
     \b
     lora-fx verify ./merged ./llama --adapter ./adapter
@@ -136,6 +148,6 @@ def command(
 
 
 def _with_weight(text: str) -> str | tuple[str, float]:
-    """An `ADAPTER:W` argument as (path, W); one without a weight as it is."""
+    """Split `ADAPTER:W` into (path, W); without a weight, return the path."""
     path, weight = split_weight(text)
     return text if path == text else (path, weight)

@@ -1,4 +1,4 @@
-"""How two outputs are compared, and the gates that a difference has to pass.
+"""Compare two outputs, and check the difference against gates.
 
 rel(a, b) = max|a − b| / max|b| per output; NaN, Inf on one side or max|b| = 0 is a failure.
 """
@@ -23,7 +23,7 @@ from lora_fx.text import Json, JsonView, html, short, strict_json
 Outputs = Mapping[str, Array]
 """The outputs of a run, by name."""
 Sizes = Mapping[str, tuple[int, ...]]
-"""The shapes of its inputs, by name."""
+"""The shapes of inputs, by name."""
 FOLD_TOL = 1e-6
 """fold against insert, fp32, tiny models."""
 ORT_TOL = 2e-6
@@ -31,13 +31,13 @@ ORT_TOL = 2e-6
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
 STEPS = 8 * 2.0**-7
-"""Where activations are made codes of eight bits: eight steps of these."""
+"""The gate for activations that become 8-bit codes: eight steps of such a code."""
 COARSE = 4 * STEPS
 """The ceiling there, since a rounding moves codes by whole steps."""
 MASK = 1e4
 """From here on, and so far beyond all that differs, an output's number is that of a mask."""
 SIGMOID_STEP = 2.0**-24
-"""What ONNX Runtime's sigmoid is exact to, however small its result is."""
+"""The absolute error of ONNX Runtime's sigmoid, however small its result is."""
 SMALLEST = 16 * SIGMOID_STEP
 """The most that so small an output may differ by."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
@@ -365,7 +365,7 @@ def _distance(ours: Array, theirs: Array) -> float:
 
 
 class Gate(NamedTuple):
-    """What a difference may be.
+    """The largest allowed differences.
 
     Attributes:
         first: Without a question.
@@ -444,7 +444,7 @@ def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.Array
 
 @dataclass(frozen=True)
 class Parity:
-    """One comparison at one size; `of` says what was compared: fold, onnxruntime, torch.
+    """One comparison at one size; `of` names what was compared: fold, onnxruntime, torch.
 
     Where every output of the reference is zero it is blank, and proves nothing.
     """
@@ -522,7 +522,7 @@ def _largest_gap(ours: Array, reference: Array) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """What a verb did and whether it holds; `bool(report)` is the answer."""
+    """The result of a verb; `bool(report)` is True if every check passed."""
 
     command: str
     ok: bool
@@ -548,7 +548,7 @@ class Report:
         return html(f"{self.command}: {'ok' if self.ok else 'FAILED'}", [head, *rows])
 
     def to_json(self) -> Json:
-        """The parts of docs/json.md that this verb knows."""
+        """The JSON fields of docs/json.md that this verb fills."""
         return {
             "command": self.command,
             "ok": self.ok,
@@ -644,7 +644,7 @@ def _of_telling_outputs(
 
 
 def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
-    """The largest difference so far of each output, where these have a larger one; edits it."""
+    """Update the largest difference so far of each output, in place; returns it."""
     for name, value in values.items():
         difference = rel(value, exact[name])
         if math.isfinite(difference):
@@ -655,11 +655,11 @@ def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, 
 
 
 def demand(parity: Sequence[Parity], what: str) -> None:
-    """Raise unless something was compared and every gate was met: nothing is written."""
+    """Raise unless something was compared and every gate was met; then nothing is written."""
     if not parity:
         raise LoraFxError(
-            "no size could be compared: the model refuses size 1 and the inputs have it",
-            "give --inputs with two rows or more",
+            "no size could be compared: the inputs have size 1, which the model refuses",
+            "pass --inputs with two or more rows",
         )
     for of in dict.fromkeys(row.of for row in parity):
         rows = [row for row in parity if row.of == of]
@@ -668,14 +668,15 @@ def demand(parity: Sequence[Parity], what: str) -> None:
         rounding = max(row.rel for row in rows)
         if rounding:
             raise LoraFxError(
-                f"{of or what}: every output is so small that its rounding, up to "
-                f"{rounding:.1e} of it, hides the adapter: nothing is proven",
-                "give real data with --inputs, on which the outputs are larger",
+                f"{of or what}: every output is so small that its rounding (up to {rounding:.1e} "
+                "of it) "
+                "hides the adapter, so nothing is proven",
+                "pass --inputs with real data that gives larger outputs",
             )
         raise LoraFxError(
-            "every output is zero: nothing is proven",
-            "give the weights that training left, since a last layer of zeros has no other output; "
-            "or real data with --inputs",
+            "every output is zero, so nothing is proven",
+            "use trained weights, because a last layer of zeros gives only zeros; or pass "
+            "--inputs with real data",
         )
     for row in parity:
         if not row.ok:

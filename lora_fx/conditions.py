@@ -58,7 +58,7 @@ class Condition:
 
     @property
     def about(self) -> frozenset[Size]:
-        """The sizes that it speaks of."""
+        """The sizes that the condition is about."""
         return frozenset((input_name, dimension) for _, input_name, dimension in self.sizes)
 
     def __str__(self) -> str:
@@ -116,7 +116,7 @@ class Condition:
         return f"{input_name}[{dimension}] >= {low}"
 
     def refusal(self, values: Mapping[Size, int]) -> SizeError:
-        """The error for sizes that do not satisfy it."""
+        """The error for sizes that do not satisfy the condition."""
         sizes = []
         for _, input_name, dimension in self.sizes:
             size = values[input_name, dimension]
@@ -126,13 +126,14 @@ class Condition:
             taker = "the model" if self.demanded else "the captured path"
             text = f"{taker} takes {self.in_tokens}: {rule}"
         elif self.demanded:
-            text = f"the model does not run elsewhere: {rule}"
+            text = f"the model runs only for {rule}"
         else:
-            text = f"the captured path holds for {rule} only"
+            text = f"the captured path is valid only for {rule}"
         if self.line:
             text += f" ({self.line})"
         return SizeError(
-            f"{' and '.join(sizes)}; {text}", "give sizes inside, or capture at these sizes"
+            f"{' and '.join(sizes)}; {text}",
+            "give sizes within these bounds, or capture the model at these sizes",
         )
 
     def to_json(self) -> Json:
@@ -199,7 +200,7 @@ class Condition:
         return equal
 
     def stored(self) -> Json:
-        """As files hold it: the line without the folder that the code lies in."""
+        """The form for files: the line without the folder of the code."""
         path, comma, number = self.line.partition(", line ")
         file = re.split(r"[/\\]", path)[-1]
         return {
@@ -211,7 +212,7 @@ class Condition:
 
     @classmethod
     def read(cls, row: JsonView) -> Condition:
-        """What `stored` wrote; raises LoraFxError where the text is no comparison."""
+        """Read what `stored` wrote; raises LoraFxError if the text is not a comparison."""
         sizes = tuple(
             (str(name), str(input_name), int(dimension))
             for name, input_name, dimension in row["sizes"]
@@ -219,7 +220,9 @@ class Condition:
         names = _names_in(parsed(str(row["text"])))
         are_axes = all(0 <= dimension < MAX_AXES for _, _, dimension in sizes)
         if not names or names != {name for name, _, _ in sizes} or not are_axes:
-            raise LoraFxError(f"{row['text']!r} is no condition on {sizes}", "was the file edited?")
+            raise LoraFxError(
+                f"{row['text']!r} is not a condition on {sizes}", "was the file edited?"
+            )
         return cls(str(row["text"]), sizes, str(row["line"]), bool(row["demanded"]))
 
 
@@ -309,7 +312,7 @@ def parsed(text: str) -> Tree:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         tree = ()
     if not isinstance(tree, tuple) or not tree:
-        raise LoraFxError(f"{text[:80]!r} is no condition on sizes", "was the file edited?")
+        raise LoraFxError(f"{text[:80]!r} is not a condition on sizes", "was the file edited?")
     return tree
 
 

@@ -127,7 +127,7 @@ def training_table(
     """
     if path.startswith("hf:"):
         hint = "hf download ORG/NAME --repo-type dataset --local-dir DIR, then give a file in DIR"
-        raise LoraFxError(f"{path}: models come from the Hub, data does not", hint)
+        raise LoraFxError(f"{path}: lora-fx does not read data from the Hub", hint)
     if ":" in path and not Path(path).exists():
         table = table_of(call(path), path, label=label, tokenizer=tokenizer)
     else:
@@ -135,7 +135,8 @@ def training_table(
     names = [name for name in table.columns if name != table.label]
     if not names:
         raise LoraFxError(
-            f"{path}: no column but {table.label!r}", f"the model takes {', '.join(inputs)}"
+            f"{path}: there is no column besides {table.label!r}",
+            f"add columns for the inputs of the model: {', '.join(inputs)}",
         )
     is_tabular = len(inputs) == 1 and not set(names) & set(inputs)
     if is_tabular and all(table.columns[name].ndim == 1 for name in names):
@@ -157,8 +158,8 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
     suffix = Path(path).suffix
     if suffix not in READERS:
         raise LoraFxError(
-            f"{path}: data of an unknown kind {suffix!r}",
-            near_path(path, ".npz, .jsonl, .csv or module:loader"),
+            f"{path}: unknown data format {suffix!r}",
+            near_path(path, "use .npz, .jsonl, .csv or module:loader"),
         )
     expect_file(path, "give a path to the data")
     return table_of(READERS[suffix](path), path, label=label, tokenizer=tokenizer)
@@ -180,16 +181,21 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
         raw = _joined(raw, where)
     for name, values in raw.items():
         if not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
-            raise LoraFxError(f"{where}: column {name!r} has no rows", "one row an example")
+            raise LoraFxError(
+                f"{where}: column {name!r} has no rows", "give one row for each example"
+            )
     if not raw or not len(next(iter(raw.values()))):
-        raise LoraFxError(f"{where}: no rows", "there is nothing to train on")
+        raise LoraFxError(f"{where}: the data has no rows", "give at least one row")
     if label:
-        expect_name(label, raw, f"{where}: no column", f"the columns are {', '.join(raw)}")
+        expect_name(label, raw, f"{where}: there is no column", f"the columns are {', '.join(raw)}")
     else:
         label = next((name for name in LABELS if name in raw), "")
     lengths = {name: len(values) for name, values in raw.items()}
     if len(set(lengths.values())) > 1:
-        raise LoraFxError(f"{where}: columns of different lengths: {lengths}", "one row an example")
+        raise LoraFxError(
+            f"{where}: the columns have different lengths: {lengths}",
+            "give one row for each example",
+        )
 
     columns: dict[str, Array] = {}
     names_of_texts: list[str] = []
@@ -217,8 +223,8 @@ def _joined(raw: Any, where: str) -> dict[str, list[object]]:
     for number, batch in enumerate(batches, 1):
         if not isinstance(batch, Mapping) or set(batch) != set(batches[0]):
             raise LoraFxError(
-                f"{where}: item {number} is no dictionary with the keys of the first",
-                "a loader returns columns by name, or batches of them",
+                f"{where}: item {number} is not a dictionary with the keys of the first item",
+                "return a dictionary of columns from the loader, or batches of such dictionaries",
             )
     columns: dict[str, list[object]] = {}
     for batch in batches:
@@ -241,13 +247,13 @@ def _are_texts(values: Any, where: str, name: str) -> bool:
         raise LoraFxError(
             f"{where}: column {name!r} is {_kind(values[0])} in row 1 "
             f"and {_kind(values[row])} in row {row + 1}",
-            "a column is all text or all numbers",
+            "make the column all text or all numbers",
         )
     return all(is_text)
 
 
 def _kind(value: object) -> str:
-    """What a value is, for people."""
+    """The kind of a value, for people."""
     if isinstance(value, str):
         return "text"
     if value is None:
@@ -258,7 +264,7 @@ def _kind(value: object) -> str:
 def _tokenised(
     texts: Mapping[str, Sequence[str]], where: str, tokenizer: Tokenizer | None
 ) -> Mapping[str, Array]:
-    """The columns that a tokenizer makes of columns of texts, those of a row joined by spaces."""
+    """Tokenise columns of texts; the texts of a row are joined by spaces."""
     first_name, first_texts = next(iter(texts.items()))
     if tokenizer is None:
         row = _first_row_of_text(first_texts)
@@ -288,7 +294,7 @@ def _array(values: npt.ArrayLike, where: str, name: str) -> Array:
             f"{where}: column {name!r} has rows of different lengths", "pad them to one length"
         ) from error
     if array.dtype.kind not in "iufb":
-        raise LoraFxError(f"{where}: column {name!r} is neither numbers nor text", "drop it")
+        raise LoraFxError(f"{where}: column {name!r} is neither numbers nor text", "remove it")
     if array.dtype == np.float64:
         return array.astype(np.float32)
     return array

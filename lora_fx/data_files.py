@@ -46,18 +46,18 @@ def check_unpacked(path: StrPath, hint: str) -> None:
 def read_npz(path: str) -> dict[str, Array]:
     """Arrays of an .npz by name; never unpickles."""
     try:
-        check_unpacked(path, "numpy.savez writes it without compression")
+        check_unpacked(path, "write it without compression, with numpy.savez")
         with open_input(path) as file, np.load(file, allow_pickle=False) as data:
             arrays = dict(data)
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):
-                raise ValueError(f"its member {name} is no array")
+                raise ValueError(f"its member {name} is not an array")
         return arrays
     except LoraFxError:
         raise
     except Exception as error:  # numpy and zipfile raise whatever their parts do
         raise LoraFxError(
-            f"{path}: not a readable .npz: {one_line(error)}", "numpy.savez makes one"
+            f"{path}: not a readable .npz: {one_line(error)}", "write it with numpy.savez"
         ) from error
 
 
@@ -70,7 +70,10 @@ def json_rows(path: str) -> Iterator[tuple[str, Json]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}: line {number}"
-            yield where, json_object(line, where, constants=True, hint="one JSON object a line")
+            yield (
+                where,
+                json_object(line, where, constants=True, hint="write one JSON object on each line"),
+            )
 
 
 def _jsonl(path: str) -> dict[str, list[object]]:
@@ -80,7 +83,7 @@ def _jsonl(path: str) -> dict[str, list[object]]:
         if columns and set(row) != set(columns):
             raise LoraFxError(
                 f"{where} has the keys {sorted(row)}; the first has {sorted(columns)}",
-                "every row needs the same keys",
+                "give every row the same keys",
             )
         for key, value in row.items():
             columns.setdefault(key, []).append(value)

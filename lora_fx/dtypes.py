@@ -12,7 +12,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 NumpyDtype = np.dtype[Any]
 Floating = type[np.floating[Any]]
-"""What arithmetic is done in: float32 or float64."""
+"""The dtype of the arithmetic: float32 or float64."""
 
 
 class Dtype(NamedTuple):
@@ -105,6 +105,6 @@ def from_onnx(kind: str) -> str:
 
 
 def finfo(dtype: str | NumpyDtype) -> np.finfo[Any]:
-    """What numpy.finfo says of a floating dtype, narrow ones too."""
+    """numpy.finfo of a floating dtype, also of bfloat16 and float8."""
     wanted = numpy_dtype(dtype) if isinstance(dtype, str) else dtype
     return ml_dtypes.finfo(wanted)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The one error that users see, and blocks in which libraries say nothing."""
+"""The errors that users see, and blocks that silence the output of libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class LoraFxError(Exception):
-    """Something the user can mend: one line that says what is wrong, and a hint.
+    """Something that the user can correct: one line that says what is wrong, and a hint.
 
     A hint is written in the command line's spelling, and `str` has it in Python's.
 
@@ -61,21 +61,21 @@ def expect(value: object, kind: type | tuple[type, ...], name: str, wanted: str,
 
 
 def expect_path(value: object, name: str, hint: str) -> None:
-    """Refuse what is no path; see `expect`."""
+    """Refuse an argument that is not a path; see `expect`."""
     expect(value, (str, os.PathLike), name, "a path", hint)
 
 
 @dataclass(frozen=True)
 class NoSay(Generic[T]):
-    """Options that have no say where something else was asked for: giving one is an error.
+    """Options that have no effect where something else was asked for: giving one is an error.
 
     An option that permits something (--force, --trust) is no such option: it is given ahead, for
     what may come. Nor is a flag that is False, which asks for nothing.
 
     Attributes:
         options: The names of the options.
-        where: All that was asked for → whether they have no say there.
-        decides: What decides instead, in words that follow "has no say"; `{0}` is all that was
+        where: All that was asked for → whether they have no effect there.
+        decides: What decides instead, in words that follow "has no effect"; `{0}` is all that was
             asked for.
         hint: What to do.
     """
@@ -87,7 +87,7 @@ class NoSay(Generic[T]):
 
 
 def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str]) -> None:
-    """Refuse the first option that was given and has no say.
+    """Refuse the first option that was given and has no effect.
 
     Args:
         rules: The rules of the verb.
@@ -100,7 +100,7 @@ def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str
     for rule in rules:
         option = next((spelled[name] for name in rule.options if name in spelled), None)
         if option is not None and rule.where(asked):
-            raise LoraFxError(f"{option} has no say {rule.decides.format(asked)}", rule.hint)
+            raise LoraFxError(f"{option} has no effect {rule.decides.format(asked)}", rule.hint)
 
 
 def given_options(asked: Mapping[str, object]) -> dict[str, str]:
@@ -124,25 +124,25 @@ class DeadTargetError(NoEffectError):
 
 
 class MisfitError(LoraFxError):
-    """An adapter does not fit a model: it was made for another, most likely."""
+    """An adapter does not fit a model, most likely because it was made for another model."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "was the adapter trained on another model?")
 
 
 class MistakeError(LoraFxError):
-    """Something that no user can mend: lora-fx is wrong."""
+    """A bug in lora-fx, which no user can correct."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "report this: it is a mistake of lora-fx")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. A kind of Ctrl-C, so that whatever cleans up after that does so here."""
+    """SIGTERM arrived; handled like Ctrl-C, so that the same clean-up runs."""
 
 
 def stamp(number: int = 1) -> dict[str, int]:
-    """The beginning of the JSON of every file that lora-fx writes: the number of its format.
+    """The first JSON fields of every file that lora-fx writes: the number of the file's format.
 
     lora-fx 0.1 reads `version`, and later ones `format` where it is there.
     """
@@ -168,7 +168,7 @@ def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None
         )
     if number > known:
         raise LoraFxError(
-            f"{where}: format {number}; this lora-fx knows formats up to {known}",
+            f"{where}: format {number}; this lora-fx reads formats up to {known}",
             "a later lora-fx wrote the file: update lora-fx",
         )
 
@@ -176,8 +176,8 @@ def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None
 def visible(text: object, *, lines: bool = False) -> str:
     r"""The text with control, format and lone surrogate characters as their codes.
 
-    Names from files are another's word: they may hold what moves a terminal's cursor, or turns the
-    direction of reading.
+    Names from files are not trusted: they may move a terminal's cursor, or turn the direction of
+    text.
 
     Args:
         text: The text.
@@ -260,12 +260,12 @@ def lead_between(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]
 
 
 def expect_name(name: str, names: Collection[str], what: str, none: str) -> None:
-    """Refuse a name that is not known.
+    """Refuse an unknown name.
 
     Args:
         name: The name.
         names: The known names; the nearest of them is the hint.
-        what: The beginning of the message, such as "no variant".
+        what: The beginning of the message, such as "unknown variant".
         none: The hint where no known name is near.
     """
     if name not in names:
@@ -276,7 +276,7 @@ def near_path(path: str | os.PathLike[str], none: str = "is the path right?") ->
     """A hint with the nearest names in the folder of a path that is not there, or `none`."""
     folder, name = os.path.split(os.fspath(path).rstrip("/\\"))
     if folder.startswith("~") or name == "~":
-        return "os.path.expanduser(path) puts the home folder in place of ~"
+        return "replace ~ by the home folder, with os.path.expanduser(path)"
     try:
         siblings = os.listdir(folder or ".")[:_SIBLINGS]
     except (OSError, ValueError):
@@ -301,14 +301,14 @@ def expect_file(path: str | os.PathLike[str], none: str) -> None:
 _WHY = {
     errno.ENOSPC: ("disk full", "free space, or write to another disk"),
     errno.EDQUOT: ("disk quota exceeded", "free space, or write to another disk"),
-    errno.EFBIG: ("larger than a file may be here", "write to another file system"),
+    errno.EFBIG: ("larger than the file system allows", "write to another file system"),
     errno.EROFS: ("the file system is read-only", "write to another folder"),
-    errno.EACCES: ("permission denied", "check who owns it and its mode"),
-    errno.EPERM: ("not permitted", "check who owns it and its mode"),
-    errno.EIO: ("input/output error", "the disk or the connection to it fails"),
+    errno.EACCES: ("permission denied", "check its owner and its permissions"),
+    errno.EPERM: ("not permitted", "check its owner and its permissions"),
+    errno.EIO: ("input/output error", "check the disk and the connection to it"),
     errno.ENOENT: ("no such file or folder", "is the path right?"),
     errno.EISDIR: ("is a folder", "is the path right?"),
-    errno.ENOTDIR: ("a part of the path is no folder", "is the path right?"),
+    errno.ENOTDIR: ("a part of the path is not a folder", "is the path right?"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
     errno.EBUSY: ("in use by the system", "is it a mount point? choose another output"),
     errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
@@ -318,8 +318,8 @@ _WHY = {
 
 
 def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
-    """What an error of the operating system means for `path`, in one line."""
-    why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
+    """A one-line LoraFxError for an error of the operating system at `path`."""
+    why, hint = _WHY.get(error.errno or 0, ("", "check the free space and the permissions"))
     if error.errno == errno.ENOENT:
         if error.filename is None:  # no file: no room for temporary ones
             why = error.strerror or why
@@ -341,8 +341,8 @@ def explained(
 
     Args:
         path: The file or folder that is worked on.
-        only: The numbers of the errors that are meant; all where it is empty.
-        itself: Name `path` even where an error has a file of its own, such as a temporary one.
+        only: The errno values to handle; all of them if empty.
+        itself: Name `path` even if the error names another file, such as a temporary one.
     """
     try:
         yield
@@ -369,7 +369,7 @@ def retold(
         hint: What to do about it, one line.
         kinds: The errors that are meant. Libraries whose errors have no common base raise any.
         most: The most characters of the library's own text.
-        named: The kind of the error stands before its text.
+        named: Put the name of the error's class before its text.
     """
     try:
         yield
@@ -400,7 +400,7 @@ def silenced(
     redirect: Callable[[io.StringIO], contextlib.AbstractContextManager[object]] | None = None,
     levels: Mapping[str, int] | None = None,
 ) -> Iterator[None]:
-    """A block without warnings: one that users have made an error is none there.
+    """A block without warnings, even if the user has turned warnings into errors.
 
     Args:
         redirect: contextlib.redirect_stdout or redirect_stderr, for what is printed there.

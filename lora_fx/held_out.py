@@ -1,4 +1,4 @@
-"""Held-out examples: split off, or of a file of their own."""
+"""Held-out examples: split off from the training data, or from a separate file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _order_by_label(table: Table, seed: int) -> tuple[Array, Array]:
 
 
 def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
-    """Held-out examples of a file of their own, with labels by the training's numbers.
+    """Held-out examples from a separate file, with the training's numbers for labels.
 
     Args:
         held_out: The examples.
@@ -68,16 +68,16 @@ def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
     has_many_names = max(len(held_out_names), len(training_names)) > 8
     if has_same_columns and training.words and new_labels and has_many_names:
         raise LoraFxError(
-            f"{path}: column {training.label!r} has {some(new_labels, 4)}; expected labels that "
-            f"{data} has",
-            "no label may be new in held-out examples",
+            f"{path}: column {training.label!r} has {some(new_labels, 4)}; expected only labels "
+            f"in {data}",
+            "remove held-out examples with new labels",
         )
     has_same_kind = bool(held_out.words) == bool(training.words)
     if not has_same_columns or new_labels or not has_same_kind:
         raise LoraFxError(
-            f"{path} has {some(held_out_names, 8)}; expected {some(training_names, 8)}, "
-            f"as {data} has",
-            "both need the same columns, and no label may be new",
+            f"{path} has {some(held_out_names, 8)}; expected {some(training_names, 8)}, as in "
+            f"{data}",
+            "give both files the same columns, and no new labels",
         )
     if not held_out.words:
         return held_out
@@ -88,7 +88,7 @@ def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
 
 
 def repeated(held_out: Table, training: Table) -> int:
-    """How many held-out examples are trained on too: their inputs, whatever is padded with 0."""
+    """The number of held-out examples whose inputs are in the training data, padding aside."""
     trained_inputs = set(_hashes_of_inputs(training))
     return sum(example in trained_inputs for example in _hashes_of_inputs(held_out))
 

@@ -27,7 +27,7 @@ from lora_fx.text import Json
 Named = Mapping[str, Any]
 """Arguments of a call by name; each is a tensor, or one of torch's pytrees."""
 Dynamic = Mapping[str, Mapping[int, str] | Sequence[int]]
-"""{input: {dimension: symbol}} or {input: (dimension, …)}; an empty symbol stands for a new one."""
+"""{input: {dimension: symbol}} or {input: (dimension, …)}; an empty symbol makes a new one."""
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
 OTHERS = {5: (9, 3, 12, 4), 7: (4, 13, 6, 10), 11: (6, 8, 3, 14)}
 """Sizes of the further symbols, by that of the first."""
@@ -41,7 +41,7 @@ PAST = "past"
 CACHE_SIZES: tuple[tuple[int, int], ...] = (*SIZES, (2, 1))
 """A decoder's: 3, 0, 4 and 2 tokens lie in the cache. One new token is what it mostly runs on."""
 LARGEST_CUT = 512
-"""Proofs do not run at longer sizes than a constant of this size asks for: they would take long."""
+"""The largest constant in a model for which proofs choose longer sizes; more would be slow."""
 Extents = tuple[int, int] | Mapping[str, int]
 """One size of a check: (batch, first other symbol), or some symbols by name."""
 
@@ -190,7 +190,7 @@ class Inputs:
         return sides
 
     def _requested(self, size: Extents, places: Mapping[Size, str]) -> dict[str, int]:
-        """What every symbol should be at one size, whatever the conditions say."""
+        """The value of every symbol at one size, before conditions are applied."""
         if isinstance(size, tuple):
             batch, length = size
             named: Mapping[str, int] = {}
@@ -409,7 +409,7 @@ def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
             continue
         if spec.shape[0] == 0:
             raise LoraFxError(
-                f"the example for {spec.name!r} has size 0: {list(spec.shape)}",
+                f"the example for input {spec.name!r} has size 0: {list(spec.shape)}",
                 "give at least one row",
             )
         dims = {0: f"{spec.name}_0"}
@@ -441,7 +441,7 @@ def merge_dynamic(
     dynamic: Dynamic | None,
     static: Sequence[str] = (),
 ) -> dict[str, dict[int, str]]:
-    """Defaults, plus what `dynamic` asks for, less what `static` fixes.
+    """The default dynamic dimensions, plus those in `dynamic`, without those in `static`.
 
     Args:
         dynamic: {input: {dimension: symbol}} or {input: (dimension, …)}.
@@ -470,7 +470,7 @@ def _dimension(name: str, number: int, rank: int) -> int:
     if not -rank <= number < rank:
         raise LoraFxError(
             f"input {name!r} has {rank} dimensions, so there is no dimension {number}",
-            "dimensions count from 0",
+            "count dimensions from 0",
         )
     return number % rank
 
@@ -487,10 +487,10 @@ def _default_label(name: str, dim: int) -> str:
 
 
 OTHER_SIZES = (
-    "--inputs FILE.npz brings arrays of sizes that the model takes; for a model of torch "
-    "--static NAME:DIM keeps a dimension as its example has it"
+    "pass --inputs FILE.npz with arrays of sizes that the model accepts; for a torch model, "
+    "--static NAME:DIM keeps a dimension at the size of its example"
 )
-"""The hint where a model refuses sizes that a check has drawn."""
+"""The hint for a model that refuses sizes which a check has chosen."""
 
 
 def expect_input(name: str, names: Collection[str]) -> None:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 Listener = Callable[[str], None]
 """Called with a line: `checking 2 of 4 …`, later `checking 2 of 4: 3.1 s`."""
 PATIENCE = 1.0
-"""Seconds that a stage may take before it is told."""
+"""A stage is reported only after this many seconds."""
 YOUNG = 20_000
 """New objects between two looks of the collector; Python's own number is 700 or 2,000."""
 _listener: ContextVar[Listener | None] = ContextVar("lora_fx_stage", default=None)
@@ -30,7 +30,7 @@ _listener: ContextVar[Listener | None] = ContextVar("lora_fx_stage", default=Non
 
 @contextlib.contextmanager
 def telling(listener: Listener | None) -> Iterator[None]:
-    """A block whose stages are told to a listener; None leaves things as they are."""
+    """A block whose stages are reported to a listener; None changes nothing."""
     if listener is None:
         listener = _listener.get()
     token = _listener.set(listener)
@@ -73,7 +73,7 @@ def said(line: str) -> None:
 
 
 def told(verb: Callable[P, T]) -> Callable[P, T]:
-    """A function whose `progress` argument is told its stages."""
+    """Decorate a function so that its `progress` argument gets reports of its stages."""
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,4 +1,4 @@
-"""Hints in Python's spelling: they are written in that of the command line."""
+"""Translate options in hints from the command line's spelling to Python's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTION = re.compile(
 
 
 def in_python(hint: str) -> str:
-    """A hint of the command line as Python says it, but for what names a command.
+    """A hint with its options in Python's spelling; clauses that name a command do not change.
 
     >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
     "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"

@@ -31,19 +31,19 @@ MOST_SIZE = 100_000
 MOST_IN_ALL = 250_000
 """The largest size of the patterns since `begin`; two tables of 800 names are 130,000."""
 EACH = 30
-"""What a pattern counts for beside its parts: to compile the empty one takes as long as 30."""
+"""The cost of a pattern besides its parts: compiling an empty one takes as long as 30 parts."""
 MOST_TEXT = 10_000
 """Characters of the longest text that a pattern is matched with."""
 SECONDS = 1.0
-"""What matching may take in all since `begin`, the first MATCH of every match left out."""
+"""Seconds for all matching since `begin`, not counting the first MATCH of every match."""
 MATCH = 1e-4
 """Seconds of one match that are not counted: a list of 500 names takes some 20 µs."""
-_SIMPLER = "write it without repeats of repeats"
+_SIMPLER = "write it without nested repeats"
 
 
 @dataclass
 class _Spent:
-    """What was spent since `begin`.
+    """The time and the sizes spent since `begin`.
 
     Attributes:
         where: What the patterns are from, for messages.
@@ -61,11 +61,11 @@ _spent: ContextVar[_Spent | None] = ContextVar("spent", default=None)
 
 
 class PatternError(ValueError):
-    """A text that is no regular expression."""
+    """A text that is not a regular expression."""
 
 
 def begin(where: str = "") -> None:
-    """Begin to count time and sizes anew: for the next config, or the next selectors.
+    """Reset the counts of time and sizes, for the next config or the next selectors.
 
     Args:
         where: What errors say the patterns are from, such as a file; nothing where it is empty.
@@ -99,8 +99,8 @@ def matched(
     spent = _spent_now()
     if len(text) > MOST_TEXT:
         raise LoraFxError(
-            f"{spent.where}{one_line(repr(text), 60)} has {len(text)} characters; patterns are "
-            f"matched with names of at most {MOST_TEXT}",
+            f"{spent.where}{one_line(repr(text), 60)} has {len(text)} characters; expected a name "
+            f"of at most {MOST_TEXT}",
             "is it the name of a module?",
         )
     remaining = max(0.001, SECONDS - spent.seconds)
@@ -109,8 +109,9 @@ def matched(
         match: regex.Match[str] | None = getattr(pattern, how)(text, timeout=remaining)
     except (TimeoutError, MemoryError) as error:
         raise LoraFxError(
-            f"{spent.where}the pattern {one_line(repr(pattern.pattern), 120)} takes longer than "
-            f"{SECONDS:g} s, alone or with the others, at {one_line(repr(text), 120)}",
+            f"{spent.where}matching the pattern {one_line(repr(pattern.pattern), 120)} takes "
+            f"longer than {SECONDS:g} s, alone or with the other patterns, for "
+            f"{one_line(repr(text), 120)}",
             _SIMPLER,
         ) from error
     finally:
@@ -132,8 +133,8 @@ def compiled(pattern: str) -> regex.Pattern[str]:
         total_size = size + sum(spent.sizes.values())
         if total_size > MOST_IN_ALL:
             raise LoraFxError(
-                f"{spent.where}patterns of {total_size} parts in all, the last "
-                f"{one_line(repr(pattern), 60)}; at most {MOST_IN_ALL} are compiled",
+                f"{spent.where}the patterns have {total_size} parts in all, up to "
+                f"{one_line(repr(pattern), 60)}; expected at most {MOST_IN_ALL}",
                 _SIMPLER,
             )
         spent.sizes[pattern] = size
@@ -209,8 +210,8 @@ def _refuse_large(pattern: str, size: int) -> None:
     if size > MOST_SIZE:
         where = _spent_now().where
         raise LoraFxError(
-            f"{where}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, "
-            f"its repeats written out; at most {MOST_SIZE} are compiled",
+            f"{where}the pattern {one_line(repr(pattern), 120)} has {_power(size)} parts "
+            f"with its repeats written out; expected at most {MOST_SIZE}",
             _SIMPLER,
         )
 

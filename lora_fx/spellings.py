@@ -1,4 +1,4 @@
-"""Old spellings of options, which go on working and say what they are called now."""
+"""Old spellings of options, which still work and warn with the new spelling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WRAPPERS = ("contextlib", "dataclasses", "functools")
 
 
 def _warn_of_keyword(old: str, new: str) -> None:
-    warn_caller(f"{old}= is called {new}= now")
+    warn_caller(f"{old}= is deprecated: use {new}=")
 
 
 def under_either_name(
@@ -29,10 +29,10 @@ def under_either_name(
     """The value of an option, given under its name or under the one that it had before.
 
     Args:
-        old: The name that it had.
-        old_value: What is given under that; None is nothing.
-        new: The name that it has.
-        new_value: What is given under that; None is nothing.
+        old: The old name.
+        old_value: The value given under the old name; None if none was given.
+        new: The new name.
+        new_value: The value given under the new name; None if none was given.
         tell: Called with the old and the new name where the old one is used.
 
     Raises:
@@ -44,7 +44,7 @@ def under_either_name(
     if old_value is None:
         return new_value
     if new_value is not None:
-        raise LoraFxError(f"{old} and {new} are one option", f"leave {old} out")
+        raise LoraFxError(f"{old} and {new} are the same option", f"leave {old} out")
     tell(old, new)
     return old_value
 

@@ -21,7 +21,7 @@ Json = dict[str, Any]
 JsonView = Mapping[str, Any]
 """A JSON object that is only read."""
 StrPath = str | os.PathLike[str]
-"""What a user names a file or folder by."""
+"""The type of a path that a user gives."""
 
 
 def strict_json(value: Any) -> Any:
@@ -140,14 +140,16 @@ def size_in_bytes(text: str) -> int:
     """A count of bytes as people write it.
 
     Raises:
-        LoraFxError: A text that is none.
+        LoraFxError: The text is not a size.
 
     >>> size_in_bytes("5GB"), size_in_bytes("1.5 MiB"), size_in_bytes("1000")
     (5000000000, 1572864, 1000)
     """
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None:
-        raise LoraFxError(f"{text!r} is no size; expected bytes", "for example 5GB, or 500MB")
+        raise LoraFxError(
+            f"{text!r} is not a size; expected a number of bytes", "for example 5GB, or 500MB"
+        )
     number, unit, binary = match.groups()
     base = 1024 if binary else 1000
     power = " KMGT".index(unit or " ")
@@ -160,7 +162,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """True for an int that is no bool."""
+    """True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -200,7 +202,7 @@ def counted(count: int, word: str, shown: str = "") -> str:
 
 
 def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
-    """The stem where it is free, else the first of STEM.1, STEM.2 … that is free.
+    """The stem if it is not taken, else the first of STEM.1, STEM.2 … that is not taken.
 
     >>> free_name("w", ()), free_name("w", ("w", "w.1"))
     ('w', 'w.2')

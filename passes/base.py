@@ -21,6 +21,6 @@ class PassResult(Generic[V]):
     modified: bool
 
     def __post_init__(self) -> None:
-        """Drop what was computed of the graph before it was edited."""
+        """Drop all analyses of the graph from before the edit."""
         if self.modified:
             self.graph.changed()

@@ -82,7 +82,7 @@ class Batch:
     _stems: dict[str, object] = field(default_factory=dict, init=False, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
-        """Edit the graph; one that has the branches already is left alone."""
+        """Edit the graph; a graph that already has the branches is not changed."""
         if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
         dtypes = {parameter.name: parameter.dtype for parameter in graph.parameters()}
@@ -161,7 +161,7 @@ class Batch:
     def _stacks(
         self, graph: OnnxGraph, site: Site, dtype: str, form: str, keys: Sequence[Sequence[str]]
     ) -> tuple[ir.Value, ir.Value]:
-        """A and B of all adapters for a use, as initialisers; `keys` are what reaches it."""
+        """A and B of all adapters for a use, as initialisers; `keys` are the use's updates."""
         key, source = self.sources[site.parameter]
         region, layout = read_layout(site, source)
         pairs: list[Pair | None] = []
@@ -219,8 +219,8 @@ def _check_outputs(
             continue
         if states.get(value, row_axis.SAME) != row_axis.RowAxis(0):
             raise LoraFxError(
-                f"output {value.name!r} has no row for every row of the batch",
-                "batch mode serves models whose outputs keep the batch dimension",
+                f"output {value.name!r} does not have one row for each row of the batch",
+                "use mode merged or switch; mode batch needs outputs that keep the batch dimension",
             )
 
 
@@ -237,7 +237,7 @@ def _refuse_mixing(graph: OnnxGraph, symbol: str, sites: Sequence[Site]) -> None
         lost = states.get(value, row_axis.SAME).lost
         if lost:
             raise LoraFxError(
-                f"output {value.name!r}: {lost}, and an adapter of one would reach others",
+                f"output {value.name!r}: {lost}, so the adapter of one row would change other rows",
                 "use mode merged or switch",
             )
 
@@ -278,7 +278,7 @@ def _steps(site: Site, source: StoredWeight) -> tuple[Step, ...]:
 
 
 def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
-    """Which part of the parameter a use reads, and how its [out, in] lies in that part.
+    """Read the part of the parameter that a use reads, and the layout of [out, in] in that part.
 
     Raises:
         LoraFxError: The use mixes the axes of the parameter.
@@ -310,7 +310,7 @@ def _joined(
 def _in_direction_of_use(
     key: str, low: LowRank, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair:
-    """One update as factors of what a use reads, in the direction of the use, scale in b.
+    """One update as factors in the direction in which a use reads its tensor, with the scale in b.
 
     Args:
         key: The key of the update.
@@ -335,6 +335,6 @@ def _in_direction_of_use(
         a, b = widen(e, transposed, low.layout, starts, low.a, low.b, low.rank)
         return np.asarray(b.T, np.float32), np.asarray(a.T, np.float32) * scale
     raise LoraFxError(
-        f"{key!r}: the exported graph reads the tensor in another layout than the adapter's",
+        f"{key!r}: the exported graph reads the tensor in a layout that is not the adapter's",
         "use mode merged",
     )

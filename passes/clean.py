@@ -1,4 +1,4 @@
-"""clean: what a capture spells out becomes the one op that it is.
+"""clean: replace ops that a capture writes out by the one op that they compute.
 
     attention(q, k, v, mask)            mask[…, i, j] = (j ≤ i), or 0 there and −∞ elsewhere
         → attention(q, k, v, is_causal)

@@ -33,7 +33,9 @@ from lora_fx.targets.target import Target
 from lora_fx.targets.target_roles import role_of
 from lora_fx.text import by_key
 
-ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
+ODD = (
+    "its name looks like the key of a part (w[0]) or of one use (w@v) of another tensor: rename it"
+)
 
 ROUNDED = "folding would round the update away"
 
@@ -84,7 +86,7 @@ def _checked(site: Site, parameters: Mapping[str, Parameter]) -> Site:
 
 
 def _refusals(sites: Sequence[Site]) -> Iterator[Refusal]:
-    """Why sites are refused, by all verbs or some."""
+    """The refused sites with their reasons, for all verbs or for some."""
     for site in sites:
         if site.refusal:
             refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)
@@ -213,7 +215,7 @@ def _unreached(
     readers: Readers,
     gathered_flops: Mapping[str, int],
 ) -> list[Unreached]:
-    """The parameters of two dimensions or more that no site reads, nor what stands behind one."""
+    """The parameters of two or more dimensions that no site reads, even through other values."""
     reached: set[str] = set()
     for site in sites:
         reached |= {site.parameter, *site.behind}

@@ -69,11 +69,11 @@ class Folded:
 
     @property
     def said(self) -> str:
-        """The ops that still read the old value, for people; empty where there are none."""
+        """A note on the ops that still read the old value; empty if there are none."""
         if not self.other_readers:
             return ""
         ops = ", ".join(self.other_readers)
-        return f"{self.parameter}: read by {ops} too, without the update"
+        return f"{self.parameter}: {ops} also read this tensor, and get it without the update"
 
 
 def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
@@ -84,8 +84,8 @@ def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
     count = sum(change.zeros for change in changes)
     if not count:
         return []
-    why = "ONNX Runtime's CPU makes all of them floats in every run; --mode switch is faster"
-    return [f"{count} weights of codes have floats for zero points: {why}"]
+    why = "ONNX Runtime on the CPU dequantises them in every run; --mode switch is faster"
+    return [f"{count} quantised weights have zero points in floating point: {why}"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Fold:
     unrounded: dict[str, Callable[[], Array]] = field(default_factory=dict, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
-        """Edit the graph's constants; what this pass has folded once it does not fold again."""
+        """Edit the graph's constants; this pass folds each update only once."""
         found = find(graph)
         hint = "fold with these arguments as the example"
         uses = {key: update.use for key, update in self.updates.items()}
@@ -142,7 +142,7 @@ class Fold:
         return PassResult(graph, modified)
 
     def _find_zero_points(self, graph: Graph[V], targets: Mapping[str, Target]) -> None:
-        """Note what goes into zero points; raise for an update that a stored weight cannot take."""
+        """Note updates that go into zero points; raise for one that a stored weight cannot hold."""
         for key, target in targets.items():
             if target.no_fold and key not in self.moved:
                 zero_points = exact(graph, target, self.updates[key])
@@ -200,8 +200,9 @@ class Fold:
         zero = zero_points.moved(delta)
         if not np.isfinite(zero).all():
             raise LoraFxError(
-                f"{name!r}: a block of its codes has scale 0, so that no zero point moves it",
-                "export --mode switch has a branch beside it",
+                f"{name!r}: a block of its codes has scale 0, so its zero point cannot hold the "
+                "update",
+                "export with --mode switch, which adds a branch instead",
             )
         stored_as = name
         if delta.any():
@@ -235,7 +236,7 @@ def _ident(name: str, keys: Sequence[str]) -> str:
 
 
 def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array] | str:
-    """The zero points of a weight of codes, and what they can hold of an update [rows, blocks].
+    """The zero points of a quantised weight, and the change of them for an update [rows, blocks].
 
     Instead the reason why they cannot hold it.
     """
@@ -244,7 +245,7 @@ def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Ar
     zero_points = _one_zero_points(graph, target)
     if zero_points is None or not _changes_all_rows(target, low):
         if group:
-            return "no zero points that may be floats are there"
+            return "the weight has no zero points that may be floats"
         return ROUNDED
 
     a = pooled(low.a, min(zero_points.block, low.a.shape[-1]))
@@ -362,7 +363,7 @@ def _is_by_rows(base: Array, updates: list[Pair]) -> bool:
 
 
 def _blocks(base: Array, updates: list[Pair]) -> Iterator[tuple[slice, list[Pair]]]:
-    """Some rows of a matrix and what its updates do there; a tensor of other shape in one go."""
+    """Some rows of a matrix with the change by its updates; a tensor of another shape at once."""
     if not _is_by_rows(base, updates):
         yield slice(None), updates
         return

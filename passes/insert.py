@@ -67,7 +67,7 @@ class Insert:
     weight_form: bool = False
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
-        """Edit the graph; sites that carry a branch already are left alone."""
+        """Edit the graph; sites that already have a branch are not changed."""
         hint = "capture with these arguments as the example"
         required = self.missing == "error"
         uses = {key: update.use for key, update in self.updates.items()}
@@ -164,7 +164,7 @@ class Insert:
     def _stretched_form(
         self, graph: Graph[V], site: Site, pairs: Sequence[Pair], directions: Sequence[str]
     ) -> bool:
-        """W' = g·V beside the op, see above; False where the result has no such form.
+        """Add W' = g·V to the op's output, see above; False if the result has no such form.
 
         It has it where one update that stretches changes all of the weight, as the site reads it,
         where out is one axis of the result, and where no dropout parts the branch from the product.

@@ -41,7 +41,7 @@ class Quantise:
     kinds: Mapping[str, str]
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
-        """Edit the graph and its tree; what is stored as codes already is left alone."""
+        """Edit the graph and its tree; weights that are already stored as codes are not changed."""
         stored = forms(graph.root)
         found = find(graph)
         unstored = {name: kind for name, kind in self.kinds.items() if name not in stored}
@@ -66,7 +66,7 @@ def _store(graph: FxGraph, found: Found, name: str, kind: str) -> None:
         )
     weight = graph.read(name)
     if not np.isfinite(np.asarray(weight, np.float32)).all():
-        raise LoraFxError(f"{name}: not all of it is finite numbers", "leave it in float")
+        raise LoraFxError(f"{name}: it holds NaN or infinite numbers", "leave it in float")
     rows = _rows(weight, are_columns, len(target.layout.batch))
     dtype = getattr(torch, target.parameter.dtype)
     put_codes(graph.root, name, quantise(rows, kind), dtype, weight.shape, are_columns)

@@ -50,7 +50,7 @@ class RecomputeWeights:
 
 
 def _is_copied(weight: FxWeight) -> bool:
-    """True for what is made from codes, and for the matrices that data picks from a stack."""
+    """True for a weight made from codes, and for matrices that indices pick from a stack."""
     if weight.format:
         return True
     return weight.view.picked is not None and not weight.edited
@@ -65,7 +65,7 @@ def _readers(chains: Mapping[fx.Node, None]) -> list[fx.Node]:
 
 
 def _weight_paths(product: fx.Node, chains: Container[fx.Node]) -> list[Path]:
-    """Where among the arguments of a node copied weights stand."""
+    """The places of copied weights among the arguments of a node."""
     paths: list[Path] = []
     for node in product.all_input_nodes:
         if node in chains:

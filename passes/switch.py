@@ -65,7 +65,7 @@ class Switch:
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
-        """Edit the graph; a graph that has a manifest is left alone.
+        """Edit the graph; a graph that has a manifest is not changed.
 
         Raises:
             LoraFxError: A key that is no target.
@@ -108,14 +108,19 @@ class Switch:
         for key in self.keys:
             target = found.get(key)
             if target is None:
-                raise LoraFxError(f"{key!r} is no target of the exported graph", "--exclude it")
+                raise LoraFxError(
+                    f"{key!r} is no target of the exported graph", "leave it out with --exclude"
+                )
             if self.rank:
                 check_storable(target, "mode load folds when a session is made")
             if key in self.turned:
                 target = replace(target, layout=target.layout.transposed())
             targets.append(target)
         if not targets and not self.stored:
-            raise LoraFxError("no target to switch", "lora-fx targets MODEL lists them")
+            raise LoraFxError(
+                "the model has no target that can be switched",
+                "run lora-fx targets MODEL to list the targets",
+            )
         return targets
 
     def _store(self, graph: OnnxGraph, target: Target, role: Role) -> None:

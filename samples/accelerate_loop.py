@@ -1,8 +1,8 @@
-"""Hugging Face's accelerate around the module that insert returns: bf16, states, several processes.
+"""Train the module that insert returns with Hugging Face's accelerate: bf16, states, processes.
 
-`python samples/accelerate_loop.py`, or torchrun or accelerate launch for several processes, needs
-`pip install lora-fx accelerate`. A small network learns which of three numbers is largest. States
-hold the adapter and no weight of the base, and a run goes on from one.
+Run `python samples/accelerate_loop.py`, or start it with torchrun or accelerate launch for several
+processes. It needs `pip install lora-fx accelerate`. A small network learns which of three numbers
+is largest. A saved state holds the adapter and no weight of the base; a second run resumes from it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def save(models: list[Any], weights: list[Any], folder: str) -> None:
         adapter = accelerator.unwrap_model(model).adapter()
         if accelerator.is_main_process:
             lora_fx.save_adapter(adapter, Path(folder, "adapter"), force=True)
-        weights.pop()  # accelerate has nothing left to write for this model
+        weights.pop()  # so that accelerate writes no weights of this model
 
 
 def load(models: list[Any], folder: str) -> None:
@@ -79,4 +79,4 @@ if accelerator.is_main_process:
     shutil.rmtree(state)
 same = all((resumed.lowrank[key].b == update.b).all() for key, update in whole.lowrank.items())
 accelerator.print(f"loss {loss:.3f}; the state: {', '.join(files)}")
-accelerator.print(f"resumed in the middle, the same adapter: {same}")
+accelerator.print(f"the resumed run gives the same adapter: {same}")

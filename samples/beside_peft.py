@@ -1,7 +1,7 @@
-"""PEFT's wheel beside lora-fx: the same A and B to start from, the same batches, one optimizer.
+"""Train a model with lora-fx and with PEFT from the same A and B, on the same batches.
 
-Both are trained in eval mode, where gradients are as in training, and neither dropout nor the
-running statistics of a batch norm can make a difference.
+Both train in eval mode with the same optimizer. There, gradients are those of training, and neither
+dropout nor the running statistics of a batch norm make a difference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Beside:
-    """Losses of every step, before it, and PEFT's trained model."""
+    """The loss before every step, of lora-fx and of PEFT, and PEFT's trained model."""
 
     ours: list[float]
     theirs: list[float]
@@ -32,7 +32,7 @@ class Beside:
 
     @property
     def gap(self) -> float:
-        """The largest difference of two losses of one step."""
+        """The largest difference between the two losses of a step."""
         return max(abs(a - b) for a, b in zip(self.ours, self.theirs, strict=True))
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Beside:
 
 
 def twin(model: nn.Module, adapted: AdaptedModule) -> nn.Module:
-    """PEFT's model of a copy of `model`, with the adapter that `adapted` has now."""
+    """A PEFT model of a copy of `model`, with the current adapter of `adapted`."""
     import peft
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -56,7 +56,7 @@ def twin(model: nn.Module, adapted: AdaptedModule) -> nn.Module:
 
 
 def in_nf4(model: nn.Module) -> nn.Module:
-    """A copy of a decoder in which bitsandbytes' NF4 layers stand for all linears but the head."""
+    """A copy of a decoder with all linears except the head as NF4 layers of bitsandbytes."""
     import bitsandbytes
 
     other = copy.deepcopy(model)
@@ -66,15 +66,15 @@ def in_nf4(model: nn.Module) -> nn.Module:
             layer = bitsandbytes.nn.LinearNF4(*sizes, bias=False, compute_dtype=torch.float32)
             layer.load_state_dict(old.state_dict())
             layer.requires_grad_(False)
-            # else its first run in eval mode rounds the scales to bfloat16, on CPUs that have it
+            # or the first run in eval mode rounds the scales to bfloat16, on CPUs that have it
             layer.support_avx512bf16_for_cpu = False
             other.set_submodule(path, layer.to("cpu"))
-    other.is_loaded_in_4bit = True  # as transformers says it, and PEFT asks
+    other.is_loaded_in_4bit = True  # PEFT reads this flag of transformers
     return other
 
 
 def train(model: nn.Module, batches: Sequence[Batch], loss: Loss, lr: float) -> list[float]:
-    """AdamW with a linear warm-up of three steps, then down to zero; one batch a step."""
+    """Train by AdamW, one batch a step; lr rises for three steps and then falls to zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr)
     steps = len(batches)
@@ -95,7 +95,7 @@ def train(model: nn.Module, batches: Sequence[Batch], loss: Loss, lr: float) -> 
 def train_both(
     model: nn.Module, adapted: AdaptedModule, batches: Sequence[Batch], loss: Loss, lr: float
 ) -> Beside:
-    """Train `adapted`, and PEFT's model of `model` from the same A and B."""
+    """Train `adapted` and a PEFT model of `model` from the same A and B."""
     theirs = twin(model, adapted)
     counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (adapted, theirs)]
     assert counts[0] == counts[1], f"trained parameters: {counts[0]}, PEFT {counts[1]}"

@@ -1,7 +1,7 @@
-"""Greedy decoding with a key-value cache in ONNX Runtime: the tokens that transformers generates.
+"""Decode greedily with a key-value cache in ONNX Runtime, and compare with transformers.
 
-`python samples/decode.py` needs `pip install 'lora-fx[hf]'`. A tiny Llama with random weights and
-an adapter is exported with its cache; the loop in `greedy.py` is numpy only.
+`python samples/decode.py` needs `pip install 'lora-fx[hf]'`. It exports a tiny Llama with random
+weights and an adapter, with its cache. The decoding loop in `greedy.py` uses only numpy.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ config = LlamaConfig(
 )  # fmt: skip
 model = LlamaForCausalLM(config).eval()
 
-# two prompts of different lengths: the shorter is padded on the left, and the mask says so
+# two prompts of different lengths: the shorter one is padded on the left, and the mask is 0 there
 ids = np.array([[5, 17, 29, 31, 8], [0, 0, 44, 3, 61]])
 mask = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 feeds = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 STEPS = 20
 
-# an adapter that can be seen: its second factors are random, where training starts at zero
+# B is random, so that the adapter has an effect; training would start with B = 0
 plain = model.generate(**feeds, max_new_tokens=STEPS, do_sample=False)
 adapted = lora_fx.insert(model, (), {**feeds, "use_cache": False}, rank=4)
 for name, parameter in adapted.named_parameters():
@@ -46,5 +46,5 @@ with tempfile.TemporaryDirectory() as folder:
 
 lora_fx.attach(model, (), {**feeds, "use_cache": False}, adapter=adapted.adapter())
 theirs = model.generate(**feeds, max_new_tokens=STEPS, do_sample=False)
-print(f"tokens equal transformers': {np.array_equal(ours, theirs.numpy())}")
+print(f"tokens equal those of transformers: {np.array_equal(ours, theirs.numpy())}")
 print(f"tokens equal the base model's: {np.array_equal(ours, plain.numpy())}")

@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0, trained on ImageNet, learns clothes: convolutions adapted, beside PEFT.
+"""Adapt the convolutions of EfficientNet-Lite0 to Fashion-MNIST, and compare with PEFT.
 
 `python samples/efficientnet_fashion.py [--quick] [--digits]` needs `pip install
-'lora-fx[samples]'`, and Fashion-MNIST from Debian (the error says how); with --digits it takes
-scikit-learn's digits instead. Targets are the 3 × 3 convolution at the door, all 1 × 1
-convolutions and, whole, the head; batch norms keep their statistics.
+'lora-fx[samples]'` and Fashion-MNIST from Debian (the error says how to get it). --digits uses
+scikit-learn's digits instead. The targets are the first convolution (3 × 3) and all 1 × 1
+convolutions; the head is trained whole, and batch norms keep their statistics.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ name, (train, test) = (
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """[n, h, w] of bytes → [n, 3, size, size] in -1 … 1, as the model was trained."""
+    """[n, h, w] of bytes → [n, 3, size, size] in -1 … 1, the input range of the model."""
     large = interpolate(images[:, None].float(), (size, size), mode="bilinear")
     return (large / 127.5 - 1).expand(-1, 3, -1, -1).contiguous()
 
 
 def picked(part: Labelled, count: int) -> Labelled:
-    """`count` of them at random, the same in every run."""
+    """`count` random examples, the same in every run."""
     at = torch.randperm(len(part[0]), generator=torch.Generator().manual_seed(0))[:count]
     return part[0][at], part[1][at]
 
@@ -46,13 +46,13 @@ images, labels = picked(train, probed + steps * EACH)
 held_images, truth = picked(test, held)
 print(f"{name}: {len(images)} images to train on, {held} held out")
 
-# a frozen network and a fitted linear probe: where training starts
+# training starts from a frozen network with a fitted linear probe as its head
 model = efficientnet(10).requires_grad_(False)
 
 
 @torch.no_grad()
 def features(x: torch.Tensor) -> torch.Tensor:
-    """What the head reads, [n, 1280]."""
+    """The inputs of the head, [n, 1280]."""
     return model.forward_head(model.forward_features(x), pre_logits=True)
 
 
@@ -75,8 +75,8 @@ def accuracy(found: torch.Tensor) -> str:
 before = classes(model)
 print(f"linear probe on {probed} images: {accuracy(before)}")
 
-# the plan takes convolutions by itself where they carry most of the FLOPs; depthwise ones are
-# refused, for one channel a group leaves nothing of low rank
+# the default plan takes convolutions where they have most of the FLOPs; depthwise ones are refused,
+# because a group of one channel has no low-rank update
 example = (pixels(images[:2]),)
 found = lora_fx.find(model, example)
 print(f"{len(found.targets)} targets; refused: {len(found.refusals)}, {found.refusals[0].reason}")
@@ -84,7 +84,7 @@ adapted = lora_fx.insert(model, example, rank=8, exclude="classifier", also_trai
 
 
 def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy of a batch."""
+    """The cross entropy of a batch."""
     return cross_entropy(module(batch["x"]), batch["labels"])
 
 
@@ -97,7 +97,7 @@ print(both)
 after, theirs = classes(adapted), classes(both.peft)
 print(
     f"accuracy {accuracy(before)} → {accuracy(after)}, PEFT's {accuracy(theirs)}; "
-    f"{(after != before).sum()} predictions moved, {(after != theirs).sum()} differ from PEFT's"
+    f"{(after != before).sum()} predictions changed, {(after != theirs).sum()} differ from PEFT's"
 )
 
 with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Lightning Fabric around the module that insert returns: bf16, checkpoints of the adapter.
+"""Train the module that insert returns with Lightning Fabric: bf16, checkpoints of the adapter.
 
-`python samples/fabric_loop.py`, or torchrun for several processes, needs `pip install lora-fx
-lightning-fabric`. A small network learns which of three numbers is largest; a run goes on from a
-checkpoint that has the tensors which are trained, and no weight of the base.
+Run `python samples/fabric_loop.py`, or start it with torchrun for several processes. It needs
+`pip install lora-fx lightning-fabric`. A small network learns which of three numbers is largest. A
+checkpoint holds the trained tensors and no weight of the base; a second run resumes from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ base = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
 x = torch.randn(256, 16)
 data = torch.utils.data.TensorDataset(x, x[:, :3].argmax(1))
 start = lora_fx.insert(base.eval(), (x[:4],), rank=4)
-processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many there are
+processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
 fabric = Fabric(accelerator="cpu", devices=processes, precision="bf16-mixed")
 fabric.launch()
 
@@ -38,7 +38,7 @@ def train(file: Path, epochs: range, resume: bool = False) -> tuple[lora_fx.Adap
     loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(data, batch_size=32))
     state: dict[str, Any] = {"model": wrapped, "optimizer": wrapped_optimizer}
     if resume:
-        fabric.load(file, state, strict=False)  # what is frozen is not in the file
+        fabric.load(file, state, strict=False)  # the file has no frozen tensors
     for epoch in epochs:
         for inputs, labels in loader:
             loss = nn.functional.cross_entropy(wrapped(inputs), labels)
@@ -62,4 +62,4 @@ if fabric.is_global_zero:
 same = all((resumed.lowrank[key].b == update.b).all() for key, update in whole.lowrank.items())
 if fabric.is_global_zero:
     print(f"loss {loss:.3f}; the checkpoint: {', '.join(names)}")
-    print(f"resumed in the middle, the same adapter: {same}")
+    print(f"the resumed run gives the same adapter: {same}")

@@ -1,7 +1,7 @@
-"""lora-fx in a hundred lines: find, insert and fold on one MLP, with nothing but torch.
+"""find, insert and fold in a hundred lines, on one MLP, with torch only.
 
-Read this first if you want to work on lora-fx. The real thing does the same on any op, any view
-of a weight and two IRs; the steps and their names are these.
+Read this first if you want to work on lora-fx. lora-fx takes the same steps, by the same names, for
+any op, any view of a weight and two graph libraries.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Site:
 
 
 def capture(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
-    """A flat graph of ATen ops, every weight a get_attr under its own name."""
+    """Capture a flat graph of ATen ops; every weight is a get_attr by its name."""
     dims = ({0: torch.export.Dim.AUTO},)
     return torch.export.export(model, (x,), dynamic_shapes=dims).module(check_guards=False)
 
 
 def find(gm: fx.GraphModule) -> list[Site]:
-    """Follow data from parameters, not classes or names: nn.Linear and x @ w look alike here."""
+    """Find the uses of weights by data flow, so that nn.Linear and x @ w are treated alike."""
     weights: dict[fx.Node, tuple[str, bool]] = {}
     sites = []
     for node in gm.graph.nodes:
@@ -51,7 +51,7 @@ def find(gm: fx.GraphModule) -> list[Site]:
 
 
 def insert(gm: fx.GraphModule, rank: int, scale: float) -> dict[str, tuple[nn.Parameter, ...]]:
-    """y + s·(x Aᵀ) Bᵀ at every site; A random, B zero, everything else frozen."""
+    """Add s·(x Aᵀ) Bᵀ at every site; A is random, B is zero, everything else is frozen."""
     gm.requires_grad_(False)
     adapter: dict[str, tuple[nn.Parameter, ...]] = {}
     for site in find(gm):
@@ -76,7 +76,7 @@ def insert(gm: fx.GraphModule, rank: int, scale: float) -> dict[str, tuple[nn.Pa
 
 
 def fold(gm: fx.GraphModule, adapter: dict[str, tuple[nn.Parameter, ...]], scale: float) -> None:
-    """W + s·BA into the constants of a graph without branches."""
+    """Replace W by W + s·BA in a graph without branches."""
     for site in find(gm):
         a, b = adapter[site.parameter]
         delta = scale * (b @ a)
@@ -84,7 +84,7 @@ def fold(gm: fx.GraphModule, adapter: dict[str, tuple[nn.Parameter, ...]], scale
 
 
 class Mlp(nn.Module):
-    """A linear and a bare `h @ w`."""
+    """One nn.Linear and one `h @ w` with a bare parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,5 +109,5 @@ assert not torch.allclose(branched(x), model(x))
 torch.testing.assert_close(folded(x), branched(x))
 
 keys = [t.key for t in lora_fx.find(model, (x,)).targets]
-assert set(keys) == set(adapter), "the library finds the same"
+assert set(keys) == set(adapter), "lora_fx.find returns the same keys"
 print(f"{len(adapter)} sites found, inserted and folded: {', '.join(adapter)}")

@@ -1,4 +1,4 @@
-"""The loop of greedy decoding over a file exported with `cache=True`: numpy only, any decoder."""
+"""Greedy decoding of any decoder that was exported with `cache=True`, with numpy only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_fx.onnx.session import RuntimeSession
 
 
 def greedy(session: RuntimeSession, ids: np.ndarray, mask: np.ndarray, steps: int) -> np.ndarray:
-    """[batch, length] prompts → [batch, length + steps]; the mask is 0 on padding, on the left."""
+    """[batch, length] prompts → [batch, length + steps]; padding is on the left, with mask 0."""
     past = {
         i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
         for i in session.session.get_inputs()

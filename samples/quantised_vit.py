@@ -1,9 +1,9 @@
-"""A ViT in int4 learns digits that lie on their side; ONNX Runtime multiplies with the same codes.
+"""Adapt a ViT with int4 weights to transposed digits; ONNX Runtime computes with the same codes.
 
-`python samples/quantised_vit.py [--quick]` needs `pip install 'lora-fx[samples]'`. No ViT's weights
-install from a registry, so the sample trains a small one on scikit-learn's upright digits first.
-Then its linears become int4 codes, which stay as they are, and an adapter in floats learns the
-rest. The same adapter is trained on the float model too, beside it.
+`python samples/quantised_vit.py [--quick]` needs `pip install 'lora-fx[samples]'`. Package
+registries have no ViT weights, so the sample first trains a small ViT on scikit-learn's upright
+digits. Then its linears become frozen int4 codes, and a float adapter learns digits that are
+transposed. For comparison, the sample trains the same adapter on the float model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pixels(x: torch.Tensor) -> torch.Tensor:
 def batches(
     x: torch.Tensor, y: torch.Tensor, count: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` of them at random, the same in every run."""
+    """`count` random batches, the same in every run."""
     g = torch.Generator().manual_seed(0)
     picked = [torch.randint(len(x), (EACH,), generator=g) for _ in range(count)]
     return [(pixels(x[i]), y[i]) for i in picked]
@@ -50,7 +50,7 @@ def batches(
 def train(
     module: nn.Module, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], lr: float
 ) -> float:
-    """AdamW over what requires grad; the last loss."""
+    """Train the parameters that require grad by AdamW; the last loss."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr)
     loss = torch.tensor(math.nan)
     for x, y in parts:
@@ -64,7 +64,7 @@ def train(
 
 @torch.no_grad()
 def classes(module: nn.Module) -> torch.Tensor:
-    """The class of every digit held out."""
+    """The predicted class of every held-out digit."""
     return module(pixels(held)).argmax(1)
 
 
@@ -77,7 +77,7 @@ base = VisionTransformer(
 )
 train(base, batches(upright, labels[:800], first), 1e-3)
 base.requires_grad_(False)
-print(f"the base, on digits that lie on their side: {accuracy(classes(base))}")
+print(f"accuracy of the base on transposed digits: {accuracy(classes(base))}")
 
 example = (pixels(held[:2]),)
 made = {
@@ -101,7 +101,7 @@ with tempfile.TemporaryDirectory() as folder:
         )
     )
     whole = sum(p.nbytes for p in base.parameters())
-    print(f"the file: {path.stat().st_size:,} bytes, of the float model's {whole:,}")
+    print(f"the file has {path.stat().st_size:,} bytes; the float model's weights have {whole:,}")
     session = Session(path, provider="cpu")
     session.load("lying", Path(folder) / "lying.onnx_adapter")
     (output,) = session.run({"x": pixels(held).numpy()}, adapter="lying").values()

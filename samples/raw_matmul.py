@@ -1,4 +1,4 @@
-"""Weights that no module holds: `x @ w` and einsum are found, adapted and folded all the same."""
+"""Find, adapt and fold weights that are used by `x @ w` and einsum, without an nn.Linear."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ import lora_fx
 
 
 class Attention(nn.Module):
-    """Heads by einsum over bare parameters, the output projection by `@`."""
+    """Attention with bare parameters: einsum for the heads, `@` for the output projection."""
 
     def __init__(self, width: int = 24, heads: int = 3, size: int = 10) -> None:
         super().__init__()
@@ -38,4 +38,4 @@ with torch.no_grad():
     moved = (adapted(x) - model(x)).abs().max().item()
     for key, delta in adapted.adapter().deltas().items():
         print(f"{key}: ΔW {list(delta.shape)}, rank 4")
-print(f"the adapter moves the output by {moved:.3f}; folded and unfolded differ by {gap:.1e}")
+print(f"the adapter changes the output by {moved:.3f}; folded and unfolded differ by {gap:.1e}")

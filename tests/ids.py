@@ -1,9 +1,10 @@
-"""Which tests there are, and which of them went: `python -m tests.ids OLD NEW`.
+"""List the tests of a checkout, or compare two such lists.
 
-    python -m tests.ids [--python PYTHON] CHECKOUT > ids.txt     the ids, slow ones marked
-    python -m tests.ids OLD NEW                                  what went, came and became slow
+    python -m tests.ids [--python PYTHON] CHECKOUT > ids.txt     list the ids and mark slow tests
+    python -m tests.ids OLD NEW                                  compare two lists
 
-OLD and NEW are such lists. A test is known by its function and parameters, wherever its file lies.
+The comparison prints the tests that were removed, added, became slow or became fast. It matches
+tests by function and parameters, so a test may move to another file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SLOW = "slow "
 
 
 def collect(checkout: Path, python: str) -> list[str]:
-    """The ids of a checkout; those that the default run leaves out begin with "slow "."""
+    """The ids of the tests of a checkout; ids of slow tests begin with "slow "."""
 
     def ids(expression: str) -> list[str]:
         command = [python, "-m", "pytest", "--collect-only", "-q", "-n0", "-m", expression]
@@ -33,13 +34,13 @@ def collect(checkout: Path, python: str) -> list[str]:
 
 
 def known_as(line: str) -> str:
-    """Function and parameters; of a doctest, the last name of what holds it."""
+    """The function and parameters of a test, or the last name of the object with a doctest."""
     name = line.removeprefix(SLOW).partition("::")[2]
     return name if "[" in name or name.startswith("test") else name.rpartition(".")[2]
 
 
 def only(lines: Iterable[str], than: Iterable[str]) -> list[str]:
-    """The lines that the others lack; one that stands there once matches once."""
+    """The lines that are not in `than`; each line of `than` matches one line."""
     rest = Counter(known_as(line) for line in than)
     found = []
     for line in lines:
@@ -51,10 +52,16 @@ def only(lines: Iterable[str], than: Iterable[str]) -> list[str]:
 
 
 def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", type=Path)
-    parser.add_argument("--python", default=sys.executable, help="runs the checkout's pytest")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.ids",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="+", type=Path, help="A checkout, or two lists.")
+    parser.add_argument(
+        "--python", default=sys.executable, help="The interpreter that runs pytest in the checkout."
+    )
     given = parser.parse_args()
     if len(given.what) == 1:
         print(*collect(given.what[0], given.python), sep="\n")
@@ -63,8 +70,8 @@ def main() -> None:
     fast = [[line for line in lines if not line.startswith(SLOW)] for lines in (old, new)]
     gone, came = only(old, new), only(new, old)
     for title, lines in (
-        ("went", gone),
-        ("came", came),
+        ("removed", gone),
+        ("added", came),
         ("became slow", only(only(fast[0], fast[1]), gone)),
         ("became fast", only(only(fast[1], fast[0]), came)),
     ):

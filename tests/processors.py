@@ -1,12 +1,12 @@
-"""The suite as other processors run it: `python -m tests.processors [-- PYTEST_ARGUMENT …]`.
+"""Run the tests as other processors would: `python -m tests.processors [-- PYTEST_ARGUMENT …]`.
 
-Libraries choose their kernels by the processor, and each kernel adds in an order of its own. The
-settings of SETTINGS make them choose as on a processor with fewer instructions, or more cores. The
-suite runs under each, one after the other; a line a setting says how it ended, and the tests that
-failed follow by name. Exit code 1 if any did.
+Libraries choose their kernels by the processor, and different kernels add in a different order.
+Each setting in SETTINGS makes the libraries choose as on another processor, by environment
+variables. pytest runs once under each setting. For each setting, one line shows the result of
+pytest, and the names of the failed tests follow. The exit code is 1 if a test failed.
 
-    python -m tests.processors                              the default suite under each
-    python -m tests.processors --only oneDNN-AVX2 ATen-AVX2
+    python -m tests.processors                              the default tests, every setting
+    python -m tests.processors --only oneDNN-AVX2 ATen-AVX2 the default tests, two settings
     python -m tests.processors -- tests/trust -n 1          some tests, in one process
     python -m tests.processors -- -m "slow or not slow"     slow tests too
 """
@@ -45,19 +45,19 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
 }
 """The environment variables of each setting, by its name."""
 ENDED = re.compile(r"^=* ?(.*\b(?:passed|failed|error|errors|no tests ran)\b.* in .*?s\b.*?) ?=*$")
-"""The last line of pytest, quiet or not."""
+"""The last line that pytest prints, with or without -q."""
 ROOT = Path(__file__).parent.parent
 
 
 def environment(setting: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables of one setting, and those of no other that were inherited."""
+    """The inherited variables, with those of one setting and of no other setting."""
     of_any = {name for variables in SETTINGS.values() for name in variables}
     others = {name: value for name, value in inherited.items() if name not in of_any}
     return {**others, **SETTINGS[setting]}
 
 
 def closing_line(output: str) -> str:
-    """The line in which pytest counts the tests; its last line where there is none."""
+    """The line in which pytest counts the tests, or the last line if there is no such line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for line in reversed(lines):
         if found := ENDED.match(line):
@@ -66,15 +66,26 @@ def closing_line(output: str) -> str:
 
 
 def failures(output: str) -> list[str]:
-    """The lines of the summary that name what failed."""
+    """The lines of the summary that name the failed tests."""
     return [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run pytest under each setting and print how it ended."""
-    parser = argparse.ArgumentParser(prog="python -m tests.processors")
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="NAME")
-    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    """Run pytest under each setting and print its result."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.processors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SETTINGS,
+        default=[*SETTINGS],
+        metavar="NAME",
+        help=f"Settings to run, by default all: {', '.join(SETTINGS)}.",
+    )
+    parser.add_argument("pytest", nargs="*", help="Arguments for pytest, after --.")
     options = parser.parse_args(arguments)
 
     ended_well = True

@@ -1,15 +1,16 @@
-"""What an older checkout did, this one does: commands, their JSON, the files that they write.
+"""Compare this checkout with an older one: commands, their JSON, and the files that they write.
 
     python -m tests.same OLD_CHECKOUT [--python OLD_PYTHON] [--groups net llama …]
 
-Both codes run the lines of GROUPS on the same small models, each in a process and a folder of its
-own. What they print is compared field by field; --help byte for byte; files by their content:
-tensors byte for byte, metadata, JSON and graphs field by field. Then both read what the old code
-wrote. A line a command and a file says "equal" or "differs: …"; exit code 1 if anything differs.
+Both checkouts run the commands of GROUPS on the same small models, each in a separate process and
+folder. Output is compared field by field, and --help byte for byte. In files, tensors are compared
+byte for byte, and metadata, JSON and graphs field by field. Then both checkouts read the files of
+the older one. For each command and file, one line says "equal" or "differs: …". The exit code is 1
+if anything differs.
 
-Masked are paths of the folders, clock times and what hangs on them (MASKED). A field that only
-the new code writes and that NEW names is listed, and is no difference. `demo` is left out: its
-model is no part of a checkout, and it runs for minutes through the verbs that are here.
+Paths of the folders, clock times, and fields that depend on them (MASKED) are not compared. A field
+that only the new code writes is listed, but is no difference, if NEW matches its name. The command
+`demo` is left out: no checkout contains its model, and it takes minutes to run the same verbs.
 """
 
 from __future__ import annotations
@@ -180,13 +181,13 @@ READ = {
         convert branches.onnx -o from-onnx-2
         """,
 }
-"""What runs on the files of the old code."""
+"""Commands that both checkouts run on the files of the older one, by group."""
 
 MASKED = re.compile(
     r"(^|\.)(seconds|cpu|wall|repeats|date|time|elapsed|stack_trace)(\.|\[|$)"
     r"|stages\[\d+\]\.(ratio|seconds)"
 )
-"""Fields that hold clock times, or lines of our own source."""
+"""Fields that hold clock times, or lines of the source of lora-fx."""
 CLOCK = re.compile(r"\b\d+(\.\d+)? ?(s|ms|µs|seconds|minutes)\b|\b\d{4}-\d\d-\d\d[T ][\d:.]+Z?")
 NEW = re.compile(r"(^|\.)format(_version)?$")
 """Fields that the new code may add."""
@@ -366,12 +367,12 @@ def fields(value: Any, home: Path, at: str = "") -> Iterator[tuple[str, str]]:
 
 
 def masked(text: str, home: Path) -> str:
-    """A text without its folder and clock times."""
+    """A text in which the path of the folder and clock times are replaced."""
     return CLOCK.sub("TIME", text.replace(str(home), "HOME"))
 
 
 def printed(answer: Mapping[str, Any], home: Path) -> dict[str, str]:
-    """Fields of what a line gave."""
+    """The exit code and the output of a command, as fields."""
     found = {"exit code": str(answer["code"])}
     for i, line in enumerate(str(answer["err"]).splitlines()):
         found[f"stderr {i}"] = masked(line, home)
@@ -379,12 +380,12 @@ def printed(answer: Mapping[str, Any], home: Path) -> dict[str, str]:
 
 
 def digest(data: bytes) -> str:
-    """Of bytes, short."""
+    """The number of bytes and the start of their hash."""
     return f"{len(data)} bytes, {hashlib.sha256(data).hexdigest()[:12]}"
 
 
 def content(path: Path, home: Path) -> dict[str, str]:
-    """Fields of a file."""
+    """The content of a file, as fields."""
     data, kind = path.read_bytes(), path.suffix
     if kind == ".safetensors":
         size = int.from_bytes(data[:8], "little")
@@ -434,7 +435,7 @@ def of_onnx(data: bytes, home: Path) -> dict[str, str]:
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """What differs, and the fields that only the new code has and may have."""
+    """The differences, and the new fields that are allowed."""
     added = [k for k in new if k not in old and NEW.search(k)]
     rows = []
     for key in dict.fromkeys([*old, *new]):
@@ -445,14 +446,14 @@ def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str
 
 
 def apart(a: str, b: str) -> str:
-    """Two texts from shortly before they differ."""
+    """Two texts, from shortly before their first difference."""
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
     start = max(0, same - 30)
     return f"{a[start : start + 90]!r} → {b[start : start + 90]!r}"
 
 
 def tell(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> bool:
-    """Print the verdict of one line or file; True where it is equal."""
+    """Print whether one command or file is equal; True if it is."""
     rows, added = difference(old, new)
     more = f", and {len(rows) - 6} fields more" if len(rows) > 6 else ""
     said = "differs: " + "; ".join(rows[:6]) + more if rows else "equal"
@@ -463,7 +464,7 @@ def tell(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> bool:
 
 
 def compare(sides: Sequence[tuple[str, Path]], homes: Sequence[Path], lines: list[str]) -> int:
-    """Run lines with both codes, each in its folder; how many lines and files differ."""
+    """Run commands with both checkouts; the number of commands and files that differ."""
     before = {p.relative_to(homes[0]) for p in homes[0].rglob("*")}
     works = [started(*side, home) for side, home in zip(sides, homes, strict=True)]
     for process in works:
@@ -493,18 +494,30 @@ def compare(sides: Sequence[tuple[str, Path]], homes: Sequence[Path], lines: lis
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of one group."""
+    """The commands of one group."""
     return [x.strip() for x in text.splitlines() if x.strip()]
 
 
 def main() -> int:
-    """Compare; 1 where anything differs."""
+    """Compare the checkouts; 1 if anything differs."""
     from lora_fx.cli.group import COMMANDS
 
-    parser = argparse.ArgumentParser(prog="python -m tests.same")
-    parser.add_argument("old", type=Path, help="a checkout")
-    parser.add_argument("--python", default=sys.executable, help="its interpreter")
-    parser.add_argument("--groups", nargs="+", default=["help", *GROUPS, "read"])
+    groups = ["help", *GROUPS, "read"]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.same",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("old", type=Path, help="The older checkout.")
+    parser.add_argument(
+        "--python", default=sys.executable, help="The interpreter for the older checkout."
+    )
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        default=groups,
+        help=f"Groups of commands to run, by default all: {', '.join(groups)}.",
+    )
     given = parser.parse_args()
     here = Path(__file__).resolve().parent.parent
     sides = [(given.python, given.old.resolve()), (sys.executable, here)]
@@ -532,7 +545,7 @@ def main() -> int:
                         wrong += compare(sides, homes, lines_of(text))
                 continue
             wrong += compare(sides, copies(root / "first", group), lines)
-    print(f"\n{wrong} lines and files differ" if wrong else "\neverything is equal")
+    print(f"\n{wrong} commands and files differ" if wrong else "\neverything is equal")
     return bool(wrong)
 
 

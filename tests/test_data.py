@@ -66,7 +66,7 @@ def test_a_new_label_among_many_is_named_alone(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text(f"a,kind\n{rows}")
     (tmp_path / "held.csv").write_text(f"a,kind\n{rows}7,fox\n")
     held, training = (read_table(str(tmp_path / f"{n}.csv"), label="kind") for n in ("held", "d"))
-    with pytest.raises(LoraFxError, match=r"'kind' has 'fox'; expected labels that d\.csv"):
+    with pytest.raises(LoraFxError, match=r"'kind' has 'fox'; expected only labels in d\.csv"):
         alike(held, training, "held.csv", "d.csv")
     (tmp_path / "held.csv").write_text("b,kind\n1,w1\n")
     held = read_table(str(tmp_path / "held.csv"), label="kind")
@@ -125,8 +125,8 @@ def test_loaders_return_columns_or_batches() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (3, "item 1 is no dictionary"),
-        ([{"x": [1]}, {"y": [1]}], "item 2 is no dictionary with the keys of the first"),
+        (3, "item 1 is not a dictionary"),
+        ([{"x": [1]}, {"y": [1]}], "item 2 is not a dictionary with the keys of the first item"),
         ([], "no rows"),
         ({"x": np.array(3)}, "column 'x' has no rows"),
         ({"text": ["a", None]}, "column 'text' is text in row 1 and empty in row 2"),
@@ -165,7 +165,7 @@ def test_a_column_of_texts_that_are_numbers_needs_a_tokenizer(tmp_path: Path) ->
 
 def test_a_table_of_labels_alone_trains_nothing(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", labels=np.arange(3))
-    with pytest.raises(LoraFxError, match="no column but 'labels'"):
+    with pytest.raises(LoraFxError, match="there is no column besides 'labels'"):
         training_table(str(tmp_path / "d.npz"), ["x"], lambda text: None)
 
 

@@ -106,7 +106,7 @@ def test_onnx_files() -> None:
     near(open_session(OLD / "merged.onnx", "cpu").run(feeds), "plain")
     (low,) = lora_fx.load_adapter(OLD / "insert.onnx").lowrank.values()
     assert low.rank == 2 and low.alpha == 4.0 and low.layout is not None and not low.b.any()
-    with pytest.raises(LoraFxError, match="merged into it already"):
+    with pytest.raises(LoraFxError, match="already merged into it"):
         lora_fx.merge(OLD / "merged.onnx", [OLD / "plain"], "never.onnx")
 
 
@@ -117,7 +117,7 @@ def test_merged_weights(tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, load_file(merged)[name])
     first, second = history(open_checkpoint(OLD / "again.safetensors"))
     assert first == history(open_checkpoint(tmp_path / merged.name))[0] != second
-    with pytest.raises(LoraFxError, match="merged into it already"):
+    with pytest.raises(LoraFxError, match="already merged into it"):
         lora_fx.merge(OLD / "again.safetensors", [OLD / "plain"], tmp_path / "never.safetensors")
 
 
@@ -191,7 +191,7 @@ def test_a_later_format_is_refused(kind: str, tmp_path: Path) -> None:
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     edit(path / inside, field)
     known = 2 if kind == "pt2" else 1
-    said = f"format {known + 1}; this lora-fx knows formats up to {known}"
+    said = f"format {known + 1}; this lora-fx reads formats up to {known}"
     with pytest.raises(LoraFxError, match=said) as caught:
         read(path)
     assert str(path) in caught.value.message and "update lora-fx" in caught.value.hint

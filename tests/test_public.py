@@ -95,10 +95,10 @@ def pair(tmp_path: Path) -> Path:
 
 def test_workers_is_the_old_name_of_threads(pair: Path) -> None:
     files = pair / "base.safetensors", pair / "adapter"
-    with pytest.warns(FutureWarning, match="workers= is called threads= now") as told:
+    with pytest.warns(FutureWarning, match="workers= is deprecated: use threads=") as told:
         lora_fx.merge(*files, pair / "out.safetensors", workers=1)
     assert told[0].filename == __file__
-    with pytest.raises(LoraFxError, match="workers and threads are one option"):
+    with pytest.raises(LoraFxError, match="workers and threads are the same option"):
         lora_fx.merge(*files, pair / "out2.safetensors", workers=1, threads=1)
 
 
@@ -152,15 +152,18 @@ def test_rows_with_weights_are_said_by_their_mode(tmp_path: Path) -> None:
 
 
 WRONG_MODES: dict[str, tuple[dict[str, Any], str]] = {
-    "twice": ({"mode": Switch(), "include": "one"}, "include= beside mode=lora_fx.Switch"),
-    "of another": ({"mode": Switch(), "scales": True}, "mode switch would ignore what is for mode"),
+    "twice": ({"mode": Switch(), "include": "one"}, "include= with mode=lora_fx.Switch"),
+    "of another": (
+        {"mode": Switch(), "scales": True},
+        "mode switch would ignore an option of mode",
+    ),
     "a rank of 0": ({"mode": Load(rank=0)}, "rank 0 is not a positive whole number"),
     "a rank of 0 of a step": ({"mode": TrainStep(rank=0)}, "rank 0 is not a positive"),
     "a fraction": ({"mode": Load(rank=1.5)}, "rank 1.5 is not a positive whole number"),
     "a text": ({"mode": Load(rank="x")}, "rank 'x' is not a positive whole number"),
     "a truth": ({"mode": Load(rank=True)}, "rank True is not a positive whole number"),
-    "no loss": ({"mode": TrainStep(loss="hinge")}, "no loss 'hinge'"),
-    "no mode": ({"mode": "swap"}, "no mode 'swap'"),
+    "unknown loss": ({"mode": TrainStep(loss="hinge")}, "unknown loss 'hinge'"),
+    "unknown mode": ({"mode": "swap"}, "unknown mode 'swap'"),
     "no object of a mode": ({"mode": 3}, "mode"),
 }
 

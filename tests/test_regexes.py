@@ -52,7 +52,9 @@ def test_each_thread_names_its_file_and_counts_by_itself() -> None:
     for thread in threads:
         thread.join()
     assert sorted(told) == ["file0", "file1", "file2"]
-    assert all(message.startswith(f"{file}: patterns of 27") for file, message in told.items())
+    assert all(
+        message.startswith(f"{file}: the patterns have 27") for file, message in told.items()
+    )
 
 
 def test_no_error_names_the_file_of_an_earlier_pattern() -> None:

@@ -83,11 +83,11 @@ def test_models_are_shown_by_their_shapes(captured: lora_fx.Captured) -> None:
 HINTS = {
     "--force to replace it": "force=True to replace it",
     "--allow-unused leaves them out": "allow_unused=True leaves them out",
-    "a wider --dtype keeps small ones": "a wider dtype keeps small ones",
+    "a wider --dtype keeps small updates": "a wider dtype keeps small updates",
     "--dtype bfloat16 or float32 can": "dtype='bfloat16' or float32 can",
     "--rank 8, or exclude it": "rank=8, or exclude it",
     "--exclude steps.q leaves it out": "exclude='steps.q' leaves it out",
-    "--names FILE says which": "names=FILE says which",
+    "say which with --names FILE": "say which with names=FILE",
     "--map FILE, as a table of rows": "--map FILE, as a table of rows",
     "(--dynamic NAME:0=batch)": "(dynamic={NAME: {DIM: SYMBOL}})",
     "run lora-fx targets MODEL for the names": "print(lora_fx.find(model)) for the names",
@@ -156,14 +156,14 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a dtype of torch for its name": (
         lambda cap: lora_fx.merge("base", "adapter", "out", dtype=torch.float16),
-        "no dtype torch.float16", "did you mean float16",
+        "unknown dtype torch.float16", "did you mean float16",
     ),
     "a missing .onnx to find": (
-        lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge and verify",
+        lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge or verify",
     ),
     "a text to capture": (
         lambda cap: lora_fx.capture("model"),
-        "'model' is no model", "MODEL is a Hugging Face folder",
+        "'model' is not a model", "MODEL is a Hugging Face folder",
     ),
     "export the wrong way round": (
         lambda cap: lora_fx.export("m.onnx", cap),
@@ -209,13 +209,13 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a mode": (
         lambda cap: lora_fx.export(cap, "m.onnx", mode="swich"),
-        "no mode 'swich'", "did you mean switch",
+        "unknown mode 'swich'", "did you mean switch",
     ),
     "a precision": (
         lambda cap: lora_fx.export(cap, "m.onnx", precision="float61"),
-        "no precision 'float61'", "did you mean float16",
+        "unknown precision 'float61'", "did you mean float16",
     ),
-    "a key": (lambda cap: lora_fx.find(cap)["fc3.weight"], "is no target", "mean fc2.weight"),
+    "a key": (lambda cap: lora_fx.find(cap)["fc3.weight"], "is not a target", "mean fc2.weight"),
     "a selector": (
         lambda cap: lora_fx.insert(cap, include="fc3"), "'fc3' matches no target", "mean fc2",
     ),

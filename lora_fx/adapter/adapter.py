@@ -28,11 +28,11 @@ from lora_fx.text import Json, JsonView, counted, html, human, some
 
 
 class FileNames(Protocol):
-    """How the keys of a file lead to parameters, where they do not name those of one model."""
+    """How to find a model's parameters for keys that are not parameter names of one model."""
 
     @property
     def format(self) -> str:
-        """Whose names they are: kohya or diffusers."""
+        """The format of the names: kohya or diffusers."""
 
     def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
         """The adapter under a model's parameter names; see `lora_fx.formats.naming`."""
@@ -129,7 +129,7 @@ class Adapter(Mapping[str, Entry]):
         for key, low in self.lowrank.items():
             if not is_plain(low):
                 raise LoraFxError(
-                    f"the adapter's {key!r} is {name_of(low)}; it has no ΔW of its own",
+                    f"the adapter's {key!r} is {name_of(low)}, whose ΔW depends on the base",
                     "merge it into its base",
                 )
             matrix = low.matrix(dtype)
@@ -155,14 +155,15 @@ class Adapter(Mapping[str, Entry]):
             else:
                 raise LoraFxError(
                     f"weight {weight:g}: the adapter's {key!r} is {name_of(entry)}",
-                    "only updates in proportion to their scale can be weighted",
+                    "leave the weight out; only updates that are proportional to their scale can "
+                    "have one",
                 )
         return replace(self, entries=scaled)
 
     def select(
         self, include: str | Sequence[str] = "", exclude: str | Sequence[str] = ""
     ) -> Adapter:
-        """Some of its updates: all that include names, or all, without those that exclude names.
+        """The updates that `include` names (all if empty), without those that `exclude` names.
 
         Args:
             include: Selectors of keys: globs on a dotted suffix, or re:REGEX.
@@ -179,7 +180,7 @@ class Adapter(Mapping[str, Entry]):
             chosen -= set(select_names(names, exclude, "exclude"))
         entries = {key: entry for key, entry in self.entries.items() if base_name(key) in chosen}
         if not entries:
-            raise LoraFxError("no update of the adapter is left", "name others, or fewer")
+            raise LoraFxError("no update of the adapter is left", "change include and exclude")
         return replace(self, entries=entries)
 
     def resolved(self, names: Iterable[str]) -> Adapter:
@@ -280,15 +281,15 @@ def mix(
 
 
 def _check_mixable(parts: Sequence[tuple[Adapter, float]], how: str, rank: int | None) -> None:
-    """Raise for a mix that is not known, an option that it has not, and what cannot be mixed."""
+    """Raise for an unknown mix, an option that it does not take, and entries it cannot mix."""
     if how not in HOWS:
-        raise LoraFxError(f"no mix {how!r}", f"the mixes are {', '.join(HOWS)}")
+        raise LoraFxError(f"unknown mix {how!r}", f"the mixes are {', '.join(HOWS)}")
     if rank is not None and how != "svd":
-        raise LoraFxError(f"a {how} mix has no rank to choose", "rank belongs to svd")
+        raise LoraFxError(f"a {how} mix does not take a rank", "leave rank out; only svd takes it")
     for adapter, _ in parts:
         if adapter.full:
             raise LoraFxError(
                 f"a mix cannot hold the whole tensor {next(iter(adapter.full))!r}",
-                "only low-rank updates can be mixed",
+                "leave whole tensors out; only low-rank updates can be mixed",
             )
         check_plain(adapter, "a mix")

@@ -1,4 +1,4 @@
-"""How much of an update is in a weight once it is stored: one measure of every fold."""
+"""The share of an update that a stored weight keeps: one measure for every fold."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class Applied:
 
     @property
     def gain(self) -> float:
-        """⟨W_new − W, Δ⟩/⟨Δ, Δ⟩: 1 where all of Δ arrived, or there is none; 0 where none did."""
+        """⟨W_new − W, Δ⟩/⟨Δ, Δ⟩: 1 if all of Δ was kept, or Δ is zero; 0 if nothing was kept."""
         return self.along / self.delta if self.delta else 1.0

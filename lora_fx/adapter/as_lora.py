@@ -53,7 +53,7 @@ def as_lora(
     energy: float | None = None,
     delta_of: Callable[[Adapter], Array] | None = None,
 ) -> tuple[Adapter, list[Approximated]]:
-    """An adapter whose updates of other methods are plain LoRA; plain ones and Full ones stay.
+    """Approximate updates of other methods by plain LoRA; plain and Full updates stay.
 
     Args:
         adapter: As a loader returned it.
@@ -71,7 +71,7 @@ def as_lora(
     if rank is not None and rank < 1:
         raise LoraFxError(f"rank is {rank}; expected 1 or more", "for example --rank 16")
     if energy is not None and not 0 < energy <= 1:
-        raise LoraFxError(f"energy {energy} is not in (0, 1]", "0.99, for example")
+        raise LoraFxError(f"energy {energy} is not in (0, 1]", "for example 0.99")
     entries: dict[str, Entry] = {}
     rows: list[Approximated] = []
     for key, entry in adapter.entries.items():
@@ -92,7 +92,7 @@ def as_lora(
 
 
 def _of_entry(low: LowRank, entry: Entry) -> LowRank:
-    """The update with what is known of the tensor of the entry that it approximates."""
+    """The update with the layout, use and origin of the entry that it approximates."""
     if isinstance(entry, LowRank):
         # Where it applies, and how it lies there, stays.
         origin = replace(entry.origin, layer=None)
@@ -108,13 +108,16 @@ def _delta(
     """ΔW [out, in] of one update."""
     if isinstance(entry, (Hadamard, Kronecker, Dense)):
         if min(entry.shape) < 2:
-            raise LoraFxError(f"{key!r} is {name_of(entry)} of a vector: no matrix", "--exclude it")
+            raise LoraFxError(
+                f"{key!r} is {name_of(entry)} of a vector; expected a matrix", "--exclude it"
+            )
         return entry.block(0, slice(None), slice(None))
     if not isinstance(entry, (LowRank, Rotation)):
         raise LoraFxError(f"{key!r} is {name_of(entry)}, which has no ΔW", "--exclude it")
     if delta_of is None:
         raise LoraFxError(
-            f"{key!r} is {name_of(entry)}: its ΔW depends on the base", "--base FOLDER"
+            f"{key!r} is {name_of(entry)}: its ΔW depends on the base",
+            "give the base with --base FOLDER",
         )
     return delta_of(replace(adapter, entries={key: entry}))
 

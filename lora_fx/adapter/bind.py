@@ -19,11 +19,11 @@ from lora_fx.targets.target import Target, check_disjoint
 from lora_fx.text import Json, JsonView, near, some
 
 OTHER_READERS = "other_readers"
-"""The adapter metadata that keeps what reads a tensor beside the products of its update."""
+"""The metadata field for operations that read an updated tensor besides its products."""
 
 
 def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
-    """Metadata of an adapter of a model that says what else reads the tensors of its updates.
+    """Adapter metadata with the other operations that read the tensors of its updates.
 
     Args:
         found: The model's targets; targets of a checkpoint, whose readers nobody knows, change
@@ -65,7 +65,7 @@ def bound_entries(entries: Mapping[str, Entry], found: Found) -> dict[str, Entry
         if target_key in bound:
             raise LoraFxError(
                 f"adapter keys name {target_key!r} twice ({key!r} is an alias)",
-                "one tensor has one update; merge the two first",
+                "merge the two updates first",
             )
         bound[target_key] = low
     check_disjoint(found[key] for key, entry in bound.items() if isinstance(entry, LowRank))
@@ -108,10 +108,10 @@ def _bound_tensor(first_name: str, entries: Mapping[str, Full], found: Found) ->
     key, entry = next(iter(entries.items()))
     if not means_all(entries, names):
         raise LoraFxError(
-            f"the adapter's whole tensor {key!r} is for that name alone; the model has one "
+            f"the adapter's whole tensor {key!r} is for that name alone, but the model has one "
             f"tensor for it and {some([name for name in names if name != key])}",
-            "lora_fx.insert, fold, attach or export of the model itself, with the adapter, "
-            "gives that name a tensor of its own",
+            "call lora_fx.insert, fold, attach or export on the original model with the adapter, "
+            "which gives that name a separate tensor",
         )
     twins = tuple(name for name in names if name != first_name)
     return replace(entry, tied=len(names) > 1, twins=twins)
@@ -141,7 +141,9 @@ def _bound_update(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         tensor_key, key_use = split_use(key)
     target = found.get(tensor_key)
     if target is None:
-        raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
+        raise LoraFxError(
+            f"adapter key {key!r} is not a target of the model", near(key, found.by_key)
+        )
 
     use = _use_of(key, key_use or entry.use, entry, target)
     entry = _in_order_of(target, key, entry)
@@ -151,8 +153,8 @@ def _bound_update(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     if entry.a.shape != a_shape or entry.b.shape != b_shape:
         raise MisfitError(
             f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
-            f"the weight {list(target.layout.stored)} needs A {list(a_shape)} and B "
-            f"{list(b_shape)}"
+            f"expected A {list(a_shape)} and B {list(b_shape)} for the weight "
+            f"{list(target.layout.stored)}"
         )
 
     reached = _reached(key, use, target)
@@ -188,7 +190,7 @@ def _use_of(key: str, use: str, entry: LowRank, target: Target) -> str:
 
 
 def _in_order_of(target: Target, key: str, entry: LowRank) -> LowRank:
-    """The update with in and out as those of the target."""
+    """The update with its in and out axes in the order of the target."""
     if target.tied and entry.layout is None and entry.origin.op == "embedding":
         # A lookup's in is the rows; the target's layout is the matmul's.
         entry = variant_of(entry).turned(entry, key)
@@ -199,13 +201,13 @@ def _in_order_of(target: Target, key: str, entry: LowRank) -> LowRank:
 
 
 def _reached(key: str, use: str, target: Target) -> Target:
-    """The target of the uses that an update reaches: itself, where these are all of its uses."""
+    """The target of the uses that an update reaches; `target` itself if these are all its uses."""
     if not use or not target.sites:
         return target
     target_of_use = target.of_use(use)
     if target_of_use is None:
         raise LoraFxError(
-            f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
+            f"the update of {key!r} is for its use {use!r}, but the model has no such use",
             f"its uses are {', '.join(target.each_use)}",
         )
     if len(target_of_use.sites) == len(target.sites):

@@ -1,4 +1,4 @@
-"""dora: the rows of W + s·b·a are given lengths of their own, which are trained.
+"""dora: each row of W + s·b·a gets a trained length.
 
 Liu et al. 2024 (arXiv:2402.09353). In [out, in] order V = W + s·b·a, and the new weight is
 diag(magnitude / ‖V‖) · V, where ‖V‖ is the norm of each row: over everything but out.
@@ -43,7 +43,7 @@ class Dora(Lora):
     also = ("magnitude",)
 
     def of(self, low: LowRank) -> Variant | None:
-        """One with a magnitude is DoRA's, whatever its scale."""
+        """Any update with a magnitude is DoRA, whatever its scale."""
         if low.magnitude is None:
             return None
         return self
@@ -79,11 +79,11 @@ class Dora(Lora):
         return replace(low, b=low.b[rows], magnitude=low.magnitude[rows])
 
     def turned(self, low: LowRank, key: str) -> LowRank:
-        """There is none: it has lengths of rows and none of columns."""
+        """Raise: DoRA has lengths of rows, and none of columns."""
         raise LoraFxError(
-            f"the DoRA update of {key!r} is for a use that reads the tensor the other way round; "
-            "the model has one weight for both",
-            "lora-fx merge folds it into a checkpoint",
+            f"the DoRA update of {key!r} is for a use that reads the tensor transposed, and the "
+            "model has one weight for both uses",
+            "fold it into a checkpoint with lora-fx merge",
         )
 
     def fitted(self, low: LowRank, key: str, layout: Layout) -> LowRank:

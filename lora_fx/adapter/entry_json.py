@@ -1,4 +1,4 @@
-"""The JSON of an update: everything but its tensors, which each kind of file names in its own way.
+"""The JSON of an update: everything except its tensors, which each file format names itself.
 
 `{"layout", "use", "variant", "alpha", "rank", "scale", "frozen", "extra"}`, of which a kind of
 file holds those that its tensors and its config do not say. `extra` has what is known of few
@@ -76,7 +76,7 @@ def _extra(entry: Change) -> Json:
 
 
 def from_json(entry: Described, row: JsonView) -> Described:
-    """The update with what a row says of it; the rank is that of its tensors.
+    """The update with the fields of its JSON row; the rank comes from its tensors.
 
     Args:
         entry: The update with its tensors. What the row leaves out stays as it is here.
@@ -132,7 +132,7 @@ def _layer(extra: JsonView) -> FileLayer:
 
 
 def _with_facts(low: LowRank, facts: JsonView) -> LowRank:
-    """The update with what its variant wrote into `extra`; raises for an unknown variant.
+    """The update with the fields that its variant wrote into `extra`; raises if unknown.
 
     A format that has a and b alone holds LoRA, whatever variant made them of other tensors.
     """

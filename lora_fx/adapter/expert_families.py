@@ -1,4 +1,4 @@
-"""How the models of each type keep their experts, by model_type."""
+"""The layout of experts in models, by model_type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPARSE = "block_sparse_moe"
 
 @dataclass(frozen=True)
 class Family:
-    """How models of some types keep their experts: facts of transformers 5.24 and vLLM 0.33.
+    """The layout of experts in some model types, as in transformers 5.24 and vLLM 0.33.
 
     Attributes:
         types: Their model_type; empty for every other.
@@ -39,7 +39,7 @@ class Family:
         return self in FAMILIES
 
     def peft_turns(self, version: str) -> bool | None:
-        """How a release of PEFT takes a stack [E, …, …]: True for [E, in, out], None if not known.
+        """How a release of PEFT reads a stack [E, …, …]: True for [E, in, out], None if unknown.
 
         Until 0.18 that was every stack, in 0.19.0 those of modules without `is_transposed`, since
         0.19.1 those with it. `in` is what A [r·E, in] goes over. Sources:
@@ -78,7 +78,7 @@ IN_OUT_EXPERTS = frozenset[str]().union(*_TYPES_IN_OUT)
 
 
 def experts_of(config: JsonView) -> int:
-    """How many experts a layer of a model has, by its config.json; 0 where that does not say."""
+    """The number of experts in a layer, from config.json; 0 if it is not given there."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         count = config.get(name)
         if is_whole(count):
@@ -87,7 +87,7 @@ def experts_of(config: JsonView) -> int:
 
 
 def family_of(types: Iterable[str]) -> Family | None:
-    """The family of a model by its model_type and those of its parts; None where it has none."""
+    """The family of a model, from its model_type and those of its parts; None if it has none."""
     model_types = frozenset(types)
     for family in FAMILIES:
         if family.types & model_types:

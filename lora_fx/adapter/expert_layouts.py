@@ -47,12 +47,12 @@ _EXPERTS = re.compile(
     rf"(?P<leaf>{'|'.join(_LEAVES)})(?:\.weight)?"
 )
 _ALL = -1
-"""The number of an update of all experts, beside those of single ones."""
-_TELL = "--base FOLDER has the model; or --model-type TYPE, as its config.json has it"
+"""The number that stands for an update of all experts."""
+_TELL = "give the model with --base FOLDER; or its model_type with --model-type TYPE"
 
 
 def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -> dict[str, Entry]:
-    """Stacks of PEFT's under their own names, `a` over what their product contracts.
+    """PEFT's stacks under their own names, with `a` over the contracted axis.
 
     Args:
         entries: As a file of PEFT has them, or placed by a base.
@@ -95,7 +95,7 @@ def _stacks_by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, LowRa
 def _orientation(
     module: str, lows: Updates, family: Family | None, version: str
 ) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Tell which side of a module's stacks is in, and which is out.
+    """Decide which axis of a module's stacks is in, and which is out.
 
     The first of these that has an answer decides:
 
@@ -124,8 +124,11 @@ def _orientation(
         transposed = family.peft_turns(version)
     ambiguous = any(low.origin.candidates for low in lows.values())
     if family is None or transposed is None or ambiguous:
-        what = f"{', '.join(lows)}: shapes alone do not tell which side of the experts is in"
-        raise LoraFxError(f"{what}, and PEFT's releases differ in that", _TELL)
+        what = (
+            f"{', '.join(lows)}: the shapes do not show which axis of the experts is in and which "
+            "is out"
+        )
+        raise LoraFxError(f"{what}, and releases of PEFT differ", _TELL)
     return {}, transposed != family.transposed
 
 
@@ -195,7 +198,9 @@ def gathered(entries: Mapping[str, Entry], family: Family | None) -> dict[str, E
             result[name] = entry
             continue
         if not is_plain(entry):
-            raise _unsayable(f"{key!r} is {name_of(entry)}, which no stack has")
+            raise _unsayable(
+                f"{key!r} is {name_of(entry)}; expected lora or rslora in a stack of experts"
+            )
         leaf = _LEAVES[match["leaf"]]
         number = int(match["n"] or _ALL)
         lows = modules.setdefault(match["module"], {}).setdefault(leaf, {})
@@ -217,17 +222,18 @@ def _stacks_of(
     if gate is not None or up is not None:
         if gate is None or up is None or GATE_UP in stacks or _like(gate) != _like(up):
             raise _unsayable(
-                f"{module}: gate and up of a stack have one rank and scale, and one update"
+                f"{module}: gate and up of a stack need one update each, with the same rank and "
+                "scale"
             )
         stacks[GATE_UP] = _fused(gate, up, _known(family).interleaved)
     if len({len(low.a) for low in stacks.values()}) > 1:
-        raise _unsayable(f"{module}: its stacks do not have as many experts")
+        raise _unsayable(f"{module}: its stacks have different numbers of experts")
     return {f"{module}.{leaf}": stacks[leaf] for leaf in (GATE_UP, DOWN) if leaf in stacks}
 
 
 def _unsayable(message: str) -> LoraFxError:
-    """The error for an update that a layout of files cannot say."""
-    return LoraFxError(message, "lora-fx merge folds it into its base as it is")
+    """The error for an update that a layout of files cannot store."""
+    return LoraFxError(message, "fold the adapter into its base with lora-fx merge")
 
 
 def _under_holder(key: str, family: Family | None, *, one_by_one: bool) -> str:
@@ -240,9 +246,9 @@ def _under_holder(key: str, family: Family | None, *, one_by_one: bool) -> str:
 
 
 def _known(family: Family | None, what: str = "rows of gate and up alternate") -> Family:
-    """The family; raises LoraFxError where it is not known, and so not `what`."""
+    """The family; raises LoraFxError if it is unknown, because `what` depends on it."""
     if family is None:
-        raise LoraFxError(f"whether {what} is up to the model; no shape tells it", _TELL)
+        raise LoraFxError(f"whether {what} depends on the model; the shapes do not show it", _TELL)
     return family
 
 
@@ -258,7 +264,7 @@ def _stack(module: str, lows: Mapping[int, LowRank]) -> LowRank:
         if number in lows:
             what = "has another shape or scale than the first"
         raise _unsayable(
-            f"{module}.{number} {what}; a stack has all experts, at one rank and scale"
+            f"{module}.{number} {what}; a stack needs all experts with one rank and scale"
         )
     numbers = sorted(lows)
     a = np.stack([lows[number].a for number in numbers])
@@ -304,7 +310,9 @@ def _split(low: LowRank, interleaved: bool) -> tuple[LowRank, LowRank]:
     """
     rows = low.b.shape[-2]
     if rows % 2:
-        raise _unsayable(f"{GATE_UP} has {rows} rows, which gate and up cannot share")
+        raise _unsayable(
+            f"{GATE_UP} has {rows} rows; expected an even number, half for gate and half for up"
+        )
     if interleaved:
         gate_b = low.b[..., ::2, :]
         up_b = low.b[..., 1::2, :]
@@ -323,7 +331,7 @@ def _split(low: LowRank, interleaved: bool) -> tuple[LowRank, LowRank]:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How a file has experts.
+    """The layout of experts in a file.
 
     Attributes:
         apart: It has an update for each expert, else one for each stack.
@@ -362,7 +370,7 @@ def laid(
         version: The release of PEFT that wrote the file; empty where that is not known.
 
     Raises:
-        LoraFxError: What the layout needs to know is not known, or it cannot say the update.
+        LoraFxError: A fact that the layout needs is unknown, or the layout cannot store the update.
     """
     stacks = gathered(upright(entries, family, version), family)
     if layout.server == "vllm":
@@ -393,8 +401,8 @@ def _layout_for_vllm(
         return layout
     for module in modules:
         if not {f"{module}.{GATE_UP}", f"{module}.{DOWN}"} <= stacks.keys():
-            raise _unsayable(f"{module}: vLLM takes no experts without {GATE_UP} and {DOWN} both")
-    takes_stacks = _known(family, "vLLM takes stacks").whole
+            raise _unsayable(f"{module}: vLLM needs both {GATE_UP} and {DOWN} of experts")
+    takes_stacks = _known(family, "vLLM reads stacks").whole
     return replace(layout, apart=not takes_stacks, split=not takes_stacks)
 
 
@@ -432,7 +440,7 @@ def _laid_parts(
 
 
 def _for_peft(low: LowRank, version: str, family: Family | None) -> LowRank:
-    """A stack the way round in which a release of PEFT takes it."""
+    """A stack with its axes in the order that a release of PEFT reads."""
     if low.layout is not None and family not in FAMILIES:
         transposed = low.layout.out == (2,)
         family = Family(transposed=transposed, marked=transposed)
@@ -455,7 +463,9 @@ def _one_scale(entries: Mapping[str, Entry]) -> dict[str, Entry]:
             f"{key!r} has rank {rank} and scale {scale:g}"
             for (rank, scale), key in key_by_numbers.items()
         ]
-        raise _unsayable(f"{', '.join(texts[:2])}; SGLang has one of each for a whole adapter")
+        raise _unsayable(
+            f"{', '.join(texts[:2])}; SGLang uses one rank and scale for the whole adapter"
+        )
     plain: dict[str, Entry] = {}
     for key, low in lows.items():
         plain[key] = replace(low, alpha=low.scale * low.rank, variant="lora")

@@ -1,4 +1,4 @@
-"""Updates of expert stacks from files that do not say which parameter, or which way round.
+"""Updates of expert stacks from files that record neither the parameter nor the axis order.
 
 PEFT stores an update of a parameter with `in` and `out` but without the parameter's shape. A
 stack [E, out, in] is *straight*; a module that PEFT calls `is_transposed` has [E, in, out]. All
@@ -148,7 +148,7 @@ def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) 
 def _only_reading(
     module: str, lows: Sequence[LowRank], readings: list[Reading], order: Sequence[str] | None
 ) -> Reading:
-    """The one reading; raises LoraFxError where there is none, or more than one."""
+    """The only reading; raises LoraFxError if there is none, or more than one."""
     if order is not None and _differ_in_names(readings):
         readings = [reading for reading in readings if _is_as_defined(reading.names, lows, order)]
 
@@ -160,14 +160,14 @@ def _only_reading(
     if _differ_in_names(readings):
         raise LoraFxError(
             f"the updates of the parameters of {module!r} ({shapes}) fit "
-            f"{' and '.join(readings[0].names)} in more than one order; PEFT's file does not say "
-            "which",
+            f"{' and '.join(readings[0].names)} in more than one order, and PEFT's file does not "
+            "record the order",
             "merge it into its model with PEFT (merge_and_unload)",
         )
     if len(readings) > 1:
         raise LoraFxError(
-            f"the experts of {module!r} are square ({shapes}); PEFT's file does not say whether "
-            "they are stored [out, in] or [in, out]",
+            f"the experts of {module!r} are square ({shapes}), and PEFT's file does not record "
+            "whether they are stored [out, in] or [in, out]",
             "merge it into its model with PEFT (merge_and_unload)",
         )
     return readings[0]

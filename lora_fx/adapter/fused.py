@@ -50,7 +50,7 @@ def roles_of(name: str) -> tuple[str, ...]:
 
 
 def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
-    """The update under the keys that the model has instead; empty where it has none such.
+    """The update under the model's keys for the fused weight or its parts; empty if it has none.
 
     This is no rule of `lora_fx.targets.names`: what a key means here is rows of another tensor, and
     the update has to be cut to them. The first of these that applies decides:
@@ -109,7 +109,7 @@ def _by_role(
 
 
 def _rows_by_target(entry: LowRank, targets: Sequence[Target]) -> dict[str, LowRank]:
-    """The update cut into runs of rows, one a target; empty where they are not all of its rows."""
+    """The update cut into ranges of rows, one for each target; empty unless they cover all rows."""
     sizes = [target.layout.out_size for target in targets]
     if not targets or sum(sizes) != entry.b.shape[0]:
         return {}
@@ -172,7 +172,7 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
         if low.shape != expected_shape:
             raise MisfitError(
                 f"the update of {name!r} is {list(low.shape)}, [out, in]; expected "
-                f"{list(expected_shape)}, as a part of {key!r}"
+                f"{list(expected_shape)} for a part of {key!r}"
             )
         b = np.zeros((out, low.rank), np.float32)
         b[rows] = low.b * np.float32(low.scale / scale)
@@ -196,7 +196,7 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
 
 
 def _add_block(blocks: list[Factors], a: Array, b: Array, rows: Array) -> None:
-    """Add an update of some rows: to the block with the same a, or as a block of its own."""
+    """Add an update of some rows: to the block with the same a, or as a new block."""
     for block_a, block_b in blocks:
         if np.array_equal(block_a, a):
             block_b[rows] += b[rows]
@@ -210,7 +210,7 @@ def _check_complete(key: str, out: int, row_lengths: Mapping[str, Array], varian
         count = int(np.isfinite(lengths).sum())
         if count < out:
             raise LoraFxError(
-                f"{key!r}: {count} of its {out} rows have {variant.title}'s lengths; expected "
-                "all or none",
-                "make plain LoRA of it first, by --as lora and the base that it was trained on",
+                f"{key!r}: only {count} of its {out} rows have a {variant.title} magnitude; "
+                "expected all or none",
+                "turn it into plain LoRA first, with --as lora and the base that it was trained on",
             )

@@ -1,4 +1,4 @@
-"""How updates learn, in the metadata of an adapter: no format of files says it."""
+"""How updates are trained, kept in an adapter's metadata because no file format stores it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.adapter.variant import VARIANTS, named_variant
 from lora_fx.text import Json, JsonView
 
 LEARNS = "learns"
-"""The adapter metadata that keeps what no format says: how the updates learn."""
+"""The metadata field that keeps how the updates are trained."""
 
 
 def learning(updates: Updates) -> Json:
@@ -30,7 +30,7 @@ def learning(updates: Updates) -> Json:
 
 
 def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank], Json]:
-    """Updates that learn as the metadata says, and the metadata without that."""
+    """(updates that train as the metadata says, metadata without that field)."""
     variants = _facts_by_key(metadata, "variants")
     frozen_ranks = _facts_by_key(metadata, "frozen")
     result = {}
@@ -46,7 +46,7 @@ def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank]
 
 
 def _facts_by_key(metadata: JsonView, fact: str) -> JsonView:
-    """Key → what `learning` wrote; empty for metadata of a file that says something else."""
+    """Key → what `learning` wrote; empty if the metadata has something else there."""
     learns = metadata.get(LEARNS)
     if not isinstance(learns, Mapping):
         return {}

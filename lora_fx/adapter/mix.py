@@ -25,7 +25,7 @@ Pair = tuple[LowRank, float]
 
 
 def mixed_update(key: str, pairs: Sequence[Pair], how: str, rank: int | None) -> LowRank:
-    """One update from several of a key, each with a weight; see the table above.
+    """Mix several updates of one key, each with a weight; see the table above.
 
     Args:
         key: The key, for messages.
@@ -57,8 +57,8 @@ def _check_fits(key: str, first: LowRank, low: LowRank) -> None:
     if same_shape and (low.layout, low.use) == (first.layout, first.use):
         return
     raise LoraFxError(
-        f"the updates of {key!r} do not fit each other: in {in_size}, out {out_size} and in "
-        f"{low.a.shape[-1]}, out {low.b.shape[-2]}",
+        f"the updates of {key!r} have different shapes or layouts: in {in_size}, out {out_size} "
+        f"and in {low.a.shape[-1]}, out {low.b.shape[-2]}",
         "bind both to the same model first",
     )
 

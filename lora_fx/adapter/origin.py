@@ -1,4 +1,4 @@
-"""Where an update comes from: the facts of its file, or of its model, about its tensor."""
+"""The origin of an update: facts about its tensor from its file or its model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.text import short
 
 @dataclass(frozen=True)
 class FileLayer:
-    """Where a file has an update that does not say by its key alone what it is of.
+    """The place in a file of an update whose key alone does not identify its tensor.
 
     PEFT puts an update of a parameter (a stack of experts, say) into a layer around the module that
     holds it, one in another for several parameters, and does not say which is which.
@@ -35,7 +35,7 @@ class FileLayer:
 
 @dataclass(frozen=True)
 class Origin:
-    """Facts of a file, or of a model, about the tensor of an update, beside the update's numbers.
+    """Facts about the tensor of an update, from its file or its model.
 
     Readers of files fill it in, `bind` reads it and puts the model's facts in their place, and
     writers of files read those. No arithmetic depends on it, and two updates that differ in it
@@ -61,7 +61,7 @@ class Origin:
 
     @property
     def candidates(self) -> Mapping[str, tuple[int, float]]:
-        """The parameters that it may be of, where its file does not say which; see FileLayer."""
+        """The parameters that the update may be for, if its file does not say; see FileLayer."""
         if self.layer is None:
             return {}
         return self.layer.candidates
@@ -75,7 +75,7 @@ Update = TypeVar("Update")
 
 
 def with_older_fields(update: type[Update]) -> type[Update]:
-    """Let a dataclass with a field `origin` take, and show, the facts under their older names.
+    """Let a dataclass with a field `origin` accept and show its facts under their old names.
 
     `LowRank(a, b, alpha, op="embedding")`, `replace(low, tied=True)` and `low.kernel` mean those
     of its origin, and warn.
@@ -87,14 +87,14 @@ def with_older_fields(update: type[Update]) -> type[Update]:
         facts = {name: values.pop(name) for name in OLDER_FIELDS if name in values}
         if facts:
             names = ", ".join(f"{name}=…" for name in facts)
-            warn_caller(f"{update.__name__}({names}) is origin=Origin({names}) now")
+            warn_caller(f"{update.__name__}({names}) is deprecated: use origin=Origin({names})")
             values["origin"] = replace(values.get("origin", Origin()), **facts)
         initialise(self, *args, **values)
 
     def older_attribute(self: Any, name: str) -> object:
         if name not in (*OLDER_FIELDS, "candidates"):
             raise AttributeError(f"{update.__name__!r} object has no attribute {name!r}")
-        warn_caller(f"{update.__name__}.{name} is called origin.{name} now")
+        warn_caller(f"{update.__name__}.{name} is deprecated: use origin.{name}")
         return getattr(self.origin, name)
 
     # Set here and not written in the class, so that type checkers know the names of now alone.

@@ -50,7 +50,7 @@ class QaLora(Lora):
         return None
 
     def of(self, low: LowRank) -> Variant | None:
-        """One with groups; whoever rewrote a may have left them, so its numbers are asked."""
+        """Any update with groups; `a` may have been changed, so its values are checked."""
         group = int(low.variant_tensors.get("group", 0))
         if not group or pooled(low.a, group) is None:
             return None
@@ -60,8 +60,8 @@ class QaLora(Lora):
         """Only what is drawn has no number for a single input."""
         if init != "kaiming":
             raise LoraFxError(
-                f"init {init!r} gives every input a column of A; qalora has one for a group of "
-                "them",
+                f"init {init!r} needs one column of A for each input; qalora has one for each "
+                "group",
                 "leave --init out",
             )
 
@@ -74,8 +74,8 @@ class QaLora(Lora):
         width = low.a.shape[-1]
         if width % self.group:
             raise LoraFxError(
-                f"{beginning.key!r}: {width} inputs are no whole groups of {self.group}",
-                f"exclude it, or --variant qalora:{math.gcd(width, self.group)}",
+                f"{beginning.key!r}: {width} inputs cannot be divided into groups of {self.group}",
+                f"exclude it, or pass --variant qalora:{math.gcd(width, self.group)}",
             )
         # Drawn within ±1/√in, for in inputs; a group counts as one.
         a = low.a[..., :: self.group] * np.float32(self.group**0.5)
@@ -131,7 +131,7 @@ def grouped(low: LowRank, group: int) -> LowRank:
 
 
 def pooled(a: Array, group: int) -> Array | None:
-    """One column of a for each group of so many; None where those of a group differ."""
+    """One column of a for each group; None if the columns of a group differ."""
     if group < 1 or a.shape[-1] % group:
         return None
     by_group = a.reshape(*a.shape[:-1], -1, group)

@@ -75,11 +75,14 @@ def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
     if start == "kasa":  # it leaves a part
         highest_rank -= 1
     if weight.ndim != 2 or not 0 < low.rank <= highest_rank:
-        raise MisfitError(f"{where}: {list(weight.shape)} has no {start} start of rank {low.rank}")
+        raise MisfitError(
+            f"{where}: a weight {list(weight.shape)} has no {start} initialisation of rank "
+            f"{low.rank}"
+        )
     wide = weight.astype(np.float64)
     if not np.isfinite(wide).all():
         raise LoraFxError(
-            f"{where}: the base has NaN or infinite values", "start from a sound base"
+            f"{where}: the base has NaN or infinite values", "use a base with finite values"
         )
     left, right = start_of_weight(wide, low.rank, start, where)
     if start == "olora":
@@ -105,8 +108,8 @@ def start_of_weight(weight: Array, rank: int, start: str, where: str = "") -> tu
     sizes = np.abs(np.diag(r))
     if where and sizes.min() <= _INDEPENDENT * sizes.max():
         raise LoraFxError(
-            f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
-            "off is not unique",
+            f"{where}: the first {rank} columns are not independent, so the part that OLoRA "
+            "subtracted is not unique",
             "save the adapter again with path_initial_model_for_weight_conversion",
         )
     return q, q.T @ weight
@@ -127,8 +130,8 @@ def _singular_parts(weight: Array, rank: int, start: str, where: str) -> tuple[A
         after = sigma[boundary]
         if before - after <= _GAP * sigma[0]:
             raise LoraFxError(
-                f"{where}: singular values {boundary} and {boundary + 1} are equal to fp32 "
-                f"({before:g}, {after:g}), so the part that {start} took is not unique",
+                f"{where}: singular values {boundary} and {boundary + 1} are equal in fp32 "
+                f"({before:g}, {after:g}), so the part that {start} subtracted is not unique",
                 "save the adapter again with path_initial_model_for_weight_conversion",
             )
     basis = vectors[:, :rank] if start == "pissa" else vectors[:, boundary:]
@@ -139,7 +142,7 @@ def _singular_parts(weight: Array, rank: int, start: str, where: str) -> tuple[A
 
 
 def with_frozen_start(low: LowRank, scale: float, a: Array, b: Array) -> LowRank:
-    """The update with −b·a in frozen ranks after its own, so that together they are less by b·a.
+    """The update with −b·a in additional frozen ranks, which subtract b·a from it.
 
     Args:
         low: The update.

@@ -1,4 +1,4 @@
-"""The singular values of every update of an adapter, and what else a page shows of one.
+"""The singular values of every update of an adapter, and other facts for the report page.
 
 s·b·a of rank k has k values, found from two k × k triangles: nothing of the size of W is formed.
 Those of a stack (experts, groups) are the values of all its matrices together, as if they were
@@ -17,9 +17,9 @@ from lora_fx.dtypes import Array
 from lora_fx.text import Json
 
 MOST = 32
-"""How many of the largest values are written of one update."""
+"""The number of largest values that are written for one update."""
 FEW = 10
-"""How many of an adapter of more than MANY updates."""
+"""The number that is written if the adapter has more than MANY updates."""
 MANY = 200
 
 

@@ -65,12 +65,12 @@ OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
 
 
 GAMMA = 16.0
-"""LoRA-GA's γ, which says how large an update starts; its authors' and PEFT's default."""
+"""LoRA-GA's γ, which sets the size of an update at its start; the default of paper and PEFT."""
 
 
 def check_init(init: str) -> None:
-    """Raise LoraFxError for a start that is not known."""
-    expect_name(init, INITS, "no init", f"the starts are {', '.join(INITS)}")
+    """Raise LoraFxError for an unknown init."""
+    expect_name(init, INITS, "unknown init", f"choose one of {', '.join(INITS)}")
 
 
 def initial(
@@ -82,7 +82,7 @@ def initial(
     read: Callable[[str], Array] | None = None,
     moments: Mapping[str, Moments] | None = None,
 ) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    """The updates of a plan at their start, and notes on ranks that a start cannot have.
+    """Make the untrained updates of a plan, and notes about ranks that an init had to lower.
 
     Args:
         found: The model's targets.
@@ -106,7 +106,7 @@ def initial(
         target = found[key]
         fitted = _fitted(key, entry, target.layout, init)
         if fitted.rank != entry.rank:
-            notes.append(f"{key}: rank {entry.rank} lowered to {fitted.rank} for {init}")
+            notes.append(f"{key}: rank {entry.rank} is lowered to {fitted.rank} for init {init}")
 
         weight = None
         if read is not None and (init in OF_WEIGHT or kind.reads_weight):
@@ -143,14 +143,15 @@ def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
             rank -= rank % 2
         if rank % 2 or not rank:
             raise LoraFxError(
-                f"{key!r}: an orthogonal start has an even rank, not {entry.rank}",
-                "--rank 8, or exclude it",
+                f"{key!r}: init orthogonal needs an even rank, not {entry.rank}",
+                "pass an even rank such as --rank 8, or exclude it",
             )
     if init == "lora-ga":  # a and b are different singular vectors
         rank = min(rank, layout.max_rank // 2)
         if not rank:
             raise LoraFxError(
-                f"{key!r}: LoRA-GA takes two singular vectors a rank; its smaller side is 1",
+                f"{key!r}: init lora-ga needs two singular vectors for each rank, but the smaller "
+                "side is 1",
                 "exclude it",
             )
     return replace(entry, rank=rank, alpha=entry.alpha * rank / entry.rank)
@@ -190,13 +191,13 @@ def _start(
 
     if kind.kind == "c":
         raise LoraFxError(
-            f"{key!r} is {dtype}, and init {init!r} reads data of real numbers",
-            "kaiming, gaussian, orthogonal, pissa or olora",
+            f"{key!r} is {dtype}, but init {init!r} works only with real numbers",
+            "choose kaiming, gaussian, orthogonal, pissa or olora",
         )
     if source is None:
         raise LoraFxError(
-            f"{key!r}: {init} starts from data, and calibration could not read this target",
-            "exclude it, or take another --init",
+            f"{key!r}: init {init} needs data, but calibration could not read this target",
+            "exclude it, or choose another --init",
         )
     moment = np.asarray(source, np.float64)
     if init == "eva":
@@ -204,8 +205,8 @@ def _start(
         return _principal_axes(moment, rank), np.zeros(b_shape, kind)
     if not np.isfinite(moment).all() or not moment.any():
         raise LoraFxError(
-            f"{key!r}: its gradient is zero or not finite, so LoRA-GA has no start",
-            "exclude it, or look at the data",
+            f"{key!r}: its gradient is zero or not finite, so init lora-ga cannot start",
+            "exclude it, or check the data",
         )
     return _of_each_matrix(moment, lambda gradient: _of_gradient(gradient, rank))
 

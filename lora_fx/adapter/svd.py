@@ -118,7 +118,7 @@ def squared_distance(delta: Array, a: Array, b: Array) -> float:
 
 
 def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
-    """How many singular values are larger than those of white noise.
+    """The number of singular values that are larger than those of white noise.
 
     The largest one of noise of variance τ² on m × n is near τ(√m + √n), the edge of Marchenko and
     Pastur (1967), with the distribution of Tracy and Widom (Johnstone 2001,

@@ -99,12 +99,12 @@ class Truncation:
 
     @property
     def parameters_before(self) -> int:
-        """How many elements of a and b there were."""
+        """The number of elements of a and b before."""
         return self.parameters + sum(row.saved for row in self.rows)
 
     @property
     def dropped(self) -> int:
-        """How many ranks were taken away."""
+        """The number of removed ranks."""
         return sum(row.before - row.after for row in self.rows)
 
     @property
@@ -184,7 +184,8 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     norm = math.sqrt(math.fsum(float(squares.sum()) for squares in spectra.values()))
     if not norm:
         raise LoraFxError(
-            "every ΔW of the adapter is zero; expected a trained one", "was it trained?"
+            "every ΔW of the adapter is zero; expected a trained one",
+            "check that the adapter was trained",
         )
 
     built = partial(_built, adapter, triplets)
@@ -206,9 +207,9 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     if not result.adapter.lowrank:
         cheapest = min(costs, key=lambda key: costs[key])
         raise LoraFxError(
-            f"{goal_name} {value:g} leaves no rank of any update; one rank of {cheapest!r} is "
+            f"{goal_name} {value:g} is too small to keep any rank; one rank of {cheapest!r} has "
             f"{costs[cheapest]} elements",
-            "allow more",
+            "choose a larger value",
         )
     return result
 
@@ -229,11 +230,11 @@ def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
         )
     name, value = next(iter(value_by_goal.items()))
     if name in ("rank", "params") and not _is_positive_whole(value):
-        raise LoraFxError(f"{name} {value!r} is not a positive whole number", "16, for example")
+        raise LoraFxError(f"{name} {value!r} is not a positive whole number", "for example 16")
     if name == "energy" and not 0.0 < value <= 1.0:
-        raise LoraFxError(f"energy {value!r} is not in (0, 1]", "0.99, for example")
+        raise LoraFxError(f"energy {value!r} is not in (0, 1]", "for example 0.99")
     if not (math.isfinite(value) and value >= 0.0):
-        raise LoraFxError(f"{name} {value!r} is not a number from 0 up", "0.01, for example")
+        raise LoraFxError(f"{name} {value!r} is not a number of 0 or more", "for example 0.01")
     return name, value
 
 
@@ -245,17 +246,22 @@ def _updates(adapter: Adapter) -> dict[str, LowRank]:
     """The low-rank updates; raises LoraFxError for an adapter that cannot be truncated."""
     for key, kind in adapter.others.items():
         raise LoraFxError(
-            f"the adapter's {key!r} is {kind}; expected lora or rslora: its singular values are "
-            "not those of a product b @ a",
-            "merge it into its model, and extract an adapter from the result",
+            f"the adapter's {key!r} is {kind}; expected lora or rslora, because its singular "
+            "values are not those of a product b @ a",
+            "merge it into its model, and extract a new adapter from the result",
         )
     updates = adapter.lowrank
     if not updates:
-        raise LoraFxError("the adapter has no low-rank update", "there is nothing to truncate")
+        raise LoraFxError(
+            "the adapter has no low-rank update", "give an adapter with low-rank updates"
+        )
     for key, low in updates.items():
         factors_are_finite = np.isfinite(low.a).all() and np.isfinite(low.b).all()
         if not factors_are_finite or not math.isfinite(low.scale):
-            raise LoraFxError(f"{key!r} has NaN or infinite values", "training may have diverged")
+            raise LoraFxError(
+                f"{key!r} has NaN or infinite values",
+                "training may have diverged; use an earlier checkpoint",
+            )
     return updates
 
 

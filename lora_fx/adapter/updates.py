@@ -1,4 +1,4 @@
-"""The changes that an adapter can make to one stored tensor, beside LowRank and Full.
+"""The changes that an adapter can make to one stored tensor, besides LowRank and Full.
 
 ΔW lies in [*batch, out, in] order, as for LowRank, and any rectangle of it can be had without the
 rest: that is what lets a merge stream. `batch` is always empty here.
@@ -133,7 +133,7 @@ class Rotation:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[out, in]; 0 is for a size that only the base says."""
+        """[out, in]; 0 stands for a size that only the base has."""
         out_size = self.layout.out_size if self.layout else 0
         if not self.shared:
             return (out_size, len(self.turn) * self.turn.shape[-1])
@@ -192,14 +192,14 @@ def twins_of(entry: Entry) -> tuple[str, ...]:
 
 
 def is_plain(entry: Entry) -> bool:
-    """True for a whole tensor or s·b·a on the base as it is: what a graph can hold."""
+    """True for a whole tensor or s·b·a on the unchanged base: what a graph can hold."""
     if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
         return False
     return is_on_base(entry)
 
 
 def is_on_base(entry: Entry) -> bool:
-    """True for a whole tensor, or a low-rank update of one tensor of the base as it is."""
+    """True for a whole tensor, or a low-rank update of one tensor of the unchanged base."""
     if isinstance(entry, LowRank):
         return not entry.mutated and not entry.origin.candidates
     return isinstance(entry, Full)
@@ -218,9 +218,9 @@ def name_of(entry: Entry) -> str:
     """The usual name of an entry (LoHa, DoRA …), for messages."""
     if isinstance(entry, LowRank):
         if entry.mutated:
-            return f"meant for a base that {entry.mutated} changed"
+            return f"for a base that {entry.mutated} changed"
         if entry.origin.candidates:
-            return f"of one of the parameters {', '.join(entry.origin.candidates)}"
+            return f"for one of the parameters {', '.join(entry.origin.candidates)}"
         if entry.variant.partition(":")[0] not in VARIANTS:  # of a pickle of another process
             return entry.variant
         variant = variant_of(entry)

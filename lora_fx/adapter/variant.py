@@ -53,7 +53,7 @@ _ROW = frozenset((
     "A", "A0", "B", "B0", "a0", "alpha", "b0", "dense", "extra", "full", "index", "key", "layout",
     "magnitude", "rank", "role", "rows", "scale", "swapped", "use", "variant",
 ))  # fmt: skip
-"""Words that names of tensors and the JSON of an update have beside the fields of its tensors."""
+"""Names that files already use in tensor names and JSON, so a field cannot have them."""
 
 
 def register(variant: Variant) -> None:
@@ -64,7 +64,9 @@ def register(variant: Variant) -> None:
             something else.
     """
     if variant.name in VARIANTS or not variant.name or ":" in variant.name:
-        raise MistakeError(f"a variant cannot be called {variant.name!r}: the name is taken")
+        raise MistakeError(
+            f"a variant cannot have the name {variant.name!r}: it is taken or not allowed"
+        )
     fields = (*variant.made_of, *variant.also)
     for field in fields:
         if field in _ROW or fields.count(field) > 1 or not field.isidentifier():
@@ -80,31 +82,31 @@ def named_variant(name: str) -> Variant:
         variant = VARIANTS[kind].with_argument(argument)
         if variant is not None:
             return variant
-    expect_name(name, VARIANTS, "no variant", _known())
+    expect_name(name, VARIANTS, "unknown variant", _known())
     return VARIANTS[name]
 
 
 def expect_variant(name: str, where: str) -> None:
-    """Refuse a file whose update is of a variant that nothing here knows.
+    """Refuse a file with an update of an unknown variant.
 
     Args:
         name: The variant's name in the file.
-        where: The file, and what of it, for the message.
+        where: The file and the part of it, for the message.
     """
     if name.partition(":")[0] not in VARIANTS:
         raise LoraFxError(
-            f"{where} is of variant {name!r}, which is not known here; its tensors are not read",
+            f"{where} has variant {name!r}, which is not known here; its tensors are not read",
             near(name, VARIANTS, _known()),
         )
 
 
 def _known() -> str:
     """A hint with the names of the variants."""
-    return f"the variants are {', '.join(VARIANTS)}"
+    return f"choose one of {', '.join(VARIANTS)}"
 
 
 def variant_of(low: LowRank) -> Variant:
-    """The variant that an update is by its tensors; its own name of one may say its scale alone."""
+    """The variant of an update, from its tensors; its variant name may give only the scale."""
     named = named_variant(low.variant)
     for variant in (named, *VARIANTS.values()):
         recognised = variant.of(low)
@@ -125,7 +127,7 @@ def names_taken(*, reading_weight: bool) -> list[str]:
 
 
 def is_lora_or_dora(low: LowRank) -> bool:
-    """True for what files of other trainers can say: a sum, or what PEFT's type LORA has."""
+    """True for updates that files of other trainers can store: a sum, or PEFT's type LORA."""
     variant = variant_of(low)
     return not variant.reads_weight or bool(variant.peft_type)
 

@@ -36,14 +36,14 @@ from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.text import Json, JsonView
 
-WHOLE = "lora_fx.fold and lora-fx export fold it into the model itself"
+WHOLE = "fold it into the model itself with lora_fx.fold or lora-fx export"
 Read = Callable[[str], V]
 """Field → the value of that tensor in some IR."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Facts that a variant may start from, beside the a and b that were drawn.
+    """Facts from which a variant may initialise, besides a and b.
 
     Attributes:
         key: The key of the target.
@@ -97,7 +97,7 @@ class Variant:
 
     @property
     def rows_apart(self) -> bool:
-        """True where an update can be taken apart into those of rows."""
+        """True if an update can be split into updates of single rows."""
         return self.by_rows or not self.reads_weight
 
     @property
@@ -111,16 +111,17 @@ class Variant:
         return 0
 
     def with_argument(self, text: str) -> Variant | None:
-        """The variant of a name with an argument, `NAME:TEXT`; None where it takes no such."""
+        """The variant for a name `NAME:TEXT` with an argument; None if it does not take it."""
         return None
 
     # The update.
 
     def check_init(self, init: str) -> None:
-        """Raise LoraFxError for a start that this variant cannot have."""
+        """Raise LoraFxError for an init that this variant does not support."""
         if self.made_of and init != "kaiming":
             raise LoraFxError(
-                f"init {init!r} starts a and b; {self.name} makes them of tensors of its own",
+                f"init {init!r} sets a and b, but variant {self.name} computes them from other "
+                "tensors",
                 "leave --init out",
             )
 
@@ -159,7 +160,7 @@ class Variant:
             if field not in low.variant_tensors:
                 raise LoraFxError(
                     f"an update of variant {self.name} has no tensor {field!r}",
-                    f"insert(variant={self.name!r}) makes it",
+                    f"create the update with insert(variant={self.name!r}), which makes the tensor",
                 )
         return {field: low.variant_tensors[field] for field in self.also}
 
@@ -188,13 +189,13 @@ class Variant:
             rows: A slice, or the numbers of the rows.
         """
         if self.reads_weight:
-            raise LoraFxError(f"an update of variant {self.name} cannot be taken apart", WHOLE)
+            raise LoraFxError(f"an update of variant {self.name} cannot be split into parts", WHOLE)
         if self.made_of:
             low = plain(low)
         return replace(low, b=low.b[rows])
 
     def turned(self, low: LowRank, key: str) -> LowRank:
-        """The update of Wᵀ; raises LoraFxError where it has none."""
+        """The update of Wᵀ; raises LoraFxError if this variant has none."""
         if self.reads_weight:
             raise LoraFxError(f"{key!r}: an update of variant {self.name} has no transpose", WHOLE)
         if self.made_of:
@@ -260,7 +261,8 @@ class Variant:
             LoraFxError: W' is no such product, or a row has no direction.
         """
         raise LoraFxError(
-            f"{where}: an update of variant {self.name} reads all of W; tensors are merged by rows",
+            f"{where}: an update of variant {self.name} needs all of W, but a merge reads W in "
+            "blocks of rows",
             WHOLE,
         )
 
@@ -275,7 +277,7 @@ class Variant:
         return rates
 
     def drawn(self, low: LowRank, key: str, seed: int) -> Mapping[str, Array]:
-        """Random numbers for what trains, by field, with ‖ΔW‖ about that of W at s = 1.
+        """Random values for the trained tensors, by field, with ‖ΔW‖ about ‖W‖ at s = 1.
 
         Args:
             low: The update, bound.

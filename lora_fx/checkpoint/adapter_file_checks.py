@@ -19,20 +19,20 @@ from lora_fx.formats.peft.pattern import Pattern
 from lora_fx.formats.peft.target_modules import wanted_by
 from lora_fx.text import Json, by_key, is_number
 
-GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
+GATHER = "if it was saved under ZeRO-3 or FSDP, gather the shards and save it again"
 _FACTOR = re.compile(r"\.(lora|hada|lokr)_|\.weight$")
 
 
 def config(pair: Pair) -> Iterator[Finding]:
-    """Check that adapter_config.json is there, and asks for nothing that a merge cannot do."""
+    """Check that adapter_config.json exists, and has no setting that a merge cannot apply."""
     if pair.raw.file is None:
         return  # not of PEFT
     if not pair.raw.config:
         yield Finding(
             [str(pair.path)],
-            "no adapter_config.json beside the tensors or inside the file",
-            "one: ranks, scales and targets are stored there",
-            "take it from where the adapter comes from",
+            "no adapter_config.json next to the tensors or inside the file",
+            "an adapter_config.json, which holds the ranks, scales and targets",
+            "copy it from the source of the adapter",
         )
     peft_type = pair.raw.config.get("peft_type")
     if pair.raw.config and peft_type not in KINDS and not names_variant(peft_type):
@@ -40,7 +40,7 @@ def config(pair: Pair) -> Iterator[Finding]:
     for name, (why, hint) in REFUSED.items():
         value = pair.raw.config.get(name)
         if value not in (None, False, [], {}, ""):
-            yield Finding([name], f"{name} = {value!r}: {why}", "it off", hint)
+            yield Finding([name], f"{name} = {value!r}: {why}", f"{name} off", hint)
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
@@ -54,7 +54,7 @@ def scale(pair: Pair) -> Iterator[Finding]:
         what = f"no {name}" if value is None else f"{name} = {value!r}"
         yield Finding(
             [name],
-            f"{what}; PEFT would take 8 without a word",
+            f"{what}; PEFT would silently use 8",
             f"a number: the scale of every update is {name} / r",
             f"add the {name} that the adapter was trained with",
         )
@@ -76,7 +76,7 @@ def ranks(pair: Pair) -> Iterator[Finding]:
         if rank is not None and rank != low.rank:
             keys_by_ranks.setdefault((low.rank, rank), []).append(key)
     for (rank_of_tensors, rank), keys in keys_by_ranks.items():
-        expected = f"rank {rank:g}, as the config says: the scale would be in doubt"
+        expected = f"rank {rank:g}, as in the config; otherwise the scale is uncertain"
         yield Finding(keys, f"rank {rank_of_tensors}", expected, "correct r or rank_pattern")
 
 
@@ -88,7 +88,9 @@ def patterns(pair: Pair) -> Iterator[Finding]:
         try:
             pattern = Pattern(pair.raw.config, table, default, str(pair.path))
         except LoraFxError as error:
-            yield Finding([table], error.message, "patterns and numbers", "correct the config")
+            yield Finding(
+                [table], error.message, "module patterns with numbers", "correct the config"
+            )
             continue
         for module in modules:
             pattern.of(module)
@@ -97,34 +99,35 @@ def patterns(pair: Pair) -> Iterator[Finding]:
             yield Finding(
                 [name],
                 what,
-                "a module's name or the end of one; PEFT ignores it without a word",
-                "is it a mistake in the name? then the adapter was trained without its number; "
-                f"correct it, or take it out; {hint}",
+                "the name of a module or the end of one; PEFT silently ignores others",
+                "if the name is a mistake, the adapter was trained without this number; correct "
+                f"the name, or remove the entry; {hint}",
                 WARNING,
             )
 
 
 def start(pair: Pair) -> Iterator[Finding]:
-    """Check that init_lora_weights left the base as it was: PiSSA, OLoRA, … need conversion."""
+    """Check that init_lora_weights did not change the base; PiSSA, OLoRA, … need conversion."""
     value = pair.raw.config.get("init_lora_weights", True)
     if value in (True, False, None, *KEEPS_BASE):
         return
     hint = "save it again with save_pretrained(…, path_initial_model_for_weight_conversion=…)"
     severity = ERROR
     if str(value).lower() in REDONE:
-        hint = "lora-fx merge takes that part off again; other tools do not"
+        hint = "lora-fx merge subtracts that part too; other tools do not"
         severity = WARNING
     yield Finding(
         list(pair.adapter.lowrank),
-        f"init_lora_weights = {value!r}: a part of every base weight was taken off before training",
-        "an adapter that was converted: on the original weights this one is wrong",
+        f"init_lora_weights = {value!r}: a part of every base weight was subtracted before "
+        "training",
+        "a converted adapter; this adapter is wrong on the original weights",
         hint,
         severity,
     )
 
 
 def dora(pair: Pair) -> Iterator[Finding]:
-    """Check that use_dora is on where there are magnitudes, and off where there are none."""
+    """Check that use_dora is on exactly if there are magnitudes."""
     uses_dora = bool(pair.raw.config.get("use_dora"))
     contradicting = [
         key for key, group in pair.raw.updates.items() if ("magnitude" in group.names) != uses_dora
@@ -132,14 +135,14 @@ def dora(pair: Pair) -> Iterator[Finding]:
     if uses_dora:
         yield from about(
             contradicting,
-            "use_dora is on, but they have no lora_magnitude_vector",
-            "a magnitude for each",
+            "use_dora is on, but these layers have no lora_magnitude_vector",
+            "a lora_magnitude_vector for each layer",
             "correct use_dora, or save the adapter again",
         )
     else:
         yield from about(
             contradicting,
-            "lora_magnitude_vector tensors, but use_dora is off: they would be dropped",
+            "there are lora_magnitude_vector tensors, but use_dora is off: they would be dropped",
             "use_dora true, or no magnitudes",
             "set use_dora to true if it was trained with DoRA",
         )
@@ -180,7 +183,7 @@ def dtypes(pair: Pair) -> Iterator[Finding]:
 
 
 def sizes(pair: Pair) -> Iterator[Finding]:
-    """Check that no tensor is empty, in the adapter or among those of the base that it changes."""
+    """Check that no tensor of the adapter, and no base tensor that it changes, is empty."""
     empty = _tensors_that(pair, lambda value: not value.size)
     yield from about(empty, "size 0", "values", GATHER)
     of_empty_tensors = []
@@ -188,7 +191,7 @@ def sizes(pair: Pair) -> Iterator[Finding]:
         info = pair.tensor(key)
         if info is not None and 0 in info.shape:
             of_empty_tensors.append(key)
-    yield from about(of_empty_tensors, "their tensors of the base have size 0", "weights", GATHER)
+    yield from about(of_empty_tensors, "their tensors in the base have size 0", "weights", GATHER)
 
 
 def halves(pair: Pair) -> Iterator[Finding]:
@@ -206,15 +209,15 @@ def names(pair: Pair) -> Iterator[Finding]:
     by_prefix = by_key((prefix, name) for name, prefix in pair.raw.prefixes.items())
     for prefix, tensors in by_prefix.items():
         if prefix:
-            what = f"the prefix {prefix!r} before PEFT's"
-            hint = f"take {prefix!r} off the names"
+            what = f"names with {prefix!r} before PEFT's prefix"
+            hint = f"remove {prefix!r} from the names"
         else:
-            what = f"no prefix {PREFIX!r}"
-            hint = f"put {PREFIX!r} before the names"
+            what = f"names without the prefix {PREFIX!r}"
+            hint = f"add {PREFIX!r} before the names"
         yield Finding(
             tensors,
-            f"names with {what}: PEFT would load none of them",
-            f"{PREFIX}MODULE.lora_A.weight and so on",
+            f"{what}: PEFT would load none of them",
+            f"names such as {PREFIX}MODULE.lora_A.weight",
             hint,
         )
 
@@ -236,19 +239,19 @@ def dropped(pair: Pair) -> Iterator[Finding]:
             left_out.append(key)
     yield from about(
         left_out,
-        "target_modules leaves them out: PEFT would drop their updates",
-        "names in target_modules for all that the file holds",
+        "target_modules does not name them: PEFT would drop their updates",
+        "a target_modules that names every module in the file",
         "correct target_modules in adapter_config.json",
     )
 
 
 def _is_target(fields: Json, name: str, key: str) -> bool:
-    """Whether PEFT would make a layer for an update, by its module or by that around it.
+    """Whether PEFT would make a layer for an update, for its module or the module around that.
 
     Args:
-        fields: Of the adapter's config.
-        name: The tensor of A.
-        key: The update's.
+        fields: The fields of the adapter's config.
+        name: The name of the tensor A.
+        key: The key of the update.
     """
     outer, _, _ = name.removeprefix(PREFIX).partition(".base_layer.")
     module = key.removesuffix(".weight")

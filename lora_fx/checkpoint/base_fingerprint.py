@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on, told by a sample of the weights that it changes.
+"""Recognise the base of an adapter by a sample of the weights that the adapter changes.
 
 metadata["base"] of an adapter is {"version", "dtype", "names", "sample"}. `sample` is the sha256
 over the parameters of all low-rank keys, in the order of their `names`: name, shape, and the
@@ -30,7 +30,7 @@ VERSION = 1
 
 
 NAMED = "base_model_name_or_path"
-"""Of an adapter's metadata: what PEFT calls its base."""
+"""The field of an adapter's metadata that names its base, as PEFT writes it."""
 
 
 FIELD = "base"
@@ -56,7 +56,7 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
 
 
 def file_fingerprint(keys: Iterable[str], tensors: Tensors) -> Json:
-    """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks a parameter."""
+    """{"base": fingerprint} of a stored checkpoint; empty if it lacks one of the parameters."""
     stored: dict[str, TensorInfo] = {}
     for name in parameters_of(keys):
         info = tensors.get(name)
@@ -81,11 +81,11 @@ def parameters_of(keys: Iterable[str]) -> list[str]:
 
 
 Sample = tuple[tuple[int, ...], Array]
-"""Shape, and both ends in the dtype asked for; see `ends`."""
+"""(shape, first and last elements in the requested dtype); see `ends`."""
 
 
 class Unknown(Exception):
-    """Says why a parameter cannot be sampled."""
+    """A parameter cannot be sampled; the message gives the reason."""
 
 
 def sample_of(name: str, info: TensorInfo | None, dtype: str) -> Sample:
@@ -93,14 +93,14 @@ def sample_of(name: str, info: TensorInfo | None, dtype: str) -> Sample:
     if info is None:
         raise Unknown(f"the checkpoint has no tensor {name!r}")
     if info.dtype not in FLOATING:
-        raise Unknown(f"{name!r} is {info.dtype} and was {dtype}")
+        raise Unknown(f"{name!r} is {info.dtype} here and was {dtype} in training")
     return info.shape, _read(info, dtype)
 
 
 def compared(
     recorded: JsonView | None, sample: Callable[[str, str], Sample]
 ) -> tuple[bool | None, str]:
-    """Whether weights are those that an adapter was trained on, or why that is not known.
+    """Compare weights with the record of those that an adapter was trained on.
 
     Args:
         recorded: metadata["base"] of the adapter.
@@ -110,8 +110,8 @@ def compared(
         True, False, or None with the reason.
     """
     if recorded is None:
-        return None, "the adapter does not say what it was trained on"
-    damaged = "what the adapter says of its base is damaged"
+        return None, "the adapter does not record which weights it was trained on"
+    damaged = "the adapter's record of its base is damaged"
     try:
         version = recorded["version"]
         dtype = recorded["dtype"]
@@ -120,7 +120,7 @@ def compared(
     except (TypeError, LookupError):
         return None, damaged
     if version != VERSION:
-        return None, f"what the adapter says of its base is of version {version!r}"
+        return None, f"the adapter's record of its base has the unknown version {version!r}"
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(names, str(dtype))
     if not names or not all(str(dtypes.get(name)) in FLOATING for name in names):
         return None, damaged

@@ -1,4 +1,4 @@
-"""The files beside a merged checkpoint's shards: companions, the index; links to base shards."""
+"""Files of a merged checkpoint besides its new shards: companions, the index, linked shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_fx.files.strict_json import read_json
 from lora_fx.text import Json, JsonView
 
 REPORTS = ("report.json", "lora-fx-report.json")
-"""Names of what a merge leaves beside its output; the second where the base has its own first."""
+"""Names of a merge's report; the second one is used if the base has a file of the first name."""
 
 
 _OURS = frozenset(("ok", "warnings", "tensors", "touched_bytes", "base_verified"))
@@ -38,8 +38,9 @@ def hard_link(source: Path, target: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         raise LoraFxError(
-            f"{source}: cannot be linked into the output: {error.strerror}",
-            "hard links need one file system that has them; leave --link out to copy",
+            f"{source}: cannot be hard-linked into the output: {error.strerror}",
+            "the base and the output need one file system with hard links; leave --link out to "
+            "copy",
         ) from error
 
 
@@ -52,7 +53,7 @@ def untied(config: JsonView) -> Json:
 
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
-    """Copy configs, tokenizer and other files of the base that are no weights."""
+    """Copy configs, tokenizer and other files of the base that do not hold weights."""
     has_new_config = plan.tie is not None or plan.base.settings is not None
     companions, _ = plan.base.companions()
     for name in companions:
@@ -70,7 +71,7 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
 
 
 def report_name(plan: MergePlan) -> str:
-    """The name of the report: the first that is no file of the base's own; empty if both are.
+    """The name of the report: the first that the base does not use; empty if it uses both.
 
     A report of the merge that made the base is none of its own: it would not fit the output.
     """
@@ -81,7 +82,7 @@ def report_name(plan: MergePlan) -> str:
 
 
 def _is_file_of_base(file: Path) -> bool:
-    """Whether a file is there, and is no report of an earlier merge."""
+    """Whether a file exists and is not the report of an earlier merge."""
     if not os.path.lexists(file):
         return False
     try:
@@ -91,7 +92,7 @@ def _is_file_of_base(file: Path) -> bool:
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:
-    """Write the index: byte for byte where it still holds, else with the output's sizes and names.
+    """Write the index: unchanged if it is still right, else with the output's sizes and names.
 
     Of a view's shards, where there are several, it is new.
     """

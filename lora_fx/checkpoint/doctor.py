@@ -1,4 +1,4 @@
-"""doctor: everything that is wrong with a base and an adapter, not only what is found first.
+"""doctor: report every error in a base and an adapter, not only the first one.
 
 A check is a row of CHECKS: its name, and a function from the Pair to its findings. Only headers
 and samples of the base are read.
@@ -59,14 +59,14 @@ CHECKS = {
     "effect": effect,
 }
 LAST = "merge"
-"""The check that says what no other has: lora-fx merge would take the pair."""
+"""The last check: lora-fx merge accepts the pair. It reports what no other check has."""
 
 BY_READER = {*OF_FILE, "model"}
-"""Checks of the adapter by itself, and whether it is of the base's model: what its reader tells."""
+"""Checks of the adapter alone, and of its model: these explain why its reader refuses it."""
 VALUES = ("base values", "training", "effect")
-"""Checks of numbers, which a merge sees as it is carried out, and its plan does not."""
+"""Checks of values, which a merge sees only while it runs, not in its plan."""
 SERVED = "server"
-"""The check of what a program makes of the adapter, where one is named."""
+"""The check of how a server reads the adapter, if one is named."""
 
 
 def doctor(
@@ -90,27 +90,27 @@ def doctor(
     lossy: bool = False,
     max_shard_size: int | str | None = None,
 ) -> Report:
-    """What is wrong with a base and an adapter.
+    """Report what is wrong with a base and an adapter.
 
     Args:
         base: A Hugging Face folder or a `.safetensors` file.
         adapter: A file or folder that `lora_fx.load_adapter` reads, or would if it were sound.
-        server: vllm, sglang or peft: also say what that program would read, misread or drop.
-        how: As in `lora_fx.merge`, with which the pair is to be merged; so are those below.
-        rank: As there.
-        dtype: As there.
-        allow_unused: As there.
-        untie: As there.
-        add: As there.
-        again: As there.
-        allow_missing: As there.
-        any_base: As there.
-        other_readers: As there.
+        server: vllm, sglang or peft: also report what that program would read, misread or drop.
+        how: As in `lora_fx.merge`; the checks assume a merge with this and the following options.
+        rank: As in `lora_fx.merge`.
+        dtype: As in `lora_fx.merge`.
+        allow_unused: As in `lora_fx.merge`.
+        untie: As in `lora_fx.merge`.
+        add: As in `lora_fx.merge`.
+        again: As in `lora_fx.merge`.
+        allow_missing: As in `lora_fx.merge`.
+        any_base: As in `lora_fx.merge`.
+        other_readers: As in `lora_fx.merge`.
         trust: Read pickles, by torch's unpickler that runs no code.
-        dequantise: As there.
-        requantise: As there.
-        lossy: As there.
-        max_shard_size: As there.
+        dequantise: As in `lora_fx.merge`.
+        requantise: As in `lora_fx.merge`.
+        lossy: As in `lora_fx.merge`.
+        max_shard_size: As in `lora_fx.merge`.
 
     Returns:
         A Report that is true where no finding is an error; `details["findings"]` has them all,
@@ -189,7 +189,7 @@ def _report(
 def _merge_findings(
     pair: Pair, findings: Sequence[Finding], plan: MergePlan | LoraFxError
 ) -> Iterator[Finding]:
-    """Why merge refuses the pair, or would refuse it once the other findings are mended."""
+    """Why merge refuses the pair, or would refuse it once the other findings are corrected."""
     errors = [
         finding for finding in findings if finding.severity == ERROR and finding.check not in VALUES
     ]
@@ -223,7 +223,7 @@ def _accepted(finding: Finding, options: MergeOptions) -> Finding:
 
 
 def _update_row(pair: Pair, key: str, entry: Entry) -> Json:
-    """One row of `updates[]`; of a stack that the base has apart, the first tensor is named."""
+    """One row of `updates[]`; for a stack that the base stores as parts, it names the first."""
     stack = pair.rename.stack(base_name(key))
     name = stack.parts[0].tensor if stack else pair.rename(key)
     scale = getattr(entry, "scale", None)
@@ -255,7 +255,7 @@ def lines(report: Report) -> str:
         text.append(f"{name:<{width}}  {worst.get(name, 'ok')}")
     text += ["", _verdict(report)]
     if details["merge"]:
-        text.append(f"lora-fx merge refuses it: {details['merge']}")
+        text.append(f"lora-fx merge refuses this pair: {details['merge']}")
     return "\n".join(map(visible, text))
 
 
@@ -295,11 +295,11 @@ def _verdict(report: Report) -> str:
         return "healthy"
     if any(finding["check"] != SERVED for finding in errors):
         return f"errors: {len(errors)}; do not merge this pair"
-    return f"errors: {len(errors)}; do not serve it so"
+    return f"errors: {len(errors)}; do not serve this adapter as it is"
 
 
 def _number(value: object, form: str) -> str:
-    """A number for people; nothing where it is not known."""
+    """A number for people; empty if it is unknown."""
     if value is None:
         return ""
     return format(value, form)

@@ -39,7 +39,7 @@ from lora_fx.inputs import generator
 from lora_fx.targets.selectors import select_names
 
 LITTLE = 0.5
-"""A share of ‖Δ‖² below which an update is said to keep little of its Δ."""
+"""If an update keeps less than this share of ‖Δ‖², a note says so."""
 
 
 def extract(
@@ -129,9 +129,9 @@ def extraction(
     changes = _changes(scope, sides, tensor_uses, whole_keys, options, progress)
     check_unchanged()
     if not changes.entries:
-        hint = "is it the tuned model?"
+        hint = "check that TUNED is the tuned model"
         if changes.left_out:
-            hint = f"only vectors differ ({changes.left_out[0]} …); --also-full takes them"
+            hint = f"only vectors differ ({changes.left_out[0]} …); --also-full extracts them too"
         raise NoEffectError(f"{tuned}: no weight differs from {base}", hint)
 
     notes += _notes(changes.rows, tensor_uses, changes.left_out)
@@ -149,13 +149,13 @@ def extraction(
 
 @dataclass(frozen=True)
 class _Changes:
-    """What has changed from one checkpoint to the other.
+    """The changes from one checkpoint to the other.
 
     Attributes:
         entries: Key → its update, or its whole new tensor.
         rows: How near each low-rank update is to its Δ.
         unchanged: Tensors that are equal.
-        left_out: Vectors that differ and are not asked for.
+        left_out: Vectors that differ but were not requested.
     """
 
     entries: dict[str, Entry]
@@ -194,7 +194,7 @@ def _changes(
 
 
 def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
-    """The update that makes one tensor of the other; whole where it has no low-rank update."""
+    """The update that turns one tensor into the other; a whole tensor if no low-rank one exists."""
     if same_bytes(pair.base, pair.tuned):
         return None, None
     for info in (pair.base, pair.tuned):
@@ -303,7 +303,7 @@ def _largest_energy(decomposition: _Decomposition) -> float:
 
 
 def _above_noise(decomposition: _Decomposition, shape: tuple[int, int]) -> int:
-    """How many singular values are above what noise would have; the most of a stack."""
+    """The number of singular values above the noise level; for a stack, the largest number."""
     energies = zip(decomposition.singular_values, decomposition.delta_energies, strict=True)
     return max(above_noise(values, energy, shape) for values, energy in energies)
 
@@ -346,16 +346,19 @@ def _notes(
     for row in rows:
         share = 1 - row.relative**2
         if not row.enough:
-            yield f"{row.key}: rank {row.rank} is the cap and holds {share:.1%} of ‖Δ‖²"
+            yield (
+                f"{row.key}: rank {row.rank} is the maximum (--max-rank) and keeps {share:.1%} of "
+                "‖Δ‖²"
+            )
         elif share < LITTLE:
             yield (
-                f"{row.key}: rank {row.rank} keeps {share:.0%} of ‖Δ‖²: was it trained whole? "
-                f"--whole {row.key} takes it so"
+                f"{row.key}: rank {row.rank} keeps only {share:.0%} of ‖Δ‖²; if the whole tensor "
+                f"was trained, --whole {row.key} stores it whole"
             )
         if tensor_uses[row.key].tied:
-            yield f"{row.key}: the table is the output head too, and the update acts on both"
+            yield f"{row.key}: this table is also the output head, and the update changes both uses"
     if left_out:
         yield (
-            "vectors that differ and are not in the adapter, which --also-full "
-            f"would take: {', '.join(left_out)}"
+            "vectors that differ but are not in the adapter (--also-full adds them): "
+            f"{', '.join(left_out)}"
         )

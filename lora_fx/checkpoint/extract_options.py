@@ -31,20 +31,23 @@ class ExtractOptions:
     trust: bool = False
 
     def __post_init__(self) -> None:
-        """Raise for what is out of range, and for options that exclude each other."""
+        """Raise for values out of range, and for options that exclude each other."""
         for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise LoraFxError(f"{name} {value!r} is not a positive whole number", "16 is usual")
+                raise LoraFxError(
+                    f"{name} {value!r} is not a positive whole number", "for example 16"
+                )
         if self.energy is None:
             if self.max_rank is not None:
-                raise LoraFxError("max_rank caps what energy chooses", "give energy, or only rank")
+                raise LoraFxError("max_rank applies only with energy", "give energy, or rank alone")
             return
         if self.rank is not None:
             raise LoraFxError(
-                "rank and energy exclude each other", "max_rank caps what energy chooses"
+                "rank and energy exclude each other",
+                "give one of them; with energy, max_rank limits the rank",
             )
         if not 0.0 < self.energy < 1.0:
-            raise LoraFxError(f"energy {self.energy!r} is not between 0 and 1", "0.9, for example")
+            raise LoraFxError(f"energy {self.energy!r} is not between 0 and 1", "for example 0.9")
 
     @property
     def limit(self) -> int:

@@ -12,7 +12,7 @@ from lora_fx.text import Json, short, table
 
 @dataclass(frozen=True)
 class Extracted:
-    """How near one update is to its Δ. Norms are Frobenius's.
+    """The error of one update against its Δ. Norms are Frobenius norms.
 
     Attributes:
         key: The tensor's name.
@@ -114,7 +114,7 @@ class Extraction:
         return math.hypot(*(row.error for row in self.rows)) / norm
 
     def to_json(self) -> Json:
-        """What `lora-fx extract --json` adds."""
+        """The fields that `lora-fx extract --json` adds."""
         return {
             "extracted": [row.to_json() for row in self.rows],
             "whole": list(self.adapter.full),
@@ -134,7 +134,7 @@ class Extraction:
         lines += [f"whole: {key}" for key in self.adapter.full]
         lines.append(
             f"low-rank updates: {len(self.rows)}; equal tensors: {len(self.unchanged)}; "
-            f"not looked at: {self.skipped}; elements in the adapter: {self.adapter.parameters}"
+            f"not compared: {self.skipped}; elements in the adapter: {self.adapter.parameters}"
         )
         lines.append(f"error over all updates: {self.relative:.6e} of ‖Δ‖")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which tensors of two checkpoints are compared, and the refusal of those that do not fit."""
+"""Choose the tensors of two checkpoints to compare, and refuse those that do not fit."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def scope_of(
     problems = misfits.problems(base, tuned)
     if problems and not options.allow_missing:
         hint = (
-            "--allow-missing leaves them out, and --exclude those that it names; a grown "
+            "--allow-missing leaves all of them out, --exclude NAMES only those; a resized "
             "vocabulary has no low-rank update"
         )
         if len(misfits.only_base) == len(base_tensors):
@@ -96,7 +96,7 @@ class _Misfits:
                 base_shape = list(base_tensors[name].shape)
                 tuned_shape = list(tuned_tensors[name].shape)
                 shapes.append(f"{one_line(name, 100)} {base_shape} and {tuned_shape}")
-            problems.append(f"{len(self.reshaped)} of two shapes: {some(shapes)}")
+            problems.append(f"{len(self.reshaped)} with different shapes: {some(shapes)}")
         return problems
 
 
@@ -111,7 +111,7 @@ def _whole(chosen: Sequence[str]) -> set[str]:
         if key.endswith("]"):
             raise LoraFxError(
                 f"{key!r} is a part of a tensor; expected whole tensors",
-                "name the tensor; merge and truncate work with parts, extract does not",
+                "name the whole tensor; extract does not work with parts, merge and truncate do",
             )
     return set(chosen)
 
@@ -134,5 +134,5 @@ def _prefix_hint(base_tensors: Tensors, tuned_tensors: Tensors) -> str:
     """The prefix that would make the names fit, if there is one."""
     verb, prefix = lead_between([*base_tensors][:3], tuned_tensors)
     if not verb:
-        return "are they of one model?"
-    return f"the names of the second {verb} the prefix {prefix!r}"
+        return "check that both are checkpoints of the same model"
+    return f"the names in TUNED {verb} the prefix {prefix!r}"

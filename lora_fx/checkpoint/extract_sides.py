@@ -65,8 +65,8 @@ def sides_of(base_side: NamedTensors, tuned_side: NamedTensors) -> Sides:
     if base_tie and tie.head in base and tie.head not in base_tensors:
         check_scaled(base_tie, base_config, base_path)
         notes.append(
-            f"{tie.head}: a tensor of its own in {tuned_path}, tied in {base_path}: lora-fx merge "
-            "--untie gives the base one"
+            f"{tie.head}: a separate tensor in {tuned_path}, but tied in {base_path}; lora-fx "
+            "merge --untie gives the base a separate one"
         )
     table = ""
     if base_tie is not None and tie.head not in tuned and not _may_have_head(base, tuned, tie):
@@ -82,7 +82,7 @@ def _name_uses(
     base_is_tied: bool,
     tuned_is_tied: bool,
 ) -> None:
-    """Give each use of a tied tensor a name of its own, where either side tells it apart.
+    """Give each use of a tied tensor its own name, if one side stores the uses separately.
 
     1. A name that one side stores and the other ties stands for the tied tensor there.
     2. A name that is a copy on both sides is left out.
@@ -103,7 +103,7 @@ def _name_uses(
 
 
 def _may_have_head(base: Tensors, tuned: Tensors, tie: Tie) -> bool:
-    """Whether a tensor of the tuned model may be its head, where nobody knows its name."""
+    """Whether a tensor of the tuned model may be its head, if the head's name is unknown."""
     if tie.head:
         return False
     shape = base[tie.table].shape if tie.table in base else None
@@ -116,9 +116,9 @@ def _is_copy(side: Tensors, name: str, source: str) -> bool:
 
 
 def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:
-    """Raise where lookups of one table differ, and updates of it cannot say how.
+    """Raise if lookups of one table differ in a way that updates cannot express.
 
-    An update of the table is one of all its lookups, so it has none of its own beside theirs.
+    An update of the table acts on all its lookups, so the table cannot have another update.
     """
     tie = sides.tie
     if tie is None:
@@ -130,10 +130,12 @@ def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:
         f"{where}: {differing!r} differs from {tie.table!r}, which is the same tensor in the base"
     )
     if not tie.apart:
-        raise LoraFxError(message, f"such models hold it once; --exclude {differing} leaves it out")
+        raise LoraFxError(
+            message, f"models of this type hold it once; --exclude {differing} leaves it out"
+        )
     if tie.table in scope and not same_bytes(sides.base[tie.table], sides.tuned[tie.table]):
         raise LoraFxError(
-            f"{message}, and {tie.table!r} has changed as well: an update of it acts on all "
-            "lookups",
-            f"--exclude {tie.table} leaves it out, if the model looks nothing up in it",
+            f"{message}, and {tie.table!r} has changed as well; an update of the table acts on "
+            "all lookups",
+            f"if the model does not read that table, --exclude {tie.table} leaves it out",
         )

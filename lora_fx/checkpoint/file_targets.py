@@ -19,7 +19,7 @@ from lora_fx.targets.plan import HEAD_ROWS, default_plan
 from lora_fx.targets.target import Target
 from lora_fx.targets.target_roles import role_of
 
-EMPTY = "it is empty: saved under ZeRO-3 or FSDP without gathering the shards?"
+EMPTY = "it is empty; it may be a shard that was not gathered when saving under ZeRO-3 or FSDP"
 
 
 _LOOKUP = re.compile(r"(^|\.)(\w*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared)$")
@@ -46,11 +46,11 @@ def targets_of(every: Tensors) -> Found:
         if 0 in info.shape:
             refusals.append(Refusal(key, "tensor", EMPTY))
         elif info.dtype not in FLOATING:
-            why = f"{info.dtype} is no dtype of plain weights"
+            why = f"{info.dtype} is not a dtype of plain weights"
             refusals.append(Refusal(key, "tensor", why))
         else:
             targets.append(_target(key, info, vocabularies))
-    note = "no graph was read: targets come from names and shapes, and their FLOPs are not known"
+    note = "no graph was read: targets come from names and shapes, and their FLOPs are unknown"
     return Found(default_plan(targets), tuple(refusals), notes=(note,))
 
 

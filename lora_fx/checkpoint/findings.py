@@ -17,7 +17,7 @@ class Finding:
     """A finding of one of doctor's checks.
 
     Attributes:
-        keys: Keys of the adapter, or names of tensors, that it is about.
+        keys: Keys of the adapter, or names of tensors, that the finding is about.
         found: What is there.
         expected: What should be.
         hint: What to do.
@@ -39,6 +39,6 @@ class Finding:
 
 
 def about(keys: Sequence[str], found: str, expected: str, hint: str) -> Iterator[Finding]:
-    """An error of all these keys; nothing where there are none."""
+    """One error for all these keys; nothing if there are none."""
     if keys:
         yield Finding(keys, found, expected, hint)

@@ -113,16 +113,21 @@ class TensorFold:
         return rectangle.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
 
     def error(self, weight: Array, folded: Array, result: Array, low: int) -> LoraFxError:
-        """The error that names the first value that is no number: of base, sum or result."""
+        """The error for the first value that is not finite: in the base, the sum or the result."""
         for what, array, values, hint in (
             ("the base has", weight, weight, "is the checkpoint damaged?"),
             (
                 "the fold gives",
                 folded,
                 folded,
-                "is the adapter's scale right, and its weight (ADAPTER:W)?",
+                "check the adapter's scale and its weight (ADAPTER:W)",
             ),
-            (f"{result.dtype} cannot hold", result, folded, "--dtype bfloat16 or float32 can"),
+            (
+                f"{result.dtype} cannot hold",
+                result,
+                folded,
+                "--dtype bfloat16 or float32 can hold it",
+            ),
         ):
             places = np.argwhere(~np.isfinite(array.astype(np.float64)))
             if len(places):
@@ -133,8 +138,9 @@ class TensorFold:
                     hint,
                 )
         return LoraFxError(
-            f"tensor {self.name!r}: the norm of W or of its update is beyond fp32's range",
-            "is the adapter's scale right, and its weight (ADAPTER:W)? --dtype float64 can hold it",
+            f"tensor {self.name!r}: the norm of W or of its update is beyond the range of fp32",
+            "check the adapter's scale and its weight (ADAPTER:W); --dtype float64 can hold the "
+            "norm",
         )
 
 
@@ -152,7 +158,7 @@ def arithmetic(source: str, dtype: str) -> Floating:
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Run a block with one BLAS thread: a merge's own threads are the parallel ones."""
+    """Run a block with one BLAS thread, because the merge itself uses threads."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, "blas"):

@@ -1,4 +1,4 @@
-"""Sums that say how a fold changed the elements of a tensor."""
+"""Statistics of how a fold changed the elements of a tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.dtypes import Array
 
 @dataclass
 class Stats(Applied):
-    """How a fold changed the elements that it went over, as sums that can be added up by blocks.
+    """Statistics of the elements that a fold changed, as sums that add up over blocks.
 
     Attributes:
         elements: How many.
@@ -45,7 +45,7 @@ class Stats(Applied):
 
     @property
     def missed(self) -> float | None:
-        """‖W + Δ − W_new‖/‖Δ‖ of a weight that is quantised anew; None where there is no Δ."""
+        """‖W + Δ − W_new‖/‖Δ‖ of a weight that is quantised again; None if Δ is zero."""
         if not self.delta:
             return None
         return float(np.sqrt(self.error / self.delta))

@@ -1,4 +1,4 @@
-"""Which rows of a fused weight belong to q, k and v, or to gate and up.
+"""The rows of a fused weight that belong to q, k and v, or to gate and up.
 
 ================================  ==================================================
 all others                        q, then k, then v; gate, then up
@@ -80,7 +80,7 @@ def _count(config: JsonView, names: tuple[str, ...], default: int) -> int:
 
 
 def _heads(config: JsonView, types: Collection[object]) -> tuple[int, int]:
-    """How many heads queries have, and how many keys and values have, by a model's config."""
+    """(heads of queries, heads of keys and values) of a model, from its config."""
     heads = _count(config, ("num_attention_heads", "n_head", "n_heads"), 1)
     has_one_or_all = "falcon" in types or "gpt_bigcode" in types
     if has_one_or_all and not config.get("new_decoder_architecture"):
@@ -91,7 +91,7 @@ def _heads(config: JsonView, types: Collection[object]) -> tuple[int, int]:
 
 
 def _rows_by_group(q: int, head_size: int, period: int) -> dict[str, str]:
-    """A group of heads after the other: the rows of its queries, its key and its value.
+    """Rows ordered by groups of heads: for each group its queries, its key and its value.
 
     Args:
         q: Rows of a group's queries.

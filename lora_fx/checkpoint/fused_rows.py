@@ -21,7 +21,7 @@ from lora_fx.targets.names import ENDS, EXACT, Names
 from lora_fx.text import JsonView
 
 Roles = tuple[str, ...]
-"""The role of a weight; of a fused one those of its parts, in their order."""
+"""The role of a weight, or the roles of a fused weight's parts in order."""
 
 
 Weights = Mapping[Roles, str]
@@ -74,7 +74,7 @@ def _is_adapted(roles: Roles, adapted: Weights, *, apart: bool) -> bool:
 def _rows_by_base(
     roles: Roles, adapted: Weights, stored: Weights, base: Tensors, config: JsonView
 ) -> dict[str, str] | None:
-    """Role → its rows in the whole; None where the base has neither that nor all of its parts.
+    """Role → its rows in the fused weight; None if the base lacks it and one of its parts.
 
     Args:
         roles: Those of the parts.
@@ -143,8 +143,9 @@ def rows_of_map(adapter: Adapter, table: JsonView, where: str) -> Rows:
     for whole, parts in table.items():
         if not _is_division(parts):
             raise LoraFxError(
-                f"{where}: {whole!r} is {one_line(repr(parts), 80)}; expected its parts' rows",
-                'as {"attn.qkv": {"attn.q": "0:64", …}}; "0:64:192" are such rows of every 192',
+                f"{where}: {whole!r} is {one_line(repr(parts), 80)}; expected the rows of each "
+                "part",
+                'as {"attn.qkv": {"attn.q": "0:64", …}}; "0:64:192" means rows 0:64 of every 192',
             )
         for key in map(base_name, adapter.entries):
             module = key.removesuffix(".weight")

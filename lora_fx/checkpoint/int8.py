@@ -1,4 +1,4 @@
-"""Weights of int8 codes with a scale a row, which are quantised anew without being asked.
+"""Weights of int8 codes with one scale for each row, which a merge quantises again by default.
 
     W[i, j] = codes[i, j] · scales[i] / unit        unit 127: bitsandbytes' LLM.int8, whose scales
                                                     are the rows' largest values; 1: others
@@ -27,10 +27,10 @@ from lora_fx.ir.quantised import Quantised
 TOP = 127
 """The code of the largest value of a row."""
 HINT = (
-    "merge into the unquantised original and quantise after, or keep the adapter as a branch "
-    "of its own"
+    "merge into the unquantised original and quantise the result, or keep the adapter as a "
+    "separate branch"
 )
-"""What to do where codes take no update."""
+"""The hint for codes that cannot take an update."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class Int8:
         return np.asarray(np.maximum(largest / self.top, largest.dtype.type(tiny)))
 
     def check(self, name: str, info: TensorInfo, matrix: Matrix) -> None:
-        """Raise for updates whose rows are not the codes' rows, or that need the float original."""
+        """Raise for updates with other rows than the codes, or that need the float original."""
         for rectangle in matrix.rectangles:
             if rectangle.transposed or (matrix.rows, matrix.columns) != info.shape:
                 why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
             elif rectangle.mutated:
-                why = f"the update is for a base that {rectangle.mutated} changed before"
+                why = f"the update is for a base that {rectangle.mutated} changed first"
             else:
                 continue
             raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 
     def weight(self, codes: TensorInfo) -> QuantisedWeight:
-        """The weight whose codes lie there."""
+        """The quantised weight with these codes."""
         module, _, scales_name = self.name.rpartition(".")
         parts = Parts(module, {f"{module}.weight": codes, self.name: self.scales})
 
@@ -85,7 +85,7 @@ class Int8:
 
 
 def int8_of(name: str, base: Checkpoint) -> Int8 | None:
-    """The layout of a weight's int8 codes, where it is one of those above."""
+    """The layout of a weight's int8 codes; None if they have no supported layout."""
     info = base.tensors.get(name)
     if info is None or info.dtype != "int8":
         return None
@@ -94,13 +94,13 @@ def int8_of(name: str, base: Checkpoint) -> Int8 | None:
 
 
 def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
-    """The layout of int8 codes, or why it is none of those that are taken."""
+    """The layout of int8 codes, or why they have no supported layout."""
     module = name.removesuffix(".weight")
     suffixes = [
         suffix for suffix in ("SCB", "weight_scale") if f"{module}.{suffix}" in base.tensors
     ]
     if len(suffixes) != 1 or not name.endswith(".weight"):
-        return None, "its scales are not there as SCB or weight_scale"
+        return None, "it has no scales named SCB or weight_scale"
     if len(info.shape) != 2:
         return None, f"its shape is {list(info.shape)}; expected [out, in]"
 
@@ -117,7 +117,7 @@ def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 
         int8 = Int8("compressed-tensors int8", scales_name, scales, 1)
         why = _compressed_tensors_refusal(module, base)
         shape = (rows, 1)
-        expected = f"a float a row, [{rows}, 1]"
+        expected = f"one float for each row, [{rows}, 1]"
     if not why and (tuple(scales.shape) != shape or scales.dtype not in FLOATING):
         why = f"{suffix} is {scales.dtype} {list(scales.shape)}; expected {expected}"
     if why:
@@ -126,22 +126,22 @@ def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 
 
 
 def _bitsandbytes_refusal(module: str, base: Checkpoint) -> str:
-    """Why codes of bitsandbytes are not taken; empty where they are."""
+    """Why codes of bitsandbytes are refused; empty if they are accepted."""
     order_info = base.tensors.get(f"{module}.weight_format")
     if order_info is None or order_info.stop <= order_info.start:
         return ""
     order = stored_bytes(order_info, 0, 1)[0]
     if not order:
         return ""
-    return f"weight_format is {order}, an order for GPUs; expected 0, row by row"
+    return f"weight_format is {order}, an element order for GPUs; expected 0, row by row"
 
 
 def _compressed_tensors_refusal(module: str, base: Checkpoint) -> str:
-    """Why codes of compressed-tensors are not taken; empty where they are."""
+    """Why codes of compressed-tensors are refused; empty if they are accepted."""
     for suffix in ("weight_global_scale", "weight_g_idx", "weight_zero_point"):
         if f"{module}.{suffix}" in base.tensors:
-            return f"{suffix} beside it: only symmetric codes with a scale a row are taken"
+            return f"it has {suffix}; expected symmetric codes with one scale for each row"
     config = base.config().get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
-        return "config.json does not say that weight_scale is that of compressed-tensors"
+        return "config.json does not say that weight_scale belongs to compressed-tensors"
     return altered(config)

@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stack:
-    """A parameter [experts, out, in] of the loaded model whose matrices the file has apart.
+    """A parameter [experts, out, in] of the loaded model that the file stores as single matrices.
 
     Attributes:
         info: Shape and dtype of the whole; where it lies is where the first matrix does.
@@ -59,7 +59,7 @@ class Loaded:
 
 
 def loaded_of(tensors: Tensors, config: JsonView) -> Loaded:
-    """The names of the model that transformers 5 makes of a checkpoint; empty where not known.
+    """The parameter names after transformers 5 loads a checkpoint; empty if unknown.
 
     Args:
         tensors: The checkpoint's tensors.

@@ -1,7 +1,7 @@
-"""A merge planned from headers and adapters alone: what will be written, and every refusal.
+"""Plan a merge from headers and adapters alone: what will be written, and every refusal.
 
-Nothing of the base but its headers is read here, and samples of weights where an adapter says
-what it was trained on; nothing is written.
+Only the headers of the base are read here, and samples of its weights if an adapter records
+which weights it was trained on. Nothing is written.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _Matched:
         placed: The updates, in the order of the adapters.
         tie: The tie of the base's head and embedding, where it has one.
         names: The base's tensors under every name that an adapter may use, and those to add.
-        notes: What should be said.
+        notes: Warnings for the user.
     """
 
     placed: list[Placed]
@@ -154,15 +154,15 @@ def _match_all(
 def _weighted(
     adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> list[tuple[Adapter, str]]:
-    """The adapters to add one after the other, with their names: as they are, or their one mix."""
+    """(adapter, name) pairs to add one after the other: the adapters themselves, or their mix."""
     if len(adapters) > 1 and options.how not in ("sum", "cat"):
         parts = [(item.adapter, item.weight) for item in adapters]
         where = " + ".join(item.where for item in adapters)
         return [(mix(parts, options.how, options.rank), where)]
     if options.rank is not None:
         raise LoraFxError(
-            "only an svd mix of several adapters has a rank to choose",
-            "--how svd, or no --rank",
+            "rank applies only to an svd mix of several adapters",
+            "pass --how svd, or leave --rank out",
         )
     return [(item.adapter.weighted(item.weight), item.where) for item in adapters]
 
@@ -186,7 +186,7 @@ def _new_tensors(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
 
 @contextlib.contextmanager
 def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterator[None]:
-    """A block whose errors begin with what the two configs say, where they name two models."""
+    """A block whose errors begin with the two models' names, if the configs name two models."""
     try:
         yield
     except LoraFxError as error:
@@ -201,7 +201,7 @@ def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterato
 def _check_adapters(
     base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> None:
-    """Raise for weights that are no numbers, and for an adapter that is merged twice."""
+    """Raise for weights that are not finite, and for an adapter that is merged twice."""
     names_by_hash: dict[str, str] = {}
     for item in adapters:
         if not math.isfinite(item.weight):
@@ -211,7 +211,7 @@ def _check_adapters(
             )
         if item.hash in names_by_hash and not options.again:
             other = names_by_hash[item.hash]
-            as_other = "" if item.where == other else f", as {other} too"
+            as_other = "" if item.where == other else f", also as {other}"
             raise LoraFxError(
                 f"{item.where} is given twice{as_other}",
                 "give it once, with the sum of the weights; --again merges it twice",
@@ -222,7 +222,7 @@ def _check_adapters(
 
 
 def _check_other_readers(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> list[str]:
-    """Notes of weights that are read by more than the products that their updates are for.
+    """Notes about weights that other operations read too, which the updates do not reach.
 
     Raises:
         LoraFxError: There are such, and they are not allowed.
@@ -234,15 +234,16 @@ def _check_other_readers(adapters: Sequence[WeightedAdapter], options: MergeOpti
             if key not in item.adapter.entries:
                 continue
             names = ", ".join(readers[key])
-            unreached = f"{item.where}: the update of {key!r} does not reach {names}"
+            unreached = f"{item.where}: the update of {key!r} does not apply to {names}"
             if not options.other_readers:
                 raise MergeRefusal(
                     READ_TOO,
                     [key],
-                    f"{unreached}, which reads the tensor too; a merge would change that",
-                    "lora-fx export keeps them apart; --other-readers merges all the same",
+                    f"{unreached}, which also reads the tensor; a merge would change that too",
+                    "lora-fx export keeps the other readers unchanged; --other-readers merges "
+                    "anyway",
                 )
-            notes.append(f"{unreached}, which the merged tensor changes")
+            notes.append(f"{unreached}, but the merged tensor changes that too")
     return notes
 
 
@@ -252,7 +253,7 @@ def _check_codes(
     adapters: Sequence[WeightedAdapter],
     options: MergeOptions,
 ) -> None:
-    """Raise where an update is of codes; the hint says what each way to merge it costs."""
+    """Raise if an update is for quantised codes; the hint gives the cost of each way to merge."""
     try:
         refuse_codes(adapter.entries, base, base.config())
     except LoraFxError as error:
@@ -263,7 +264,7 @@ def _check_codes(
             variant = variant_of(low)
             if variant.constant_over:
                 title = variant.title
-                hint = f"lora-fx export puts {title} into zero points, without loss; {hint}"
+                hint = f"lora-fx export folds {title} into the zero points without loss; {hint}"
                 break
         raise LoraFxError(error.message, hint) from error
 
@@ -284,20 +285,20 @@ def _cost_of_codes(
         gain, noise = in_all(sampled(folds))
     except LoraFxError:
         return ""
-    sizes = f"{human(plan.disk)}B of {options.dtype_of_codes}, now {human(base.size)}B"
+    sizes = f"{human(plan.disk)}B of {options.dtype_of_codes} instead of {human(base.size)}B"
     return (
-        f"--dequantise writes floats ({sizes}); --requantise keeps codes, and {gain:.0%} of the "
-        f"update with noise of {noise:.1f} times its size, by a sample of rows"
+        f"--dequantise writes floats ({sizes}); --requantise keeps the codes and {gain:.0%} of "
+        f"the update, with noise of {noise:.1f} times its size (estimated from a sample of rows)"
     )
 
 
 @dataclass(frozen=True)
 class _Parted:
-    """All updates, after the uses of a tied table were parted where one of them changes alone.
+    """All updates, after the uses of a tied table were separated if only one of them changes.
 
     Attributes:
         placed: The updates.
-        of_one_use: Those that mean one use of a tied table.
+        of_one_use: The updates that are for one use of a tied table.
         copies: Tensor to add → the base's tensor that it starts as a copy of.
         added: All tensors to add, those copies among them.
     """
@@ -309,10 +310,10 @@ class _Parted:
 
 
 def _part_uses(matched: _Matched, base: Checkpoint, options: MergeOptions) -> _Parted:
-    """Part the uses of a tied table, where an update means one of them.
+    """Separate the uses of a tied table if an update is for one of them.
 
     Raises:
-        LoraFxError: They may not, or cannot, be parted.
+        LoraFxError: The uses may not, or cannot, be separated.
     """
     tensors = base.tensors
     added: dict[str, TensorInfo] = {}
@@ -366,7 +367,7 @@ def _changes(
 
 
 def _output_dtype(info: TensorInfo, options: MergeOptions) -> str | None:
-    """The dtype that a float tensor is to be stored in; None where it stays as it is."""
+    """The dtype in which a float tensor is stored; None if it does not change."""
     if isinstance(info, CodesInfo):
         return options.dtype_of_codes
     return options.dtype
@@ -375,7 +376,7 @@ def _output_dtype(info: TensorInfo, options: MergeOptions) -> str | None:
 def _with_scales(
     change: TensorChange, by_tensor: Mapping[str, Sequence[Placed]], base: Checkpoint
 ) -> dict[str, TensorChange]:
-    """A change by its tensor's name, and that of its scales where they are made anew."""
+    """Name → change, of a tensor and of its int8 scales if it has any."""
     changes = {change.name: change}
     int8 = change.int8
     if int8 is None:
@@ -395,11 +396,11 @@ def _int8_notes(changes: Mapping[str, TensorChange], options: MergeOptions) -> l
     int8 = [change.name for change in changes.values() if change.int8 is not None]
     if not int8 or options.dtype is None:
         return []
-    return [f"--dtype {options.dtype}: {len(int8)} int8 tensors stay int8, {int8[0]} among them"]
+    return [f"--dtype {options.dtype}: {len(int8)} int8 tensors stay int8, such as {int8[0]}"]
 
 
 def _home(base: Checkpoint, source: str | None) -> str:
-    """The shard of a new tensor: that of what it is a copy of, else the last."""
+    """The shard for a new tensor: the shard of the tensor that it copies, else the last one."""
     for name, header in base.shards.items():
         if source in header.tensors:
             return name

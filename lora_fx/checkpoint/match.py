@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint each entry of an adapter changes, and how it lies there.
+"""Match each entry of an adapter to a tensor of a checkpoint, and decide its layout there.
 
 No graph is read, so the shapes decide: a weight stored [out, in] or, as GPT-2's Conv1D, [in, out].
 For a square one, the rest of the adapter and the model's family decide. Where the head is the
@@ -44,7 +44,7 @@ def match(
         where: The checkpoint, for messages.
         new: Whole tensors that the checkpoint lacks and is to get, by the adapter's names.
         allow_unused: Entries without a tensor become notes.
-        allow_missing: So do layers that the adapter's own config adapts and its file lacks.
+        allow_missing: Layers that the adapter's config adapts and its file lacks become notes too.
         source: The adapter, for messages.
 
     Raises:
@@ -82,13 +82,13 @@ def match(
                 f"{where}: no tensor for {len(unmatched)} of the adapter's keys: {some(unmatched)}",
                 _hint_for_unmatched(unmatched, adapter, rename, where, source),
             )
-        notes.append(f"left out, the base has no such tensor: {some(unmatched)}")
+        notes.append(f"left out, because the base has no such tensor: {some(unmatched)}")
     notes += _check_missing(adapter, rename, where, allow_missing=allow_missing)
     return placed, notes
 
 
 def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
-    """The tensors of a checkpoint that an entry changes: its own first, then what is tied to it.
+    """The tensors of a checkpoint that an entry changes: its own first, then those tied to it.
 
     Empty where the checkpoint has none of them, or has a stack's matrices as tensors of their own.
     """
@@ -101,7 +101,7 @@ def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
 def _placed_at(
     key: str, entry: Entry, names: list[str], tensors: Tensors, in_out: Collection[str]
 ) -> Iterator[Placed]:
-    """An entry at its tensor, and at what PEFT tied to that, which changes alike.
+    """Place an entry at its tensor, and at tensors that PEFT tied to it.
 
     Args:
         key: The adapter's.
@@ -123,7 +123,7 @@ def _placed_at(
 def _hint_for_unmatched(
     unmatched: list[str], adapter: Adapter, rename: Renaming, where: str, source: str
 ) -> str:
-    """The way to merge an adapter of which a checkpoint lacks some tensors.
+    """A hint for an adapter with updates for tensors that the checkpoint lacks.
 
     The first of these that holds decides:
     1. both have experts: convert the adapter to their layout in the checkpoint;
@@ -134,38 +134,41 @@ def _hint_for_unmatched(
     stored = rename.tensors
     if any(map(EXPERT_NAME.search, unmatched)) and any(map(EXPERT_NAME.search, stored)):
         convert = f"lora-fx convert {source} -o LAID --format peft --base {where}"
-        return f"{convert}; then merge that: experts are laid out in several ways"
+        return f"{convert}; then merge LAID: the adapter and the base lay out experts differently"
 
     wholes = known_rows(adapter, stored, rename.config, apart=True)
     if any(whole in unmatched for whole in wholes):
-        return f"lora-fx convert {source} -o SPLIT --split --base {where}; then merge that"
+        return f"lora-fx convert {source} -o SPLIT --split --base {where}; then merge SPLIT"
     fused = known_rows(adapter, stored, rename.config, apart=False)
     if any(not parts.keys().isdisjoint(unmatched) for parts in fused.values()):
-        return f"lora-fx convert {source} -o FUSED --fuse --base {where}; then merge that"
+        return f"lora-fx convert {source} -o FUSED --fuse --base {where}; then merge FUSED"
 
     names = [*stored, *rename.loaded.names, *rename.loaded.stacks]
-    hint = f"{near(unmatched[0], names, 'its names are others;')} --allow-unused leaves them out"
+    hint = (
+        f"{near(unmatched[0], names, 'the base uses other names;')} --allow-unused leaves them out"
+    )
     if all(isinstance(adapter.entries[key], Full) for key in unmatched):
         return f"{hint}, --add writes them as new tensors"
     return hint + _hint_for_renamed(rename.config)
 
 
 def _hint_for_renamed(config: JsonView) -> str:
-    """Why names may differ from the file's though it is the base, and what helps."""
+    """A hint for a base whose file has other names than the loaded model; may be empty."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return ""
     return (
-        "; if this is the base: transformers 5 renames parameters when it loads some models, and "
-        f"of {model_type!r} lora-fx does not know these names; save the base as the loaded model "
-        "has them, save_pretrained(…, save_original_format=False), and merge into that"
+        "; if this is the right base: transformers 5 renames parameters when it loads some "
+        f"models, and lora-fx does not know these names for {model_type!r}; save the base with "
+        "the loaded model's names, save_pretrained(…, save_original_format=False), and merge "
+        "into that"
     )
 
 
 def _check_missing(
     adapter: Adapter, rename: Renaming, where: str, *, allow_missing: bool
 ) -> list[str]:
-    """A note of the layers that an adapter's config adapts and its file lacks, if there are any.
+    """A note about layers that an adapter's config adapts and its file lacks, if there are any.
 
     Raises:
         LoraFxError: There are, and they are not allowed.
@@ -175,14 +178,15 @@ def _check_missing(
         return []
     name, target_module = next(iter(missing.items()))
     message = (
-        f"{where}: {name!r} is adapted by the adapter's own config (target_modules "
-        f"{target_module!r}), but its file has no update of it: {len(missing)} such layers"
+        f"{where}: the adapter's config adapts {name!r} (target_modules {target_module!r}), but "
+        f"the adapter's file has no update for it: {len(missing)} such layers"
     )
     if not allow_missing:
         raise MergeRefusal(
             MISSING,
             [f"{name}.weight" for name in missing],
             message,
-            "is the file complete, and this its base? --allow-missing leaves them as they are",
+            "check that the file is complete and that this is its base; --allow-missing leaves "
+            "these layers unchanged",
         )
     return [message]

@@ -1,4 +1,4 @@
-"""merge: adapters folded into a checkpoint, streamed, proven, then named.
+"""merge: fold adapters into a checkpoint in a stream, and check the result before it gets its name.
 
 W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything else byte for byte.
 """
@@ -34,7 +34,7 @@ from lora_fx.spellings import under_either_name
 from lora_fx.text import StrPath, counted, is_whole
 
 OTHER_MODELS = (".onnx", ".pt2")
-"""Endings of models that a merge of a checkpoint does not write."""
+"""Suffixes of models that a merge into a checkpoint does not write."""
 Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
 
 
@@ -74,27 +74,26 @@ def merge(
         out: The folder or file to write.
         how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
         rank: The rank of an svd mix.
-        dtype: What touched tensors are stored in: bfloat16, float16, float32, float64; as they
-            were where None.
-        allow_unused: Leave out entries whose tensor the base lacks, instead of refusing.
-        untie: Write a tied head as a tensor of its own where an update means one use only.
+        dtype: The dtype of changed tensors: bfloat16, float16, float32, float64; unchanged if None.
+        allow_unused: Leave out updates whose tensor the base lacks, instead of raising.
+        untie: Write a tied head as a separate tensor if an update is for one use only.
         add: Add whole tensors that the base lacks, such as a new head.
-        again: Fold an adapter that the base's metadata says is in it already.
-        allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
-        any_base: Fold an adapter that says it was trained on other weights than these.
-        other_readers: Fold an update of a weight that more than its products read (a norm, an
-            index), which the update does not reach, and a merge does.
+        again: Fold an adapter even if the base's metadata says that it is merged already.
+        allow_missing: Leave layers unchanged that the adapter's config names and its file lacks.
+        any_base: Fold an adapter whose metadata says that it was trained on other weights.
+        other_readers: Fold an update of a weight that other operations (a norm, an index) read too.
+            The update does not reach them; the merged weight does.
         trust: Read pickles, by torch's unpickler that runs no code; safetensors are written.
         dequantise: Write the weights of a quantised checkpoint as floats, in `dtype` or bfloat16;
             quantization_config goes, and the shards are new.
-        requantise: Write W̃ + Δ back in the codes of a quantised checkpoint; what that keeps of
-            the update is reported, and less than half of it in all is refused.
-        lossy: Do not refuse that.
-        max_shard_size: Bytes of the tensors of such a shard, or a text such as 2GB; 5 GB
-            where None.
+        requantise: Write W̃ + Δ back in the codes of a quantised checkpoint. The report says how
+            much of the update is kept; less than half in all is refused.
+        lossy: Do not refuse a `requantise` that keeps less than half of the update.
+        max_shard_size: Bytes of the tensors in a shard of `dequantise`, or a text such as 2GB; 5 GB
+            if None.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
-        threads: How many work at a time; as many as there are cores where None.
+        threads: How many threads run at a time; one for each core if None.
         progress: Called with bytes done and bytes in all.
         workers: The old name of threads.
 
@@ -106,7 +105,7 @@ def merge(
 
     Raises:
         LoraFxError: Every reason not to merge; nothing is written.
-        NoEffectError: Every element of the output would be what it was.
+        NoEffectError: No element of the output would change.
     """
     options = MergeOptions(
         how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
@@ -170,23 +169,26 @@ def run(
 
 
 def _check_target(plan: MergePlan, target: Path, *, link: bool) -> None:
-    """Raise where an output is of a kind that a merge of a checkpoint does not write."""
+    """Raise for an output of a kind that a merge into a checkpoint does not write."""
     if target.suffix in PICKLES:
-        raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
+        raise LoraFxError(
+            f"{target}: lora-fx does not write pickles", "pass -o X.safetensors, or a folder"
+        )
     if target.suffix in OTHER_MODELS:
         raise LoraFxError(
-            f"{target}: {plan.base.path} is a checkpoint, and what is written is one too",
-            "-o X.safetensors, or a folder",
+            f"{target}: the base {plan.base.path} is a checkpoint, and so is the output of its "
+            "merge",
+            "pass -o X.safetensors, or a folder",
         )
     if link and not plan.base.path.is_dir():
         raise LoraFxError(
-            f"link has no say for {plan.base.path}, one file, which is written anew",
+            f"link has no effect for {plan.base.path}, a single file, which is written in full",
             "leave --link out",
         )
 
 
 def _output_names(plan: MergePlan, target: Path) -> set[str]:
-    """The files that the output can have; those of other sizes of shards are of the same kind."""
+    """The files that the output can have, and those of an earlier output with other shards."""
     companions, _ = plan.base.companions()
     names = {*map(str, companions), *plan.base.shards, *REPORTS}
     if target.is_dir():
@@ -209,7 +211,7 @@ def _check_effect(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> 
         tensors = counted(len(stats), "tensor")
         raise NoEffectError(
             f"{target}: not written: no element of {tensors} would change",
-            f"is the adapter untrained, or its weight 0? {wider} keeps small ones",
+            f"is the adapter untrained, or its weight 0? {wider} keeps small updates",
         )
     if not plan.options.lossy:
         refuse_loss(requantised, target)
@@ -224,7 +226,7 @@ def _has_effect(plan: MergePlan, stats: Mapping[str, Stats]) -> bool:
 
 
 def _prove(plan: MergePlan, stage: Path, target: Path, threads: int) -> None:
-    """Raise where what was written is not what the plan says."""
+    """Raise if the written files differ from the plan."""
     differences = list(prove(plan, open_checkpoint(stage), threads=threads))
     if differences:
         check_unchanged()  # a base that is another one now has other numbers
@@ -259,8 +261,8 @@ def _read_adapter(item: object, most: int | None, base: Path | None) -> Weighted
         adapter, weight = item
     if not isinstance(adapter, (str, os.PathLike, Adapter)) or not isinstance(weight, (int, float)):
         raise LoraFxError(
-            f"{item!r} is no adapter to merge",
-            "give paths and Adapters, or pairs of one and its weight, in a list",
+            f"{item!r} is not an Adapter or the path of one",
+            "give a list of paths or Adapters, or of pairs (adapter, weight)",
         )
     if isinstance(adapter, Adapter):
         where = "the adapter"

@@ -1,4 +1,4 @@
-"""merge-all: one base, many adapters, one merged checkpoint each.
+"""merge-all: merge many adapters into one base, one output checkpoint for each.
 
 Every merge is a process of its own, so that a damaged adapter, or one that needs more memory than
 there is, fails alone. What one machine of several does is decided by position only: adapter k of
@@ -37,12 +37,12 @@ _WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 _OTHER_ENDINGS = (".bin", ".onnx")
-"""What a name loses beside the endings of formats; a version, as in llama-3.2, is no ending."""
+"""Suffixes removed from names besides those of formats; a version (llama-3.2) is no suffix."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter of a fleet: its path, its weight, and where its checkpoint goes."""
+    """One adapter to merge: its path, its weight, and the path of its checkpoint."""
 
     adapter: str
     weight: float
@@ -55,7 +55,7 @@ def jobs_of(
     shard: tuple[int, int] = (1, 1),
     suffix: str = "",
 ) -> list[Job]:
-    """The jobs of one shard; outputs are named by the ends of the paths that tell them apart.
+    """The jobs of one shard; each output is named by the shortest unique end of its path.
 
     Args:
         adapters: (path, weight).
@@ -68,7 +68,9 @@ def jobs_of(
     """
     number, count = shard
     if not 1 <= number <= count:
-        raise LoraFxError(f"no shard {number}/{count}", "shards are counted from 1/n to n/n")
+        raise LoraFxError(
+            f"there is no shard {number}/{count}", "number the n shards from 1/n to n/n"
+        )
     names = _output_names([path for path, _ in adapters])
     jobs = [Job(path, weight, folder / (names[path] + suffix)) for path, weight in adapters]
     jobs.sort(key=lambda job: job.out.name)
@@ -76,7 +78,7 @@ def jobs_of(
 
 
 def _output_names(paths: Sequence[str]) -> dict[str, str]:
-    """Path → the shortest end of it that no other path has, with `__` for separators.
+    """Path → its shortest end that no other path has, with `__` for separators.
 
     >>> _output_names(["a/x", "b/x", "y.safetensors"])
     {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
@@ -96,11 +98,11 @@ def _output_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_repeated(paths: Sequence[str], places: Sequence[Hashable]) -> None:
-    """Raise where two paths are of one place."""
+    """Raise if two paths lead to the same adapter."""
     counts = Counter(places)
     for path, place in zip(paths, places, strict=True):
         if counts[place] > 1:
-            raise LoraFxError(f"{path} is there twice", "give every adapter once")
+            raise LoraFxError(f"{path} is given twice", "give every adapter once")
 
 
 def _without_ending(path: str) -> str:
@@ -176,7 +178,7 @@ def command_line(options: MergeOptions) -> list[str]:
 
 
 _PROGRAM = (*isolated.PYTHON, "-m", "lora_fx.cli")
-"""What a merge of its own process is."""
+"""The command that runs a merge in a separate process."""
 
 
 def _unanswered(code: int, stderr: str) -> Json:
@@ -188,14 +190,14 @@ def _unanswered(code: int, stderr: str) -> Json:
         return {
             "ok": False,
             "error": f"the merge ended with code {code} and without a result{reason}",
-            "hint": "lora-fx merge BASE ADAPTER -o OUT shows what it says",
+            "hint": "run lora-fx merge BASE ADAPTER -o OUT to see its messages",
         }
     name = f"signal {-code}"
     if -code in set(signal.Signals):
         name = signal.Signals(-code).name
     hint = "try it again"
     if code == -signal.SIGKILL:
-        hint = "was it killed for its memory? fewer -j"
+        hint = "if it ran out of memory, run fewer merges at a time (-j)"
     return {"ok": False, "error": f"the merge was ended by {name}{reason}", "hint": hint}
 
 
@@ -234,14 +236,14 @@ class _Running:
         return process.returncode, stdout, stderr
 
     def stop(self) -> None:
-        """End the merges that run, each with its own clean-up, and start no more."""
+        """Stop the running merges, which clean up after themselves, and start no new ones."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
                 process.terminate()
 
     def result(self, job: Job) -> Json:
-        """Merge one, and say how it went; see merge_all."""
+        """Run one job and return its result; see merge_all."""
         row: Json = {"adapter": job.adapter, "out": str(job.out), "ok": True}
         try:
             return row | self._merged(job)
@@ -286,7 +288,7 @@ class _Running:
         return self.run(command)
 
     def _is_kept(self, job: Job) -> bool:
-        """True where an output is there that this very merge would write; by its own record."""
+        """True if the output exists already and its metadata records this same merge."""
         if self.options is None or not job.out.exists():
             return False
         out = open_checkpoint(job.out)

@@ -37,8 +37,9 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
     change = next(iter(plan.changes.values()))
     if change.fold is None or len(change.fold.matrix.rectangles) != 1:
         raise LoraFxError(
-            f"{change.name!r}: a stack of matrices, or groups of a convolution, is no one ΔW",
-            "--exclude it, and merge it into its base",
+            f"{change.name!r} is a stack of matrices or a grouped convolution, which has no "
+            "single ΔW",
+            "--exclude it, and merge that update into its base",
         )
     fold = prepared(change.fold, change.weight)
     weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)

@@ -11,7 +11,7 @@ from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.files.copying import copy_range, preallocate
 
 Done = tuple[int, str, Stats | None]
-"""What a job says: bytes written, the tensor, what changed in it."""
+"""The result of a job: bytes written, the tensor, and the statistics of its change."""
 
 
 Job = Callable[[], Done]

@@ -54,14 +54,14 @@ class MergePlan:
     Attributes:
         base: The checkpoint.
         adapters: What is merged into it.
-        changes: Tensor of the output → what becomes of it.
-        added: Names among them that the base lacks → the shard that takes them.
+        changes: Tensor of the output → how it is computed.
+        added: Names of those tensors that the base lacks → the shard that gets them.
         tie: Set where config.json has to say that head and embedding are no longer tied.
-        one_use: Keys of updates that mean one use of a tied table, for which it is untied.
-        notes: What should be said.
-        options: As asked.
-        unverified: Those of the notes that say why a base is not known to be an adapter's; none
-            where every adapter says that this is the base it was trained on.
+        one_use: Keys of updates for one use of a tied table, which is untied for them.
+        notes: Warnings for the user.
+        options: The options of the merge.
+        unverified: The notes that say why the base could not be verified; empty if every adapter
+            records that this is the base it was trained on.
     """
 
     base: Checkpoint
@@ -75,7 +75,7 @@ class MergePlan:
     unverified: tuple[str, ...] = ()
 
     def record(self) -> str:
-        """The metadata of the output: the base's history and this merge, without its defaults."""
+        """The metadata of the output: the base's history and this merge, without defaults."""
         layout = layout_hash(self.base.tensors)
         sample = sample_hash(self.replaced_tensors())
         merge: Json = {
@@ -90,7 +90,7 @@ class MergePlan:
         return json.dumps([*history(self.base), merge], separators=(",", ":"))
 
     def _recorded_options(self) -> Json:
-        """The options that decide which numbers are written, where they are not the defaults."""
+        """The options that decide which numbers are written, if they differ from the defaults."""
         options: Json = {}
         if len(self.adapters) > 1 and self.options.how in ("linear", "svd"):
             options["how"] = self.options.how

@@ -15,7 +15,7 @@ from lora_fx.files.checkpoint import PICKLES
 from lora_fx.text import Json, some, table
 
 GAIN = 0.95
-"""Below this share of Δ arriving in the stored dtype a merge warns."""
+"""A merge warns if the stored dtype keeps less than this share of Δ."""
 
 
 _INT8_NUMBERS = ("error", "own")
@@ -35,7 +35,7 @@ def report_of(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Repo
 
 
 def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[str]:
-    """Warnings of tensors whose dtype or codes hold too little of their updates."""
+    """Warnings about tensors whose dtype or codes keep too little of their updates."""
     rounded: list[str] = []
     int8: list[str] = []
     requantised: list[str] = []
@@ -49,29 +49,29 @@ def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[
             rounded.append(name)
     for names, how, advice in (
         (rounded, "rounded", "--dtype float16 or float32 keeps more"),
-        (int8, "quantised to int8 anew", HINT),
-        (requantised, "quantised anew", "--dequantise keeps all of it"),
+        (int8, "quantised to int8 again", HINT),
+        (requantised, "quantised again", "--dequantise keeps all of it"),
     ):
         low = [(stats[name].gain, name) for name in names if stats[name].gain < GAIN]
         if low:
             gain, worst = min(low)
             yield (
                 f"{len(low)} of {len(names)} tensors kept less than {GAIN:.0%} of their update "
-                f"when {how}, {worst} only {gain:.1%}: {advice}"
+                f"when {how}; {worst} kept only {gain:.1%}: {advice}"
             )
 
 
 def _output_warnings(plan: MergePlan) -> Iterator[str]:
-    """Warnings of what a caller may not expect of the output's files and config."""
+    """Warnings about what a caller may not expect in the output's files and config."""
     if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
-        yield f"{plan.base.path}: its weights are pickles; the output's are safetensors"
+        yield f"{plan.base.path}: its weights are pickles; the output's weights are safetensors"
     _, not_copied = plan.base.companions()
     if not_copied:
-        yield f"not copied, hidden or other copies of the weights: {some(not_copied, 5)}"
+        yield f"not copied, hidden files or other copies of the weights: {some(not_copied, 5)}"
 
     name = report_name(plan)
     if plan.base.path.is_dir() and name != REPORTS[0]:
-        stays = f"{REPORTS[0]} is the base's own and is kept"
+        stays = f"{REPORTS[0]} belongs to the base and is kept"
         if name:
             yield f"{stays}: the report is {name}"
         else:
@@ -81,11 +81,11 @@ def _output_warnings(plan: MergePlan) -> Iterator[str]:
     config_dtype = config.get("dtype") or config.get("torch_dtype")
     if plan.options.dtype and config_dtype not in (None, plan.options.dtype):
         yield (
-            f"config.json still says dtype {config_dtype}: transformers rounds to it when it "
-            "loads, unless it is told another"
+            f"config.json still has dtype {config_dtype}: transformers rounds to it on loading "
+            "unless you give another dtype"
         )
     if plan.tie is not None:
-        yield f"untied: {plan.tie.head} is a tensor of its own, as config.json now says"
+        yield f"untied: {plan.tie.head} is now a separate tensor, and config.json says so"
 
 
 def report_json(report: Report) -> Json:
@@ -137,7 +137,7 @@ def _fold_cells(row: Json) -> list[str]:
 
 
 def _int8_cells(row: Json) -> list[str]:
-    """The errors of quantising W + Δ, and W; empty where they are not known."""
+    """The errors of quantising W + Δ and W; empty if unknown."""
     if not row["int8"]:
         return ["", ""]
     numbers = [row["int8"][name] for name in _INT8_NUMBERS]
@@ -145,7 +145,7 @@ def _int8_cells(row: Json) -> list[str]:
 
 
 def _noise_cell(row: Json) -> str:
-    """The noise of a tensor whose codes were made anew."""
+    """The noise of a tensor that was quantised again."""
     if not row["requantised"] or row["requantised"]["noise"] is None:
         return ""
     return f"{row['requantised']['noise']:.2f}"

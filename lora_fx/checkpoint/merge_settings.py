@@ -11,9 +11,11 @@ from lora_fx.text import size_in_bytes
 
 
 def refuse_rank(how: str, rank: int | None) -> None:
-    """Refuse a rank for a mix that has none to choose."""
+    """Refuse a rank for a mix that does not take one."""
     if rank is not None and how != "svd":
-        raise LoraFxError(f"rank has no say for a {how} mix", "leave it out; rank belongs to svd")
+        raise LoraFxError(
+            f"rank has no effect for a {how} mix", "leave it out; only svd takes a rank"
+        )
 
 
 HOWS = ("sum", "cat", "linear", "svd")
@@ -40,36 +42,43 @@ class MergeOptions:
     max_shard_size: int | str | None = None
 
     def __post_init__(self) -> None:
-        """Raise for a mix or dtype that is not known, and for sizes that are none."""
+        """Raise for an unknown mix or dtype, and for texts that are not sizes."""
         object.__setattr__(self, "dtype", long_name(self.dtype))
         self._check_dtype()
         self._check_mix()
         self._check_quantised()
         if self.max_shard_size is not None and not self.dequantise:
-            raise LoraFxError("--max-shard-size is of --dequantise", "shards stay as they are else")
+            raise LoraFxError(
+                "--max-shard-size works only with --dequantise",
+                "leave it out; otherwise the shards stay unchanged",
+            )
         if self.shard_bytes < 1:
-            raise LoraFxError("shards of 0 bytes; expected 1 or more", "--max-shard-size 5GB")
+            raise LoraFxError(
+                "shards of 0 bytes; expected 1 or more", "for example --max-shard-size 5GB"
+            )
 
     def _check_dtype(self) -> None:
         if self.dtype in (None, *FLOATING):
             return
         name = str(self.dtype).removeprefix("torch.")
         choices = f"one of {', '.join(FLOATING)}"
-        raise LoraFxError(f"no dtype {self.dtype!r}", near(name, FLOATING, choices))
+        raise LoraFxError(f"unknown dtype {self.dtype!r}", near(name, FLOATING, choices))
 
     def _check_mix(self) -> None:
-        expect_name(self.how, HOWS, "no mix", f"one of {', '.join(HOWS)}")
+        expect_name(self.how, HOWS, "unknown mix", f"one of {', '.join(HOWS)}")
         refuse_rank(self.how, self.rank)
         if self.rank is not None and self.rank < 1:
             raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
 
     def _check_quantised(self) -> None:
         if self.dequantise and self.requantise:
-            raise LoraFxError("both --dequantise and --requantise", "choose one")
+            raise LoraFxError("--dequantise and --requantise exclude each other", "choose one")
         if self.lossy and not self.requantise:
-            raise LoraFxError("--lossy is of --requantise", "leave it out")
+            raise LoraFxError("--lossy works only with --requantise", "leave it out")
         if self.requantise and self.dtype is not None:
-            raise LoraFxError("--dtype beside --requantise, which keeps dtypes", "leave it out")
+            raise LoraFxError(
+                "--dtype does not work with --requantise, which keeps the dtypes", "leave it out"
+            )
 
     @property
     def reads_codes(self) -> bool:
@@ -83,7 +92,7 @@ class MergeOptions:
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of a shard where weights were codes; raises for a text that is no size."""
+        """Bytes of a shard when codes become floats; raises for a text that is not a size."""
         if self.max_shard_size is None:
             return SHARD
         if isinstance(self.max_shard_size, int):
@@ -92,4 +101,4 @@ class MergeOptions:
 
 
 LENIENT = MergeOptions(untie=True, again=True, any_base=True, other_readers=True)
-"""For a merge that is looked at, not carried out: what an option would allow is no refusal."""
+"""Options for a merge that is only planned: what an option would allow is not refused."""

@@ -1,4 +1,4 @@
-"""Layers that an adapter's own config adapts and its file lacks."""
+"""Find layers that an adapter's config adapts and its file lacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 
 
 def missing_layers_of(adapter: Adapter, rename: Renaming) -> dict[str, str]:
-    """Module of the base that PEFT would have adapted and the adapter lacks → by which entry.
+    """Base modules that PEFT would have adapted and the adapter lacks → their target_modules entry.
 
     PEFT compares target_modules with the names of the model that it was given, which are the
     file's, or those that transformers 5 makes of them. Where the adapter's own names do not tell
@@ -45,7 +45,7 @@ def _names_of(adapter: Adapter) -> list[str]:
 
 
 def _adaptable_weights(rename: Renaming, *, has_experts: bool) -> list[str]:
-    """The weights of a base of which PEFT may adapt the modules."""
+    """The weights of a base whose modules PEFT can adapt."""
     weights = []
     for name, info in rename.tensors.items():
         if not name.endswith(".weight") or len(info.shape) < 2:

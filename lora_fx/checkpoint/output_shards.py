@@ -84,7 +84,7 @@ def lay_out(plan: MergePlan, name: str, target: Path, record: str) -> Shard | No
 def _slots(
     header: Header, changes: Mapping[str, TensorChange], added: Sequence[TensorChange]
 ) -> dict[str, TensorSlot]:
-    """Where each tensor will lie: in the order of the base's bytes, new ones last."""
+    """The place of each tensor in the output: in the order of the base, new tensors last."""
     slots: dict[str, TensorSlot] = {}
     start = 0
 

@@ -73,7 +73,7 @@ class Pair:
         return self.rename.info(base_name(key))
 
     def ratio(self, key: str) -> float | None:
-        """‖ΔW‖/‖W‖: ΔW exactly, W from samples of its tensor; None where it cannot be had."""
+        """‖ΔW‖/‖W‖, with W estimated from samples of its tensor; None if it cannot be computed."""
         low = self.adapter.lowrank.get(key)
         info = self.codes.get(self.rename(base_name(key)), self.tensor(key))
         if low is None or info is None or info.dtype not in FLOATING or 0 in info.shape:
@@ -166,7 +166,7 @@ def _codes_of(checkpoint: Checkpoint) -> Tensors:
 
 
 def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
-    """Why one update does not fit its tensor; empty where it fits, or has none."""
+    """Why one update does not fit its tensor; empty if it fits or has no tensor."""
     adapter_name = base_name(key)
     stack = rename.stack(adapter_name)
     if stack:

@@ -28,7 +28,7 @@ LARGE = 1.0
 
 
 TAKEN = (
-    "lora-fx merge quantises anew and reports how much of the update arrives: least of a weak one"
+    "lora-fx merge quantises again and reports how much of each update is kept; weak ones lose most"
 )
 
 
@@ -38,7 +38,7 @@ _VOCABULARY = re.compile(
 
 
 def _unmatched(pair: Pair) -> list[str]:
-    """Keys of updates that the base has no tensor for, nor codes of one."""
+    """Keys of updates for which the base has neither a tensor nor its codes."""
     keys = []
     for key in _updates(pair):
         if pair.tensor(key) is None and not _codes(pair, key):
@@ -53,7 +53,7 @@ def _updates(pair: Pair) -> list[str]:
 
 
 def _codes(pair: Pair, key: str) -> str:
-    """The format of the codes that the base has of a key's weight; empty where it has none."""
+    """The format of the codes of a key's weight in the base; empty if the base has none."""
     return codes_of(pair.rename(base_name(key)), pair.base, pair.base.config())
 
 
@@ -68,7 +68,7 @@ def _is_of_other_model(pair: Pair) -> bool:
 
 
 def model(pair: Pair) -> Iterator[Finding]:
-    """Check that the base is of the model that the adapter was trained on."""
+    """Check that the base is the kind of model that the adapter was trained on."""
     if not _is_of_other_model(pair):
         return
     config = {**pair.adapter.metadata, **pair.raw.config}
@@ -76,24 +76,24 @@ def model(pair: Pair) -> Iterator[Finding]:
     keys = [*pair.adapter.entries]
     model_type = _trained_model_type(config)
     if model_type:
-        theirs = f"of a {model_type}"
+        theirs = f"is for a {model_type}"
     elif name:
-        theirs = f"of {name}"
+        theirs = f"is for {name}"
     else:
-        theirs = f"with {keys[0]}"
+        theirs = f"has {keys[0]}"
 
     base_type = pair.base.config().get("model_type")
     first_tensor = next(iter((*pair.misfits, *pair.tensors)), "nothing")
     ours = f"is a {base_type}" if base_type else f"has {first_tensor}"
     _, _, why = next(iter(pair.misfits.values()), "").partition(": ")
     reason = f": {why}" if why else ""
-    hint = "which model was it trained on? give that one"
+    hint = "give the model that the adapter was trained on as the base"
     if name:
         hint = f"give {name} as the base"
     yield Finding(
         keys,
-        f"an adapter {theirs}; the base {ours}{reason}",
-        "an adapter and the model that it was trained on",
+        f"the adapter {theirs}; the base {ours}{reason}",
+        "the model that the adapter was trained on",
         hint,
     )
 
@@ -121,9 +121,9 @@ def prefix(pair: Pair) -> Iterator[Finding]:
         keys = list(pair.adapter.entries)
         yield Finding(
             keys,
-            f"the adapter's names are the base's {how}",
+            f"the adapter's names are the base's names {how}",
             pair.rename(keys[0]),
-            "lora-fx takes them so; PEFT would apply none of them",
+            "lora-fx accepts these names; PEFT would apply none of the updates",
             WARNING,
         )
         return
@@ -134,7 +134,7 @@ def prefix(pair: Pair) -> Iterator[Finding]:
         yield Finding(
             unmatched,
             f"{len(unmatched)} names begin with {theirs!r}",
-            f"names that begin with {ours!r}, as the base's",
+            f"names that begin with {ours!r}, as in the base",
             f"rename {theirs!r} to {ours!r} if the layers are the same",
         )
 
@@ -159,7 +159,7 @@ def _other_prefix(pair: Pair) -> tuple[str, str] | None:
 
 
 def _prefixes_of(name: str, pair: Pair) -> Counter[tuple[str, str]]:
-    """The prefixes to exchange so that a name becomes a tensor's, and for how many tensors each."""
+    """(prefix of the name, prefix of a tensor) pairs that would match the name, with counts."""
     votes: Counter[tuple[str, str]] = Counter()
     parts = name.split(".")
     for i in range(1, len(parts) - 1):
@@ -175,12 +175,14 @@ def unused(pair: Pair) -> Iterator[Finding]:
     """Check that every update has a tensor in the base."""
     unmatched = _unmatched(pair)
     if unmatched and not _other_prefix(pair) and not _is_of_other_model(pair):
-        nearest = near(base_name(unmatched[0]), [*pair.tensors])
+        nearest = near(
+            base_name(unmatched[0]), [*pair.tensors], "run lora-fx targets BASE for the names;"
+        )
         yield Finding(
             unmatched,
-            "no such tensor in the base: their updates would be dropped",
-            f"names of {pair.base.path}",
-            f"{nearest} lora-fx merge --allow-unused leaves out those without a tensor",
+            "the base has no such tensors: these updates would be dropped",
+            f"names of tensors in {pair.base.path}",
+            f"{nearest} lora-fx merge --allow-unused leaves these updates out",
         )
 
 
@@ -193,10 +195,10 @@ def missing(pair: Pair) -> Iterator[Finding]:
     if absent and not _is_of_other_model(pair) and not _other_prefix(pair):
         yield Finding(
             [f"{name}.weight" for name in absent],
-            "the config adapts them (target_modules), but the file has no update of them",
-            "an update of each",
-            "is the file complete, and is this its base? lora-fx merge --allow-missing leaves "
-            "them as they are",
+            "target_modules in the config names these layers, but the file has no updates for them",
+            "an update for each",
+            "check that the file is complete and that this is its base; lora-fx merge "
+            "--allow-missing leaves these layers unchanged",
         )
 
 
@@ -231,7 +233,7 @@ def vocabulary(pair: Pair) -> Iterator[Finding]:
         yield Finding(
             [key],
             f"{rows} rows: the vocabulary was {change} before training",
-            f"{base_rows} rows, as the base has",
+            f"{base_rows} rows, as in the base",
             f"resize the base to {rows} tokens (resize_token_embeddings), save it, and merge into "
             "that",
         )
@@ -249,7 +251,7 @@ def shapes(pair: Pair) -> Iterator[Finding]:
         yield Finding(
             [key],
             update or why,
-            f"one for a tensor {list(info.shape)}",
+            f"an update for a tensor {list(info.shape)}",
             "was the adapter trained on another model?",
         )
 
@@ -264,8 +266,8 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     if not keys_by_kind:
         return
 
-    refusal = planned(pair, ("",))  # as if all else that is wrong were mended
-    advice = "--dequantise or --requantise, as is asked"
+    refusal = planned(pair, ("",))  # as if all other errors were corrected
+    advice = "merge with --dequantise or --requantise, as requested"
     if isinstance(refusal, LoraFxError):
         advice = HINT
         if refusal.hint.startswith("--dequantise"):
@@ -296,7 +298,7 @@ def _kind_of_codes(pair: Pair, key: str) -> tuple[str, str] | None:
     try:
         int8 = stored_as(name, info, pair.base, [pair.adapter.entries[key]])
     except LoraFxError as error:
-        _, _, why = error.message.partition(" a scale a row: ")
+        _, _, why = error.message.partition(" one scale for each row: ")
         if why and info.dtype == "int8":
             kind += f": {why}"
         return kind, ERROR
@@ -335,7 +337,7 @@ def values(pair: Pair) -> Iterator[Finding]:
             broken.append(key)
     yield from about(
         broken,
-        "their tensors of the base have NaN or infinite values",
+        "their tensors in the base have NaN or infinite values",
         "finite numbers",
         "is the checkpoint damaged?",
     )
@@ -365,7 +367,7 @@ def effect(pair: Pair) -> Iterator[Finding]:
             ratios[key] = pair.ratio(key) or 0.0
     yield from about(
         overflowing,
-        "the update is beyond what the tensor's dtype can hold",
+        "the update is larger than the tensor's dtype can hold",
         "finite numbers",
         "is lora_alpha right?",
     )

@@ -1,4 +1,4 @@
-"""An entry of an adapter at its tensor: the region that it changes, and how it lies there."""
+"""An entry of an adapter with its tensor, the region that it changes, and its layout."""
 
 from __future__ import annotations
 
@@ -60,9 +60,10 @@ class Placed:
         raise MergeRefusal(
             TIED,
             [self.key],
-            f"{base.path}: the update of {self.key!r} means one use of {self.tensor!r} ({use}), "
-            "which the base stores once for several; merged, it would change all of them",
-            "train one update for all uses, or export the model itself: fold keeps uses apart",
+            f"{base.path}: the update of {self.key!r} is for one use of {self.tensor!r} ({use}), "
+            "but the base stores one tensor for several uses; a merge would change all of them",
+            "train one update for all uses, or run lora-fx fold on the model, which keeps the "
+            "uses apart",
         )
 
     def _is_tensor_of_one_use(
@@ -77,7 +78,7 @@ class Placed:
 
 
 def use_of(key: str, entry: Entry) -> str:
-    """The uses of a shared tensor that an entry means; empty for all of them."""
+    """The use of a shared tensor that an entry is for; empty for all uses."""
     if isinstance(entry, LowRank) and entry.use:
         return entry.use
     _, use = split_use(key)
@@ -95,7 +96,7 @@ def region_of(key: str, info: TensorInfo) -> Region:
     except ValueError:
         bounds = ()
     if not _is_within(bounds, info.shape):
-        raise MisfitError(f"{info.file}: {key!r} is no region of a tensor {list(info.shape)}")
+        raise MisfitError(f"{info.file}: {key!r} is not a region of a tensor {list(info.shape)}")
     return bounds
 
 
@@ -149,22 +150,22 @@ def _check_whole(key: str, entry: Full, info: TensorInfo, shape: tuple[int, ...]
         return
     hint = ""
     if value.ndim == 2:
-        hint = "was the vocabulary resized? resize the base's embeddings first, then merge"
+        hint = "if the vocabulary was resized, resize the base's embeddings first, then merge"
     raise _misfit(key, info, f"a whole tensor {list(value.shape)}", hint)
 
 
 def _check_rows(key: str, entry: ReplacedRows, info: TensorInfo, shape: tuple[int, ...]) -> None:
-    """Raise where replaced rows are no rows of the whole tensor."""
+    """Raise if replaced rows do not fit the whole tensor."""
     is_whole_tensor = bool(shape) and shape == info.shape
     fits = is_whole_tensor and tuple(entry.value.shape[1:]) == shape[1:]
     if fits and all(0 <= row < shape[0] for row in entry.index):
         return
     last = max(entry.index, default=-1)
-    raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {last}")
+    raise _misfit(key, info, f"rows {list(entry.value.shape)} with indices up to {last}")
 
 
 def _check_row_tensors(key: str, entry: LowRank, info: TensorInfo, layout: Layout) -> None:
-    """Raise where what a variant has beside A and B, by the row, has another number of rows."""
+    """Raise if a variant's per-row tensors (besides A and B) have another number of rows."""
     variant = variant_of(entry)
     if not variant.by_rows:
         return
@@ -178,12 +179,15 @@ def _laid_rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
     if math.prod(info.shape[2:]) > 1:
         raise LoraFxError(
             f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is OFT of a "
-            "kernel, which PEFT merges otherwise than it trains it; expected a kernel of 1",
-            "merge it into its model with PEFT (merge_and_unload), if that is what you want",
+            "convolution kernel, which PEFT merges differently from how it trains it; expected a "
+            "kernel of size 1",
+            "to get PEFT's result, merge it into its model with PEFT (merge_and_unload)",
         )
     if len(info.shape) < 2 or not entry.fits(math.prod(info.shape[1:])):
         count = "shared" if entry.shared else len(entry.turn)
-        raise _misfit(key, info, f"OFT of {count} blocks of {entry.turn.shape[-1]} along in")
+        raise _misfit(
+            key, info, f"OFT of {count} blocks of {entry.turn.shape[-1]} along the in axis"
+        )
     return replace(entry, layout=plain_layout(info.shape))
 
 
@@ -198,7 +202,7 @@ def _misfit(key: str, info: TensorInfo, what: str, hint: str = "") -> LoraFxErro
 
 
 def layout_in(change: Change, shape: tuple[int, ...], in_out: bool) -> Layout | None:
-    """How a change of [*batch, out, in] lies in a tensor of this shape; None where it cannot.
+    """The layout of a change [*batch, out, in] in a tensor of this shape; None if it does not fit.
 
     A table that is looked up is [in, out]. Other tensors are [*batch, out, *in], or, where that
     does not fit or `in_out` says so, [*batch, in, out].

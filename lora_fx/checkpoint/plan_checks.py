@@ -1,4 +1,4 @@
-"""doctor's checks that ask the plan of a merge, or the record of earlier merges."""
+"""doctor's checks that read the plan of a merge, or the record of earlier merges."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TAKEN_BY: Mapping[str, tuple[str, ...]] = {
     "new tensors": ("add",),
     "quantised base": ("dequantise", "requantise"),
 }
-"""Check → the options of a merge, each of which takes what it finds."""
+"""Check → the options of a merge, each of which accepts what the check finds."""
 
 
 LENIENT: Json = {names[0]: True for names in TAKEN_BY.values() if len(names) == 1}
-"""The options of a merge that takes what one of the checks has found already."""
+"""Options of a merge that accepts what other checks have reported already."""
 
 
 def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
@@ -46,12 +46,11 @@ def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) ->
 
 
 def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxError:
-    """Plan `lora-fx merge`; returns the refusal where there is no plan.
+    """Plan `lora-fx merge`; returns the refusal if it cannot be planned.
 
     Args:
         pair: The pair.
-        reported: Keys that a check has found something of; the others are planned, as if that
-            were mended.
+        reported: Keys that a check has already reported; only the other keys are planned.
     """
     if pair.refusal is not None and not reported:
         return pair.refusal
@@ -71,7 +70,7 @@ def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxErr
 
 
 def tied(pair: Pair) -> Iterator[Finding]:
-    """Check that no update means one use of a tensor that is both embedding and output head."""
+    """Check that no update is for one use of a tensor that is both embedding and output head."""
     if pair.tie is None:
         return
     fitting = {key: entry for key, entry in pair.adapter.entries.items() if key not in pair.misfits}
@@ -81,9 +80,9 @@ def tied(pair: Pair) -> Iterator[Finding]:
         return  # another check, or the last, tells
     yield from about(
         plan.one_use,
-        f"it is one of two uses of one tensor: {pair.tie.table} is also the output head",
-        "an update of both uses, or a base whose head is a tensor of its own",
-        "lora-fx merge --untie gives the head a tensor of its own; other tools change both",
+        f"the update is for one of two uses of {pair.tie.table}, which is also the output head",
+        "an update for both uses, or a base with a separate tensor for the head",
+        "lora-fx merge --untie gives the head a separate tensor; other tools change both uses",
     )
 
 
@@ -94,9 +93,9 @@ def merged(pair: Pair) -> Iterator[Finding]:
     except MergeRefusal:
         yield Finding(
             list(pair.adapter.entries),
-            "the base's metadata says that this adapter is merged into it",
+            "the base's metadata says that this adapter is already merged into it",
             "the original base",
-            "start from the original; lora-fx merge --again merges it once more",
+            "start from the original base; lora-fx merge --again merges the adapter once more",
         )
 
 
@@ -104,7 +103,7 @@ def added(pair: Pair) -> Iterator[Finding]:
     """Check for whole tensors that the base lacks, such as a new head."""
     yield from about(
         [key for key in pair.adapter.full if pair.tensor(key) is None],
-        "whole tensors that the base has not, such as a new head",
+        "whole tensors that the base does not have, such as a new head",
         "tensors of the base",
         "lora-fx merge --add writes them into the output",
     )
@@ -125,22 +124,22 @@ def trained(pair: Pair) -> Iterator[Finding]:
     if len(zero) == len(pair.adapter.entries):
         yield Finding(
             zero,
-            "A or B is zero: untrained, and so is every other update",
+            "A or B is zero in every update: the adapter is untrained",
             "an update",
             "was the adapter saved before training?",
         )
     else:
         yield Finding(
             zero,
-            "A or B is zero: untrained",
+            "A or B is zero: the update is untrained",
             "an update",
-            "did a gradient reach them?",
+            "check that a gradient reached these tensors in training",
             WARNING,
         )
 
 
 def served(pair: Pair, server: str) -> Iterator[Finding]:
-    """Check what a program would read of the adapter, by the table of `lora_fx.formats.servers`."""
+    """Check how a server would read the adapter, with the table in `lora_fx.formats.servers`."""
     types = model_types(pair.base.config())
     family = family_of(types) or Family()
     shapes = {name: array.shape for name, array in pair.raw.tensors.items()}
@@ -152,12 +151,12 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
             continue
         hint = f"lora-fx convert {pair.path} -o OUT --format {server} --base {pair.base.path}"
         if rule.what in STAYS:
-            hint = "lora-fx merge folds it into its base"
-        yield Finding(names, what, "what it applies as it was trained", hint)
+            hint = "lora-fx merge folds the adapter into its base"
+        yield Finding(names, what, "an adapter that this program applies as it was trained", hint)
     if not shapes:
         yield Finding(
             [],
-            "a file of another format",
-            "one of PEFT's",
+            "the file is not in PEFT's format",
+            "a PEFT adapter",
             f"lora-fx convert {pair.path} -o FOLDER",
         )

@@ -1,4 +1,4 @@
-"""The proof that a merged checkpoint is what its plan says.
+"""Check that a merged checkpoint is what its plan says.
 
 What was merged is reopened. Untouched tensors are compared with the base's byte by byte. Rows of
 every touched tensor are computed again in fp64, by the definition, and compared within what
@@ -94,7 +94,7 @@ def _tensor(
     elif change is not None:
         yield from _recomputed(change, out, weights, rows)
     elif original is not None and not same_bytes(original, info):
-        yield Difference(name, "no adapter changes it, but its bytes are not the base's")
+        yield Difference(name, "is not changed by any adapter, but its bytes differ from the base")
 
 
 def _recomputed(
@@ -134,8 +134,8 @@ def _recomputed(
             worst_row = low
     if not worst <= 1.0:
         what = (
-            f"differs from W + ΔW by {worst:.3g} times what rounding allows, at rows from "
-            f"{worst_row}"
+            f"differs from W + ΔW by {worst:.3g} times what rounding allows, from row {worst_row} "
+            "on"
         )
         yield Difference(change.name, what, worst)
 

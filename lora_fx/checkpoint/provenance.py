@@ -1,4 +1,4 @@
-"""Where merged weights came from: hashes of a base and of an adapter, in the files' metadata.
+"""The origin of merged weights: hashes of the base and the adapters, in the files' metadata.
 
 `lora_fx.merge` in the `__metadata__` of every shard that a merge wrote is JSON: a list of merges,
 oldest first, each {"version", "format", "base": {"layout", "sample"}, "adapters": [{"hash",
@@ -43,7 +43,7 @@ _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
     Dense: ("value", "scale"),
     ReplacedRows: ("index", "value"),
 }
-"""What of an update its adapter's hash is made of, in order."""
+"""The fields of an update that go into its adapter's hash, in order."""
 
 
 def layout_hash(tensors: Tensors) -> str:
@@ -53,7 +53,7 @@ def layout_hash(tensors: Tensors) -> str:
 
 
 def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
-    """A hash of both ends of these tensors, by name, which tells a base from its fine-tunes."""
+    """A hash of both ends of these tensors, which differs between a base and its fine-tunes."""
     digest = hashlib.sha256()
     for name, info in sorted(tensors, key=lambda item: item[0]):
         size = info.stop - info.start
@@ -98,10 +98,10 @@ def history(checkpoint: Checkpoint) -> list[Json]:
 
 
 def merges_of(text: str | None, where: str) -> list[Json]:
-    """The merges that a file's metadata tells of; none where it has no such text.
+    """The merges in a file's metadata; empty if it records none.
 
     Raises:
-        LoraFxError: It is no list of merges, or a later lora-fx wrote it.
+        LoraFxError: The text is not a list of merges, or a later lora-fx wrote it.
     """
     if text is None:
         return []
@@ -109,7 +109,7 @@ def merges_of(text: str | None, where: str) -> list[Json]:
     hint = "was the file edited?"
     merges = json_value(text, place, hint=hint)
     if not isinstance(merges, list) or not all(map(_is_merge, merges)):
-        raise LoraFxError(f"{place} is no list of merges", hint)
+        raise LoraFxError(f"{place} is not a list of merges", hint)
     merges = [{**stamp(), **merge} for merge in merges]  # 0.1 wrote version alone
     for merge in merges:
         check_format(merge, place)
@@ -129,7 +129,7 @@ def _is_merge(merge: object) -> bool:
 def refuse_again(
     path: Path, merges: Iterable[JsonView], adapters: Iterable[tuple[str, str]], *, again: bool
 ) -> None:
-    """Raise where one of the adapters, (where, hash), is in the merges of a file already."""
+    """Raise if one of the adapters, (where, hash), is already in the merges of a file."""
     merged: set[object] = set()
     for merge in merges:
         merged |= {adapter.get("hash") for adapter in merge["adapters"]}
@@ -138,6 +138,6 @@ def refuse_again(
             raise MergeRefusal(
                 MERGED,
                 (),
-                f"{path}: {where} is merged into it already",
+                f"{path}: {where} is already merged into it",
                 "start from the original base; --again merges it once more",
             )

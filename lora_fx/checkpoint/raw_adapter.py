@@ -1,4 +1,4 @@
-"""A PEFT adapter read without judging it: all of its tensors, sound or not.
+"""A PEFT adapter that is read without checks: all of its tensors, valid or not.
 
 `peft.file` stops at the first thing that is wrong. A diagnosis needs everything else too, so here
 tensors are only sorted by their names, and nothing is refused but what is no file of tensors.
@@ -33,7 +33,7 @@ from lora_fx.formats.peft.target_modules import facts
 from lora_fx.text import JsonView
 
 _ADAPTER = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)\w+")
-"""An adapter's own name within that of a tensor, which PEFT leaves out of its files."""
+"""The adapter's name inside a tensor's name, which PEFT leaves out of its files."""
 
 
 _SAVED = ("modules_to_save", "original_module")
@@ -41,7 +41,7 @@ _SAVED = ("modules_to_save", "original_module")
 
 @dataclass(frozen=True)
 class Raw:
-    """An adapter's file as it is.
+    """The unchecked content of an adapter's file.
 
     Attributes:
         file: The tensors' file; None for a format other than PEFT's, of which nothing is here.
@@ -62,7 +62,7 @@ class Raw:
     broken: dict[str, str] = field(default_factory=dict)
 
     def adapter(self) -> Adapter:
-        """The adapter of the sound tensors; `broken` gets the others. An unknown alpha is NaN."""
+        """The adapter with the valid tensors; `broken` gets the others. An unknown alpha is NaN."""
         entries: dict[str, Entry] = {}
         for key, group in self.updates.items():
             try:
@@ -113,7 +113,7 @@ class Raw:
 
 
 def read_raw(path: Path) -> Raw:
-    """The file of an adapter of PEFT; an empty one where it has neither its config nor its names.
+    """Read the file of a PEFT adapter; empty if it has neither PEFT's config nor PEFT's names.
 
     Raises:
         LoraFxError: Not a file of tensors, or a config that is no JSON.
@@ -137,7 +137,7 @@ def read_raw(path: Path) -> Raw:
 
 
 def _sort(name: str, raw: Raw) -> None:
-    """Put a tensor where its name says that it belongs."""
+    """Put a tensor into the group that its name gives."""
     is_ours = name.startswith(OWN)
     start = name.find(PREFIX)
     if is_ours:

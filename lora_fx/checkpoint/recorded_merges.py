@@ -25,7 +25,7 @@ from lora_fx.text import Json, JsonView
 
 @dataclass(frozen=True)
 class Recorded:
-    """An adapter that a file records: in which of its merges, and what was given for it."""
+    """An adapter that a file records: the number of its merge, and the adapter given for it."""
 
     merge: int
     hash: str
@@ -41,7 +41,7 @@ class Recorded:
         if self.given:
             return f"merge {self.merge}: {self.given}"
         weight = "" if self.weight is None else f" with weight {self.weight:g}"
-        return f"merge {self.merge}: one of hash {self.hash[:12]}{weight}, not given"
+        return f"merge {self.merge}: an adapter with hash {self.hash[:12]}{weight}, not given"
 
 
 def chain_of(
@@ -55,7 +55,7 @@ def chain_of(
         adapters: Those that were merged, in any order.
 
     Returns:
-        The plan of all merges, what the file records, and what should be said.
+        The plan of all merges, the recorded adapters, and warnings for the user.
 
     Raises:
         LoraFxError: An adapter that cannot be merged, or a tensor whose changes by one merge
@@ -70,7 +70,7 @@ def chain_of(
     notes: list[str] = []
     if merges:
         for adapter in assigned.unrecorded:
-            notes.append(f"{merged.path} does not say that {adapter.where} was merged into it")
+            notes.append(f"{merged.path} has no record that {adapter.where} was merged into it")
     notes += _note_of_missing(assigned.recorded, merged)
     plans = _plans(records, assigned, base, merged, notes)
     if not plans:
@@ -82,7 +82,7 @@ def chain_of(
         first_plan = plans[0] if has_all_of_first else None
         is_of_base = is_of_base and not _other_base(records[0], base, first_plan)
     if not is_of_base:
-        notes.append(f"{merged.path} says that it was made from another base than {base.path}")
+        notes.append(f"{merged.path} records another base than {base.path}")
     return _joined(plans, merged), assigned.recorded, notes
 
 
@@ -93,7 +93,7 @@ class _Assigned:
     Attributes:
         stages: The adapters of every record.
         recorded: What is recorded of adapters.
-        unrecorded: Adapters that no record has.
+        unrecorded: Given adapters that are in no record.
     """
 
     stages: list[list[WeightedAdapter]]
@@ -141,13 +141,13 @@ def _adapter_of(
 
 
 def _note_of_missing(recorded: Sequence[Recorded], merged: Checkpoint) -> list[str]:
-    """A note of the adapters that a file records and that are not there, if there are any."""
+    """A note about recorded adapters that were not given, if there are any."""
     count = sum(not row.given for row in recorded)
     if not count:
         return []
     return [
-        f"{merged.path} records {len(recorded)} adapters that were merged into it, and {count} "
-        f"of them were not given here: {'; '.join(map(str, recorded))}"
+        f"{merged.path} records {len(recorded)} merged adapters, and {count} of them were not "
+        f"given: {'; '.join(map(str, recorded))}"
     ]
 
 
@@ -167,7 +167,8 @@ def _plans(
         plan = make_plan(base, adapters, _options(record, adapters, base, merged))
         if plans and not is_view(base) and is_view(plan.base):
             raise LoraFxError(
-                f"{merged.path}: codes that one merge found became floats in a later one",
+                f"{merged.path}: one merge read quantised codes that a later merge turned into "
+                "floats",
                 "verify each merge against what it started from",
             )
         for note in plan.notes:
@@ -227,7 +228,7 @@ def _after(plan: MergePlan) -> Checkpoint:
 
 
 def _other_base(record: JsonView, base: Checkpoint, plan: MergePlan | None) -> bool:
-    """True where the first merge says that it started from other weights, or another model.
+    """Whether the first merge records that it started from other weights, or another model.
 
     Args:
         record: What is recorded of it.
@@ -281,8 +282,8 @@ def _then(
     why = _needs_file_between(first, second)
     if why:
         raise LoraFxError(
-            f"{merged.path}: {second.name!r} was {why} by one merge and changed by a later one, "
-            "which cannot be computed without the file between them",
+            f"{merged.path}: {second.name!r} was {why} by one merge and changed by a later merge; "
+            "this cannot be computed without the file between the two",
             "verify each merge against what it started from",
         )
     assert first.fold is not None  # it was replaced whole otherwise
@@ -299,25 +300,25 @@ def _then(
 
 
 def _are_codes(*changes: TensorChange) -> bool:
-    """Whether one of the changes makes codes, or their scales, anew."""
+    """Whether one of the changes writes new codes or new scales."""
     return any(change.int8 or change.codes or change.scales_of for change in changes)
 
 
 def _needs_file_between(first: TensorChange, second: TensorChange) -> str:
-    """What the first change did, after which the second depends on values of the file between.
+    """Why the second change needs the file between the two merges: what the first change did.
 
     Empty where the second can be computed without it.
     """
     if _are_codes(first, second):
         if first.int8 or second.int8:
-            return "quantised to int8 anew"
-        return "quantised anew"
+            return "quantised to int8 again"
+        return "quantised again"
     if first.fold is None or second.fold is None:
         return "replaced whole"
     earlier = first.fold.matrix
     later = second.fold.matrix
     if (earlier.rows, earlier.columns) != (later.rows, later.columns):
-        return "seen with other axes"
+        return "changed with other axes"
     if any(rectangle.reads_weight or rectangle.mutated for rectangle in later.rectangles):
         return "changed, and then rescaled,"
     return ""

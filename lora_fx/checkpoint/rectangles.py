@@ -60,13 +60,13 @@ class Rectangle:
         return isinstance(self.change, LowRank) and variant_of(self.change).reads_weight
 
     def row_factors(self, rows: slice, squares: Array, where: str) -> Array:
-        """What those rows of W + ΔW are multiplied by; see `Variant.row_factors`."""
+        """The factors of those rows of W + ΔW; see `Variant.row_factors`."""
         assert isinstance(self.change, LowRank)
         return variant_of(self.change).row_factors(self.change, rows, squares, where)
 
     @property
     def mutated(self) -> str:
-        """The start that took a part off the base which the change is for; else empty."""
+        """The init that subtracted a part from the base (pissa …); empty if there is none."""
         if not isinstance(self.change, LowRank):
             return ""
         return self.change.mutated
@@ -157,9 +157,9 @@ def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Mat
     """ΔW computed at once, in the stored order."""
     if not isinstance(change, LowRank) or variant_of(change).reads_weight:
         raise LoraFxError(
-            f"an update of kind {type(change).__name__} lies in {list(shape)} in an order that "
-            "cannot be merged",
-            "only lora and rslora can take such an order",
+            f"an update of kind {type(change).__name__} uses the axes of {list(shape)} in an "
+            "order that cannot be merged",
+            "only lora and rslora updates can have such an order of axes",
         )
     count = math.prod(layout.batch_shape)
     every = slice(None)
@@ -191,7 +191,8 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
             )
             return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), rectangles)
     raise LoraFxError(
-        f"the region {list(bounds)} of a tensor {list(shape)} is no rectangle of rows and columns",
+        f"the region {list(bounds)} of a tensor {list(shape)} is not a rectangle of rows and "
+        "columns",
         "lora-fx fold and export can apply it to the model itself",
     )
 
@@ -213,7 +214,8 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
     sizes = {(matrix.rows, matrix.columns) for matrix in matrices}
     if len(sizes) != 1:
         raise LoraFxError(
-            f"the changes of {name!r} take its axes in different ways: {sorted(sizes)}",
+            f"the updates of {name!r} split its axes into rows and columns differently: "
+            f"{sorted(sizes)}",
             "merge one adapter after the other",
         )
     rectangles: list[Rectangle] = []
@@ -231,7 +233,7 @@ def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
 
 
 def _cast(change: Change, dtype: Floating) -> Change:
-    """A change with all of its arrays in `dtype`; those that are in it are not copied."""
+    """A change with all of its arrays cast to `dtype`, without copies where possible."""
     arrays: dict[str, Any] = {}
     for name, value in vars(change).items():
         if isinstance(value, np.ndarray):

@@ -54,10 +54,10 @@ def refitted(
 
     Args:
         adapter: As a loader returned it.
-        base: The checkpoint that says which rows are whose, and how large the whole of a region is.
+        base: The checkpoint that gives the rows of each part and the size of each whole tensor.
         fuse: Parts, and regions of one tensor, become the whole.
         split: Wholes become parts.
-        table: A file that says which rows are whose.
+        table: A file that gives the rows of each part.
 
     Raises:
         LoraFxError: Nothing to do, rows that are not known or are no division of the whole, an
@@ -65,7 +65,8 @@ def refitted(
     """
     if fuse == split or not (base or table):
         raise LoraFxError(
-            "expected one of --fuse and --split, with --base or --map", "--fuse --base FOLDER"
+            "expected one of --fuse and --split, with --base or --map",
+            "for example --fuse --base FOLDER",
         )
     tensors: Tensors = {}
     config: JsonView = {}
@@ -85,9 +86,8 @@ def refitted(
     if not refit.moves:
         what = "the whole" if split else "a part"
         raise LoraFxError(
-            f"{refit.where}: the adapter has no update of {what} of a fused weight that is known "
-            "here",
-            "--map FILE names wholes and parts, with the rows of each",
+            f"{refit.where}: the adapter has no update of {what} of a known fused weight",
+            "pass --map FILE, which names fused weights and their parts, with the rows of each",
         )
     metadata = {
         **adapter.metadata,
@@ -99,18 +99,18 @@ def refitted(
 
 
 class _Refit:
-    """An adapter under way from parts to wholes, or back.
+    """The state of an adapter while parts become whole tensors, or whole tensors parts.
 
     Args:
         adapter: Its updates.
-        where: What says which rows are whose, for messages.
+        where: The file that gives the rows of each part, for messages.
         split: Wholes become parts; else parts become wholes.
 
     Attributes:
         entries: The updates so far.
         readers: Key → what else reads its tensor.
-        moves: What became of which, for people.
-        notes: What should be said.
+        moves: A line for each conversion, for people.
+        notes: Warnings for the user.
     """
 
     def __init__(self, adapter: Adapter, where: str, *, split: bool) -> None:
@@ -122,7 +122,7 @@ class _Refit:
         self.notes: list[str] = []
 
     def move(self, whole: str, parts: Mapping[str, str], regions: Mapping[str, str]) -> None:
-        """Replace the updates of one whole, or of its parts.
+        """Replace the updates of one whole tensor, or of its parts.
 
         Args:
             whole: Its key.
@@ -150,7 +150,9 @@ class _Refit:
 
         overwritten = self.entries.keys() & replacing.keys()
         if overwritten:
-            raise LoraFxError(f"{min(overwritten)!r} has an update of its own too", "--exclude it")
+            raise LoraFxError(
+                f"{min(overwritten)!r} already has another update", "leave that out with --exclude"
+            )
         self.entries |= replacing
         self._tell(lows, replacing, spans)
 
@@ -162,9 +164,9 @@ class _Refit:
         if np.array_equal(np.sort(covered), rows[whole]):
             return
         raise LoraFxError(
-            f"{self.where}: {whole!r} has {len(rows[whole])} rows, of which {', '.join(parts)} are "
-            "no division",
-            f"expected each row in one part, and not {json.dumps(parts)}",
+            f"{self.where}: {whole!r} has {len(rows[whole])} rows, and the parts "
+            f"{', '.join(parts)} do not cover each row once",
+            f"put each row into exactly one part; found {json.dumps(parts)}",
         )
 
     def _tell(
@@ -187,7 +189,7 @@ class _Refit:
         for key in others:
             if lows[key].scale != lows[first].scale:
                 self.notes.append(
-                    f"B of {key!r} is multiplied, in fp32: {first!r} has another scale"
+                    f"B of {key!r} is rescaled in fp32, because {first!r} has another scale"
                 )
 
 
@@ -229,12 +231,14 @@ def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
     """Return a LoRA or DoRA update whose rows can be moved; raise for others."""
     bias = f"{key.removesuffix('weight')}bias"
     if bias in others:
-        raise LoraFxError(f"{bias!r} is trained too, and cannot move with {key!r}", "--exclude it")
+        raise LoraFxError(
+            f"{bias!r} is trained too, and cannot be fused or split with {key!r}", "--exclude it"
+        )
     if isinstance(entry, LowRank) and _has_movable_rows(entry):
         return entry
     raise LoraFxError(
         f"{key!r} is {name_of(entry)}; expected LoRA or DoRA of a linear layer",
-        "--as lora --rank R makes LoRA of other methods; --exclude leaves it out",
+        "--as lora --rank R turns other methods into LoRA; --exclude leaves it out",
     )
 
 
@@ -249,7 +253,7 @@ def _has_movable_rows(low: LowRank) -> bool:
 
 
 def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]) -> dict[str, str]:
-    """An example of a map: the parts of a whole one after another, as large as is known.
+    """An example of a map: the parts of a tensor one after another, in their known sizes.
 
     Args:
         key: The whole.
@@ -280,7 +284,8 @@ def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where
     if not all(spans.values()):
         example = json.dumps({key.removesuffix(".weight"): _example_of_rows(key, spans, lows)})
         raise LoraFxError(
-            f"{where}: which rows of {key!r} are whose is not known", f"--map FILE, as {example}"
+            f"{where}: the rows of the parts of {key!r} are not known",
+            f"pass --map FILE with content such as {example}",
         )
     by_name = {name: Span.of(span) for name, span in spans.items()}
     name, low = next(iter(lows.items()))

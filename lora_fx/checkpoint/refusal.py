@@ -17,12 +17,12 @@ READ_TOO = "other readers"
 
 
 class MergeRefusal(LoraFxError):
-    """A refusal to merge a base and an adapter that an option or other keys would mend.
+    """A refusal to merge that an option, or other keys, would avoid.
 
     Args:
-        check: Its name, one of those above.
-        keys: The adapter's keys that it is about.
-        message: As of every error.
+        check: The name of the check, one of the constants above.
+        keys: The adapter's keys that the refusal is about.
+        message: As for every LoraFxError.
         hint: The same.
     """
 
@@ -32,5 +32,5 @@ class MergeRefusal(LoraFxError):
         self.keys = tuple(keys)
 
     def after(self, lead: str) -> Self:
-        """The same refusal, whose message begins with something else."""
+        """The same refusal with `lead` before its message."""
         return type(self)(self.check, self.keys, f"{lead}: {self.message}", self.hint)

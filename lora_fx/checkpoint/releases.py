@@ -158,7 +158,7 @@ def renamed_parts(model_type: object) -> dict[str, str]:
 
 
 def name_in_model(name: str, parts: Mapping[str, str]) -> str:
-    """The loaded model's name of a tensor of its file; each part is replaced where it is first.
+    """The loaded model's name for a tensor of the file; replaces the first match of each part.
 
     >>> name_in_model("language_model.model.norm.weight", renamed_parts("llava"))
     'model.language_model.norm.weight'

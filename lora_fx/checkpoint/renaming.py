@@ -49,14 +49,14 @@ class Renaming:
         return Names(self.tensors, NameRule(readings=read), also_called(in_model, read))
 
     def __call__(self, name: str) -> str:
-        """The checkpoint's name of a tensor; where it has none, the name with its prefix."""
+        """The checkpoint's name of a tensor; if it has no such tensor, the name with its prefix."""
         hits = self._names.find(name)
         if not hits:
             return self.prefixed(name)
         return hits[0]
 
     def prefixed(self, name: str) -> str:
-        """A name of the adapter with the checkpoint's prefix, else as it is."""
+        """A name of the adapter with the checkpoint's prefix, if there is one."""
         return self.prefix.changed(name)
 
     def stack(self, name: str) -> Stack | None:
@@ -82,7 +82,7 @@ class Renaming:
         return self.prefix.back(name)
 
     def tellers(self, names: Iterable[str]) -> tuple[bool, bool]:
-        """Whether an adapter has names of the file alone, and names of the model alone."""
+        """Whether an adapter has names that only the file has, and names only the model has."""
         prefixed = [self.prefixed(name) for name in names]
         names_file = any(name in self._model_names for name in prefixed)
         names_model = any(name in self.loaded for name in prefixed)
@@ -96,13 +96,13 @@ def renaming(adapter: Adapter, tensors: Tensors, config: JsonView, notes: list[s
     prefix = common_prefix(names, {*tensors, *loaded.names, *loaded.stacks})
     rename = Renaming(tensors, config, loaded, prefix)
     if prefix.more:
-        notes.append(f"the adapter's names are the base's without {prefix.more!r}")
+        notes.append(f"the adapter's names are the base's names with {prefix.more!r} before them")
     elif prefix:
-        notes.append(f"the adapter's names are the base's with {prefix.less!r} before them")
+        notes.append(f"the adapter's names are the base's names without {prefix.less!r}")
     _, names_model = rename.tellers(names)
     if names_model:
         notes.append(
-            "the adapter's names are those of the loaded model: transformers 5 renames the "
-            f"parameters of a {config.get('model_type')} when it loads"
+            "the adapter has the names of the loaded model: transformers 5 renames the "
+            f"parameters of a {config.get('model_type')} when it loads it"
         )
     return rename

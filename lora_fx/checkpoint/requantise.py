@@ -25,13 +25,13 @@ from lora_fx.ir.quantised import Quantised
 from lora_fx.text import by_key
 
 LEAST = 0.5
-"""What has to be kept of an update in all, unless loss is allowed."""
+"""The least share of an update that codes must keep, unless `lossy` is given."""
 
 
 def recoded(
     weight: QuantisedWeight, codes: Quantised, fold: TensorFold, rows: slice, space: Space
 ) -> tuple[Stats, list[Written]]:
-    """Quantise rows with their update anew; returns their sums, and the ranges to write.
+    """Quantise rows with their update again; returns their statistics and the ranges to write.
 
     Args:
         weight: The weight.
@@ -96,13 +96,13 @@ def in_all(blocks: Iterable[Stats]) -> tuple[float, float]:
 
 
 def refuse_loss(blocks: Iterable[Stats], where: object) -> None:
-    """Raise where most of an update is lost."""
+    """Raise if most of an update is lost."""
     gain, noise = in_all(blocks)
     if not gain >= LEAST:
         raise LoraFxError(
-            f"{where}: not written: its codes would keep {gain:.1%} of the update in all, with "
+            f"{where}: not written: its codes would keep only {gain:.1%} of the update, with "
             f"noise of {noise:.2f} times its size; expected {LEAST:.0%} or more",
-            "--dequantise keeps all of it; --lossy writes it all the same",
+            "--dequantise keeps all of the update; --lossy writes the codes anyway",
             exit_code=1,
         )
 

@@ -24,7 +24,7 @@ from lora_fx.text import JsonView
 
 @dataclass(frozen=True)
 class WeightKind:
-    """Weights that a model stores alike.
+    """Weights that a model stores in the same order.
 
     Attributes:
         dimensions: How many axes they have.
@@ -95,7 +95,7 @@ def is_stored_in_out(name: str, info: TensorInfo, evidence: Evidence) -> bool:
 
 
 def by_same_kind(kind: WeightKind, evidence: Evidence) -> bool | None:
-    """The order of all adapted weights of a kind; None where there are none or they differ."""
+    """The storage order of all adapted weights of a kind; None if there are none or they differ."""
     return _only(evidence.votes.get(kind, set()))
 
 
@@ -129,7 +129,7 @@ def by_model_type(name: str, types: frozenset[str]) -> bool | None:
 
 
 def _only(orders: set[bool]) -> bool | None:
-    """The one order that there is; None where there are none or both."""
+    """The only order in the list; None if it has none or both."""
     if len(orders) != 1:
         return None
     return next(iter(orders))
@@ -154,7 +154,7 @@ def in_out_weights(
         adapter: Its updates.
         rename: Their names in the checkpoint.
         where: The checkpoint, for messages.
-        notes: Gets a note where nothing tells how they are stored.
+        notes: Gets a note if the storage order is unknown.
 
     Raises:
         LoraFxError: fan_in_fan_out, where the model has no such layer.
@@ -165,8 +165,8 @@ def in_out_weights(
 
     if square and fan_in_fan_out and _has_linear_layers_only(evidence):
         raise LoraFxError(
-            f"{where}: the adapter has fan_in_fan_out, but the model's weights are [out, in]; "
-            f"{square[0]!r} is square, so that its shape cannot tell",
+            f"{where}: the adapter has fan_in_fan_out, but the model stores weights [out, in]; "
+            f"{square[0]!r} is square, so its shape cannot decide",
             "set fan_in_fan_out to false in adapter_config.json if the model's layers are Linear",
         )
 
@@ -174,14 +174,14 @@ def in_out_weights(
     matrices = [name for name in square if len(tensors[name].shape) == 2]
     if matrices and not (votes or fan_in_fan_out or evidence.model_types):
         notes.append(
-            f"{where}: nothing says how square weights are stored, {matrices[0]} among them; "
-            "taken as [out, in]"
+            f"{where}: the order in which square weights such as {matrices[0]} are stored is "
+            "unknown; read as [out, in]"
         )
     return frozenset(name for name in square if is_stored_in_out(name, tensors[name], evidence))
 
 
 def _by_shapes(adapter: Adapter, rename: Renaming) -> tuple[list[str], dict[WeightKind, set[bool]]]:
-    """The square weights of an adapter, and the orders that the shapes of its others tell."""
+    """(square weights, orders that the shapes of the other weights show) of an adapter."""
     square: list[str] = []
     votes: dict[WeightKind, set[bool]] = {}
     for key, entry in adapter.entries.items():
@@ -202,7 +202,7 @@ def _by_shapes(adapter: Adapter, rename: Renaming) -> tuple[list[str], dict[Weig
 
 
 def _has_doubtful_order(entry: Entry, info: TensorInfo) -> TypeGuard[Change]:
-    """Whether an update of [out, in] may be of a tensor that is stored either way."""
+    """Whether an update [out, in] fits a tensor in both storage orders."""
     if isinstance(entry, (Full, ReplacedRows, Rotation)) or is_lookup(entry):
         return False
     if entry.layout is not None or len(info.shape) < 2:

@@ -1,4 +1,4 @@
-"""Which weights that are stored as codes an update can be folded into, and why no others.
+"""Decide which weights stored as codes can take an update, and why others cannot.
 
 Folding means to requantise W + Δ. A typical Δ is far below a step of 4 bits, so rounding snaps
 back to the same codes and the adapter is lost; in FP8 the same holds for most of it. int8 with a
@@ -28,11 +28,11 @@ from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.keys import base_name
 from lora_fx.text import JsonView
 
-LOST = "codes take an update only where that is asked for"
+LOST = "an update is merged into codes only if requested"
 
 
 def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> None:
-    """Raise where a weight that an adapter means is there as codes only, under other names."""
+    """Raise if the base has a weight of the adapter only as codes, under other names."""
     for key in keys:
         name = base_name(key)
         info = base.tensors.get(name)
@@ -44,7 +44,7 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> Non
 
 
 def codes_of(name: str, base: Checkpoint, config: JsonView) -> str:
-    """The format of the codes that a base has of a weight, as its tensors or its config tell.
+    """The format of a weight's codes, from the base's tensors or its config.
 
     Empty where it has none.
     """
@@ -83,7 +83,7 @@ def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry
     if info.dtype != "int8":
         raise _refusal(name, info, scheme, base)
     if replacing:
-        why = "a whole float tensor cannot take its place"
+        why = "a whole float tensor cannot replace it"
         raise _refusal(name, info, scheme, base, why)
     int8, why = int8_or_reason(name, info, base)
     if int8 is None:
@@ -96,7 +96,7 @@ def _refuse_empty(name: str, info: TensorInfo) -> None:
     if 0 in info.shape:
         raise LoraFxError(
             f"{info.file}: tensor {name!r} is empty, {list(info.shape)}; expected a weight",
-            "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
+            "if it was saved under ZeRO-3 or FSDP, gather the shards and save it again",
         )
 
 
@@ -110,13 +110,13 @@ def _refusal(
         info: Where it lies; None where the base has its codes under other names.
         scheme: The format of the codes; may be empty.
         base: The checkpoint.
-        why: Why they take no update.
+        why: The reason.
     """
     where = base.path if info is None else info.file
     what = "stored as codes" if info is None else info.dtype
     of_scheme = f" ({scheme})" if scheme else ""
     return LoraFxError(
-        f"{where}: tensor {name!r} is {what}{of_scheme}; expected a float weight, or int8 with a "
-        f"scale a row: {why}",
+        f"{where}: tensor {name!r} is {what}{of_scheme}; expected a float weight, or int8 with "
+        f"one scale for each row: {why}",
         HINT,
     )

@@ -64,7 +64,10 @@ def laid_for(
     peft = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
     metadata = {**adapter.metadata, "peft": peft}
     if not types and not layout.apart and any(EXPERT_NAME.search(key) for key in entries):
-        note = "without --base or --model-type stacks are taken to lie as all models' but Llama 4's"
+        note = (
+            "without --base or --model-type, stacks are read in the layout of all models except "
+            "Llama 4"
+        )
         metadata["notes"] = [*metadata.get("notes", []), note]
     return replace(adapter, entries=entries, metadata=metadata)
 
@@ -88,15 +91,15 @@ def _stacked_by_base(adapter: Adapter, base: str, config: JsonView) -> Adapter:
 def _check_every_expert(
     adapter: Adapter, layout: ExpertLayout, base: str, config: JsonView
 ) -> None:
-    """Raise where an adapter lacks the last experts of a base, and a layout stacks them."""
+    """Raise if a layout stacks the experts and the adapter lacks the last ones of the base."""
     count = experts_of({**config, **text_config(config)})
     numbers: list[int] = []
     for key in adapter.entries:
         numbers += map(int, _EXPERT_NUMBER.findall(key))
     if numbers and not layout.apart and max(numbers) + 1 < count:
         raise LoraFxError(
-            f"the adapter has experts 0 to {max(numbers)}, and {base} has {count}; a stack has "
-            "an update of each",
+            f"the adapter has experts 0 to {max(numbers)}, and {base} has {count}; a stack needs "
+            "an update for each expert",
             "--format per-expert keeps them one by one",
         )
 
@@ -125,7 +128,7 @@ def placed_in_stack(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
 
 
 def _expert_rows(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> Entry:
-    """Some rows of one expert of an entry, as an entry of a tensor of their own."""
+    """Some rows of one expert of an entry, as an entry for a separate tensor."""
     if isinstance(entry, Full):
         return Full(np.ascontiguousarray(entry.value[expert, rows]))
 
@@ -136,9 +139,10 @@ def _expert_rows(key: str, entry: Entry, expert: int, rows: slice, stack: Stack)
     is_in_out = axes == ((0,), (2,), (1,))
     if not isinstance(entry, LowRank) or not (is_out_in or is_in_out):
         raise LoraFxError(
-            f"{stack.info.file}: the adapter's {key!r} is {name_of(entry)} of a stack that the "
-            "file has as one tensor an expert; expected lora, rslora or a whole tensor",
-            "save the base as the model has it: save_pretrained(…, save_original_format=False)",
+            f"{stack.info.file}: the adapter's {key!r} is {name_of(entry)} of a stack, but the "
+            "file has one tensor for each expert; expected lora, rslora or a whole tensor",
+            "save the base with the stacks of the loaded model: save_pretrained(…, "
+            "save_original_format=False)",
         )
 
     a = entry.a[expert]
@@ -153,7 +157,7 @@ def _expert_rows(key: str, entry: Entry, expert: int, rows: slice, stack: Stack)
 
 
 def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
-    """How PEFT took the stacks of experts of a model, where its type says; see `Family`.
+    """How PEFT reads the stacks of experts of a model type; see `Family`.
 
     PEFT writes in and out but not which of the two comes first in [E, …, …].
 
@@ -168,7 +172,7 @@ def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
 
 
 def saved_by(adapter: Adapter) -> str:
-    """The release of PEFT that wrote an adapter's file; empty where it does not say."""
+    """The release of PEFT that wrote an adapter's file; empty if the file does not record it."""
     peft = adapter.metadata.get("peft")
     if not isinstance(peft, Mapping):
         return ""

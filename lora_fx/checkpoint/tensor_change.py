@@ -29,7 +29,7 @@ _ONE_BY_ONE = "merge one adapter after the other"
 
 
 Stage = tuple[TensorFold, str]
-"""What a merge does to a tensor: its fold, and the dtype that it rounds to."""
+"""The change of a tensor by a merge: its fold, and the dtype of the result."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class TensorChange:
 
     @property
     def requantised(self) -> bool:
-        """True where its codes are made anew because that was asked for."""
+        """True if its codes are written again because of `requantise`."""
         return self.codes is not None and self.int8 is None
 
     def to_json(self, stats: Stats | None = None) -> Json:
-        """A row of `tensors[]` in docs/json.md; null where only a merge knows: its `stats`."""
+        """A row of `tensors[]` in docs/json.md; without `stats`, fields that need them are null."""
         row: Json = {
             "key": self.name,
             "shape": list(self.shape),
@@ -180,7 +180,7 @@ def change_of(
 
 
 def _whole_of(name: str, placed: Sequence[Placed], base: Checkpoint) -> Full | None:
-    """The entry that replaces a tensor whole; None where there is none.
+    """The entry that replaces a whole tensor; None if there is none.
 
     Raises:
         LoraFxError: Another update changes the tensor too.
@@ -190,8 +190,8 @@ def _whole_of(name: str, placed: Sequence[Placed], base: Checkpoint) -> Full | N
             continue
         if len(placed) > 1:
             raise LoraFxError(
-                f"{base.path}: {name!r} is replaced whole by {update.key!r} and changed by another "
-                "update too",
+                f"{base.path}: {update.key!r} replaces the whole tensor {name!r}, and another "
+                "update changes that tensor too",
                 _ONE_BY_ONE,
             )
         return update.entry
@@ -209,10 +209,10 @@ def _as_rows(info: TensorInfo) -> Matrix:
 def requantised(
     name: str, info: CodesInfo, placed: Sequence[Placed], base: Checkpoint
 ) -> dict[str, TensorChange]:
-    """Join all updates of a weight whose codes are made anew; returns the change of each tensor.
+    """Join all updates of a weight that is quantised again; returns the change of each tensor.
 
     Raises:
-        LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
+        LoraFxError: A format that lora-fx cannot write, or a whole tensor that replaces codes.
     """
     int8 = int8_of(name, base)
     if int8 is not None:
@@ -220,12 +220,14 @@ def requantised(
         return {name: change, int8.name: scales_change(int8.name, int8.scales, name)}
 
     anew = info.weight.anew
-    why = f"{info.weight.format} is read, and not written"
+    why = f"lora-fx reads {info.weight.format}, but does not write it"
     if any(isinstance(update.entry, Full) for update in placed):
         anew = None
-        why = "the adapter replaces it whole, by floats"
+        why = "the adapter replaces the whole tensor by floats"
     if anew is None:
-        raise LoraFxError(f"{base.path}: {name!r} cannot be quantised anew: {why}", "--dequantise")
+        raise LoraFxError(
+            f"{base.path}: {name!r} cannot be quantised again: {why}", "--dequantise writes floats"
+        )
 
     codes, *scales = anew.recoded
     change = change_of(name, info, placed, base, "float32")
@@ -244,7 +246,7 @@ def requantised(
 
 
 def scales_change(name: str, info: TensorInfo, weight: str) -> TensorChange:
-    """The change of the scales of a weight that is quantised anew."""
+    """The change of the scales of a weight that is quantised again."""
     what = (f"new scales of {weight}",)
     return TensorChange(name, info, info.dtype, what=what, scales_of=weight)
 
@@ -256,7 +258,7 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
     if not are_floats and value_dtype != dtype:
         raise MisfitError(
             f"{info.file}: tensor {name!r} is {dtype}, but the adapter replaces it by "
-            f"{value_dtype}; expected the same kind"
+            f"{value_dtype}; expected the same kind of dtype"
         )
     if not are_floats or not value.size:
         return
@@ -273,12 +275,12 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
         worst = highest if highest > limit else lowest
         raise LoraFxError(
             f"{info.file}: tensor {name!r} is {dtype}, which cannot hold the adapter's {worst:g}",
-            "--dtype bfloat16 or float32 can",
+            "--dtype bfloat16 or float32 can hold it",
         )
 
 
 def _check_order(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
-    """Raise where updates of the same elements would give other numbers in another order."""
+    """Raise if the result of updates of the same elements depends on their order."""
     for update in placed:
         why = _needs_base_alone(update.entry)
         if not why:
@@ -294,7 +296,7 @@ def _check_order(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
 
 
 def _needs_base_alone(entry: Entry) -> str:
-    """Why an update has to meet the base's own weight; empty for one that is only added."""
+    """Why an update needs the base's unchanged weight; empty for one that is only added."""
     if isinstance(entry, Rotation):
         return "rotates it (OFT)"
     if not isinstance(entry, LowRank):

@@ -66,7 +66,7 @@ def unlike(a: Tensors, b: Tensors, tol: float = 0.0) -> Iterator[Difference]:
 def _difference(
     name: str, ours: TensorInfo, theirs: TensorInfo | None, tol: float
 ) -> Difference | None:
-    """How a tensor differs from the reference; None where by no more than `tol`."""
+    """The difference of a tensor from the reference; None if it is at most `tol`."""
     if theirs is None:
         return Difference(name, "is missing in B", elements=0)
     if ours.shape != theirs.shape:
@@ -81,7 +81,7 @@ def _difference(
 
 
 def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | None:
-    """How the values of two tensors of one shape differ; None where they are equal."""
+    """The difference between the values of two tensors of one shape; None if they are equal."""
     if same_bytes(ours, theirs):
         return None
     if DTYPES[ours.dtype].bits % 8 or DTYPES[theirs.dtype].bits % 8 or "complex" in ours.dtype:
@@ -100,7 +100,7 @@ def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | Non
         reference = reference.astype(np.float64)
         finite = np.isfinite(reference)
         if not _same_outside(block, reference, finite):
-            what = "has NaN or infinite values where the other has not"
+            what = "has NaN or infinite values where the other has finite ones"
             return Difference(name, what, elements=0)
         gap = max(gap, float(np.abs(block - reference)[finite].max(initial=0.0)))
         largest = max(largest, float(np.abs(reference)[finite].max(initial=0.0)))

@@ -37,7 +37,7 @@ class TensorPair:
 
     @property
     def dtype(self) -> NumpyDtype:
-        """The dtype of Δ: fp64 where either side is, else fp32."""
+        """The dtype of Δ: fp64 if one side is fp64, else fp32."""
         return np.dtype(arithmetic(self.base.dtype, self.tuned.dtype))
 
     def delta(self, batch: int) -> tuple[Array, float, float]:
@@ -60,8 +60,10 @@ class TensorPair:
             original += _squares(base)
         if not math.isfinite(changed):
             raise LoraFxError(
-                f"{self.tuned.file}: tensor {self.key!r} minus that of {self.base.file} overflows",
-                "are the two of one model? --exclude leaves the tensor out",
+                f"{self.tuned.file}: tensor {self.key!r} minus the tensor of {self.base.file} "
+                "overflows",
+                "check that both are checkpoints of the same model; --exclude leaves the tensor "
+                "out",
             )
         return result.reshape(self.rows, self.columns), changed, original
 

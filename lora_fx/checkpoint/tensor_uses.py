@@ -1,4 +1,4 @@
-"""How a model reads the tensors of a checkpoint, by names, shapes and config.json alone.
+"""Guess how a model reads the tensors of a checkpoint, from names, shapes and config.json.
 
 ==========  ========================================  =======================================
 linear      [out, in]                                 the rule for two dimensions
@@ -29,7 +29,7 @@ CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transform
 
 
 CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
-"""What such layers are called."""
+"""Names of such layers."""
 
 
 _STACK = re.compile(r"(^|\.)\w*(experts|moe)(\.|$)")
@@ -43,7 +43,7 @@ _LANGUAGE = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration
 
 @dataclass(frozen=True)
 class TensorUse:
-    """How a model reads one tensor as matrices.
+    """The way in which a model reads one tensor as matrices.
 
     Attributes:
         layout: None for a tensor that has no low-rank update.
@@ -57,7 +57,7 @@ class TensorUse:
 
     @property
     def lead(self) -> int:
-        """How many leading axes count matrices."""
+        """The number of leading axes that count matrices."""
         return 0 if self.layout is None else len(self.layout.batch)
 
     @property
@@ -67,7 +67,7 @@ class TensorUse:
 
 
 def config_of(path: str | Path) -> JsonView:
-    """The config.json of a folder, or beside a file; empty where there is none."""
+    """The config.json of a folder, or next to a file; empty if there is none."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
@@ -77,7 +77,7 @@ def config_of(path: str | Path) -> JsonView:
 def uses(
     tensors: Tensors, found: Found, config: JsonView, fan_in_fan_out: bool | None, table: str | None
 ) -> dict[str, TensorUse]:
-    """How a model reads every tensor.
+    """The use of every tensor by its name.
 
     Args:
         tensors: The checkpoint's tensors.

@@ -22,19 +22,19 @@ from lora_fx.files.safetensors import Tensors
 from lora_fx.text import JsonView, some
 
 _SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
-"""model_type of models whose logits are scaled where the head is tied, unless the config says."""
+"""model_types whose logits are scaled if the head is tied, unless the config says otherwise."""
 
 
 _SAYS_SCALE = frozenset(("t5", "umt5", "longt5"))
-"""Those of them whose config can say it, as scale_decoder_outputs."""
+"""Those model_types whose config can have the field scale_decoder_outputs."""
 
 
 _ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "udop"))
-"""model_type of models that are tied wherever no head is stored, whatever the config says."""
+"""model_types that are tied whenever no head is stored, whatever the config says."""
 
 
 def tie_of(tensors: Tensors, config: JsonView, keys: Iterable[str] = ()) -> Tie | None:
-    """The tie of a checkpoint by its names and config; None where there is none.
+    """The tie of a checkpoint, from its names and config; None if it has none.
 
     Without a word in the config a model that generates and has no head of its own is tied: that
     is the default of its class.
@@ -85,7 +85,7 @@ def tie_and_names(base: Checkpoint, keys: Iterable[str]) -> tuple[Tie | None, Te
 
 
 def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -> None:
-    """Raise where an update means one use of a tensor that may be table and head as well.
+    """Raise if an update is for one use of a tensor that may be both table and head.
 
     That is a table of all tokens of a model that generates and stores no head, or stores the table
     more than once, under names that are not known here; or a head beside which nothing else has
@@ -115,16 +115,17 @@ def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -
         if update.tensor in heads and shape[0] not in rows_of_others and not _is_tied_pair(update):
             raise LoraFxError(
                 f"{base.path}: {update.tensor!r} is the output head, and the file has no other "
-                f"tensor of {shape[0]} rows: it is the embedding too, and the update would change "
-                "both",
-                "load the base in transformers and save it again, which names the embedding",
+                f"tensor with {shape[0]} rows, so it is the embedding too; the update would "
+                "change both",
+                "load the base in transformers and save it again, so that the file names the "
+                "embedding",
             )
         is_table_of_tokens = len(shape) == 2 and shape[0] in vocabulary_sizes
         if not heads and is_table_of_tokens and _is_looked_up(update):
             raise LoraFxError(
-                f"{base.path}: {update.tensor!r} is a table of all tokens, the file has no output "
-                "head of a known name, and config.json does not say that the two are untied; "
-                "merged, the update might change the head too",
+                f"{base.path}: {update.tensor!r} is an embedding, the file has no output head "
+                "with a known name, and config.json does not say that the head is untied; a "
+                "merge might change the head too",
                 "save the base with tie_word_embeddings false first, then merge",
             )
 
@@ -135,7 +136,7 @@ def _is_tied_pair(update: Placed) -> bool:
 
 
 def _is_looked_up(update: Placed) -> bool:
-    """True for an update of a table's rows as they are looked up."""
+    """True for an update of an embedding lookup."""
     return isinstance(update.entry, ReplacedRows) or is_lookup(update.entry)
 
 
@@ -200,44 +201,44 @@ def of_one_use(
     check_scaled(tie, config, where)
     if not tie.head:
         raise LoraFxError(
-            f"{where}: {tie.table!r} is the output head too, and what a head of its own would "
-            "be called is not known",
+            f"{where}: {tie.table!r} is the output head too, and the name of a separate head is "
+            "not known",
             "save the base with tie_word_embeddings false first, then merge",
         )
     if not untie:
         raise MergeRefusal(
             TIED,
             dict.fromkeys(update.key for update in of_one),
-            f"{where}: {of_one[0].key!r} is one of two uses of a tied tensor "
-            f"({tie.table!r} is also the output head); merged into it, the update would change "
-            "both",
-            "--untie writes the head as a tensor of its own and says so in config.json",
+            f"{where}: the update of {of_one[0].key!r} is for one of two uses of a tied tensor "
+            f"({tie.table!r} is also the output head); a merge would change both",
+            "--untie writes the head as a separate tensor and records that in config.json",
         )
     return of_one
 
 
 def _check_lookups(of_one: Sequence[Placed], tie: Tie, where: str) -> None:
-    """Raise where an update means one lookup of a table that has several."""
+    """Raise if an update is for one lookup of a table that has several."""
     for update in of_one:
         if update.tensor in tie.lookups and not tie.apart:
             raise LoraFxError(
-                f"{where}: {update.key!r} means one of several lookups of {tie.table!r}, which "
-                "such models hold once, tied or not",
-                f"train one update of {tie.table!r} for all lookups",
+                f"{where}: {update.key!r} is for one of several lookups of {tie.table!r}, which "
+                "models of this type hold once, tied or not",
+                f"train one update of {tie.table!r}, which acts on all lookups",
             )
     if not tie.lookups:
         return
     for update in of_one:
         if isinstance(update.entry, Full) and update.tensor == tie.table:
             raise LoraFxError(
-                f"{where}: {update.key!r} is a whole tensor of that name alone, and such models "
-                f"read their table as {some(list(tie.lookups))}: PEFT's copy of it changes nothing",
+                f"{where}: {update.key!r} replaces the tensor under that name alone, but models "
+                f"of this type read the table as {some(list(tie.lookups))}, so that PEFT's copy "
+                "has no effect",
                 "save the adapter with all names of the table (ensure_weight_tying)",
             )
 
 
 def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[Placed]:
-    """Repeat each update for every other tensor among `names` that it means.
+    """Repeat each update for every other tensor among `names` that it applies to.
 
     1. The two names of a bias are one, unless each has an update.
     2. A name that is no tensor of its own is the one that it stands for.
@@ -266,17 +267,17 @@ def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[P
 
 
 def check_scaled(tie: Tie, config: JsonView, where: str) -> None:
-    """Raise where untying alone would change what the model computes."""
+    """Raise if untying alone would change the model's outputs."""
     model_type = config.get("model_type")
     if model_type not in _SCALED or "scale_decoder_outputs" in config:
         return
-    hint = "train an update of other weights than the table's and the head's"
+    hint = "train an update of other weights than the table and the head"
     if model_type in _SAYS_SCALE:
         if config.get("tie_word_embeddings") is False:  # it does not scale
             return
-        hint = "save the base once with transformers 5, whose config has scale_decoder_outputs"
+        hint = "save the base with transformers 5, whose config has scale_decoder_outputs"
     raise LoraFxError(
-        f"{where}: a {model_type} scales its logits where {tie.table!r} is also the head, and its "
-        "config does not say so apart; untied, they would be too large",
+        f"{where}: a {model_type} scales its logits only if {tie.table!r} is also the head, and "
+        "the config has no separate field for it; untied, the logits would be too large",
         hint,
     )

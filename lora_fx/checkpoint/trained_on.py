@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the base that an adapter was trained on."""
+"""Check whether a checkpoint is the base that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lora_fx.text import JsonView, is_whole
 
 
 def other_model(adapter: Adapter, where: str, base: Checkpoint) -> str:
-    """A message that the configs of an adapter and a checkpoint name two models.
+    """A message if the configs of an adapter and a checkpoint name different models.
 
-    Empty where one of them does not say it, or both name the same.
+    Empty if one of them names none, or both name the same.
     """
     trained_on = adapter.metadata.get(NAMED)
     config = base.config()
@@ -30,7 +30,7 @@ def other_model(adapter: Adapter, where: str, base: Checkpoint) -> str:
     if is_whole(size):
         description += f" of hidden size {size}"
     return (
-        f"{where} was trained on {trained_on!r}, says its config; that of {base.path} says "
+        f"the config of {where} names the base {trained_on!r}; the config of {base.path} names "
         f"{description}"
     )
 
@@ -43,14 +43,14 @@ def _last_part(name: str) -> str:
 def base_note(
     adapter: Adapter, where: str, base: Checkpoint, known: Tensors, any_base: bool
 ) -> str:
-    """Why an adapter's base is not verified; empty where the checkpoint is that base.
+    """Why the base could not be verified; empty if the adapter was trained on this checkpoint.
 
     Args:
         adapter: An adapter with metadata["base"], or without.
         where: The adapter, for messages.
         base: The checkpoint.
         known: Its tensors under every name that an adapter may use.
-        any_base: Say so, instead of raising, where it is another base.
+        any_base: Return a note, instead of raising, for another base.
 
     Raises:
         LoraFxError: The adapter was trained on other weights.
@@ -67,12 +67,12 @@ def base_note(
     if is_same is None:
         trained_on = adapter.metadata.get(NAMED)
         if fingerprint is None and trained_on:
-            why = f"its config names {trained_on!r}, and holds no sample of the weights"
+            why = f"its config names {trained_on!r}, but holds no sample of the weights"
         return f"{where}: its base is not verified: {why}"
 
     other_weights = f"{where}: it was trained on other weights than those of {base.path}"
     if history(base):
-        return f"{other_weights}, which other adapters were merged into"
+        return f"{other_weights}, into which other adapters were merged"
     if any_base:
         return other_weights
     assert fingerprint is not None  # it was compared
@@ -80,6 +80,6 @@ def base_note(
     raise MergeRefusal(
         BASE,
         adapter.lowrank,
-        f"{other_weights}: samples of the {count} tensors that it changed there differ",
+        f"{other_weights}: samples of the {count} tensors that it changes differ",
         "merge it into the base that it was trained on; --any-base merges it anyway",
     )

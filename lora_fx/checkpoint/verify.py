@@ -32,7 +32,7 @@ _SHOWN = 20
 
 
 def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
-    """True for a `.safetensors` file or a pickle, or a folder of them, that is no adapter."""
+    """True for a `.safetensors` file or a pickle, or a folder of them, but not an adapter."""
     if not isinstance(path, (str, os.PathLike)):
         return False
     path = Path(path)
@@ -101,7 +101,7 @@ def _check_merged(
 
 
 def _counts(names: Collection[str], differences: Sequence[Difference]) -> Json:
-    """How many tensors there are, and how many of them are what they should be."""
+    """The number of tensors, and of those that are as expected."""
     different = {difference.tensor for difference in differences}
     return {"tensors": len(names), "equal": len(names) - len(different)}
 
@@ -117,11 +117,11 @@ def _listed(adapter: Any) -> list[AdapterLike | tuple[AdapterLike, float]]:
 
 
 def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
-    """Does every key of an adapter have a tensor of its shape in a checkpoint? Nothing is run.
+    """Check that every key of an adapter has a tensor of its shape in a checkpoint; runs nothing.
 
     Raises:
-        LoraFxError: One that has not, a layer that the adapter's config has and its file lacks, a
-            quantised tensor that nothing can be folded into.
+        LoraFxError: A key without such a tensor, a layer that the adapter's config has and its file
+            lacks, or a quantised tensor that takes no update.
     """
     checkpoint = open_checkpoint(Path(base))
     if not isinstance(adapter, Adapter):
@@ -144,7 +144,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
 
 
 def lines(report: Report) -> str:
-    """The report for people; as any other where nothing was compared as tensors."""
+    """The report for people."""
     details = report.details
     if "differences" not in details:
         return str(report)
@@ -152,8 +152,8 @@ def lines(report: Report) -> str:
     head = f"verify: {verdict}: {details['equal']} of {details['tensors']} tensors are "
     if "touched" in details:
         head += (
-            f"as they should be; {details['touched']} hold the adapters, {details['rows']} rows of "
-            "each computed again"
+            f"as expected; {details['touched']} hold the adapters, with {details['rows']} "
+            "rows of each recomputed"
         )
     elif details.get("tol"):
         head += f"equal within {details['tol']:g} of their largest element (--tol)"

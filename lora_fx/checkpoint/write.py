@@ -285,7 +285,7 @@ class _Run:
         return space
 
     def _recode(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
-        """Make codes of rows anew, and scales where the format has new ones; write both."""
+        """Quantise rows again; write their codes, and their scales if the format has new ones."""
         assert change.codes is not None
         weight = change.codes.weight
         codes = weight.read(slice(low, high))

@@ -30,7 +30,7 @@ _registered: list[AdapterFiles] = []
 
 
 def register(formats: AdapterFiles) -> None:
-    """Let `adapter_files` be these."""
+    """Set the value of `adapter_files`."""
     _registered[:] = [formats]
 
 

@@ -29,7 +29,7 @@ from lora_fx.files.side_outputs import Beside
 from lora_fx.text import human
 
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors that only writing raises: the block reads too, and names the files of its own errors."""
+"""Errors that only writing raises; the block also reads, and names the files it reads itself."""
 _AT_FDCWD = -100  # linux/fcntl.h
 _EXCHANGE = 2  # Linux' RENAME_EXCHANGE and macOS' RENAME_SWAP
 
@@ -121,14 +121,16 @@ def _sync_folder_of(target: Path, beside: Beside | None) -> None:
         beside: The outputs that it belongs to, which take it back after an error.
 
     Raises:
-        LoraFxError: The file system refuses; the exit code is 1 where the output stands.
+        LoraFxError: The file system refuses; the exit code is 1 if the output was written.
     """
     try:
         _sync_folder(target.parent)
     except OSError as error:
         if beside is not None:
             raise explain(error, target) from error
-        explained_error = explain(error, f"{target} was written, and its folder is not synced")
+        explained_error = explain(
+            error, f"{target} was written, but its folder could not be synced to disk"
+        )
         raise LoraFxError(explained_error.message, explained_error.hint, exit_code=1) from error
 
 
@@ -147,17 +149,19 @@ def check_output(
 
     Args:
         path: The output.
-        force: It may exist, where lora-fx lets it be replaced.
-        own: It is this run's own state, which it may have read.
+        force: The output may exist, if it is of a kind that lora-fx replaces.
+        own: The output is this run's own state, which the run may have read.
         new: What takes its place, once that is written.
         names: The files of a folder that is written, where they are known before.
     """
     target = Path(path)
     if target.name in ("", "..") or "\0" in str(target):
-        raise LoraFxError(f"{str(target)!r} names no file", "name a file or folder to create")
+        raise LoraFxError(
+            f"{str(target)!r} is not the name of a file", "name a file or folder to create"
+        )
     if str(target).startswith("hf:"):
         hint = "write a folder, then: hf upload ORG/NAME FOLDER"
-        raise LoraFxError(f"{target}: nothing is uploaded", hint)
+        raise LoraFxError(f"{target}: lora-fx does not upload to the Hub", hint)
     with explained(target):
         if exists(target):
             if not force:

@@ -23,14 +23,14 @@ from lora_fx.text import Json, JsonView
 
 STEMS = ("model", "diffusion_pytorch_model")
 PICKLED = ("pytorch_model", "diffusion_pytorch_model")
-"""How the files of weights begin, as safetensors and as pickles."""
+"""Beginnings of the names of weight files, as safetensors and as pickles."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".data", ".gguf", ".safetensors", ".npz")
-"""Endings of files that hold weights: beside merged ones they would be stale copies."""
+"""Suffixes of files that hold weights: next to merged weights they would be stale copies."""
 
 
 QUANTISER_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""What AutoGPTQ, AutoAWQ and ModelOpt write beside config.json."""
+"""Files that AutoGPTQ, AutoAWQ and ModelOpt write next to config.json."""
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model_type": (str,),
@@ -49,7 +49,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def model_config(file: Path) -> Json:
-    """A config.json whose fields are what they should be, those of its text_config too.
+    """Read config.json and check the types of its fields, also in its text_config.
 
     Raises:
         LoraFxError: Names the field.
@@ -74,7 +74,7 @@ def model_config(file: Path) -> Json:
 
 
 def text_config(config: JsonView) -> JsonView:
-    """What a config.json of several models says of the one of language; empty for others."""
+    """The part of a config.json for the language model in a multimodal model; empty for others."""
     section = config.get("text_config")
     if isinstance(section, dict):
         return section
@@ -82,7 +82,7 @@ def text_config(config: JsonView) -> JsonView:
 
 
 def says_tied(config: JsonView) -> bool | None:
-    """What a config.json says of one table for embedding and head; None where it says nothing.
+    """Whether config.json ties embedding and head; None if it does not say.
 
     The model's own word counts before that of its `text_config`, and null is no word.
     """
@@ -116,7 +116,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where the shards lie."""
+        """The folder of the shards."""
         if self.path.is_dir():
             return self.path
         return self.path.parent
@@ -132,7 +132,7 @@ class Checkpoint:
 
     @property
     def elements(self) -> int:
-        """How many numbers all tensors have together."""
+        """The number of elements in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def config(self) -> Json:
@@ -224,8 +224,8 @@ def _of_pickles(base: Checkpoint) -> Checkpoint:
     for name, tensor in base.tensors.items():
         if tensor.start < 0:
             raise LoraFxError(
-                f"{tensor.file}: the numbers of tensor {name!r} do not lie there row by row: "
-                "it is transposed, compressed, cut off, or in torch's format from before 1.6",
+                f"{tensor.file}: tensor {name!r} is not stored row by row: it is transposed, "
+                "compressed, cut off, or in torch's format from before 1.6",
                 CONVERT,
             )
     shards = {}
@@ -259,7 +259,7 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
         raise LoraFxError(
             f"{folder}: {len(candidates)} candidates and no model.safetensors "
             f"({', '.join(candidates[:3])} …)",
-            "give the one file that you mean",
+            "give one file instead of the folder",
         )
 
     if trusted():
@@ -271,10 +271,13 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
         raise LoraFxError(
             f"{folder}: its weights are pickles ({pickles[0]}), which can run code and are not "
             "read",
-            "give the one file that you mean" if trusted() else TRUST,
+            "give one file instead of the folder" if trusted() else TRUST,
         )
     if "adapter_config.json" in names:
-        raise LoraFxError(f"{folder}: an adapter, not a model", "give the folder of its base model")
+        raise LoraFxError(
+            f"{folder}: the folder holds an adapter, not a model",
+            "give the folder of its base model",
+        )
     raise LoraFxError(f"{folder}: no .safetensors file", "is the download complete?")
 
 
@@ -291,7 +294,7 @@ def _usual_name(folder: Path, stems: tuple[str, ...], ending: str) -> tuple[Path
 
 
 def _sharded(folder: Path, index: Path) -> Checkpoint:
-    """All shards; where two hold the same name, the index says which counts."""
+    """All shards; if two hold the same tensor, the index decides which one is used."""
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(v, str) for v in shard_of.values()):
         raise LoraFxError(f"{index}: no weight_map of tensor names to file names", AGAIN)
@@ -305,13 +308,15 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
                 continue
             if name in tensors:
                 raise LoraFxError(
-                    f"{index}: tensor {name!r} is in two shards and in no line of it", AGAIN
+                    f"{index}: tensor {name!r} is in two shards, and the index does not list it",
+                    AGAIN,
                 )
             tensors[name] = info
     for name, shard in shard_of.items():
         if name not in tensors:
             raise LoraFxError(
-                f"{index.parent / shard}: tensor {name!r} is not there, but {index.name} says so",
+                f"{index.parent / shard}: tensor {name!r} is missing, but {index.name} lists it "
+                "here",
                 AGAIN,
             )
     return Checkpoint(folder, shards, tensors, index)
@@ -332,9 +337,9 @@ def _shard(index: Path, name: str, shard_of: Mapping[str, str]) -> Header:
         if not is_outside:
             hint = TRUST
         elif is_link:
-            hint = "it is a link: copy what it points to (cp -L) in its place"
+            hint = "it is a link: replace it by a copy of the file that it points to (cp -L)"
         else:
-            hint = "do not use this folder: its index points elsewhere"
+            hint = "do not use this folder: its index points outside of it"
         raise LoraFxError(
             f"{index}: names the shard {one_line(repr(name), 120)}; expected a .safetensors file "
             "inside the folder",

@@ -82,12 +82,12 @@ def read_into(fd: int, data: memoryview, at: int) -> None:
 
 
 def write_at(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
-    """All of `data` at `at`, however often the system has to be asked."""
+    """Write all of `data` at `at`, in as many system calls as needed."""
     unwritten = memoryview(data).cast("B")
     while unwritten:
         n_bytes = os.pwrite(fd, unwritten, at)
         if n_bytes <= 0:
-            raise OSError(errno.EIO, f"{len(unwritten)} bytes to write and none written")
+            raise OSError(errno.EIO, f"none of the remaining {len(unwritten)} bytes were written")
         unwritten = unwritten[n_bytes:]
         at += n_bytes
 

@@ -1,4 +1,4 @@
-"""What has a name in a folder; links are not followed."""
+"""Entries of a folder, without following links."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _SMALL = (
 )  # fmt: skip
 """Configs, indexes, tokenizers and chat templates, wherever they lie in a repository."""
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
-"""The files that a model's folder is read from; others beside them are copies in another form."""
+"""The files that a model is read from; others next to them are copies in another form."""
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 Names = Callable[[], Collection[str]]
 _FILES = (".safetensors", ".onnx", ".pt2", ".bin", ".gguf", ".py")
@@ -47,7 +47,7 @@ _FILES = (".safetensors", ".onnx", ".pt2", ".bin", ".gguf", ".py")
 
 @dataclass(frozen=True)
 class HubId:
-    """What names a model of the Hub.
+    """The parts of a model's id on the Hub.
 
     Attributes:
         repo: ORG/NAME.
@@ -83,22 +83,24 @@ class HubId:
 
 
 def local(path: StrPath, *, weights: bool = True, files: Names = tuple) -> str | Path:
-    """A path as it is; for an id of the Hub, the folder in the cache, downloaded where it lacks.
+    """A local path for a path or an id of the Hub; downloads what the cache lacks.
 
     Args:
         path: An argument of the user's.
         weights: False where a config is enough.
-        files: Tells how the files of an adapter's folder are called, where it may be one.
+        files: Gives the file names of an adapter's folder, if the path may be an adapter.
 
     Raises:
-        LoraFxError: As `fetch`; or nothing has this path, which looks like an id without prefix.
+        LoraFxError: As `fetch`; or the path does not exist and looks like an id without its prefix.
     """
     text = os.fspath(path)
     if text.startswith(PREFIX):
         return fetch(text, weights=weights, files=files)[0]
     looks_like_id = re.fullmatch(f"{_NAME}/{_NAME}", text) and not text.endswith(_FILES)
     if looks_like_id and not Path(text).exists() and not Path(text).parent.is_dir():
-        raise LoraFxError(f"{text}: no such file or folder", f"of the Hub: {PREFIX}{text}")
+        raise LoraFxError(
+            f"{text}: no such file or folder", f"for a repository of the Hub, write {PREFIX}{text}"
+        )
     return path if isinstance(path, Path) else text
 
 
@@ -116,14 +118,14 @@ def parse(text: str) -> HubId:
         before, colon, after = text.removeprefix(PREFIX).partition(":")
         hint = "for example hf:org/name, hf:org/name@main or hf:org/name/folder"
         if colon and _FORM.fullmatch(PREFIX + before):
-            hint = f"leave :{after} out: only one of several ADAPTER[:W] has a weight"
+            hint = f"leave :{after} out: a weight is allowed only with several ADAPTER[:W]"
         raise LoraFxError(f"{text!r}: expected hf:ORG/NAME[/PART][@REVISION]", hint)
     repo, part, revision = match.groups()
     return HubId(repo, part.strip("/"), revision)
 
 
 def origin(path: StrPath) -> dict[str, str]:
-    """What an adapter's config says of a base that is a snapshot: its id and commit; else empty."""
+    """The fields of an adapter's config for a base from the Hub: id and commit; else empty."""
     match = _SNAPSHOT.search(_absolute(path))
     if match is None:
         return {}
@@ -164,14 +166,14 @@ def fetch(text: str, *, weights: bool = True, files: Names = tuple) -> tuple[Pat
     Args:
         text: An id, with its prefix.
         weights: False where configs and tokenizers are enough.
-        files: Tells how the files of an adapter's folder are called, where it may be one.
+        files: Gives the file names of an adapter's folder, if the path may be an adapter.
 
     Returns:
         The folder, or the file that was named; and a note: the commit, and what was left there.
 
     Raises:
-        LoraFxError: An id of another form, one that the Hub does not have or does not give, no
-            network and not in the cache, or no safetensors in it.
+        LoraFxError: A malformed id, a repository that is missing or not accessible, no network and
+            not in the cache, or no safetensors in it.
     """
     hub_id = parse(text)
     hub = _library(text)
@@ -195,7 +197,7 @@ def fetch(text: str, *, weights: bool = True, files: Names = tuple) -> tuple[Pat
 
 
 def _writable_paths(hub: ModuleType, hub_id: HubId) -> list[Path]:
-    """Where a download of a repository writes: its part of the cache, and that of its locks.
+    """The folders that a download may write: the repository's cache, and its locks.
 
     A commit and an ETag are names of files there, and a server could give any.
     """
@@ -226,7 +228,7 @@ def _download(
     if hub_id.part and not any(f"{name}/".startswith(f"{hub_id.part}/") for name in sizes):
         raise LoraFxError(
             f"{hub_id}: {hub_id.part} is not in commit {folder.name}",
-            f"it has {some(sorted(sizes), 8)}",
+            f"choose one of its files or folders: {some(sorted(sizes), 8)}",
         )
     if weights or hub_id.names_file:
         names = _weight_files(hub_id, list(sizes), adapter_files)
@@ -245,8 +247,9 @@ def _download_small_files(hub: ModuleType, hub_id: HubId) -> Path:
         )
     if not _COMMIT.fullmatch(folder.name):
         raise LoraFxError(
-            f"{hub_id}: the Hub calls its commit {one_line(repr(folder.name), 80)}",
-            "do not use the server that it comes from",
+            f"{hub_id}: the Hub gives the commit {one_line(repr(folder.name), 80)}; expected a "
+            "hash",
+            "do not use this server",
         )
     return folder
 
@@ -274,7 +277,7 @@ def _download_files(hub: ModuleType, hub_id: HubId, folder: Path, sizes: Mapping
 
 
 def _weight_files(hub_id: HubId, names: Sequence[str], adapter_files: Collection[str]) -> list[str]:
-    """The files of a commit that hold the weights of what is asked for.
+    """The files of a commit that hold the requested weights.
 
     1. The file that the id names.
     2. The .safetensors files that a reader of the folder opens: a model's or an adapter's.
@@ -314,15 +317,18 @@ def _without_weights(
     download = f"hf download {hub_id.repo} --local-dir DIR, then give"
     pickles = [name for name in inside if "/" not in name and name.endswith(PICKLES)]
     if pickles:
-        why = f"{hub_id}: its weights are pickles ({some(pickles)}), which can run code and stay"
+        why = (
+            f"{hub_id}: its weights are pickles ({some(pickles)}), which can run code and are not "
+            "downloaded"
+        )
         return LoraFxError(why, f"{download} DIR and --trust (trust=True)")
     if safetensors:
         folders = list(dict.fromkeys(name.rpartition("/")[0] for name in safetensors))
-        why = f"{hub_id}: its .safetensors files lie in its folders {some(folders, 5)}"
+        why = f"{hub_id}: its .safetensors files are in its folders {some(folders, 5)}"
         example = replace(hub_id, part=hub_id.folder + folders[0])
-        return LoraFxError(why, f"name one: {example}")
+        return LoraFxError(why, f"give one of the folders: {example}")
     why = f"{hub_id}: no .safetensors file; it has {some(inside, 5) or 'nothing'}"
-    return LoraFxError(why, f"{download} the file in DIR that you mean")
+    return LoraFxError(why, f"{download} the right file in DIR")
 
 
 def _as_lora_fx_error(hub_id: HubId, hub: ModuleType, error: Exception) -> LoraFxError:
@@ -332,24 +338,27 @@ def _as_lora_fx_error(hub_id: HubId, hub: ModuleType, error: Exception) -> LoraF
     cache = hub.constants.HF_HUB_CACHE
     login = "hf auth login, or HF_TOKEN=…"
     if isinstance(error, errors.GatedRepoError):
-        why = "its owner gives access, and you have none"
+        why = "its owner restricts access, and you have none"
         hint = f"ask for access at {site}/{hub_id.repo}, then: {login}"
     elif isinstance(error, errors.RevisionNotFoundError):
         why = f"no revision {hub_id.revision!r} in {hub_id.repo}"
-        hint = f"{HubId(hub_id.repo, hub_id.part)} is its main branch"
+        hint = f"use its main branch: {HubId(hub_id.repo, hub_id.part)}"
     elif isinstance(error, errors.RepositoryNotFoundError):
         why = f"{site} has no such model, or it is private"
-        hint = f"is the name right? a private one asks for a token: {login}"
+        hint = f"check the name; a private model needs a token: {login}"
     elif isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-        why = f"{site} refuses the token"
+        why = f"{site} rejects the token"
         hint = f"{login} with a token that is valid; unset HF_TOKEN for a public model"
     elif hub.constants.HF_HUB_OFFLINE:
-        why = f"not whole in the cache {cache}, and HF_HUB_OFFLINE is set"
+        why = f"not complete in the cache {cache}, and HF_HUB_OFFLINE is set"
         hint = "unset HF_HUB_OFFLINE to download it"
     elif isinstance(error, OSError) and error.errno is not None:
         return explain(error, error.filename or cache)
     else:
         cause = error.__cause__ or error
-        why = f"not whole in the cache, and {site} gives nothing: {type(cause).__name__}: {cause}"
-        hint = "is there a network? try again, or give a folder that is on this machine"
+        why = (
+            f"not complete in the cache, and {site} cannot be reached: {type(cause).__name__}: "
+            f"{cause}"
+        )
+        hint = "check the network and try again, or give a local folder"
     return LoraFxError(one_line(f"{hub_id}: {why}", 400), hint)

@@ -1,4 +1,4 @@
-"""Processes that lora-fx starts, which import nothing that lies in the current folder.
+"""Processes that lora-fx starts, which import nothing from the current folder.
 
 That may be a folder of somebody else's files, with a click.py in it. Without -P Python makes it the
 first place of imports, and with -P an empty entry of PYTHONPATH still stands for it.

@@ -1,4 +1,4 @@
-"""Temporary folders beside an output: their names, and what a run that fails or is killed leaves.
+"""Temporary folders next to an output: their names, and removal after a failed or killed run.
 
 An output NAME is written in `.NAME.lora_fx_XXXXXXXX.tmp`, whose token, the XXXXXXXX, outputs that
 belong together share. In that folder lie also the old output, between two renames, and a hard link
@@ -73,7 +73,7 @@ def clear_stale(target: Path) -> None:
 
 
 def _clear_beside(target: Path, token: str, has_its_name: bool) -> None:
-    """Remove what a killed run left beside an output.
+    """Remove temporary files that a killed run left next to an output.
 
     Where the output did not get its name, the outputs that were put beside it go too. They lie in
     the same folder, and the temporary folder of each has a hard link to it.

@@ -17,7 +17,7 @@ from lora_fx.errors import LoraFxError
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """The file that a name from a file stands for; None where that leads out of the folder.
+    """The path for a file name that another file gives; None if it leads out of the folder.
 
     Args:
         folder: Where the file lies in which the name stands.
@@ -33,7 +33,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 
 def within(folder: Path, name: str) -> Path | None:
-    """Where the links of a folder's own entry lead; None where that is out of the folder."""
+    """The target of a folder's entry with its links; None if it is outside of the folder."""
     try:
         home = folder.resolve()
         file = (folder / name).resolve()
@@ -57,14 +57,14 @@ def companion(folder: Path, name: str) -> Path:
     """
     if within(folder, name) is None:
         raise LoraFxError(
-            f"{folder / name}: a link that leads out of the folder",
-            "copy what it points to (cp -L) in its place, or remove it",
+            f"{folder / name}: this link leads out of the folder",
+            "replace it by a copy of the file that it points to (cp -L), or remove it",
         )
     return folder / name
 
 
 def _blobs(folder: Path) -> Iterator[Path]:
-    """Where links of a snapshot of the Hugging Face cache lead: REPOSITORY/blobs."""
+    """The folder that links of a Hugging Face snapshot lead to: REPOSITORY/blobs."""
     absolute = Path(os.path.abspath(folder))
     resolved = folder.resolve()
     for snapshot in (absolute, *absolute.parents, resolved, *resolved.parents):

@@ -1,4 +1,4 @@
-"""One writer a target: the lock file `.NAME.lock` beside it.
+"""One writer for each target, by a lock file `.NAME.lock` next to it.
 
 With flock the file is empty and a killed run leaves nothing that counts: the kernel drops the
 lock with the process. The file is unlinked while it is held, so whoever gets the lock looks
@@ -46,7 +46,7 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def _acquire(lock: Path, target: Path) -> int | None:
-    """A descriptor of the lock file, which this process now holds; None where there is no flock."""
+    """A descriptor of the lock file, which this process now holds; None without flock."""
     for _attempt in range(_ATTEMPTS):
         fd, must_unlink = _open(lock)
         is_locked = False
@@ -75,7 +75,7 @@ def _acquire(lock: Path, target: Path) -> int | None:
 
 @contextlib.contextmanager
 def _marked(lock: Path, target: Path) -> Iterator[None]:
-    """Hold the lock where there is no flock: the file exists, and names host and process."""
+    """Hold the lock without flock: the file exists, and names the host and the process."""
     from filelock import SoftFileLock, Timeout
 
     marker = SoftFileLock(lock, timeout=0)
@@ -112,9 +112,13 @@ def _open(lock: Path) -> tuple[int, bool]:
         with contextlib.suppress(FileNotFoundError):  # unlinked by its holder since
             mode = lock.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for
-                raise LoraFxError(f"{lock}: not a regular file", "remove it: it is no lock of ours")
+                raise LoraFxError(
+                    f"{lock}: not a regular file", "remove it: it is not a lock of lora-fx"
+                )
             return os.open(lock, flags), False
-    raise OSError(f"{lock} comes and goes")
+    raise OSError(
+        f"{lock}: the lock file could not be opened, because other runs keep replacing it"
+    )
 
 
 def _flock(fd: int) -> bool | None:

@@ -1,4 +1,4 @@
-"""Who may read what is written."""
+"""Permissions of written files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def keep_mode(source: os.stat_result, target: Path) -> None:
-    """Let a new file be read by no more people than the file that it is made of."""
+    """Give a new file no more readers than the file that it is made from."""
     modes = _modes_of_copies.get()
     if modes is not None:
         modes[target] = stat.S_IMODE(source.st_mode) | stat.S_IRUSR | stat.S_IWUSR

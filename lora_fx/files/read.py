@@ -53,7 +53,9 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError as error:
-        raise LoraFxError(f"{name!r} names no file: {error}", "is the path right?") from error
+        raise LoraFxError(
+            f"{name!r} is not the name of a file: {error}", "is the path right?"
+        ) from error
     except OSError as error:
         if os.path.isdir(path):
             raise LoraFxError(f"{name}: a folder, not a regular file", "name the file") from error
@@ -65,7 +67,7 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
             raise LoraFxError(f"{name}: {kind}, not a regular file", "name the file")
         if most is not None and status.st_size > most:
             raise LoraFxError(
-                f"{name}: {status.st_size} bytes; at most {most} are read", "is it the right file?"
+                f"{name}: {status.st_size} bytes; expected at most {most}", "is it the right file?"
             )
         run = run_of_files()
         if run is not None:
@@ -78,7 +80,7 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
 
 
 def _kind_of_entry(mode: int) -> str:
-    """What something is that is no regular file, for people, by its st_mode."""
+    """A name for the kind of a path that is not a regular file, from its st_mode."""
     for is_kind, kind in _KINDS.items():
         if is_kind(mode):
             return kind
@@ -107,9 +109,9 @@ def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
 
 
 def refuse_pointer(data: bytes, size: int, path: str | os.PathLike[str]) -> None:
-    """Raise where a file's first bytes are those of a git-LFS pointer."""
+    """Raise if a file is a git-LFS pointer, from its first bytes."""
     if data.startswith(_LFS):
         raise LoraFxError(
-            f"{os.fspath(path)}: a git-LFS pointer ({size} bytes), not the file it stands for",
+            f"{os.fspath(path)}: a git-LFS pointer ({size} bytes) instead of the real file",
             f"fetch the real files: git -C {Path(path).parent} lfs pull",
         )

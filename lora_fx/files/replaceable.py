@@ -1,4 +1,4 @@
-"""What --force may replace, and what no output may touch.
+"""Decide what --force may replace, and what no output may touch.
 
 --force takes the place of what lora-fx made. That is a file of the same kind as the new one, told
 by its ending where no other program has that, else by its content; a folder whose `lora_fx.json`
@@ -56,7 +56,7 @@ def check_apart(target: Path) -> None:
             raise _would_replace(target, same_input)
         for path, name in inputs.items():
             if place in path.parents:
-                raise _would_replace(target, f"{name}, which lies in it")
+                raise _would_replace(target, f"{name}, which is inside it")
 
 
 def _would_replace(target: Path, replaced_input: str) -> LoraFxError:
@@ -68,7 +68,7 @@ def _would_replace(target: Path, replaced_input: str) -> LoraFxError:
 
 
 def check_replaceable(target: Path, new: Path | None, names: Collection[str] | None) -> None:
-    """Refuse to replace what is not of lora-fx's making.
+    """Refuse to replace files that lora-fx did not write.
 
     Args:
         target: An output that exists.
@@ -76,7 +76,7 @@ def check_replaceable(target: Path, new: Path | None, names: Collection[str] | N
         names: The files that a new folder will have, where that is known before it is written.
 
     Raises:
-        LoraFxError: Says what the output is.
+        LoraFxError: The output must not be replaced; says what it is.
     """
     is_link = target.is_symlink()
     if is_link and not target.exists():
@@ -84,7 +84,7 @@ def check_replaceable(target: Path, new: Path | None, names: Collection[str] | N
     mode = target.stat().st_mode
     replaces_folder = stat.S_ISDIR(mode)
     if target.name == ".git" or (replaces_folder and ".git" in os.listdir(target)):
-        raise LoraFxError(f"{target}: a git repository is not replaced", _MOVE_AWAY)
+        raise LoraFxError(f"{target}: lora-fx does not replace a git repository", _MOVE_AWAY)
     if not (replaces_folder or stat.S_ISREG(mode)):
         raise LoraFxError(f"{target}: not a regular file or folder", "choose another output")
     if new is not None:
@@ -96,7 +96,7 @@ def check_replaceable(target: Path, new: Path | None, names: Collection[str] | N
 
 
 def _check_both_folders_or_files(target: Path, replaces_folder: bool, is_folder: bool) -> None:
-    """Refuse a file in the place of a folder, and a folder in that of a file."""
+    """Refuse to replace a folder by a file, or a file by a folder."""
     if replaces_folder and not is_folder:
         raise LoraFxError(f"{target} is a folder, and a file would replace it", _MOVE_AWAY)
     if is_folder and not replaces_folder:
@@ -104,7 +104,7 @@ def _check_both_folders_or_files(target: Path, replaces_folder: bool, is_folder:
 
 
 def _check_file(target: Path, new: Path | None) -> None:
-    """Refuse a file of a kind that lora-fx does not write, or not in the place of this one.
+    """Refuse to replace a file that lora-fx does not write, or by a file of another kind.
 
     An empty file is replaced by any.
     """
@@ -117,7 +117,7 @@ def _check_file(target: Path, new: Path | None) -> None:
     if kind is not None and (new is None or new_kind == kind):
         return
 
-    reason = "it is no file that lora-fx writes"
+    reason = "lora-fx does not write files of this kind"
     if kind is not None:
         reason = f"it is {kind}"
     if new_kind is not None:
@@ -132,7 +132,8 @@ def _check_folder(target: Path, new: Path | None, names: Collection[str] | None)
     foreign = _foreign_files(target, names)
     if foreign:
         raise LoraFxError(
-            f"{target}: the folder holds more than lora-fx wrote: {some(foreign, 5)}", _MOVE_AWAY
+            f"{target}: the folder holds files that lora-fx did not write: {some(foreign, 5)}",
+            _MOVE_AWAY,
         )
 
 

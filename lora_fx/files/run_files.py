@@ -59,7 +59,7 @@ class Remembered:
     scratch: list[Path] = field(default_factory=list)
 
     def is_input(self, path: Path) -> bool:
-        """False for what the run itself writes, and for what lies in its temporary folders."""
+        """False for files that the run itself writes, and for its temporary folders."""
         if any(_TEMPORARY.search(name) for name in path.parts):
             return False
         places = {path, *path.parents}
@@ -100,7 +100,7 @@ def run_of_files() -> Remembered | None:
 
 
 def remember(*paths: str | os.PathLike[str]) -> None:
-    """Take files and folders for inputs of this run, where there is a run.
+    """Remember files and folders as inputs of this run, if there is a run.
 
     A path that names nothing is passed over. `open_input` remembers the files that it opens: this
     is for those that a library opens by their names.
@@ -125,7 +125,7 @@ def note_input(run: Remembered, path: str | os.PathLike[str], status: os.stat_re
 
 
 def _tensor_files(folder: Path) -> frozenset[str]:
-    """The names of a folder's files by which a reader knows its tensors."""
+    """The names of a folder's files that decide which tensors a reader finds."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -159,10 +159,10 @@ def check_unchanged() -> None:
         present = _tensor_files(folder)
         added = sorted(present - names)
         if added and run.is_input(folder / added[0]):
-            raise _changed(run.paths.get(folder, str(folder)), f"{added[0]!r} appeared in it")
+            raise _changed(run.paths.get(folder, str(folder)), f"{added[0]!r} was added")
         removed = sorted(names - present)
         if removed and run.is_input(folder / removed[0]):
-            raise _changed(run.paths.get(folder, str(folder)), f"{removed[0]!r} is gone")
+            raise _changed(run.paths.get(folder, str(folder)), f"{removed[0]!r} was removed")
 
 
 @contextlib.contextmanager
@@ -170,8 +170,8 @@ def naming_changes() -> Iterator[None]:
     """A block that computes with the numbers of inputs.
 
     Raises:
-        LoraFxError: The block raised one, and an input is another file by now: its numbers may have
-            been of both, so the change is named and not what was wrong with them.
+        LoraFxError: The block raised one, and an input has changed since. Its numbers may mix both
+            versions, so the error names the change instead.
     """
     try:
         yield
@@ -181,15 +181,15 @@ def naming_changes() -> Iterator[None]:
 
 
 def _difference(path: Path, before: FileState) -> str:
-    """How a file differs from its earlier state, for people; empty where it does not."""
+    """The difference of a file from its earlier state, for people; empty if there is none."""
     try:
         now = FileState.of(os.stat(path))
     except OSError:
-        return "it is gone"
+        return "it was removed"
     if now.inode != before.inode:
-        return "another file has its name"
+        return "another file has its name now"
     if now.size != before.size:
-        return f"it had {before.size} bytes, and has {now.size}"
+        return f"it had {before.size} bytes and now has {now.size}"
     if now.time != before.time:
         return "it was written to"
     return ""
@@ -199,12 +199,12 @@ def _changed(name: str, what: str) -> LoraFxError:
     """The error of an input that another program changed."""
     return LoraFxError(
         f"{name} changed while it was read: {what}; the output would be a mix of both",
-        "nothing was written: run this again when no other program writes the input",
+        "nothing was written; run this again when no other program writes the input",
     )
 
 
 def inputs_are_in_memory() -> None:
-    """Let the inputs of this run change from here on: none of them is read again."""
+    """Allow the inputs of this run to change from now on, because none is read again."""
     run = _run.get()
     if run is not None:
         run.states.clear()

@@ -1,4 +1,4 @@
-"""One safetensors file, read strictly and without reading its tensors.
+"""Read the header of a safetensors file strictly, without its tensors.
 
 A file is 8 bytes (little-endian length n), n bytes of JSON, then the data:
 https://github.com/huggingface/safetensors#format. Everything that a hostile or torn file can get
@@ -29,12 +29,12 @@ CONVERT = (
     "convert it to safetensors: safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
     "state_dict.items()}, 'model.safetensors')"
 )
-TRUST = f"--trust reads it by torch's unpickler that runs no code; or {CONVERT}"
+TRUST = f"--trust reads it with torch's unpickler that runs no code; or {CONVERT}"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: bytes start ≤ i < stop of `file`; dtype by numpy's name."""
+    """The place of a tensor: bytes start ≤ i < stop of `file`; dtype by numpy's name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorInfo:
 
 
 Tensors = Mapping[str, TensorInfo]
-"""Where the tensors of a file or of a whole checkpoint lie, by name."""
+"""The places of the tensors of a file or of a whole checkpoint, by name."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _of_pickle(file: Path) -> Header:
 
 
 def _length(head: bytes, size: int, file: Path) -> int:
-    """The length of the header's JSON in bytes, as the first 8 bytes of the file say."""
+    """The length of the header's JSON in bytes, from the first 8 bytes of the file."""
     length = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
@@ -147,7 +147,7 @@ def _length(head: bytes, size: int, file: Path) -> int:
         if head.startswith((b"PK", b"\x80")):  # only now: a header of 128 bytes begins so too
             raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", TRUST)
         raise LoraFxError(
-            f"{file}: its header would be {length} bytes; at most {MAX_JSON} are read",
+            f"{file}: its header has {length} bytes; expected at most {MAX_JSON}",
             "is this a safetensors file?",
         )
     if 8 + length > size:
@@ -169,7 +169,7 @@ def _open(file: Path, count: int) -> tuple[int, bytes]:
 
 
 def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    """Where the tensor of an entry of the header lies; the offsets count from `data_start`."""
+    """The place of a tensor from its header entry; the offsets count from `data_start`."""
     if not isinstance(entry, dict):
         raise _wrong(file, name, f"has {entry!r}", "expected dtype, shape and data_offsets")
     if set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -65,7 +65,7 @@ class Boundary:
     refused: list[BaseException] = field(default_factory=list)
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
-        """Raise where the block does not let an event happen."""
+        """Raise for an event that the block does not allow."""
         raise NotImplementedError
 
     def refuse(self, attempt: str, hint: str) -> None:
@@ -82,7 +82,7 @@ class Boundary:
 
 
 class _Sealed(Boundary):
-    """No network, no pickles, and no file beyond its folders and the installed libraries."""
+    """Allows no network, no pickles, and no file outside its folders and installed libraries."""
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         if event in LOOKUPS or event == HUB_CLIENT:
@@ -93,7 +93,7 @@ class _Sealed(Boundary):
                 self._refuse_host(address[0])
         elif event == "pickle.find_class":
             self.refuse(
-                f"opens a pickle that names {'.'.join(map(str, args))}, which could run code",
+                f"opens a pickle that uses {'.'.join(map(str, args))}, which could run code",
                 "get the weights as safetensors",
             )
         elif event == TORCH_LOAD:
@@ -104,19 +104,21 @@ class _Sealed(Boundary):
                 self._check_open(path)
 
     def _refuse_host(self, host: object) -> None:
-        """Raise where a host is asked."""
+        """Raise for a request to a host."""
         self.refuse(
-            f"asks the network ({one_line(host, 80)}), and only an argument hf:… does that",
-            "does config.json name another model? file.py:FACTORY may load what it likes",
+            f"uses the network ({one_line(host, 80)}), which is allowed only for an argument hf:…",
+            "check whether config.json names another model; file.py:FACTORY may load anything",
         )
 
     def _check_open(self, path: str) -> None:
-        """Raise where a file is opened that is neither the block's nor a library's."""
+        """Raise for an opened file that belongs neither to the block nor to a library."""
         real = os.path.realpath(path)
         if self._may_touch(path) or any(_is_below(real, root) for root in self._libraries):
             return
         # Libraries go on without a file that they may not read, such as a cache of theirs.
-        error = PermissionError(errno.EACCES, f"{self.what}: a file of another place", path)
+        error = PermissionError(
+            errno.EACCES, f"{self.what}: a file outside of the model's folder", path
+        )
         self.refused.append(error)
         raise error
 
@@ -132,7 +134,7 @@ class _Sealed(Boundary):
 
 
 class _Confined(Boundary):
-    """No change on disk beyond its folders."""
+    """Allows no change on disk outside its folders."""
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -156,8 +158,8 @@ class _Confined(Boundary):
         """Raise where what is changed, by a path that is named, lies beyond the folders."""
         if not self._may_touch(changed):
             self.refuse(
-                f"would write {path}, which is beyond its part of the cache",
-                "do not use the server that it comes from",
+                f"would write {path}, which is outside of its part of the cache",
+                "do not use this server",
             )
 
     def _may_make(self, folder: str) -> bool:
@@ -285,8 +287,9 @@ def _bounded(boundary: Boundary) -> Iterator[Boundary]:
         if isinstance(refused, LoraFxError):
             raise LoraFxError(refused.message, refused.hint) from error
         raise LoraFxError(
-            f"{boundary.what} opens {getattr(refused, 'filename', None)}, no file of this model",
-            "does config.json name another model or a path?",
+            f"{boundary.what} opens {getattr(refused, 'filename', None)}, which is outside of the "
+            "model",
+            "check whether config.json names another model or a path",
         ) from error
     finally:
         _boundary.reset(token)

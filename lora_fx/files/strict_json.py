@@ -87,7 +87,7 @@ def _object_without_repeated_keys(pairs: list[tuple[str, object]]) -> Json:
         return result
     counts = Counter(key for key, _ in pairs)
     repeated = next(key for key, count in counts.items() if count > 1)
-    raise ValueError(f"key {one_line(repr(repeated), 80)} is there twice")
+    raise ValueError(f"key {one_line(repr(repeated), 80)} appears twice")
 
 
 def _refuse_constant(name: str) -> None:
@@ -98,7 +98,7 @@ def _refuse_constant(name: str) -> None:
 def _size(digits: str) -> int | float:
     """A whole number that may be a size."""
     if digits == "-0":
-        raise ValueError("-0 is no size")
+        raise ValueError("-0 is not a size")
     return _integer(digits)
 
 
@@ -126,7 +126,7 @@ def json_object(
     """A JSON object; see json_value.
 
     Raises:
-        LoraFxError: It is no JSON, or no object.
+        LoraFxError: The text is not JSON, or not an object.
     """
     value = json_value(raw, where, sizes=sizes, constants=constants, hint=hint)
     if not isinstance(value, dict):

@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
         code = _CODES.get(array.dtype)
         if code is None:
             raise LoraFxError(
-                f"tensor {name!r} has dtype {array.dtype}", f"cast to {', '.join(_PLAIN)}"
+                f"tensor {name!r} has dtype {array.dtype}", f"cast it to one of {', '.join(_PLAIN)}"
             )
         offsets = [offset, offset + array.nbytes]
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
@@ -87,28 +87,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             raise LoraFxError(
                 f"{path}: tensor {name!r} has dtype {DTYPES[info.dtype].code}; expected "
                 f"{', '.join(_PLAIN)}",
-                "quantised adapters are not supported; save it in a float dtype",
+                "save the adapter in a float dtype; quantised adapters are not supported",
             )
     return {name: stored(info) for name, info in header.tensors.items()}, dict(header.metadata)
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Raise with the right hint for files that are something else, by their first bytes."""
+    """Raise for files of other kinds, from their first bytes, with a matching hint."""
     head = first_bytes(path)
     # First, because the length of a header may begin with any byte, a pickle's included.
     if may_be_safetensors(head) or (trusted() and is_pickle(head)):
         return
     if is_pickle(head):
-        raise LoraFxError(
-            f"{path}: a pickle; expected safetensors. Unpickling can run any code", TRUST
-        )
+        raise LoraFxError(f"{path}: a pickle, which can run any code; expected safetensors", TRUST)
     endings = ".safetensors"
     adapters = adapter_files()
     if adapters is not None:
         ending = adapters.ending_by_magic(head)
         if ending:
             raise LoraFxError(
-                f"{path}: begins as a {ending} file, which this reader does not take",
+                f"{path}: this is a {ending} file, which cannot be read here",
                 "use the safetensors adapter that it was made from",
             )
         endings = ", ".join(adapters.suffixes())

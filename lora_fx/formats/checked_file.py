@@ -73,7 +73,7 @@ class File:
             )
 
     def alpha(self, name: str, array: Array | None) -> float | None:
-        """The number in an alpha tensor; None where there is none, which means alpha = rank.
+        """The number in an alpha tensor; None without a tensor, which means alpha = rank.
 
         Raises:
             LoraFxError: Not one finite number, or 0: that is rank to its trainers (kohya, LyCORIS)
@@ -88,7 +88,8 @@ class File:
             raise self.error(
                 name,
                 f"is {value:g}; expected a finite number that is not 0",
-                "some readers take 0 as the rank and some as no effect; write the number you mean",
+                "some readers read 0 as the rank and others as no effect; write the intended "
+                "number",
             )
         return value
 
@@ -98,15 +99,16 @@ class File:
         split: Callable[[str], tuple[str, str] | None],
         unknown: Callable[[str], LoraFxError],
     ) -> dict[str, dict[str, Array]]:
-        """The tensors of each module by the ends of their names, {module: {end: tensor}}.
+        """Group tensors by module and by the end of their names: {module: {end: tensor}}.
 
         Args:
             tensors: By the names of the file.
-            split: Name → (module, end); None for a name of another kind of file.
-            unknown: Such a name → the error.
+            split: Name → (module, end); None for a name that this kind of file does not have.
+            unknown: A name for which `split` is None → the error.
 
         Raises:
-            LoraFxError: A name of another kind of file, or two tensors of one module and end.
+            LoraFxError: A name that this kind of file does not have, or two tensors with one module
+                and end.
         """
         modules: dict[str, dict[str, Array]] = {}
         for name, array in tensors.items():

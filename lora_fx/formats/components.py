@@ -21,7 +21,7 @@ from lora_fx.files.checkpoint import tensors
 
 @dataclass(frozen=True)
 class Component:
-    """How files name one component.
+    """The names of one component in files.
 
     Attributes:
         prefixes: Kohya's, which has "_" for ".".

@@ -32,7 +32,7 @@ _WIDEST = 8
 
 
 def look(path: Path) -> FileHead:
-    """See a file.
+    """Read the head of a file.
 
     Raises:
         LoraFxError: A pickle, a Git LFS pointer, no file of any format, or a damaged one.
@@ -73,13 +73,13 @@ def format_in(path: Path, seen: FileHead) -> Format:
         return detecting[0]
     if detecting:
         names = " or ".join(format.name for format in detecting)
-        raise _unclear(path, seen, f"could be {names}")
+        raise _unclear(path, seen, f"the format is ambiguous, {names}")
     for format in FORMATS.importable():
         if format.resembles(seen):
             return format
     for error in FORMATS.failures():  # of a format that might have known it
         raise error
-    raise _unclear(path, seen, "no adapter that is known")
+    raise _unclear(path, seen, "not an adapter in a known format")
 
 
 def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
@@ -91,7 +91,7 @@ def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
 
 
 def format_of(path: str | Path) -> str:
-    """The format of an adapter that is there, by its content; raises as load_adapter does."""
+    """The format of an adapter, from its content; raises as load_adapter does."""
     path = tensor_file(Path(path))
     if path.suffix == ".onnx":
         return "onnx"
@@ -99,7 +99,7 @@ def format_of(path: str | Path) -> str:
 
 
 def format_for(path: str | Path) -> str:
-    """The format that an output's name asks for, where only one would be called so.
+    """The format for an output's name, if only one format uses such names.
 
     >>> format_for("x.onnx_adapter"), format_for("folder")
     ('onnx_adapter', 'peft')
@@ -118,8 +118,8 @@ def format_for(path: str | Path) -> str:
             return called_so[0].name
     if is_shared or path.suffix in NO_OUTPUT:
         raise LoraFxError(
-            f"{path}: the name does not tell the format",
-            f"--format: {', '.join(FORMATS.writers())}",
+            f"{path}: the file name does not determine the format",
+            f"pass --format with one of {', '.join(FORMATS.writers())}",
         )
     for error in FORMATS.failures():
         raise error
@@ -127,7 +127,7 @@ def format_for(path: str | Path) -> str:
 
 
 def tensor_file(path: Path) -> Path:
-    """The one tensor file of an adapter; a pickle where there is no other."""
+    """The one file with an adapter's tensors; a pickle only if there is no other."""
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
     if path.is_file():
@@ -143,13 +143,13 @@ def tensor_file(path: Path) -> Path:
 
 
 def _hint_for_folder(path: Path, weights: str) -> str:
-    """The hint about a folder without an adapter: a file that may be one, or its folders."""
+    """The hint for a folder without an adapter: names a file or folders that may have one."""
     files = sorted(path.glob("*.safetensors"))
     if files:
-        return f"name the file that is one: {files[0]}"
+        return f"give the adapter's file: {files[0]}"
     folders = sorted(file.parent.name for file in path.glob(f"*/{weights}"))
     if folders:
-        return f"adapters lie in its folders {', '.join(folders[:5])}"
+        return f"give one of its folders with an adapter: {', '.join(folders[:5])}"
     return "is it an adapter?"
 
 
@@ -170,7 +170,7 @@ def _lies_beside(path: Path) -> bool:
 
 
 def is_adapter(path: str | PathLike[str]) -> bool:
-    """True for what load_adapter would read: decided by files and headers, not by names."""
+    """Whether load_adapter would read a path; decided from files and headers, not from names."""
     path = Path(path)
     if path.is_dir():
         return any(_has_file_of(path, formats) for formats in FORMATS.in_turn())
@@ -195,14 +195,14 @@ def check_elements(path: str | PathLike[str], most: int) -> None:
     head = look(Path(path))
     if head.elements > most:
         raise LoraFxError(
-            f"{fspath(path)}: its tensors have {head.elements} elements; at most {most} are read "
-            "for this base, twice as many as that has",
+            f"{fspath(path)}: its tensors have {head.elements} elements; expected at most {most}, "
+            "twice the elements of this base",
             "is it an adapter of this model?",
         )
     size = os.stat(path).st_size
     if not head.names and size > _LARGE + _WIDEST * most:  # a header that only its format reads
         raise LoraFxError(
-            f"{fspath(path)}: it has {size} bytes; at most {most} elements are read for this base, "
-            "twice as many as that has",
+            f"{fspath(path)}: {size} bytes; expected at most {most} elements, twice the elements "
+            "of this base",
             "is it an adapter of this model?",
         )

@@ -97,7 +97,7 @@ def read(path: str | Path) -> Adapter:
         path = path / WEIGHTS
     stored, header = read_tensors(path)
     file = File(str(path))
-    what = "is not a name that diffusers gives; expected X.lora_A.weight, X.lora_B.weight …"
+    what = "is not a name that diffusers writes; expected X.lora_A.weight, X.lora_B.weight …"
     unknown = partial(file.error, what=what, hint="was the file edited?")
     configs = _Configs(header, file)
     entries: dict[str, Entry] = {}
@@ -178,7 +178,7 @@ def _entries(module: str, tensors: Arrays, configs: _Configs, file: File) -> dic
 def _alpha_and_variant(
     module: str, tensors: Arrays, configs: _Configs, file: File, *, rank: int
 ) -> tuple[float, str]:
-    """Alpha by the tensor or the header, else the rank; and lora or rslora.
+    """(alpha, variant) of a module; alpha comes from the tensor or the header, else is the rank.
 
     Raises:
         LoraFxError: The two are there and differ.
@@ -232,7 +232,9 @@ class _Configs:
         if not start and config.get("use_bdlora"):
             start = "BD-LoRA"
         if start:
-            raise LoraFxError(f"{where}: its start is {start!r}; expected plain LoRA", MERGE)
+            raise LoraFxError(
+                f"{where}: the adapter was initialised with {start!r}; expected plain LoRA", MERGE
+            )
 
     def of(self, module: str, rank: int) -> tuple[float | None, str]:
         """(alpha, variant) of one module; no alpha where the header has no config of it."""
@@ -268,7 +270,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """Write one .safetensors file; returns notes on what other readers will not see.
 
     Raises:
-        LoraFxError: A key whose component is not known, or what the format cannot say, by key:
+        LoraFxError: A key without a known component, or an update that the format cannot store:
             whole tensors, embeddings, parts of a tensor, stacks, LoHa, LoKr.
     """
     tensors: dict[str, Array] = {}
@@ -296,8 +298,8 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     notes = turned_notes(adapter, "diffusers")
     if any(update.scale != 1.0 for update in adapter.lowrank.values()):
         notes.append(
-            "alpha stands in the header, as lora_adapter_metadata: diffusers reads it since 2025; "
-            "readers that do not take alpha = rank"
+            "alpha is in the header (lora_adapter_metadata), which diffusers reads since 2025; "
+            "older readers use alpha = rank"
         )
     header = {
         "format": "pt",
@@ -309,7 +311,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
 
 
 def _component_and_module(key: str, form: PeftForm) -> tuple[str, str]:
-    """The component of an update, named or the only one with such a module; and the module in it.
+    """(component, module) of an update; the component is named, or is the only one with the module.
 
     Raises:
         LoraFxError: It may be of several components.
@@ -318,7 +320,9 @@ def _component_and_module(key: str, form: PeftForm) -> tuple[str, str]:
     component = component or guess_component(form.module)
     if not component:
         starts = ", ".join(f"{name}." for name in COMPONENTS)
-        raise _refused(key, "no component is named", f"put one before the keys: {starts}")
+        raise _refused(
+            key, "its key names no component", f"start the keys with a component: {starts}"
+        )
     return component, module
 
 
@@ -329,7 +333,7 @@ def _config(component: str, updates: dict[str, LowRank]) -> Json:
     if len(variants) > 1 or len(with_magnitude) > 1 or not variants <= {"lora", "rslora"}:
         dora = ", with and without DoRA" if len(with_magnitude) > 1 else ""
         raise LoraFxError(
-            f"the updates of {component} are of several variants "
+            f"the updates of {component} have several variants "
             f"({', '.join(sorted(variants))}{dora}); expected one",
             "save them as two adapters",
         )

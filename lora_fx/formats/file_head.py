@@ -11,7 +11,7 @@ from lora_fx.formats.format import FileHead
 
 
 def tensors_head(path: Path) -> FileHead:
-    """See a safetensors file, or a pickle within `trusting`.
+    """Read the head of a safetensors file, or of a pickle within `trusting`.
 
     Raises:
         LoraFxError: A pickle, a Git LFS pointer, no safetensors file, or a damaged one.

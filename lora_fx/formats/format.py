@@ -1,4 +1,4 @@
-"""Format: what a kind of adapter file says of itself, and how it is read and written.
+"""Format: the properties of a kind of adapter file, and how to read and write it.
 
 Whoever adds a format writes one object of this protocol. Nothing outside it knows its name: the
 registry (`lora_fx.formats.registry`) lists the formats, and `load_adapter`, `save_adapter`,
@@ -21,7 +21,7 @@ HEAD = 64
 
 @dataclass(frozen=True)
 class Magic:
-    """The bytes by which every file of a format is known.
+    """The bytes that every file of a format has at a fixed place.
 
     Attributes:
         text: The bytes.
@@ -59,7 +59,7 @@ class FileHead:
 
 
 class Format(Protocol):
-    """One kind of adapter file. Subclass it and make one object: what has a default may stay out.
+    """One kind of adapter file. Subclass it and make one object; defaults are optional.
 
     Attributes:
         name: What `--format` and `save_adapter(format=…)` call it.
@@ -99,7 +99,7 @@ class Format(Protocol):
     sole_suffix: bool = False
 
     def detect(self, seen: FileHead) -> bool:
-        """Whether a file is of this format, told by its content and never by its name.
+        """Whether a file is of this format, decided from its content and never from its name.
 
         It is asked of files with the magic, or of safetensors files where the format has none; one
         of another package, only of files that no format of lora-fx's own knows. Two formats that
@@ -149,9 +149,11 @@ class Format(Protocol):
             Notes: what other readers of the format will not see.
 
         Raises:
-            LoraFxError: Names the key of an update that the format cannot say.
+            LoraFxError: The format cannot store an update; the message names its key.
         """
-        raise LoraFxError(f"format {self.name} is only read", "choose another --format")
+        raise LoraFxError(
+            f"lora-fx reads format {self.name} but does not write it", "choose another --format"
+        )
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
         """Write a file for one switchable .onnx file, with the names and shapes of its inputs.
@@ -161,4 +163,6 @@ class Format(Protocol):
             adapter: What `write` takes.
             path: The new file.
         """
-        raise LoraFxError(f"format {self.name} has no files for one graph", "leave --for out")
+        raise LoraFxError(
+            f"format {self.name} cannot be written for one .onnx file", "leave --for out"
+        )

@@ -87,15 +87,18 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
     calls = itertools.count()
 
     class Strict(gguf.GGUFReader):  # type: ignore[misc, name-defined]
-        """The package's goes on behind the end of a file, and through any number of values."""
+        """The package's reader has no limits; this one stops at the end and after many values."""
 
         def _get(self, offset: int, dtype: type, count: int = 1, *order: str, **more: str) -> Array:
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
             if next(calls) > _MOST_VALUES:
-                what = f"its header has more than {_MOST_VALUES} values; expected an adapter's"
-                raise LoraFxError(f"{file.name}: {what}", "a GGUF file of a model is no adapter")
+                what = (
+                    f"its header has more than {_MOST_VALUES} values; expected the header of an "
+                    "adapter"
+                )
+                raise LoraFxError(f"{file.name}: {what}", "give a GGUF adapter, not a GGUF model")
             if end > self.data.size:
-                raise ValueError(f"byte {end} is needed, and there are {self.data.size}")
+                raise ValueError(f"byte {end} is needed, but the file has {self.data.size}")
             value: Array = super()._get(offset, dtype, count, *order, **more)
             return value
 
@@ -107,7 +110,7 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
         kind = (fields.get("general.type"), fields.get("adapter.type"))
         if kind != ("adapter", "lora"):
             what = f"and adapter.type are {kind}; expected adapter and lora"
-            raise file.error("general.type", what, "a GGUF file of a model is no adapter")
+            raise file.error("general.type", what, "give a GGUF adapter, not a GGUF model")
         _check_places(reader)
         tensors = {
             tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -115,7 +118,7 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
         }
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         why = f"{type(error).__name__} {one_line(error)}"
-        raise LoraFxError(f"{file.name}: no GGUF adapter that can be read: {why}", AGAIN) from error
+        raise LoraFxError(f"{file.name}: the GGUF adapter cannot be read: {why}", AGAIN) from error
     coded_types = {tensor.tensor_type.name for tensor in reader.tensors} - _UNCODED
     if coded_types:
         types = ", ".join(sorted(coded_types))
@@ -135,7 +138,7 @@ def _check_places(reader: Any) -> None:
         if start != tensor.data_offset or elements != tensor.n_elements:
             raise ValueError(f"the size or the offset of {tensor.name!r} is over 64 bits")
         if start < end_so_far:
-            raise ValueError(f"{tensor.name!r} and {previous} share their bytes")
+            raise ValueError(f"{tensor.name!r} and {previous} overlap")
         end_so_far = start + int(tensor.n_bytes)
         previous = repr(tensor.name)
 
@@ -161,7 +164,10 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
     names = _names_for(fields, base, file)
     alora = "adapter.alora.invocation_tokens"
     if alora in fields:
-        what = "makes it an aLoRA, which acts from those tokens on: no weight has its change"
+        what = (
+            "makes it an aLoRA, which acts only after those tokens and cannot be folded into a "
+            "weight"
+        )
         raise file.error(alora, what, "use it in llama.cpp")
 
     entries: dict[str, Entry] = {}
@@ -172,7 +178,7 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
             continue
         b = tensors.get(f"{stem}.lora_b")
         if b is None or half not in ("a", "b") or f"{stem}.lora_a" not in tensors:
-            raise file.error(name, "is no half of a pair X.lora_a, X.lora_b")
+            raise file.error(name, "is not half of a pair X.lora_a, X.lora_b")
         if half == "b":
             continue  # read with its a
         for key, update in _updates(stem, (tensor, b), alpha, names, file).items():
@@ -183,12 +189,12 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
 
 
 def _names_for(fields: Json, base: StrPath | None, file: File) -> LlamaCppNames:
-    """The names of the base, or those that the file's header tells; raises where they differ."""
+    """The names of the base, or of the file's header; raises if the architectures differ."""
     architecture = str(fields.get("general.architecture"))
     heads = {name: fields.get(f"{architecture}.attention.{field}") for name, field in HEADS.items()}
     names = names_of_base(base) or names_of_architecture(architecture, heads, file.name)
     if names.architecture != architecture:
-        what = f"is {architecture!r}; {names.where} is of {names.architecture!r}"
+        what = f"is {architecture!r}, but {names.where} has {names.architecture!r}"
         raise file.error("general.architecture", what, "is it the adapter of this model?")
     return names
 
@@ -208,7 +214,7 @@ def _updates(
 
     module = _module_of_layer(stem, names)
     if not module:
-        raise file.error(stem, f"is no matrix of {names.architecture} that is known here")
+        raise file.error(stem, f"is not a known matrix of {names.architecture}")
     is_stack = ".experts." in module
     _check_shapes(stem, pair, (a, b), 3 if is_stack else 2, file)
     alpha = alpha or float(b.shape[-1])
@@ -228,7 +234,7 @@ def _module_outside_layers(stem: str) -> str:
 
 
 def _module_of_layer(stem: str, names: LlamaCppNames) -> str:
-    """Hugging Face's module of a tensor blk.N.…; empty where it is none that is known."""
+    """Hugging Face's module of a tensor blk.N.…; empty if it is unknown."""
     block, _, name_in_layer = stem.removeprefix("blk.").partition(".")
     if not stem.startswith("blk.") or not _BLOCK.fullmatch(block):
         return ""
@@ -239,14 +245,16 @@ def _module_of_layer(stem: str, names: LlamaCppNames) -> str:
 
 
 def _check_shapes(stem: str, stored: Factors, pair: Factors, axes: int, file: File) -> None:
-    """Raise for A and B, as stored and the right way round, that are no pair of so many axes."""
+    """Raise for A and B, as stored and transposed, that do not have the expected axes."""
     a, b = pair
     has_axes = a.ndim == b.ndim == axes
     if has_axes and a.shape[:-2] == b.shape[:-2] and a.shape[-2] == b.shape[-1]:
         return
     stored_a, stored_b = stored
     shapes = f"lora_a {list(stored_a.shape)} and lora_b {list(stored_b.shape)}"
-    raise file.error(stem, f"has {shapes}; expected [r, in] and [out, r], E before of experts")
+    raise file.error(
+        stem, f"has {shapes}; expected [r, in] and [out, r], for experts with a first axis E"
+    )
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
     if names is None:
         what = f"{base} has no config.json" if base else "no base is given"
         hint = "give the folder of the base model: --base"
-        raise LoraFxError(f"GGUF's names are those of the base's architecture; {what}", hint)
+        raise LoraFxError(f"GGUF names depend on the base's architecture, but {what}", hint)
     file = File("the adapter")
     updates = {key: _plain(key, entry, names) for key, entry in adapter.entries.items()}
     alphas = {key: update.scale * update.rank for key, update in updates.items()}
@@ -297,7 +305,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
             first = pieces.setdefault(piece.tensor, {}).setdefault(piece.expert, piece)
             if first.key != key:
                 raise _refused(
-                    key, f"{piece.tensor} has a second update", "one tensor has one update"
+                    key, f"{piece.tensor} has a second update", "merge the two updates first"
                 )
 
     tensors: dict[str, Array] = {}
@@ -317,8 +325,8 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
     if not scaled:
         return ()
     return (
-        f"a GGUF adapter has one alpha in fp32, {alpha!r}: the scales of "
-        f"{counted(scaled, 'update')} of another are multiplied into B",
+        f"a GGUF adapter has one alpha in fp32, here {alpha!r}: the scales of "
+        f"{counted(scaled, 'update')} with another alpha are multiplied into B",
     )
 
 
@@ -336,7 +344,7 @@ def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.origin.kernel or entry.use or "@" in key or key.endswith("]"):
-        raise _refused(key, "it is of a convolution, or of a part or one use of the tensor")
+        raise _refused(key, "it is for a convolution, or for a part or one use of a tensor")
     if key in (f"{HEAD}.weight", f"{TABLE}.weight"):
         is_tied_model = names.config.get("tie_word_embeddings") or "gemma" in names.architecture
         if is_tied_model or entry.origin.tied:
@@ -407,15 +415,14 @@ def _stacked(name: str, by_expert: Mapping[int, _Piece], names: LlamaCppNames) -
     count = experts_of(names.config) or max(by_expert) + 1
     key = next(iter(by_expert.values())).key
     if len(by_expert) != count or max(by_expert) != count - 1:
-        raise _refused(
-            key, f"{name} is one tensor of {count} experts; {len(by_expert)} have updates"
-        )
+        found = f"{len(by_expert)} updates, the last of expert {max(by_expert)}"
+        raise _refused(key, f"{name} needs updates of the experts 0 to {count - 1}; found {found}")
     pieces = [by_expert[expert] for expert in range(count)]
     try:
         a = np.stack([piece.a for piece in pieces])
         b = np.stack([piece.b for piece in pieces])
     except ValueError as error:
-        raise _refused(key, f"the experts of {name} have several ranks or shapes") from error
+        raise _refused(key, f"the experts of {name} have different ranks or shapes") from error
     return a, b
 
 
@@ -446,7 +453,7 @@ class GgufAdapter(Format):
     takes_base = True
 
     def is_adapter(self, head: bytes) -> bool:
-        """Whether general.type says so, and not a model."""
+        """Whether general.type is an adapter, and not a model."""
         return re.search(rb"(?s)general\.type.{12}adapter", head) is not None
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:

@@ -46,13 +46,13 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
 
 
 def metadata_text(metadata: JsonView) -> str:
-    """Metadata as a file's header holds it; raises LoraFxError where it is no JSON."""
+    """Metadata as text for a file's header; raises LoraFxError if it cannot be JSON."""
     try:
         return json.dumps(metadata, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise LoraFxError(
-            f"the adapter's metadata is no JSON: {one_line(error)}",
-            "keep texts, numbers, lists and objects there",
+            f"the adapter's metadata cannot be written as JSON: {one_line(error)}",
+            "use only texts, numbers, lists and objects in metadata",
         ) from error
 
 
@@ -65,7 +65,7 @@ def restore(
         The entries, the metadata that was written, and True when no key is the file's own name.
 
     Raises:
-        LoraFxError: The JSON is damaged, or says something else than the tensors.
+        LoraFxError: The JSON is damaged, or contradicts the tensors.
     """
     if FIELD not in header:
         return dict(entries), {}, False
@@ -79,13 +79,13 @@ def restore(
             row = rows.get(name)
             key = name if row is None else str(row["key"])
             if key in restored:
-                raise ValueError(f"{key!r} is there twice")
+                raise ValueError(f"{key!r} appears twice")
             restored[key] = entry if row is None else _restored(entry, row)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LoraFxError(
             f"{file}: metadata {FIELD} does not fit the tensors: "
             f"{type(error).__name__} {one_line(error)}",
-            f"the file was edited; convert it again, or take {FIELD} out of its header",
+            f"the file was edited; convert it again, or remove {FIELD} from its header",
         ) from error
     return restored, metadata, all(name in rows for name in entries)
 
@@ -100,12 +100,10 @@ def _restored(entry: Entry, row: JsonView) -> Entry:
     restored = from_json(entry, row)
     if not math.isclose(restored.scale, entry.scale, rel_tol=1e-6):
         raise ValueError(
-            f"{row['key']!r} has scale {entry.scale:g}, and {restored.scale:g} by the JSON"
+            f"{row['key']!r} has scale {entry.scale:g}, but {restored.scale:g} in the JSON"
         )
     if not holds(restored.layout, restored.shape):
-        raise ValueError(
-            f"{row['key']!r} is {list(restored.shape)}, which its layout does not hold"
-        )
+        raise ValueError(f"{row['key']!r} is {list(restored.shape)}, which does not fit its layout")
     return restored
 
 

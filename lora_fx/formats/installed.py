@@ -4,7 +4,7 @@
     mine = "my_package.my_module:MINE"              the format's name, and its object
 
 Such a package is code that the user installed, and it runs with the user's rights. Its module is
-imported when a format has to be known, and not before. What it raises is one line that names it.
+imported only when lora-fx needs the format. Its errors become one line that names the package.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def two_of_one_name(name: str, package: str, other: str) -> LoraFxError:
     first, second = sorted((package, other), key=lambda name: (name != "lora-fx", name))
     return LoraFxError(
         f"the packages {first} and {second} both have an adapter format {name!r}",
-        f"pip uninstall {second}, or ask its authors for another name",
+        f"pip uninstall {second}, or ask its authors to rename the format",
     )
 
 
@@ -90,7 +90,7 @@ def load(point: EntryPoint) -> InstalledFormat:
     """Import the format of an entry point.
 
     Raises:
-        LoraFxError: It cannot be imported, or is no Format: the format and its package are named.
+        LoraFxError: It cannot be imported, or is not a Format; names the format and its package.
     """
     what = f"the adapter format {point.name!r} of the package {package_of(point)}"
     hint = f"update the package, or pip uninstall {package_of(point)}"
@@ -101,7 +101,9 @@ def load(point: EntryPoint) -> InstalledFormat:
         why = one_line(f"{type(error).__name__}: {error}", 200)
         raise LoraFxError(f"{what} cannot be imported: {why}", hint) from error
     if fault:
-        raise LoraFxError(f"{what} is no Format: {fault}", f"{hint}; passes/README.md says how")
+        raise LoraFxError(
+            f"{what} is not a Format: {fault}", f"{hint}; passes/README.md describes a Format"
+        )
     return InstalledFormat(loaded, package_of(point))
 
 
@@ -116,15 +118,22 @@ def _fault(name: str, loaded: Format) -> str:
     if no_methods:
         return f"its {some(no_methods, 5)} cannot be called"
     if loaded.name != name or not _NAME.fullmatch(name):
-        return f"its name is {loaded.name!r}; expected {name!r}, in small letters, digits and -_.+"
+        return (
+            f"its name is {loaded.name!r}; expected {name!r}, in lower-case letters, digits and "
+            "-_.+"
+        )
     if not _are_texts(loaded.suffixes) or not (loaded.suffixes or loaded.folder_files):
-        return f"its suffixes are {loaded.suffixes!r}; expected a tuple of endings"
+        return f"its suffixes are {loaded.suffixes!r}; expected a tuple of file suffixes"
     for suffix in loaded.suffixes:
         if not re.fullmatch(r"\.\w+", suffix) or suffix in OTHER_FILES:
-            return f"one of its suffixes is {suffix!r}; expected an ending that no model has"
+            return (
+                f"one of its suffixes is {suffix!r}; expected a suffix that model files do not use"
+            )
     for names in (loaded.folder_files, loaded.pickles):
         if not _are_texts(names) or any(Path(n).name != n for n in names):
-            return f"its files of a folder are {names!r}; expected a tuple of names without '/'"
+            return (
+                f"its file names of a folder are {names!r}; expected a tuple of names without '/'"
+            )
     return _fault_of_magic(loaded.magic)
 
 
@@ -134,9 +143,9 @@ def _fault_of_magic(magic: object) -> str:
     if not isinstance(magic, Magic) or not isinstance(magic.text, bytes):
         return f"its magic is {magic!r}; expected a Magic, or None for safetensors files"
     if not magic.text or not 0 <= magic.start <= HEAD - len(magic.text):
-        return f"its magic is {magic!r}; expected some of the first {HEAD} bytes"
+        return f"its magic is {magic!r}; expected bytes within the first {HEAD} bytes"
     if not magic.start and magic.text.startswith(b"\x80"):
-        return f"its magic is {magic!r}, and so begin pickles, which no format gets"
+        return f"its magic is {magic!r}, which begins pickles; no format may read pickles"
     return ""
 
 
@@ -145,7 +154,7 @@ def _are_texts(value: object) -> bool:
 
 
 class InstalledFormat(Format):
-    """A format of another package: what it raises, and a result that is none, are one line.
+    """A format of another package, whose errors and wrong results become one-line errors.
 
     Attributes:
         package: The name of the package.
@@ -169,17 +178,17 @@ class InstalledFormat(Format):
 
     def detect(self, seen: FileHead) -> bool:
         """Whether a file is of this format."""
-        with self._retold("cannot tell its files"):
+        with self._retold("cannot recognise its files"):
             return bool(self._inner.detect(seen))
 
     def resembles(self, seen: FileHead) -> bool:
-        """Whether a file is one of these that lacks something."""
-        with self._retold("cannot tell its files"):
+        """Whether a file is of this format, but incomplete."""
+        with self._retold("cannot recognise its files"):
             return bool(self._inner.resembles(seen))
 
     def is_adapter(self, head: bytes) -> bool:
         """Whether a file with the magic is an adapter."""
-        with self._retold("cannot tell its files"):
+        with self._retold("cannot recognise its files"):
             return bool(self._inner.is_adapter(head))
 
     def read(self, path: Path, base: Path | None = None) -> Adapter:
@@ -187,7 +196,7 @@ class InstalledFormat(Format):
         with self._retold("cannot read it", f"{path}: "):
             adapter = self._inner.read(path, base)
             if not isinstance(adapter, Adapter):
-                read = f"read a {type(adapter).__name__}, which is no Adapter"
+                read = f"returned a {type(adapter).__name__}; expected an Adapter"
                 raise self._error(f"{path}: ", read)
             self._check_texts(f"{path}: ", adapter)
             for key, entry in adapter.entries.items():
@@ -211,15 +220,15 @@ class InstalledFormat(Format):
         return f"the adapter format {self.name!r} of the package {self.package}"
 
     def _written(self, path: Path, notes: object) -> tuple[str, ...]:
-        """The notes of a writing, where there is something at the path, and no link."""
+        """The notes of a writer; raises if it wrote nothing, or a link."""
         if not path.exists() or path.is_symlink():
             raise self._error(f"{path.name}: ", "wrote nothing")
         if not isinstance(notes, (tuple, list)):
-            raise self._error(f"{path.name}: ", f"returned {type(notes).__name__}, and no notes")
+            raise self._error(f"{path.name}: ", f"returned {type(notes).__name__}; expected notes")
         return tuple(map(str, notes))
 
     def _check_texts(self, where: str, adapter: Adapter) -> None:
-        """Raise for keys that are no names, and for notes that nobody can print."""
+        """Raise for keys that are not names, and for notes that are not texts."""
         if not isinstance(adapter.entries, Mapping):
             read = type(adapter.entries).__name__
             raise self._error(where, f"read entries of type {read}; expected a mapping")
@@ -231,7 +240,7 @@ class InstalledFormat(Format):
             raise self._error(where, f"read {notes!r} as notes; expected a list of texts")
 
     def _check(self, where: str, entry: object) -> None:
-        """Raise for an entry that is no update, or holds numbers that are none."""
+        """Raise for an entry that is not an update, or does not hold numbers."""
         if not isinstance(entry, get_args(Entry)):
             raise LoraFxError(
                 f"{where} is of type {type(entry).__name__}; expected a LowRank, a Full or another "
@@ -276,7 +285,7 @@ class InstalledFormat(Format):
 
     @property
     def _hint(self) -> str:
-        return f"is the file good? then report it to the authors of {self.package}"
+        return f"if the file is valid, report this to the authors of {self.package}"
 
     def _error(self, where: str, what: str) -> LoraFxError:
         return LoraFxError(f"{where}{self} {what}", self._hint)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.variant import is_lora_or_dora, variant_of
 from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
@@ -34,6 +34,7 @@ from lora_fx.formats.format import Format as AdapterFormat
 from lora_fx.formats.installed import InstalledFormat
 from lora_fx.formats.naming import ForeignNames, one_model
 from lora_fx.formats.registry import FORMATS, FormatName
+from lora_fx.formats.unsupported import refused
 
 __all__ = [
     "FORMATS", "AdapterLike", "Format", "adapter_name", "as_adapter", "check_elements",
@@ -49,8 +50,8 @@ def check_real(updates: Updates) -> None:
     for key, update in updates.items():
         if "c" in (update.a.dtype.kind, update.b.dtype.kind):
             raise LoraFxError(
-                f"the update of {key!r} has complex A and B, and adapter files have real numbers",
-                "lora_fx.fold puts it into the model; a .pt2 file keeps it beside the model",
+                f"the update of {key!r} has complex A and B, but adapter files hold real numbers",
+                "fold it into the model with lora_fx.fold, or save both as a .pt2 file",
             )
 
 
@@ -72,19 +73,20 @@ def save_adapter(
             brings.
         force: Replace an adapter that is there already. A folder that holds anything else is
             never replaced.
-        base: Folder of the model that it is for, of which gguf reads config.json.
+        base: Folder of the adapter's model, whose config.json gguf reads.
 
     Returns:
         Notes: what other readers of the format will not see.
 
     Raises:
-        LoraFxError: The output exists or cannot be written, the format is unknown, or it cannot
-            say this adapter.
+        LoraFxError: The output exists or cannot be written, or the format is unknown or cannot
+            store this adapter.
     """
     expect(adapter, Adapter, "adapter", "an Adapter", "save_adapter(adapter, path)")
     expect_path(path, "path", "save_adapter(adapter, path)")
     writer = _writer(format)
     check_real(adapter.lowrank)
+    _check_variants(adapter, writer)
     if not adapter.entries and not writer.takes_empty:
         raise LoraFxError("the adapter has no update", "was it saved before training?")
     target = Path(path)
@@ -121,8 +123,8 @@ def save_for(
     if not writer.fits_graphs:
         fitting = [candidate for candidate in FORMATS.importable() if candidate.fits_graphs]
         names = " or ".join(candidate.name for candidate in fitting)
-        hint = f"-o X{fitting[0].suffixes[0]}"
-        raise LoraFxError(f"--for is for {names}, not for {format}", hint)
+        hint = f"pass -o X{fitting[0].suffixes[0]}"
+        raise LoraFxError(f"--for works with {names}, not with {format}", hint)
     target = Path(path)
     check_output(target, force=force)
     with replacing(target, force=force) as stage:
@@ -130,13 +132,23 @@ def save_for(
     return (*notes, *_notes_on_variants(adapter, writer))
 
 
+def _check_variants(adapter: Adapter, writer: AdapterFormat) -> None:
+    """Raise for an update that is no sum W + s·b·a, in a format that stores A and B alone."""
+    if writer.keeps_variants:
+        return
+    for key, update in adapter.lowrank.items():
+        if not is_lora_or_dora(update):
+            why = f"variant {update.variant} does not add s·B A to the weight"
+            raise refused(f"a file of format {writer.name}", key, why)
+
+
 def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:
-    """A note on each variant of which the format keeps ΔW alone, and not what trains."""
+    """A note for each variant that the format stores only as ΔW, without its trained tensors."""
     if writer.keeps_variants:
         return []
     variants = {variant_of(update).name: variant_of(update) for update in adapter.lowrank.values()}
     return [
-        f"updates of variant {name} are written as plain LoRA, of the same ΔW"
+        f"updates of variant {name} are written as plain LoRA with the same ΔW"
         for name, variant in variants.items()
         if not variant.peft_type
     ]
@@ -146,9 +158,9 @@ def _writer(format: str) -> AdapterFormat:
     """The format of a name, where adapters are written in it."""
     writer = FORMATS.get(format)
     if writer is None or writer.only_read:
-        why = "it is only read" if writer else "no such format"
+        why = "lora-fx only reads this format" if writer else "there is no such format"
         raise LoraFxError(
-            f"no adapter can be written as {format!r}: {why}",
+            f"an adapter cannot be written as {format!r}: {why}",
             f"formats: {', '.join(FORMATS.writers())}",
         )
     return writer
@@ -156,7 +168,7 @@ def _writer(format: str) -> AdapterFormat:
 
 @contextlib.contextmanager
 def _output(target: Path, writer: AdapterFormat, force: bool) -> Iterator[Path]:
-    """A temporary path that becomes the output, where nothing is there that must stay."""
+    """A temporary path that becomes the output; raises if it would replace other files."""
     if target.exists() or str(target).startswith(PREFIX):
         check_output(target, force=force, names=writer.folder_files)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +177,7 @@ def _output(target: Path, writer: AdapterFormat, force: bool) -> Iterator[Path]:
 
 
 def _check_readable(written: Path, writer: AdapterFormat) -> None:
-    """Raise where what a format of another package wrote would be read as another's, or not."""
+    """Raise if a file of an installed format would be read as another format, or not at all."""
     if not isinstance(writer, InstalledFormat):
         return
     detecting: list[str] = []
@@ -230,7 +242,9 @@ def load_adapter(
     if isinstance(format, InstalledFormat):
         adapter = _with_failures(adapter)
     if not adapter.entries:
-        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
+        raise LoraFxError(
+            f"{file}: the adapter has no update", "was the adapter saved before training?"
+        )
     if base is None or adapter.names is None or not resolve:
         return adapter
     return _resolved(adapter, base)
@@ -246,11 +260,11 @@ def _resolved(adapter: Adapter, base: str | Path) -> Adapter:
 
 
 def _with_failures(adapter: Adapter) -> Adapter:
-    """The adapter with a note on each format that could not be asked whether the file is its."""
+    """The adapter with a note about each format that could not be tried on the file."""
     failures = FORMATS.failures()
     if not failures:
         return adapter
-    unasked = [f"not asked whether this file is its: {error.message}" for error in failures]
+    unasked = [f"this format was not tried on the file: {error.message}" for error in failures]
     notes = [*adapter.metadata.get("notes", []), *unasked]
     return replace(adapter, metadata={**adapter.metadata, "notes": notes})
 
@@ -280,7 +294,7 @@ def as_adapter(given: AdapterLike) -> Adapter:
 
 
 def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
-    """True to write one file, False for a folder; raises where the format has no such thing."""
+    """True to write one file, False for a folder; raises if the format has no such output."""
     if path.suffix in writer.suffixes:
         return True
     has_ending_of_another = FORMATS.suffix_of(path.suffix)

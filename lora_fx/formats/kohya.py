@@ -76,7 +76,7 @@ def detect(seen: FileHead) -> bool:
 
 
 def _is_name_of_kohya(name: str) -> bool:
-    """Whether no other format has tensors of this name; alpha is a name of several."""
+    """Whether only kohya files have tensors of this name; alpha is in several formats."""
     if name.endswith((".oft_blocks", ".oft_diag")):
         return True
     split = _split_name(name)
@@ -120,7 +120,7 @@ def _entries(module: str, tensors: Arrays, file: File) -> dict[str, Entry]:
         for end, tensor in tensors.items()
         if end != "alpha"
     }
-    two_changes = f"has {', '.join(sorted(tensors))}: two changes of one tensor"
+    two_changes = f"has {', '.join(sorted(tensors))}, which are two changes of one tensor"
     entries: dict[str, Entry] = {}
     for end, leaf in _CHANGED_AS_STORED.items():
         if end not in masters:
@@ -139,7 +139,9 @@ def _entries(module: str, tensors: Arrays, file: File) -> dict[str, Entry]:
         return {f"{module}.weight": _lowrank(module, factors, alpha, file), **entries}
     if "dora_scale" in factors:
         raise file.error(
-            module, f"has dora_scale beside {', '.join(kinds)}", "only LoRA takes dora_scale here"
+            module,
+            f"has dora_scale together with {', '.join(kinds)}",
+            "use dora_scale only with LoRA",
         )
     if methods == ["hada"]:
         return {f"{module}.weight": lycoris.loha(factors, alpha, file, module), **entries}
@@ -149,7 +151,7 @@ def _entries(module: str, tensors: Arrays, file: File) -> dict[str, Entry]:
         raise file.error(module, "has an alpha and nothing else")
     if alpha is not None:
         alpha_name = f"{module}.alpha"
-        file.notes.append(f"{file.name}: {alpha_name!r} is not read: diff takes no scale")
+        file.notes.append(f"{file.name}: {alpha_name!r} is not read: diff has no scale")
     return entries
 
 
@@ -203,14 +205,14 @@ def _fit(down: Array, up: Array, mid: Array | None) -> bool:
 
 
 def _magnitude(module: str, dora_scale: Array | None, rows: int, file: File) -> Array | None:
-    """The norms of the rows; raises for those of columns."""
+    """The norms of the rows; raises for norms of columns."""
     if dora_scale is None:
         return None
     if dora_scale.shape[0] != rows or dora_scale.size != rows:
         raise file.error(
             f"{module}.dora_scale",
             f"is {list(dora_scale.shape)}; expected [{rows}, 1, …], one norm for each row",
-            "it rescales columns; merge it with the trainer that made it",
+            "it rescales columns; merge it with the program that trained it",
         )
     return dora_scale.reshape(-1)
 
@@ -220,11 +222,13 @@ def _unknown_name(name: str, file: File) -> LoraFxError:
     for end, method in _OTHER_METHODS.items():
         if end in name:
             return file.error(
-                name, f"is of {method}: not supported", "merge it with its own trainer"
+                name,
+                f"belongs to {method}, which is not supported",
+                "merge it with the program that trained it",
             )
     return file.error(
         name,
-        "is not a name that kohya or LyCORIS gives; expected X.lora_down.weight, X.alpha …",
+        "is not a name that kohya or LyCORIS writes; expected X.lora_down.weight, X.alpha …",
         "was the file edited?",
     )
 
@@ -233,8 +237,8 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """Write one .safetensors file; returns notes on what other readers will not see.
 
     Raises:
-        LoraFxError: What the format cannot say, by key: whole tensors, embeddings, parts of a
-            tensor, stacks, weights stored [in, out], two keys that are one text with "_".
+        LoraFxError: The format cannot store an update: whole tensors, embeddings, parts of a
+            tensor, stacks, weights stored [in, out], two keys that are equal with "_".
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
@@ -250,8 +254,8 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         names[key] = full_name
         if keys.setdefault(full_name, key) != key:
             raise LoraFxError(
-                f"{keys[full_name]!r} and {key!r} would both be {name!r} in the file: it has "
-                "'_' for '.'",
+                f"{keys[full_name]!r} and {key!r} would both be {name!r} in the file, which "
+                "writes '_' for '.'",
                 KEEPS,
             )
         for end, array in changes.items():
@@ -260,8 +264,8 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
             tensors[f"{name}.alpha"] = _number(alpha)
     if any(name.startswith("lycoris_") for name in names.values()):
         notes.append(
-            "names begin with lycoris_, which LyCORIS gives to models of any kind: image tools "
-            "look for lora_unet_ and lora_te_"
+            "the names begin with lycoris_, as LyCORIS names any model; image tools expect "
+            "lora_unet_ and lora_te_"
         )
     write_tensors(Path(path), tensors, {FIELD: describe(adapter, names)})
     return tuple(notes)
@@ -294,7 +298,7 @@ def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | Non
     """(module, tensors by the ends of their names, alpha) of one update.
 
     Raises:
-        LoraFxError: The format cannot say it.
+        LoraFxError: The format cannot store it.
     """
     module, _, leaf = key.rpartition(".")
     if isinstance(entry, LowRank):

@@ -53,7 +53,7 @@ OUTSIDE_LAYERS = {HEAD: "output.weight", TABLE: "token_embd.weight"}
 
 @dataclass(frozen=True)
 class LlamaCppNames:
-    """How an architecture calls its tensors.
+    """The names of an architecture's tensors.
 
     Attributes:
         architecture: llama.cpp's name of it.
@@ -68,7 +68,7 @@ class LlamaCppNames:
     where: str
 
     def turned(self, b: Array, module: str, file: File, order: Callable[..., Array]) -> Array:
-        """Rows of B in another order, where they are of q or k and llama.cpp has its own."""
+        """Rows of B in another order, for q or k if llama.cpp orders their rows differently."""
         if self.architecture not in _NEIGHBOURS or not module.endswith((".q_proj", ".k_proj")):
             return b
         return order(b, heads_of(module, len(b), self.config, self.where, file))
@@ -80,9 +80,9 @@ def names_of_architecture(architecture: str, config: JsonView, where: str) -> Ll
     known_names = (*_ARCHITECTURES, *_MODEL_TYPES)
     if architecture not in known_names:
         raise LoraFxError(
-            f"{where}: architecture {architecture!r}; llama.cpp's names are known here for "
+            f"{where}: architecture {architecture!r}; lora-fx knows llama.cpp's names for "
             f"{known_names}",
-            "take PEFT's own folder; llama.cpp's convert_lora_to_gguf.py converts it for others",
+            "save the adapter for PEFT and convert it with llama.cpp's convert_lora_to_gguf.py",
         )
     architecture = _MODEL_TYPES.get(architecture, architecture)
     number_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

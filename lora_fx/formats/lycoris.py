@@ -75,14 +75,21 @@ def lokr(
 ) -> Kronecker | Dense:
     """The change of one module; `rank` is PEFT's, from its config. Otherwise as `loha`."""
     if "lokr_t1" in tensors:
-        raise file.error(module, "has lokr_t1, which no reader uses", "expected lokr_t2 at most")
+        raise file.error(
+            module,
+            "has lokr_t1, which no reader uses; expected lokr_t2 only",
+            "is the file of another method?",
+        )
     w1, rank1 = _lokr_factor(tensors, "lokr_w1", file, module)
     w2, rank2 = _lokr_factor(tensors, "lokr_w2", file, module)
     if rank1 and rank2 and rank1 != rank2:
-        raise file.error(module, f"has rank {rank1} in w1 and {rank2} in w2: its scale is in doubt")
+        raise file.error(
+            module,
+            f"has rank {rank1} in w1 and {rank2} in w2; expected one rank, which decides the scale",
+        )
     stored_rank = rank1 or rank2
     if rank is not None and stored_rank and stored_rank != rank:
-        raise file.error(module, f"has rank {stored_rank}; the config says {rank:g}")
+        raise file.error(module, f"has rank {stored_rank}; the config has {rank:g}")
 
     divisor = stored_rank if rank is None else rank
     # Without a rank of its own: LyCORIS takes 1, and PEFT its config's alpha / r.

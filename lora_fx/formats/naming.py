@@ -36,7 +36,7 @@ class ForeignNames:
     components: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
-        """The fields that say it in our own JSON, among the metadata."""
+        """The fields for it in lora-fx's JSON, among the metadata."""
         fields: Json = {"naming": self.format}
         if self.components:
             fields["components"] = list(self.components)
@@ -65,9 +65,9 @@ class ForeignNames:
             component = _component_of(key)
             if len(matches) > 1:
                 raise LoraFxError(
-                    f"adapter key {key!r} fits {' and '.join(map(repr, matches[:3]))}: '_' stands "
-                    "for '.' in its file",
-                    "rename one of the two, or take an adapter that names parameters",
+                    f"adapter key {key!r} fits {' and '.join(map(repr, matches[:3]))}, because "
+                    "its file writes '_' for '.'",
+                    "rename one of the parameters, or use an adapter with parameter names as keys",
                 )
             if not matches:
                 unmatched.setdefault(component, []).append(key)
@@ -92,7 +92,7 @@ class ForeignNames:
                     near(keys[0], parameters),
                 )
             notes.append(
-                f"{len(keys)} updates of {component} are for another model and not applied "
+                f"{len(keys)} updates of {component} are for another model and are not applied "
                 f"({keys[0]!r} …)"
             )
         metadata = {**adapter.metadata, "notes": notes}
@@ -107,7 +107,7 @@ def taken_names(metadata: Json) -> ForeignNames | None:
 
 
 def _component_of(key: str) -> str:
-    """The first component that a key may be of; empty where it names none."""
+    """The first component that a key may belong to; empty if it names none."""
     named, _ = split_component(key)
     if named:
         return named
@@ -115,14 +115,14 @@ def _component_of(key: str) -> str:
 
 
 def one_model(adapter: Adapter, what: str) -> Adapter:
-    """The adapter for a format that holds the updates of one model, under its own names.
+    """Prepare an adapter for a format that holds one model's updates under its parameter names.
 
     Args:
         adapter: From any file.
         what: The format, for messages.
 
     Raises:
-        LoraFxError: Names that only a model can resolve, or updates of several components.
+        LoraFxError: The names cannot be resolved without a model, or belong to several components.
     """
     if adapter.names is None:
         return adapter
@@ -134,9 +134,9 @@ def one_model(adapter: Adapter, what: str) -> Adapter:
         if len(components) > 1:
             several = f"; it has updates of {', '.join(sorted(components))}"
         raise LoraFxError(
-            f"{what} holds the updates of one model under its parameters' names; {key!r} is a "
-            f"name of a {adapter.names.format} file{several}",
-            "give the folder of the model that they are for: --base",
+            f"{what} needs the parameter names of one model; {key!r} is a name from a "
+            f"{adapter.names.format} file{several}",
+            "give the folder of the adapter's model: --base",
         )
     entries = {split_component(key)[1]: entry for key, entry in adapter.entries.items()}
     return replace(adapter, entries=entries, names=None)

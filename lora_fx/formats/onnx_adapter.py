@@ -14,8 +14,9 @@ has two version numbers, of adapter and model; they are kept in metadata as adap
 model_version, and the runtime compares neither. Files that an export wrote for its graph hold A and
 B transposed, as its inputs are; the version of the adapter is their mark.
 
-What the format cannot say is refused: DoRA, LoHa, LoKr, one use of a tied tensor. Layouts are not
-stored; `bind` gives those of a model. Files begin with 4 bytes of offset and "TORT".
+What the format cannot say is refused: DoRA, LoHa, LoKr, and whether an update is for one use of a
+tied tensor or for all. Layouts are not stored; `bind` gives those of a model. Files begin with 4
+bytes of offset and "TORT".
 
 Facts: onnxruntime/lora/adapter_format/adapter_schema.fbs.
 """
@@ -40,7 +41,7 @@ from lora_fx.formats.unsupported import refused
 from lora_fx.targets.keys import own_use
 from lora_fx.text import counted, is_whole
 
-TRANSPOSED = "other tools and older exports hold A and B transposed, and do not say so"
+TRANSPOSED = "other tools and older exports store A and B transposed, without a mark"
 
 
 class OnnxAdapter(Format):
@@ -90,7 +91,7 @@ class OnnxAdapter(Format):
             Notes: that scales were multiplied in.
 
         Raises:
-            LoraFxError: What the format cannot say, by key; names that clash.
+            LoraFxError: An update that the format cannot store, or names that clash.
         """
         from lora_fx.onnx.runtime_adapter import write_file
 
@@ -98,7 +99,7 @@ class OnnxAdapter(Format):
         for key, entry in adapter.entries.items():
             for name, array in _tensors(key, entry).items():
                 if name in tensors:
-                    what = f"two tensors would be named {name!r}"
+                    what = f"two tensors would have the name {name!r}"
                     raise LoraFxError(what, "rename the parameter")
                 if is_float(array):
                     array = array.astype(np.float32)
@@ -124,20 +125,26 @@ _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the mod
 
 
 def _transposed(tensor: Array) -> Array:
-    """A or B the other way round; a vector stays."""
+    """A or B transposed; a vector stays as it is."""
     if tensor.ndim < 2:
         return tensor
     return tensor.swapaxes(-1, -2)
 
 
 def _tensors(key: str, entry: Entry) -> dict[str, Array]:
-    """The tensors of one entry by name; raises for an update that the format cannot say."""
+    """The tensors of one entry by name; raises for an update that the format cannot store."""
     if isinstance(entry, Full):
         return {name: entry.value for name in (key, *entry.twins)}
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.use:
         raise _refused(key, f"it acts on one use of the tensor only ({entry.use})")
+    if entry.origin.tied:
+        raise _refused(
+            key,
+            "it acts on several modules that share the tensor",
+            hint="write it for one graph with lora-fx convert --for, or save it as peft",
+        )
     b = entry.b
     if entry.scale != 1.0:
         b = b * np.float32(entry.scale)
@@ -152,7 +159,7 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
     b_name = f"{key}.lora_B"
     for name in (a_name, b_name):
         if name not in tensors:
-            raise file.error(key, f"has no {name!r}; expected it beside the other half")
+            raise file.error(key, f"has no {name!r}; expected both A and B")
     a = file.master(a_name, tensors[a_name])
     b = file.master(b_name, tensors[b_name])
     if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
@@ -160,7 +167,7 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
             key,
             f"has A {list(a.shape)} and B {list(b.shape)}; expected [*batch, r, in] and "
             "[*batch, out, r]",
-            f"{TRANSPOSED}: give the adapter that the file was made from",
+            f"{TRANSPOSED}; give the adapter that the file was made from",
         )
     if a.shape[-2] > max(a.shape[-1], b.shape[-2]):
         file.notes.append(f"{key!r} has more ranks than rows and columns; {TRANSPOSED}")

@@ -83,11 +83,11 @@ class Registry(Mapping[str, Format]):
         yield from self._points
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of formats."""
         return len(self._ours) + len(self._points)
 
     def refresh(self) -> None:
-        """Look for packages anew, after one was installed while this process runs."""
+        """Look for packages again, after one was installed while this process runs."""
         self._loaded.clear()
         for looked_up in ("_points", "_imports"):
             vars(self).pop(looked_up, None)
@@ -105,7 +105,7 @@ class Registry(Mapping[str, Format]):
         return [*self._ours.values(), *self._imports[0]]
 
     def failures(self) -> list[LoraFxError]:
-        """Why the other ones cannot be imported."""
+        """The errors of formats that cannot be imported."""
         return self._imports[1]
 
     @functools.cached_property

@@ -41,7 +41,7 @@ def to_neighbours(rows: Array, heads: int) -> Array:
 
 
 def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -> int:
-    """How many heads the rows of a q_proj or k_proj are.
+    """The number of heads in the rows of a q_proj or k_proj.
 
     Args:
         module: Its name.
@@ -61,8 +61,8 @@ def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -
         of_size = "" if head_size is None else f" of {head_size!r}"
         raise file.error(
             module,
-            f"has {rows} rows; {where} says {heads!r} heads{of_size}",
-            "is it the adapter of this model? then give the model's folder: --base",
+            f"has {rows} rows, but {where} has {heads!r} heads{of_size}",
+            "give the folder of the adapter's model: --base",
         )
     assert isinstance(heads, int)
     return heads

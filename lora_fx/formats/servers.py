@@ -1,4 +1,4 @@
-"""How programs that apply a PEFT adapter read experts and scales.
+"""Rules for how programs that apply a PEFT adapter read experts and scales.
 
 RULES is the table, one row a kind of content: read in the programs' sources, in the releases that
 SERVERS names, and compared with readers written from those sources in the tests. `seen` says what
@@ -41,8 +41,8 @@ class Rule(NamedTuple):
         models: The models for which it holds, a facet of `verdicts`; empty for all. The first row
             that holds counts.
         outcome: reads, misreads, drops or refuses.
-        said: Why, after the program's name and the outcome.
-        source: The file, and what in it says so.
+        said: The rest of the sentence, after the program's name and the outcome.
+        source: The program's source file that shows it.
     """
 
     server: str
@@ -61,51 +61,59 @@ _SGL = "srt/lora/lora.py"
 _LAYER = "tuners/lora/layer.py"
 _JOIN = "utils/transformers_weight_conversion.py"
 RULES = tuple(Rule(*row) for row in (
-    ("vllm", "half stacks turned apart", "elsewhere", DROPS, "experts of a module that it names "
-     "otherwise, and says nothing", _MANAGER),
+    ("vllm", "half stacks turned apart", "elsewhere", DROPS,
+     "experts of a module that it names differently, without a warning", _MANAGER),
     ("vllm", "half", "", REFUSES, "experts with one of the two stacks", _MANAGER),
     ("vllm", "stacks", "whole", READS, "stacks of this model as they are", _MANAGER),
     ("vllm", "turned", "whole", MISREADS, "stacks of PEFT 0.18: in and out are swapped", _MANAGER),
-    ("vllm", "stacks turned", "", REFUSES, "stacks: of this model it takes experts one by one, or "
-     "else with --enable-mixed-moe-lora-format and is_3d_lora_weight in the request", _MANAGER),
-    ("vllm", "letters", "worded", REFUSES, "w1, w2 and w3, names of another model", _MODEL),
-    ("vllm", "apart", "whole", REFUSES, "single experts: of this model it takes stacks", _MODEL),
-    ("vllm", "partial", "", REFUSES, "experts of which some lack gate, up or down", _MANAGER),
+    ("vllm", "stacks turned", "", REFUSES, "stacks: for this model it reads experts one by one; it "
+     "reads stacks with --enable-mixed-moe-lora-format and is_3d_lora_weight in the request",
+     _MANAGER),
+    ("vllm", "letters", "worded", REFUSES,
+     "w1, w2 and w3, which are names of another model", _MODEL),
+    ("vllm", "apart", "whole", REFUSES, "single experts: for this model it reads stacks", _MODEL),
+    ("vllm", "partial", "", REFUSES, "experts, because some lack gate, up or down", _MANAGER),
     ("vllm", "apart", "", READS, "experts one by one", _MANAGER),
-    ("vllm", "fused", "", REFUSES, "gate and up of one expert as one", _MODEL),
-    ("vllm", "axes", "", REFUSES, "three axes; w1, w2, w3 it takes with --enable-moe-shared-loras",
+    ("vllm", "fused", "", REFUSES, "gate and up of one expert as one tensor", _MODEL),
+    ("vllm", "axes", "", REFUSES, "three axes; it reads w1, w2, w3 with --enable-moe-shared-loras",
      _MODEL),
-    ("vllm", "own", "", REFUSES, "tensors under lora_fx., no names of PEFT", "lora/utils.py"),
+    ("vllm", "own", "", REFUSES,
+     "tensors under lora_fx., which are not names of PEFT", "lora/utils.py"),
     ("vllm", "use_dora", "", REFUSES, "DoRA", _PEFT),
     ("vllm", "lora_bias", "", REFUSES, "a bias of B", _PEFT),
     ("sglang", "half stacks turned", "", REFUSES, "stacks under PEFT's names", "srt/lora/utils.py"),
     ("sglang", "letters", "", REFUSES, "w1, w2 and w3 in target_modules, but not their tensors; "
      "--lora-target-modules gate_up_proj down_proj helps", "srt/lora/utils.py"),
     ("sglang", "apart", "", READS, "experts one by one", _POOL),
-    ("sglang", "fused", "woven", MISREADS, "gate and up as one: it weaves their rows once more",
+    ("sglang", "fused", "woven", MISREADS,
+     "gate and up as one tensor: it interleaves their rows again",
      "srt/lora/layers.py"),
-    ("sglang", "fused", "", READS, "gate and up of one expert as one", _SGL),
+    ("sglang", "fused", "", READS, "gate and up of one expert as one tensor", _SGL),
     ("sglang", "axes", "", READS, "experts with three axes", _POOL),
-    ("sglang", "own", "", MISREADS, "tensors under lora_fx., whose names have a module's", _POOL),
+    ("sglang", "own", "", MISREADS,
+     "tensors under lora_fx., because their names contain a module's name", _POOL),
     ("sglang", "use_rslora", "", MISREADS, "rsLoRA: its scale is lora_alpha / r", _SGL),
-    ("sglang", "alpha_pattern", "", MISREADS, "alpha_pattern: it has one scale for all", _SGL),
-    ("sglang", "rank_pattern", "", REFUSES, "rank_pattern: it has one r for all", _POOL),
+    ("sglang", "alpha_pattern", "", MISREADS, "alpha_pattern: it uses one scale for all", _SGL),
+    ("sglang", "rank_pattern", "", REFUSES, "rank_pattern: it uses one r for all", _POOL),
     ("sglang", "use_dora", "", REFUSES, "DoRA", "srt/lora/lora_manager.py"),
-    ("peft", "taken", "joined", REFUSES, "target_modules that were experts, beside stacks: it "
-     "doubles the stacks' rank", _JOIN),
-    ("peft", "dropout", "", REFUSES, "lora_dropout beside target_parameters", _LAYER),
-    ("peft", "stacks", "unmarked", REFUSES, "this model's stacks the other way round", _LAYER),
-    ("peft", "turned", "unmarked", READS, "stacks of this model so", _LAYER),
-    ("peft", "half", "", READS, "stacks, where a release since 0.19.1 wrote them", _LAYER),
+    ("peft", "taken", "joined", REFUSES,
+     "target_modules that name experts, together with stacks: it doubles the rank of "
+     "the stacks", _JOIN),
+    ("peft", "dropout", "", REFUSES, "lora_dropout together with target_parameters", _LAYER),
+    ("peft", "stacks", "unmarked", REFUSES,
+     "this model's stacks in this order of in and out", _LAYER),
+    ("peft", "turned", "unmarked", READS,
+     "this model's stacks in this order of in and out", _LAYER),
+    ("peft", "half", "", READS, "stacks, if release 0.19.1 or later wrote them", _LAYER),
     ("peft", "stacks", "", READS, "stacks", _LAYER),
     ("peft", "turned", "", REFUSES, "stacks of PEFT 0.18: in and out are swapped", _LAYER),
     ("peft", "apart", "joined", READS, "experts one by one, and makes stacks of them", _JOIN),
     ("peft", "apart fused", "", DROPS, "experts one by one: transformers 5 has stacks", _JOIN),
     ("peft", "axes", "", DROPS, "three axes under names of modules", _LAYER),
-    ("peft", "own", "", DROPS, "tensors under lora_fx., which PEFT passes over", "peft_model.py"),
+    ("peft", "own", "", DROPS, "tensors under lora_fx., which PEFT ignores", "peft_model.py"),
 ))  # fmt: skip
 STAYS = ("half", "partial", "own", "use_dora", "lora_bias", "alpha_pattern", "rank_pattern")
-"""Kinds of content that `convert --format` does not mend."""
+"""Kinds of content that `convert --format` cannot convert."""
 
 _FLAGS = ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias")
 """Fields of the config that are kinds of content by themselves."""

@@ -83,7 +83,7 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     tensors, _ = read_tensors(path)
     file = File(str(path))
     config = _config(path.parent / "adapter_config.json", file)
-    what = "is not a name that torchtune gives"
+    what = "is not a name that torchtune writes"
     unknown = partial(file.error, what=what, hint="was the file edited?")
     masters = {name: file.master(name, tensor) for name, tensor in tensors.items()}
     modules = file.modules(masters, _split_name, unknown)
@@ -110,9 +110,9 @@ def _in_halves(module: str, update: LowRank, path: Path, file: File) -> LowRank:
         return update
     if not path.is_file():
         raise LoraFxError(
-            f"{file.name}: {module!r} has its rows in torchtune's order; to reorder them the "
-            f"number of heads is needed, and there is no {path}",
-            "give the folder of the base model (--base of convert), or put its config.json there",
+            f"{file.name}: {module!r} has its rows in torchtune's order; reordering them needs "
+            f"the number of heads, but there is no {path}",
+            "give the folder of the base model (convert --base), or copy its config.json there",
         )
     config = model_config(path)
     kind = config.get("model_type")
@@ -122,7 +122,7 @@ def _in_halves(module: str, update: LowRank, path: Path, file: File) -> LowRank:
         raise LoraFxError(
             f"{path}: model_type is {kind!r}; the order of the rows of {module!r} is known for "
             f"{', '.join(sorted(_NEIGHBOURS | _HALVES))}",
-            "let torchtune save the adapter for PEFT",
+            "save the adapter from torchtune in PEFT's format",
         )
     heads = heads_of(module, len(update.b), config, str(path), file)
     magnitude = update.magnitude
@@ -135,9 +135,9 @@ def _config(path: Path, file: File) -> Json:
     """adapter_config.json, with r and lora_alpha as numbers above 0."""
     if not path.is_file():
         raise LoraFxError(
-            f"{file.name}: no {path.name} beside it; expected one with r and lora_alpha: the "
-            "scale of the updates is stored there",
-            "put the adapter_config.json of the adapter beside the file",
+            f"{file.name}: no {path.name} next to it; expected one with r and lora_alpha, which "
+            "give the scale of the updates",
+            "copy the adapter's adapter_config.json next to the file",
         )
     config = read_json(path)
     for name in ("r", "lora_alpha"):
@@ -162,7 +162,7 @@ def _lowrank(module: str, factors: Mapping[str, Array], config: JsonView, file: 
         shapes = ", ".join(f"{end} {list(factor.shape)}" for end, factor in sorted(factors.items()))
         raise file.error(module, f"has {shapes}; expected [r, in], [out, r] and [out]")
     if len(a) != config["r"]:
-        raise file.error(module, f"has rank {len(a)}; adapter_config.json says {config['r']}")
+        raise file.error(module, f"has rank {len(a)}; adapter_config.json has {config['r']}")
     return LowRank(a, b, float(config["lora_alpha"]), magnitude=magnitude)
 
 

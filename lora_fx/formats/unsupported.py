@@ -1,4 +1,4 @@
-"""Errors and notes on what a format cannot say."""
+"""Errors and notes for updates that a format cannot store."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ KEEPS = "save it as peft, which keeps everything"
 
 
 def refused(what: str, key: str, why: str, hint: str = KEEPS) -> LoraFxError:
-    """An error about an update that a kind of file cannot say."""
-    return LoraFxError(f"{what} cannot say the update of {key!r}: {why}", hint)
+    """An error for an update that a kind of file cannot store."""
+    return LoraFxError(f"{what} cannot store the update of {key!r}: {why}", hint)
 
 
 def turned_notes(adapter: Adapter, format: str) -> list[str]:
-    """A note on weights that are stored [in, out], of which a format has no word."""
+    """A note about weights that are stored [in, out], which a format cannot express."""
     if not adapter.metadata.get("fan_in_fan_out"):
         return []
-    return [f"the model stores weights [in, out], of which readers of {format} know nothing"]
+    return [f"the model stores weights [in, out], but readers of {format} expect [out, in]"]

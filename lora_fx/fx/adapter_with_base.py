@@ -1,4 +1,4 @@
-"""An adapter whose changes of whole tensors are made of a model's."""
+"""Turn an adapter's changes of whole tensors into whole tensors of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A captured model that says what its targets read and which gradients reach them.
+"""A captured model that records the inputs of its targets and the gradients that reach them.
 
 The captured graph runs node by node (torch.fx.Interpreter). A watched use reads a leaf in place
 of its weight, through a copy of the weight's own chain of views, and zeros that require grad are
@@ -64,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class WatchedResult:
-    """The result of a use: zeros that were added to it, and what its rows need to know."""
+    """The result of a use: zeros that were added to it, and the facts about its rows."""
 
     tap: Tap
     zeros: Tensor
@@ -77,7 +77,7 @@ class WatchedResult:
 
 
 class Watched(CapturedModule):
-    """The model with taps; `last` is what the last call left behind.
+    """The model with taps; `last` holds the records of the last call.
 
     Args:
         captured: The model.
@@ -152,7 +152,7 @@ class _Interpreter(fx.Interpreter):
         self.shapes: dict[Tap, tuple[tuple[int, ...], Tensor | None]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """The node; where a watched weight passes, its leaf beside it."""
+        """Run the node; on the path of a watched weight, run it on the weight's leaf too."""
         for tap in self.taps_at.get(n, ()):
             if tap.activation is not None:
                 self._show_activation(n, tap, tap.activation)
@@ -177,7 +177,7 @@ class _Interpreter(fx.Interpreter):
         self.saw(tap.site, tap.keys, rows_of(tap.site, x.detach(), ends))
 
     def _run_leaf(self, n: fx.Node, tap: Tap, value: Any) -> None:
-        """Run a node of a weight's chain on the leaf that stands for the weight."""
+        """Run a node of a weight's chain on the leaf that replaces the weight."""
         root = tap.chain[0]
         name = (tap.keys, root.name)
         leaf_values = self.leaves.setdefault(name, {})

@@ -44,7 +44,7 @@ from lora_fx.ir.quantised import FP4, NF4, Quantised
 
 PARTS = ("scale", "zero", "order")
 HELD = "_quantised"
-"""The attribute of a module that says what its parameters' codes stand for, by leaf."""
+"""The attribute of a module with the meaning of its parameters' codes, by leaf."""
 FP8 = "float8_e4m3fn"
 LEVELS = {
     "nf4": NF4,
@@ -224,7 +224,7 @@ def _arrays_of_levels(name: str, q: Quantised, levels: Array) -> tuple[str, int,
     rows_end_blocks = q.block[0] == 1 and q.shape[-1] % q.block[-1] == 0
     if not kinds or not (q.flat or rows_end_blocks):
         raise LoraFxError(
-            f"{name}: {len(levels)} levels in blocks of {list(q.block)} are no known format",
+            f"{name}: {len(levels)} levels in blocks of {list(q.block)} are not a known format",
             f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
         )
     codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)

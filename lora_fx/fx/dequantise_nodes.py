@@ -16,7 +16,7 @@ from lora_fx.fx.quantised_parameters import declare, stored_of, tensors_of
 
 
 def read_codes(graph: fx.Graph, names: dict[str, str], stored_by_name: dict[str, Stored]) -> bool:
-    """Let a graph read, by the op, what the tree stores as codes; returns whether any was new.
+    """Let a graph read the tree's codes with the op; returns whether it changed.
 
     Every user has an op of its own, just before it and in its module, so that no more than one
     weight is there as numbers at a time.
@@ -42,7 +42,7 @@ def read_codes(graph: fx.Graph, names: dict[str, str], stored_by_name: dict[str,
 
 
 def declare_codes(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
-    """Let a tree say what its codes stand for, as the ops of a program from a file do.
+    """Record in a tree the meaning of its codes, from the ops of a program from a file.
 
     Args:
         root: The tree of the file's tensors.
@@ -68,7 +68,8 @@ def declare_codes(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) ->
         if not (beside_codes and agrees and _fits(stored, *tensors_of(root, name))):
             form = (kind, shape, block, turned, dtype)
             raise LoraFxError(
-                f"{name}: its codes are not those of {form}", "the file is damaged: fetch it again"
+                f"{name}: its codes are not those of {form}",
+                "the file is damaged: download it again",
             )
         declare(root, name, stored)
 
@@ -102,7 +103,7 @@ def _is_known_form(stored: Stored) -> bool:
 def _shapes_of_rows(
     stored: Stored, rows: int, buffers: Sequence[torch.Tensor]
 ) -> list[tuple[int, ...]]:
-    """The shapes of codes that lie row by row, and of their parts."""
+    """The shapes of codes that are stored row by row, and of their parts."""
     columns = math.prod(stored.shape) // max(rows, 1)
     blocks = -(-math.prod(stored.shape) // max(rows, 1) // stored.block)
     shapes: list[tuple[int, ...]] = [

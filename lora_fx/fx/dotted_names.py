@@ -30,7 +30,8 @@ def owner(
         if child is None:
             if create is None:
                 raise LoraFxError(
-                    f"no module {part!r} on the way to {name!r}", "named_modules() lists the names"
+                    f"the model has no module {part!r}, which {name!r} names",
+                    "see model.named_modules() for the names",
                 )
             if hasattr(module, part):
                 raise LoraFxError(f"the name {part!r} of {name!r} is taken", "rename that tensor")
@@ -50,7 +51,8 @@ def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
     parameter = module._parameters.get(leaf)
     if parameter is None:
         raise LoraFxError(
-            f"{name!r} is no parameter of the model", "named_parameters() lists the names"
+            f"{name!r} is not a parameter of the model",
+            "see model.named_parameters() for the names",
         )
     return parameter
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = ["LOGGER", "FakeTensorMode", "detect_fake_mode", "is_fake", "is_wrapper"]
 
 LOGGER = "torch._subclasses.fake_tensor"
-"""Name of the logger of what fails on fake tensors."""
+"""The name of the logger for ops that fail on fake tensors."""
 
 
 def is_fake(tensor: object) -> TypeGuard[FakeTensor]:
@@ -26,5 +26,5 @@ def is_fake(tensor: object) -> TypeGuard[FakeTensor]:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers lie in other tensors that it holds, as those of torchao do."""
+    """Whether a tensor stores its numbers in other tensors, as tensors of torchao do."""
     return bool(is_traceable_wrapper_subclass(tensor))

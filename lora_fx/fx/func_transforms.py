@@ -9,5 +9,5 @@ import torch
 
 
 def transforms_are_active() -> bool:
-    """Whether torch.func transforms what is run now: in grad, vmap, jvp or functionalize."""
+    """Whether a transform of torch.func is active: grad, vmap, jvp or functionalize."""
     return bool(torch._C._are_functorch_transforms_active())

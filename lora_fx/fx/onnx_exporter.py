@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
-    """Operator → what it is made of, for operators that the exporter cannot translate itself."""
+    """Operator → its decomposition, for operators that the exporter cannot translate itself."""
     from torch.onnx._internal.exporter import _decomp
 
     table = _table_read_once()["from_torchlib"].__func__(opset)

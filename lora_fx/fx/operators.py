@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
-"""What a recorded run calls where the model switches gradients on or off."""
+"""The functions that a recorded run calls where the model switches gradients on or off."""
 _preservable = getattr(utils, "_is_preservable_cia_op", lambda operator: False)
 
 

@@ -35,7 +35,7 @@ def put_codes(
     kind, block, arrays = arrays_of(name, q)
     occupied = occupied_name(root, name, arrays)
     if occupied:
-        raise LoraFxError(f"{name}: its module has a {occupied} already", "rename that")
+        raise LoraFxError(f"{name}: its module already has a {occupied}", "rename that attribute")
     parts = tuple(part for part in PARTS if part in arrays)
     stored = Stored(kind, tuple(shape), block, dtype, turned, parts)
 
@@ -68,7 +68,7 @@ def _places_of(root: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module
 
 
 def occupied_name(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
-    """The name beside a parameter that its scales or zeros would take from something else."""
+    """The name of a module's attribute that the scales or zeros of a parameter would replace."""
     for module, leaf in _places_of(root, parameter_of(root, name)):
         for part in parts:
             buffer_name = f"{leaf}_{part}"
@@ -78,7 +78,7 @@ def occupied_name(root: nn.Module, name: str, parts: Iterable[str] = ("scale",))
 
 
 def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
-    """A class whose parameter reads as numbers: what runs is the user's own code."""
+    """A class whose parameter reads as numbers, so that the user's own code can run."""
     attributes = {
         "__module__": cls.__module__,
         "_own_class": getattr(cls, "_own_class", cls),
@@ -88,7 +88,7 @@ def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
 
 
 def forms(root: nn.Module) -> dict[str, Stored]:
-    """First name of a parameter that is stored as codes → what they stand for."""
+    """First name of a parameter that is stored as codes → the meaning of its codes."""
     stored_by_path = {
         path: module.__dict__[HELD]
         for path, module in root.named_modules()
@@ -114,7 +114,7 @@ def stored_of(root: nn.Module, name: str) -> Stored | None:
 
 
 def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight that a parameter's codes stand for; the parameter where it holds numbers.
+    """The weight of a parameter's codes as numbers; the parameter itself if it holds numbers.
 
     Args:
         root: The tree.
@@ -131,7 +131,7 @@ def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> tor
 
 
 def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:
-    """The codes of a parameter, and those of its PARTS that it has."""
+    """The codes of a parameter, and its PARTS that exist."""
     module, leaf = owner(root, name)
     buffers = [module._buffers.get(f"{leaf}_{part}") for part in PARTS]
     return [parameter_of(root, name), *(buffer for buffer in buffers if buffer is not None)]
@@ -160,6 +160,6 @@ def replace_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
 
 
 def declare(root: nn.Module, name: str, stored: Stored) -> None:
-    """Let a tree say what a parameter's codes stand for, wherever these are."""
+    """Record in a tree the meaning of a parameter's codes, wherever these are stored."""
     module, leaf = owner(root, name)
     module.__dict__.setdefault(HELD, {})[leaf] = stored

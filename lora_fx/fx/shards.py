@@ -32,7 +32,7 @@ def refuse_shards(root: nn.Module) -> None:
     if any(is_sharded(p) for p in root.parameters()):
         raise LoraFxError(
             "a sharded model keeps the targets and ranks of its adapter",
-            "load this one before fully_shard",
+            "load this adapter before fully_shard",
         )
 
 
@@ -73,11 +73,13 @@ def write_tensor(name: str, parameter: nn.Parameter, value: torch.Tensor) -> Non
 
 
 def _refuse_part(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None) -> None:
-    """Raise for a part that another tool left: of another shape, or empty where none is known."""
+    """Raise for a part of a sharded tensor: one of another shape, or an empty one."""
     if tuple(tensor.shape) == shape or (shape is None and tensor.numel()):
         return
     expected = f", not {list(shape)}" if shape is not None else ""
     raise LoraFxError(
-        f"{name} has the shape {list(tensor.shape)} here{expected}: another tool keeps the rest",
-        "gather it first: FSDP.summon_full_params(model), deepspeed.zero.GatheredParameters(…)",
+        f"{name} has the shape {list(tensor.shape)} here{expected}: another tool keeps the rest "
+        "of it",
+        "gather it first with FSDP.summon_full_params(model) or "
+        "deepspeed.zero.GatheredParameters(…)",
     )

@@ -30,5 +30,5 @@ def sharing_copy(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
             instead = "load it quantised"
         raise LoraFxError(
             f"{type(model).__name__} cannot be copied to {purpose}: {one_line(error)}",
-            f"make it deepcopy-able, or {instead}",
+            f"make it work with copy.deepcopy, or {instead}",
         ) from error

@@ -109,7 +109,7 @@ def _embedding(site: Site, t: Tensor, is_dy: bool) -> SiteRows:
 def rows_of_part(
     rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: bool
 ) -> Tensor:
-    """The rows of a part of what a use reads.
+    """The rows of a part of the tensor that a use reads.
 
     Args:
         rows: [*batch, rows, side] of the use.
@@ -203,7 +203,7 @@ def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
 
 
 def _an_axis(values: Sequence[int], axes: int) -> list[int]:
-    """A number for every axis; one number is that of every axis."""
+    """A number for every axis; a single number is used for every axis."""
     return [*values] * (axes // len(values))
 
 

@@ -17,7 +17,7 @@ from lora_fx.fx.codes import HELD
 from lora_fx.fx.tensors import AdapterTensors
 
 INDEXABLE = (nn.ModuleList, nn.ModuleDict)
-"""Containers that stay what they are: they have no forward to replace, and users index them."""
+"""Containers that stay unchanged: they have no forward to replace, and users index them."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lora_fx.text import some
 
 
 class AdapterTensors(nn.Module):
-    """Holds one side of an update beside the module whose parameter it adapts."""
+    """Holds one factor of an update in the module whose parameter it adapts."""
 
     def extra_repr(self) -> str:
         """The shapes of its tensors."""
@@ -44,10 +44,10 @@ def refuse_inference(model: nn.Module) -> None:
 
 
 def to_numpy(tensor: torch.Tensor | None) -> Array:
-    """A tensor as an array; bfloat16 and floats of 8 bits become those of ml_dtypes."""
+    """A tensor as an array; bfloat16 and 8-bit floats become dtypes of ml_dtypes."""
     assert tensor is not None
     if not has_values(tensor):
-        raise LoraFxError("this model has no weights", "load it with weights first (--weights)")
+        raise LoraFxError("this model has no weights", "load it with its weights first (--weights)")
     t = tensor.detach().cpu().resolve_conj().resolve_neg()
     if t.dtype == torch.bfloat16:
         return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -80,5 +80,5 @@ def padding(before: Sequence[int], after: Sequence[int]) -> list[int]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are; the CPU for a module without."""
+    """The device of a module's parameters; the CPU for a module without parameters."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -27,8 +27,8 @@ def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     Raises:
         LoraFxError: It holds anything but tensors, or is damaged.
     """
-    refused = f"{path}: torch will not read it as tensors alone"
-    with retold(refused, "it may hold code; get the tensors as safetensors"):
+    refused = f"{path}: torch refuses to read it as tensors only"
+    with retold(refused, "it may hold code; get the tensors as a safetensors file"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     entries = state.items() if isinstance(state, dict) else [("", None)]
     for name, value in entries:
@@ -66,7 +66,7 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def _first_byte(tensor: torch.Tensor, sizes: Mapping[int, int]) -> int:
-    """Where a tensor's numbers begin in the file; -1 where they do not lie there row by row.
+    """The position of a tensor's numbers in the file; -1 if they are not stored there row by row.
 
     Args:
         tensor: A tensor that was read without its numbers.

@@ -1,1 +1,1 @@
-"""What a pass sees of a graph, in no graph library: sites, views, layouts, kinds, emitters."""
+"""The parts of a graph that a pass sees, without a graph library: sites, views, layouts, kinds."""

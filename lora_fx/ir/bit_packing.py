@@ -55,7 +55,7 @@ def packed(codes: Array, bits: int, *, high: bool = False) -> Array:
 
 
 def words_of(codes: Array, bits: int) -> Array:
-    """Codes of the last axis in words of 32 bits, the first in the lowest bits, as int32."""
+    """Pack codes of the last axis into 32-bit words, the first in the lowest bits, as int32."""
     codes = _padded(codes, 32)
     if 8 % bits == 0:
         octets = packed(codes, bits)

@@ -12,7 +12,7 @@ from lora_fx.ir.graph import Axes, Emitter, Factors, Site
 from lora_fx.ir.kinds import FREE, Apart
 from lora_fx.ir.view import Reshape
 
-DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
+DEPTHWISE = "depthwise, with one channel per group: too small for a low-rank update"
 
 
 @dataclass(frozen=True)

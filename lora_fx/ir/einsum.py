@@ -39,7 +39,7 @@ class Einsum:
         return "linear" if self.form else "einsum"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The letters decide; the axes of in stand in the order of x, those of out in that of y.
+        """Find the axes from the letters: in axes in the order of x, out axes in the order of y.
 
         A letter of w alone, which the equation sums over, is out too, before the others.
         """
@@ -188,20 +188,20 @@ def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
     return WeightForm("einsum", Axes(batch, out, in_)), refusal
 
 
-ONE_SIDED = "one side of the weight has no axis: nothing of low rank"
+ONE_SIDED = "the weight has no input axis or no output axis: it is not a matrix"
 
 
 def _refusal(w: str, activations: list[str], y: str) -> str:
-    """Why a weight of an einsum cannot be adapted, from its letters; empty where it can."""
+    """The reason why a weight of an einsum cannot be adapted, from its letters; empty if it can."""
     if not activations:
-        return "einsum of one operand"
+        return "the einsum has only one operand"
     if any(len(set(term)) < len(term) for term in (w, *activations)):
-        return "a letter stands twice in one operand"
+        return "a letter occurs twice in one operand of the einsum"
 
     x = "".join(activations)
     all_in_result = all(letter in y for letter in w)
     if all_in_result and all(letter in x for letter in w):
-        return "no contraction: nothing of low rank"
+        return "the einsum multiplies elementwise: it contracts no axis of the weight"
     has_no_out = all(letter in x or letter not in y for letter in w)
     if all_in_result or has_no_out:
         return ONE_SIDED
@@ -209,7 +209,7 @@ def _refusal(w: str, activations: list[str], y: str) -> str:
 
 
 def _link_of_a_chain(w: str, first: str) -> WeightForm | None:
-    """The weight form of a link of a chain of products: what it meets first is in."""
+    """The weight form of a link of a chain: its axes in the first operand are in."""
     met = tuple(axis for axis, letter in enumerate(w) if letter in first)
     unmet = tuple(axis for axis, letter in enumerate(w) if letter not in first)
     if met and unmet:

@@ -1,4 +1,4 @@
-"""What builds a node in some IR: the closed set of primitives."""
+"""Build nodes in some IR: the closed set of primitives."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _is_cut(b: Array, a: Array) -> bool:
 
 
 def _piece_width(rank: int, columns: int) -> int:
-    """How many columns a piece has, so that all are small and about as wide."""
+    """The number of columns of a piece, so that all pieces are small and about equally wide."""
     widest = SMALL // (ROWS * rank) // _COLUMNS * _COLUMNS
     pieces = -(-columns // widest)
     return min(widest, -(-columns // (pieces * _COLUMNS)) * _COLUMNS)

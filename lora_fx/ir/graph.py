@@ -70,7 +70,7 @@ class Site:
 
 @dataclass(frozen=True)
 class OtherReader:
-    """What reads a parameter, seen through a view, for more than the products of its sites.
+    """A reader of a parameter, seen through a view, that is not a product of its sites.
 
     An update of the parameter does not reach it: insert and fold leave it as it was.
     """
@@ -81,7 +81,7 @@ class OtherReader:
 
 
 class Role(Enum):
-    """What a parameter that an emitter adds is for."""
+    """The purpose of a parameter that an emitter adds."""
 
     TRAIN = "train"
     FROZEN = "frozen"
@@ -128,7 +128,7 @@ class Deferred:
 
 
 class Analysed:
-    """Keeps what was computed of a graph until the graph is edited."""
+    """Caches the analyses of a graph until the graph is edited."""
 
     def __init__(self) -> None:
         self._kept: dict[str, object] = {}
@@ -154,7 +154,7 @@ class Analysed:
         self._named = {}
 
     def share(self, named: dict[str, object]) -> None:
-        """Keep what holds by name in this dictionary, which graphs of the same nodes share."""
+        """Keep analyses by name in this dictionary, which graphs of the same nodes share."""
         self._named = named
 
 
@@ -162,10 +162,10 @@ class Graph(Protocol[V]):
     """A graph in one IR, as passes see it."""
 
     def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
-        """See `Analysed`."""
+        """The same as `Analysed.kept`."""
 
     def changed(self) -> None:
-        """See `Analysed`."""
+        """The same as `Analysed.changed`."""
 
     @property
     def alone(self) -> bool:
@@ -175,13 +175,13 @@ class Graph(Protocol[V]):
         """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """What reads a parameter beside its sites, in execution order; its shape alone is none."""
+        """The readers of a parameter other than its sites, in execution order, without shapes."""
 
     def parameters(self) -> Sequence[Parameter]:
         """Every stored parameter, in definition order."""
 
     def gathered_flops(self) -> Mapping[str, int]:
-        """FLOPs of the products of what is gathered from a parameter, by its name."""
+        """FLOPs of products with rows gathered from a parameter, by its name."""
 
     def data_flops(self) -> int:
         """FLOPs of the matmuls between activations, at the example's sizes."""
@@ -220,7 +220,7 @@ class Graph(Protocol[V]):
         """The result of the site's op without its bias; None where that cannot be had apart."""
 
     def emit(self, site: Site, *, before: bool = False) -> Emitter[V]:
-        """An emitter that inserts after the site, or before it, and marks what it makes."""
+        """An emitter that inserts after the site, or before it, and marks its nodes."""
 
     def replace_output(self, site: Site, y: V) -> None:
         """Let every user of the site's result read y instead."""
@@ -276,14 +276,14 @@ class Kind(Protocol):
 
     @property
     def name(self) -> str:
-        """What refusals, FLOP counts and file formats call it, such as linear or conv."""
+        """The name in refusals, FLOP counts and file formats, such as linear or conv."""
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Which axes of an operand of this shape are batch, out and in."""
+        """The axes of an operand of this shape that are batch, out and in."""
 
     @property
     def has_branch(self) -> bool:
-        """Whether b·(a·x) can be computed beside the op; else only the weight form exists."""
+        """Whether b·(a·x) can be added to the op's output; else only the weight form exists."""
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """b·(a·x) in the shape of the op's output, where `has_branch` says that there is one."""

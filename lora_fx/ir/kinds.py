@@ -1,4 +1,4 @@
-"""What a contraction is, in no IR: its axes, its low-rank branch and its weight form.
+"""The kinds of contraction, without an IR: their axes, low-rank branches and weight forms.
 
 A Kind knows which axes of the weight operand are batch, out and in, and how to compute the low-rank
 part of the output without the product b·a (`branch`), where such a form exists. The weight form
@@ -43,7 +43,7 @@ class Apart:
     """A Kind whose result has no axis for the rows of W: DoRA takes its weight form there."""
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """See Kind."""
+        """Implement `Kind.along_out`."""
         return ()
 
 
@@ -57,7 +57,7 @@ class Lookup(Apart):
 
     @property
     def has_branch(self) -> bool:
-        """See Kind."""
+        """Implement `Kind.has_branch`."""
         return True
 
     def axes(self, operand: tuple[int, ...]) -> Axes:

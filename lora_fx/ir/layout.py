@@ -1,4 +1,4 @@
-"""How the matrices of an update lie in a stored tensor: which axes are batch, out and in."""
+"""The layout of an update's matrices in a stored tensor: which axes are batch, out and in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.ir.view import Opaque, Region, Tracked
 
 @dataclass(frozen=True)
 class Layout:
-    """How [*batch, out, in] lies in a stored tensor (or a region of one).
+    """The layout of [*batch, out, in] in a stored tensor (or a region of one).
 
     Attributes:
         shape: The stored shape, with an axis split where only a part of it is batch, out or in.
@@ -82,7 +82,7 @@ class Layout:
         return Layout(tuple(shape), self.batch, self.out, self.in_, stored)
 
     def starts(self, bounds: Region) -> tuple[int, ...]:
-        """Where a part that `narrow` allows begins, per axis of `shape`."""
+        """The start of a part that `narrow` allows, for each axis of `shape`."""
         starts = [0] * len(self.shape)
         for axes, (start, _) in zip(self.split(), bounds, strict=True):
             if axes:
@@ -151,7 +151,7 @@ def _permuted(e: Ops[V], value: V, perm: tuple[int, ...]) -> V:
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
-    """Axis 0 is out and the rest is in: what nn.Linear and an ungrouped convolution store."""
+    """Axis 0 is out and the rest is in, as nn.Linear and an ungrouped convolution store it."""
     return Layout(shape, (), (0,), tuple(range(1, len(shape))), shape)
 
 
@@ -176,7 +176,7 @@ def layout_of(
     for atoms in tracked.stored:
         large = [atom for atom in atoms if tracked.size[atom] != 1]
         if any(atom not in place for atom in large):
-            raise Opaque("a stored axis is not read")
+            raise Opaque("one of the stored axes is not read")
         runs += _runs(large, place)
 
     sides: tuple[list[int], list[int], list[int]] = ([], [], [])
@@ -197,7 +197,7 @@ def layout_of(
 
 
 class _Place(NamedTuple):
-    """Where an atom lies in [*batch, out, in]."""
+    """The place of an atom in [*batch, out, in]."""
 
     side: int  # 0 batch, 1 out, 2 in
     position: int  # among the atoms of that side

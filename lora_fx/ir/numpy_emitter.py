@@ -43,7 +43,7 @@ PRIMS: Mapping[str, Callable[..., object]] = {
     "cast": lambda x, dtype: x.astype(numpy_dtype(dtype)),
     "cast_like": lambda x, y: x.astype(y.dtype),
 }
-"""What computes a primitive of lora_fx.ir.emitter.Ops; a fold needs no convolution."""
+"""The function that computes each primitive of lora_fx.ir.emitter.Ops; a fold needs no conv."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lora_fx.dtypes import Array, NumpyDtype, finfo, numpy_dtype, values_of
 
 @dataclass(frozen=True)
 class Quantised:
-    """Codes of a weight and what they stand for.
+    """Codes of a weight and their meaning.
 
     Attributes:
         codes: Integers, or floats of 8 bits, in the shape of the weight, one an element.
@@ -92,7 +92,7 @@ class Quantised:
         return replace(self, codes=self._nearest_integers(scaled, bits))
 
     def _nearest_levels(self, scaled: Array, levels: Array) -> Array:
-        """The places in `levels` of what is nearest to the scaled weight."""
+        """The indices in `levels` of the levels nearest to the scaled weight."""
         order = np.argsort(levels, kind="stable")
         ascending = levels.astype(np.float32)[order]
         places = np.zeros(scaled.shape, np.uint8)
@@ -118,7 +118,7 @@ class Quantised:
     def rescaled(
         self, stored: Array, weight: Array, delta: Array, rule: Callable[[Array], Array]
     ) -> Array:
-        """Scales as a file has them, computed anew for the blocks that an update changes.
+        """Scales as a file stores them, recomputed for the blocks that an update changes.
 
         Args:
             stored: The scales before, [blocks of the two axes].
@@ -235,7 +235,7 @@ class ZeroPoints:
     block: int
 
     def same(self, other: ZeroPoints) -> bool:
-        """True where both stand for the same numbers."""
+        """True if both mean the same numbers."""
         return (
             self.block == other.block
             and np.array_equal(self.scale, other.scale)
@@ -254,13 +254,13 @@ class ZeroPoints:
             return np.asarray((zero - steps).astype(self.scale.dtype))
 
     def change(self, zero: Array) -> Array:
-        """What other zeros add to the weight, [rows, blocks] in fp64."""
+        """The change of the weight by new zero points, [rows, blocks] in fp64."""
         steps = self.zero.astype(np.float64) - zero.astype(np.float64)
         return np.asarray(steps * self.scale, np.float64)
 
 
 def no_fold(kind: str) -> str:
-    """Why W + s·b·a is not stored in the place of a quantised weight."""
+    """The reason why W + s·b·a cannot be stored in the place of a quantised weight."""
     return f"the weight is quantised ({kind})"
 
 

@@ -1,4 +1,4 @@
-"""How a stored tensor becomes the operand of an op: a chain of steps.
+"""The chain of steps that turns a stored tensor into the operand of an op.
 
 `View.replay` runs the steps from the tensor to the operand on any value of any IR. `track` follows
 every stored axis through them, so that the axes of the operand can be named in terms of the stored
@@ -84,7 +84,7 @@ class View:
             if not isinstance(step, Gather):
                 value = emitter.op(_PRIMS[type(step)], value, **vars(step))
             elif ids is None:
-                raise Opaque("what is gathered depends on data")
+                raise Opaque("the gathered indices depend on data")
             else:
                 value = emitter.op("gather", value, ids)
         return value
@@ -109,7 +109,7 @@ class View:
 
 @dataclass
 class Tracked:
-    """Where the axes of an operand lie in the stored tensor, after the steps so far.
+    """The axes of an operand in the stored tensor, after the steps so far.
 
     An atom is a run of one stored axis that the steps kept together; `stored[i]` lists the atoms
     of stored axis i, major first, `axes[j]` those of operand axis j, `size` their lengths.

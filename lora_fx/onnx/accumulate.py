@@ -58,7 +58,7 @@ def _match(node: ir.Node) -> BranchSum | None:
 
 
 def _beside_codes(add: ir.Node, x: ir.Value) -> bool:
-    """True where a Reshape would stand at codes of activations.
+    """True if a Reshape would get codes of activations as its input.
 
     ONNX Runtime 1.31 moves QuantizeLinear over it, with a zero point of another dtype than the
     scale's own codes, and then refuses the graph.

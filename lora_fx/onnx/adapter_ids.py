@@ -17,7 +17,7 @@ IDS = "adapter_ids"
 
 @dataclass(frozen=True)
 class RowChoice:
-    """What the input `adapter_ids` of a file of mode batch may hold.
+    """The values that the input `adapter_ids` of a file of mode batch may hold.
 
     Attributes:
         adapters: Their names, in the order of their ids, 1, 2 …; 0 is the base.
@@ -59,7 +59,7 @@ class RowChoice:
         """
         if IDS not in feeds:
             raise LoraFxError(
-                f"input {IDS!r} is missing: which adapter has each row?", self._hint()
+                f"input {IDS!r} is missing: it says which adapter each row takes", self._hint()
             )
 
         ids = feeds[IDS]
@@ -91,14 +91,14 @@ class RowChoice:
             )
 
     def _row_count(self, feeds: Mapping[str, Array]) -> int | None:
-        """The size of the batch, by another input that has it; None where there is none."""
+        """The size of the batch, from another input that has it; None if no input has."""
         for name in self.rowed:
             if name in feeds and feeds[name].ndim:
                 return int(feeds[name].shape[0])
         return None
 
     def _hint(self) -> str:
-        """Which ids there are, with the names of four adapters at most."""
+        """The hint: the valid ids, with the names of at most four adapters."""
         names = [repr(name) for name in self.adapters]
         last = len(names)
         if last > 4:

@@ -70,8 +70,10 @@ class Session:
         self.manifest = manifest_in(opened.metadata.get(PROPERTY), fspath(path))
         if self.manifest.mode == "train":
             raise LoraFxError(
-                f"{fspath(path)}: a training step, which no adapter is loaded into for a forward",
-                "lora_fx.onnx.TrainSession runs it; the forward is in the .switch.onnx beside it",
+                f"{fspath(path)}: the file is a training step, and takes no adapter for a forward "
+                "run",
+                "run it with lora_fx.onnx.TrainSession; the forward is in the .switch.onnx file "
+                "next to it",
             )
         if self.manifest.mode == "switch":
             self._check_switchable(path)
@@ -88,9 +90,9 @@ class Session:
         for output in self.session.get_outputs():
             if not output.type.startswith("tensor("):
                 raise LoraFxError(
-                    f"output {output.name!r} is {output.type}, which a run with an adapter "
-                    "cannot give; expected a tensor",
-                    "mode merged, load or batch; or let the model end in ConcatFromSequence",
+                    f"output {output.name!r} is {output.type}, but a run with an adapter can only "
+                    "give tensors",
+                    "use mode merged, load or batch; or let the model end in ConcatFromSequence",
                 )
         declared = {}
         for initialiser in self.session.get_overridable_initializers():
@@ -111,7 +113,8 @@ class Session:
         if self.manifest.mode == "load":
             raise LoraFxError(
                 "a file of mode load takes its adapter when the session is made",
-                "Session(path, adapter=…); --mode switch exports one that switches run by run",
+                "pass Session(path, adapter=…); --mode switch exports a file whose adapters "
+                "change run by run",
             )
         expect(name, str, "the name of an adapter", "a text", "session.load(name, adapter)")
         tensors = tensors_of(adapter, self.manifest)
@@ -211,7 +214,7 @@ class Session:
         raise LoraFxError(
             f"the weight of adapter {name!r} is {one_line(repr(weight), 60)}; expected a number "
             f"that {' and '.join(sorted(dtype.name for dtype in dtypes))} holds",
-            "1.0 is the adapter as it is",
+            "pass 1.0 for the adapter at full strength",
         )
 
     def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
@@ -258,6 +261,6 @@ def _external_tensors(
     if manifest.mode != "load":
         raise LoraFxError(
             f"{fspath(path)}: a file of mode {manifest.mode} takes adapters run by run",
-            "session.load(name, adapter), then session.run(inputs, adapter=name)",
+            "call session.load(name, adapter), then session.run(inputs, adapter=name)",
         )
     return manifest.padded(tensors_of(adapter, manifest))

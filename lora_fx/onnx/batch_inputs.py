@@ -55,7 +55,7 @@ def batch_symbol(
     if why:
         listed = f"{listed}: {why}"
     raise LoraFxError(
-        f"batch mode needs one dynamic dimension 0 over the inputs; found {listed}", hint
+        f"batch mode needs one dynamic dimension 0 that all inputs share; found {listed}", hint
     )
 
 
@@ -97,7 +97,7 @@ def _add_input(graph: OnnxGraph, name: str, dtype: ir.DataType, batch: str) -> i
     """Add an input [batch]."""
     owner = graph.model.graph
     if name in owner.initializers or any(value.name == name for value in owner.inputs):
-        raise LoraFxError(f"the model has an input {name!r} already", "rename it")
+        raise LoraFxError(f"the model has an input {name!r} already", "rename this input")
     value = ir.Value(name=name, shape=ir.Shape([batch]), type=ir.TensorType(dtype))
     owner.inputs.append(value)
     return value

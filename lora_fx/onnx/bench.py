@@ -120,7 +120,7 @@ def bench(
         if value < 1:
             raise LoraFxError(f"{name} is {value}", "1 or more")
     if not files:
-        raise LoraFxError("no file to time", "bench A.onnx B.onnx")
+        raise LoraFxError("no file to measure", "give one or more files: bench A.onnx B.onnx")
     for file in files:
         checked(file)
     sessions = _sessions([fspath(file) for file in files], provider, threads)
@@ -161,7 +161,7 @@ def time_sessions(
             shown = ", ".join(f"{key} {list(array.shape)}" for key, array in feeds[name].items())
             raise LoraFxError(
                 f"{name}: does not run at {shown}: {one_line(e, 160)}",
-                "--size BATCH,LENGTH, or give real data with --inputs",
+                "choose a size with --size BATCH,LENGTH, or give real data with --inputs",
             ) from e
 
     base_seconds = max(seconds_of_a_run[0], 1e-7)
@@ -190,7 +190,7 @@ def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, Ru
 def _feeds(
     name: str, session: RuntimeSession, size: tuple[int, int], inputs: Mapping[str, Array] | None
 ) -> dict[str, Array]:
-    """The arrays that a session is run on: those of a user, and sampled ones for the others."""
+    """The input arrays of a session: arrays of the user, and sampled ones for other inputs."""
     inputs = inputs or {}
     if inputs and set(inputs).isdisjoint(session.input_names):
         raise LoraFxError(

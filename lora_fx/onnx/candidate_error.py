@@ -47,7 +47,7 @@ class WorstError:
             return math.inf
 
     def compared(self, session: RuntimeSession) -> list[Parity]:
-        """A session's outputs beside the model's, at every size."""
+        """Compare a session's outputs with the model's at every size."""
         parities: list[Parity] = []
         for feed, expected in zip(self._feeds, self._expected, strict=True):
             sizes = {name: array.shape for name, array in feed.items()}

@@ -53,14 +53,14 @@ def mark_data(model: ir.Model, weights: Collection[str]) -> None:
 
 
 def _names_of(value: ir.Value) -> set[str]:
-    """The name of a value, and of what it was folded from; none of sizes and other integers."""
+    """The names of a value and of the tensors it was folded from; none for integers."""
     if value.dtype is not None and value.dtype.is_integer():
         return set()
     return {str(value.name), *value.meta.get(FOLDED_FROM, ())}
 
 
 def _is_site(node: ir.Node) -> bool:
-    """Whether a node is a product or a lookup; what picks rows by an index is a reader."""
+    """True for a product or a lookup; a Gather by a plain index is another reader."""
     if row_of(node) is None:
         return False
     if node.op_type != "Gather":

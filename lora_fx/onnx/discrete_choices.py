@@ -1,4 +1,4 @@
-"""Discrete choices of a graph, and a file in which they can be those of another run.
+"""Find discrete choices of a graph, and make a file that can repeat the choices of another run.
 
 A choice is a value of integers or booleans that a node computes from floats: the indices of TopK,
 ArgMax or NonMaxSuppression, a comparison, a cast. Among near-equal scores rounding alone turns it,
@@ -115,7 +115,7 @@ def _branch(name: str, source: ir.Value) -> ir.Graph:
 
 @dataclass(eq=False)
 class ChoosingFile:
-    """A file that makes any of its choices, or those of another run; made by `choosing_file`.
+    """A file that makes its own choices, or repeats those of another run; see `choosing_file`.
 
     Attributes:
         session: The graph of let_choose.
@@ -148,7 +148,7 @@ class ChoosingFile:
         return self.session.run({**feeds, **inputs})
 
     def follow(self, feeds: Named, others: Mapping[str, Choice]) -> None:
-        """Learn which choices are those of another run, by the floats that they are made among.
+        """Learn which choices match another run, by the floats that they are made from.
 
         A choice that was turned moves the floats of later choices. So the file runs with the
         choices that it is known to share until no more of them are found.
@@ -171,7 +171,7 @@ class ChoosingFile:
                 self.floats |= choices[name].pairs(others[nearest])
 
     def outputs(self, results: Named) -> dict[str, Array]:
-        """The outputs of the file, of all those of a run."""
+        """The outputs of the original file among all outputs of a run."""
         return {name: value for name, value in results.items() if name not in self.inner}
 
     def chosen(self, others: Mapping[str, Choice]) -> dict[str, Array]:
@@ -190,7 +190,7 @@ def _with_image_and_class(value: Array, ndim: int) -> Array:
 
 
 def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | None:
-    """The file with choices that can be those of another run; None where it makes no choice.
+    """The file that can repeat the choices of another run; None if it makes no choice.
 
     Args:
         path: The file.

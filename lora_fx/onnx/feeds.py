@@ -1,4 +1,4 @@
-"""What a session on an .onnx file is fed: arrays of inputs and tensors of adapters, checked."""
+"""Check what a session on an .onnx file is fed: arrays of inputs and tensors of adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graph at given sizes: the shapes of its inputs in numbers, and what follows from them.
+"""A graph at given sizes: the shapes of its inputs in numbers, and the shapes that follow.
 
 Names of sizes in a file are free, and FLOPs need numbers: where nobody gives any, a batch is of one
 row, and every other free size, an image's height and width with it, is 64.
@@ -67,8 +67,8 @@ def _bind(value: ir.Value, shape: tuple[int, ...], symbols: dict[str, int], wher
         return
     sizes = ", ".join(str(size) for size in expected)
     raise LoraFxError(
-        f"{where}: input {str(value.name)!r} takes [{sizes}], and --inputs has {list(shape)}",
-        "give an array of such a shape",
+        f"{where}: input {str(value.name)!r} takes [{sizes}], but --inputs has {list(shape)}",
+        "give an array of this shape",
     )
 
 

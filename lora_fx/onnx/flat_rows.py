@@ -140,7 +140,7 @@ def reshaped_bias(add: ir.Node, x: ir.Value | None, y: ir.Value | None) -> ir.No
 
 
 def _other_input(add: ir.Node, value: ir.Value) -> ir.Value | None:
-    """What an Add adds to a value."""
+    """The value that an Add adds to a given value."""
     return next(term for term in add.inputs if term is not value)
 
 

@@ -1,4 +1,4 @@
-"""Folders for onnxruntime-genai: a decoder with its cache, what the runtime reads, its tokenizer.
+"""Folders for onnxruntime-genai: a decoder with its cache, its configs and its tokenizer.
 
     DIR/model.onnx          and its data under its own name, so that the reference stays true
     DIR/genai_config.json   names and sizes as the file has them; ids and search of the model's own
@@ -32,7 +32,7 @@ from lora_fx.text import Json, is_whole, some
 
 GENAI = "genai_config.json"
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
-"""What the runtime makes a tokenizer of."""
+"""The files that the runtime makes a tokenizer from."""
 TOKENIZER = "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template*"
 TYPES = (
     "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "nemotron", "olmo",
@@ -48,12 +48,12 @@ SEARCH: Json = {
     "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False,
     "min_length": 0, "num_return_sequences": 1,
 }  # fmt: skip
-"""What generation_config.json may say that the runtime has too, and transformers' defaults."""
+"""The fields of generation_config.json that the runtime has too, with transformers' defaults."""
 
 
 @dataclass(frozen=True)
 class GenaiFolder:
-    """Where a copy for onnxruntime-genai goes, and what the model's folder says of it.
+    """The folder of a copy for onnxruntime-genai, with the facts from the model's folder.
 
     Attributes:
         folder: DIR.
@@ -99,7 +99,7 @@ class GenaiFolder:
         return {"model": fields, "search": self.search}
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
-        """Make the folder beside a main output; returns its files.
+        """Make the folder next to a main output; returns its files.
 
         Raises:
             LoraFxError: It exists and `force` is not given, or the copy does not load.
@@ -138,8 +138,8 @@ def _one_cache_shape(
         layer_width = shapes[name][3]
         if (layer_heads, layer_width) != (heads, width):
             raise LoraFxError(
-                f"{name} has {layer_heads} heads of {layer_width}, and {first} {heads} of {width}: "
-                "onnxruntime-genai takes one shape for all",
+                f"{name} has {layer_heads} heads of {layer_width} and {first} {heads} of {width}, "
+                "but onnxruntime-genai takes one shape for all",
                 "leave --genai out",
             )
     return heads, width
@@ -148,7 +148,7 @@ def _one_cache_shape(
 def genai_folder(
     folder: str | PathLike[str], target: Path, config: Any, *, force: bool
 ) -> GenaiFolder:
-    """Where a copy of `target` goes, looked at before the model is translated.
+    """Prepare the folder of a copy of `target`, before the model is translated.
 
     Args:
         folder: DIR.
@@ -160,7 +160,7 @@ def genai_folder(
         LoraFxError: No folder, no tokenizer in it, no end of sequence, or a size that is not known.
     """
     if Path(folder) == target:
-        raise LoraFxError(f"{target}: the file and the folder have one name", "--genai DIR")
+        raise LoraFxError(f"{target}: the file and the folder have the same name", "--genai DIR")
 
     source = _source(config)
     tokenizer = _tokenizer_files(source)
@@ -192,7 +192,7 @@ def _source(config: Any) -> Path:
             raise LoraFxError(
                 f"{folder or 'the model comes from no folder'}: it has no {name}, which "
                 "onnxruntime-genai reads",
-                "export the model's own folder; transformers writes its files into it: "
+                "export the model's own folder, with the files that transformers writes: "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
             )
     return Path(folder)
@@ -241,7 +241,7 @@ def _is_like(value: object, default: object) -> bool:
 
 
 def _token_ids(generation: Json, text_config: Any, source: Path) -> Json:
-    """The special tokens that there are; what ends a text pads it, too.
+    """The special tokens that exist; the end token is also the default padding token.
 
     generation_config.json goes before the model's config.
     """
@@ -276,7 +276,7 @@ def _are_ids(name: str, value: object) -> bool:
 
 
 def _notes(generation: Json, search: Json, file: Path) -> list[str]:
-    """A line where fields that would change what is generated are left out."""
+    """A note if fields that would change the generated text are left out."""
     harmless = ("_", "transformers_version", "use_cache", "output_", "return_dict", *IDS)
     left_out: list[str] = []
     for name, value in generation.items():
@@ -284,4 +284,6 @@ def _notes(generation: Json, search: Json, file: Path) -> list[str]:
             left_out.append(name)
     if not left_out:
         return []
-    return [f"{file}: left out, for {GENAI} has no such field: {some(left_out)}"]
+    return [
+        f"{file}: these fields are left out, since {GENAI} does not have them: {some(left_out)}"
+    ]

@@ -37,7 +37,7 @@ def branches_as_json(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
 
 @blaming
 def adapter_in(path: str | PathLike[str]) -> Adapter:
-    """Read the adapter whose branches stand in a file that insert wrote, trained since.
+    """Read the trained adapter from the branches of a file that insert wrote.
 
     Raises:
         LoraFxError: The file has no such branches, or one was renamed.
@@ -50,7 +50,8 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
     if manifest.get("mode") != "insert":
         raise LoraFxError(
             f"{path}: an ONNX file without trainable branches",
-            "lora-fx insert X.onnx -o Y.onnx adds them; lora-fx merge takes the model as its base",
+            "add them with lora-fx insert X.onnx -o Y.onnx; or give the model first, as lora-fx "
+            "merge takes it",
         )
 
     updates: dict[str, LowRank] = {}

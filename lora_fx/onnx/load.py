@@ -24,7 +24,7 @@ from lora_fx.files.safetensors import MAX_DIMS
 
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-"""The fields of a tensor that hold numbers one by one, beside raw_data."""
+"""The fields of a tensor other than raw_data that hold numbers one by one."""
 MAX_MODEL = 1 << 31
 """Bytes of an .onnx file without its data: protobuf's own limit."""
 MAX_NODES = 200_000
@@ -34,7 +34,7 @@ INLINED = 20_000
 functions that call each other twice are 131,070 nodes, in a file of four kilobytes."""
 TIMES = 20
 WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
-"""Messages that are many, and that no tensor lies in."""
+"""Messages that occur often and hold no tensor."""
 
 
 def _damaged(what: str) -> LoraFxError:
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def data_names(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the files beside a model that hold its tensors; the tensors are checked.
+    """The names of the data files of a model; the tensors in them are checked.
 
     Raises:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
@@ -98,7 +98,7 @@ def _refuse_many_nodes(file: Path, proto: onnx.ModelProto) -> None:
     most = min(MAX_NODES, max(stored, INLINED + TIMES * stored))
     if count > most and (count > MAX_NODES or proto.functions):
         raise LoraFxError(
-            f"{file}: {count} nodes, functions written out; at most {most} are read",
+            f"{file}: {count} nodes when functions are inlined; at most {most} are read",
             "split the model, or let its exporter fold constants",
         )
 
@@ -146,12 +146,12 @@ def _proto(file: Path) -> onnx.ModelProto:
     except Exception as error:  # protobuf's DecodeError has no public home
         if data[:2] == b"PK":
             raise LoraFxError(
-                f"{file}: a zip archive, such as a .pt2, and no ONNX file",
-                "lora-fx export MODEL -o X.onnx writes one",
+                f"{file}: a zip archive such as a .pt2 file, not an ONNX file",
+                "write an ONNX file with lora-fx export MODEL -o X.onnx",
             ) from error
         raise _damaged(f"{file}: damaged ONNX file: {one_line(error)}") from error
     if not proto.HasField("graph") or not proto.opset_import:
-        raise _damaged(f"{file}: no ONNX model: it has no graph or no opset")
+        raise _damaged(f"{file}: not an ONNX model: it has no graph or no opset")
     return proto
 
 
@@ -184,17 +184,17 @@ def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
     sizes = list(tensor.dims)
     is_external = tensor.data_location == onnx.TensorProto.EXTERNAL
     if tensor.external_data and not is_external:
-        raise _damaged(f"{name} has a place in a data file and no mark that its bytes lie there")
+        raise _damaged(f"{name} names a place in a data file, but is not marked as external data")
     if is_external and not tensor.external_data:
-        raise _damaged(f"{name} has a mark and none that its bytes lie there")
+        raise _damaged(f"{name} is marked as external data, but names no place in a data file")
     if any(size < 0 for size in sizes):
-        raise _damaged(f"{name} has sizes {sizes}; expected none below 0")
+        raise _damaged(f"{name} has sizes {sizes}; expected no negative sizes")
     if len(sizes) > MAX_DIMS:
         raise _damaged(f"{name} has {len(sizes)} axes; at most {MAX_DIMS} are read")
     if tensor.data_type == onnx.TensorProto.STRING:
         in_bytes = is_external or tensor.HasField("raw_data")
         if in_bytes or len(tensor.string_data) != math.prod(sizes):
-            raise _damaged(f"{name}: its texts do not fit its sizes {sizes}")
+            raise _damaged(f"{name}: its number of strings does not fit its sizes {sizes}")
         return
     if tensor.data_type not in [*ir.DataType] or not tensor.data_type:
         raise _damaged(f"{name} has the unknown dtype {tensor.data_type}")
@@ -207,12 +207,14 @@ def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
         _check_external(file, name, tensor, needed, sums)
     elif tensor.HasField("raw_data"):
         if len(tensor.raw_data) != needed:
-            raise _damaged(f"{name} holds {len(tensor.raw_data)} bytes; {sizes} needs {needed}")
+            raise _damaged(
+                f"{name} holds {len(tensor.raw_data)} bytes; its sizes {sizes} need {needed}"
+            )
     else:
         typed = sum(len(getattr(tensor, field)) for field in TYPED)
         numbers_an_element = 2 if "COMPLEX" in dtype.name else 1
         if typed != stored * numbers_an_element:
-            raise _damaged(f"{name} holds {typed} numbers; {sizes} needs {needed} bytes")
+            raise _damaged(f"{name} holds {typed} numbers; its sizes {sizes} need {needed} bytes")
 
 
 def _check_external(
@@ -247,7 +249,7 @@ def _check_external(
     size = data.stat().st_size
     if offset < 0 or offset + needed > size:
         raise _damaged(
-            f"{name} lies at bytes {offset} to {offset + needed} of {location}, which has {size}"
+            f"{name} is at bytes {offset} to {offset + needed} of {location}, which has only {size}"
         )
     checksum = entries.get("checksum")
     if checksum and checksum.lower() != _sha1(data, sums):
@@ -265,7 +267,7 @@ def _sha1(data: Path, sums: dict[Path, str]) -> str:
 
 
 def _data_file(file: Path, name: str, location: str) -> Path:
-    """The data file of a tensor, which has to lie in the model's own folder.
+    """The data file of a tensor, which must be in the model's own folder.
 
     Args:
         file: The model.
@@ -279,16 +281,16 @@ def _data_file(file: Path, name: str, location: str) -> Path:
     folder = file.parent.resolve()
     if data is None or folder not in data.parents:  # the runtime follows no links out of it
         raise LoraFxError(
-            f"{name} is said to lie in {location!r}, outside the folder of the model",
-            "data files lie beside the model; a cache of links has to be copied (cp -rL) first",
+            f"{name} names the data file {location!r}, which is outside the folder of the model",
+            "put the data files into the folder of the model; copy a cache of links first (cp -rL)",
         )
     if not data.is_file():
-        raise _damaged(f"{name} lies in {location}, which is missing")
+        raise _damaged(f"{name} names the data file {location}, which is missing")
     with open_input(data) as opened:
         refuse_pointer(opened.read(64), data.stat().st_size, data)
     if data.stat().st_nlink > 1:
         raise LoraFxError(
             f"{data} has {data.stat().st_nlink} hard links; the onnx package refuses such data",
-            "copy the file",
+            "copy the file, so that it has no other link",
         )
     return data

@@ -31,8 +31,8 @@ from lora_fx.text import Json, JsonView, near
 
 PROPERTY = "lora_fx.manifest"
 CHANGED_SINCE = (
-    "a program that simplifies or converts models has changed it since (onnxsim folds what "
-    "has a default): take the file that export wrote"
+    "another program has changed the file since (onnxsim, for example, folds inputs with a "
+    "default): take the file that export wrote"
 )
 """The hint where a graph and its manifest disagree."""
 
@@ -78,7 +78,7 @@ class SwitchSlot:
     dtype: str = "float32"
 
     def tensor_shapes(self, rank: int | None) -> dict[str, tuple[int | None, ...]]:
-        """The shapes of A and B by name, for an update of a rank; None stands for any rank."""
+        """The shapes of A and B by name, for an update of a rank; None means any rank."""
         return {
             self.a: (*self.batch, self.inside, rank),
             self.b: (*self.batch, rank, self.out),
@@ -120,8 +120,9 @@ class Manifest:
         try:
             if data["mode"] not in ("switch", "load", "train"):
                 raise LoraFxError(
-                    f"{where}: a file of mode {data['mode']}, whose adapters are in it",
-                    "files of modes switch and load take adapters: lora-fx export --mode switch",
+                    f"{where}: a file of mode {data['mode']} already contains its adapters and "
+                    "takes no others",
+                    "export a file that takes adapters: lora-fx export --mode switch or load",
                 )
             slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
             return cls(slots, str(data["mode"]), data.get("training", {}))
@@ -143,8 +144,9 @@ class Manifest:
         check_plain(adapter, f"{where}: a switchable file")
         if adapter.full:
             raise LoraFxError(
-                f"{where}: {next(iter(adapter.full))!r} is a whole tensor; expected s·b·a",
-                "export --mode merged folds whole tensors",
+                f"{where}: {next(iter(adapter.full))!r} is a whole tensor; expected a low-rank "
+                "update",
+                "fold whole tensors with lora-fx export --mode merged",
             )
 
         tensors: dict[str, Array] = {}
@@ -157,7 +159,7 @@ class Manifest:
         return tensors
 
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
-        """The slot of an update, which has to be of the same use of the weight."""
+        """The slot of an update, which must be for the same use of the weight."""
         slot = self.slots.get(key)
         if slot is not None and update.use == own_use(key):
             return slot
@@ -203,7 +205,7 @@ class Manifest:
         for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
             if name not in tensors:
                 raise LoraFxError(
-                    f"{where}: tensor {other!r} is there and {name!r} is missing",
+                    f"{where}: it has tensor {other!r}, but {name!r} is missing",
                     "convert the adapter again",
                 )
 
@@ -212,7 +214,7 @@ class Manifest:
         if self.mode == "load" and rank > slot.rank:
             raise LoraFxError(
                 f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
-                f"lora-fx export --mode load --rank {rank} makes room for it",
+                f"export the file with lora-fx export --mode load --rank {rank}",
             )
 
         for name, shape in slot.tensor_shapes(rank).items():
@@ -224,13 +226,13 @@ class Manifest:
             if tensor.dtype.name != slot.dtype:
                 raise LoraFxError(
                     f"{where}: tensor {name!r} is {tensor.dtype.name}; expected {slot.dtype}",
-                    "lora-fx convert ADAPTER --for X.onnx writes the dtype of the file",
+                    "write the dtype of the file with lora-fx convert ADAPTER --for X.onnx",
                 )
 
     def check_declared(
         self, declared: Mapping[str, tuple[str, Sequence[object]]], where: str
     ) -> None:
-        """Compare the slots with what the graph has of them; another program may have changed it.
+        """Compare the slots with the graph, which another program may have changed.
 
         Args:
             declared: Dtype and shape of the graph's tensors by name; sizes that are free are no
@@ -250,7 +252,7 @@ class Manifest:
                 dtype, shape = declared[name]
                 if dtype != slot.dtype:
                     raise LoraFxError(
-                        f"{where}: {name!r} is {dtype}, and {slot.dtype} in its manifest",
+                        f"{where}: {name!r} is {dtype}, but {slot.dtype} in its manifest",
                         CHANGED_SINCE,
                     )
                 if not _fits(shape, expected_shape):
@@ -258,7 +260,7 @@ class Manifest:
                         "rank" if size is None else str(size) for size in expected_shape
                     )
                     raise LoraFxError(
-                        f"{where}: {name!r} is {list(shape)}, and [{shown}] in its manifest",
+                        f"{where}: {name!r} is {list(shape)}, but [{shown}] in its manifest",
                         CHANGED_SINCE,
                     )
 
@@ -308,8 +310,8 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
         text = model.metadata_props.get(PROPERTY)
     except Exception as e:  # protobuf's and the system's errors have no common base
         raise LoraFxError(
-            f"{fspath(path)}: not an ONNX file that can be read",
-            "is it a file of lora-fx export --mode switch, load or batch?",
+            f"{fspath(path)}: cannot be read as an ONNX file",
+            "give a file that lora-fx export --mode switch, load or batch wrote",
         ) from e
 
     manifest = manifest_in(text, fspath(path))
@@ -331,11 +333,11 @@ def _possible_slots(graph: ir.Graph, mode: str) -> list[ir.Value]:
 
 
 def manifest_in(text: str | None, where: str) -> Manifest:
-    """The manifest that a file's metadata has; raises where there is none."""
+    """The manifest in a file's metadata; raises if there is none."""
     if text is None:
         raise LoraFxError(
-            f"{where}: no manifest of lora-fx: the file is not switchable",
-            "lora-fx export MODEL -o X.onnx --mode switch writes one",
+            f"{where}: it has no manifest of lora-fx, so the file is not switchable",
+            "write a switchable file with lora-fx export MODEL -o X.onnx --mode switch",
         )
     return Manifest.from_text(text, where)
 
@@ -343,4 +345,6 @@ def manifest_in(text: str | None, where: str) -> Manifest:
 def check_no_slots(model: ir.Model, path: Path) -> None:
     """Raise for a file that a mode, or insert, has made for adapters."""
     if PROPERTY in model.metadata_props:
-        raise LoraFxError(f"{path}: it has slots for adapters already", "start from its base")
+        raise LoraFxError(
+            f"{path}: it has slots for adapters already", "use the base that the file was made from"
+        )

@@ -1,4 +1,4 @@
-"""Which tensor of an ONNX file an adapter's key means, by rules that look at no values.
+"""Find the tensor of an ONNX file that an adapter's key means, by rules that read no values.
 
 1. the names in the file, which torch's exporter keeps, or tells in its metadata
 2. the module path in a node's name, where the older exporter called the weight `onnx::MatMul_12`
@@ -99,7 +99,8 @@ def _notes_of_derived_constants(graph: OnnxGraph, changed: Collection[str]) -> l
         source = _source_of(name, graph, changed)
         if source is not None:
             notes.append(
-                f"{name!r} may be computed from {source!r} and is not changed: export again"
+                f"{name!r} may be computed from {source!r}, and does not get the update: "
+                "export again"
             )
     return notes
 
@@ -145,7 +146,7 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
     has_added_bias = any(bias is not None and bias.name == f"{name}_bias" for bias in biases)
     if has_added_bias or CHANGED in value.metadata_props:
         raise LoraFxError(
-            f"the update of {key!r} is of the model's own weight, and the file's {name!r} has a "
+            f"the update of {key!r} is for the model's own weight, but {name!r} in the file has a "
             "normalisation folded into it",
             "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
         )
@@ -211,7 +212,7 @@ def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str
     update_sizes = {key: [(low.a.shape[-1], low.b.shape[-2])] for key, low in lowrank.items()}
     targets = Names(target_sizes, also_called(target_sizes, update_sizes.__getitem__))
     updates = Names(update_sizes, also_called(update_sizes, target_sizes.__getitem__))
-    why = "no name leads from one to the other, and their shapes are equal"
+    why = "no name connects the key with one of them, and their shapes are equal"
     target_of: dict[str, str] = {}
     for key in lowrank:
         hits = targets.find(key)
@@ -224,15 +225,15 @@ def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str
             raise _ambiguous(hits[0], rivals, why)
         target_of[key] = hits[0]
     for key, name in target_of.items():
-        graph.notes.append(f"{key!r} goes to {name!r}, the only one of its shape")
+        graph.notes.append(f"{key!r} is merged into {name!r}, the only tensor of its shape")
     return target_of
 
 
 def _ambiguous(key: str, candidates: Sequence[str], why: str) -> LoraFxError:
     return LoraFxError(
-        f"{key!r} is no target of the model by name; it may be any of "
+        f"{key!r} is not a target of the model; it may be any of "
         f"{', '.join(map(repr, candidates[:4]))}: {why}",
-        "--names FILE says which: {adapter key: tensor}",
+        "say which with --names FILE: {adapter key: tensor}",
     )
 
 
@@ -251,17 +252,19 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     for key in names:
         if key not in adapter.entries:
             raise LoraFxError(
-                f"the map names {key!r}, which the adapter does not have",
+                f"the map of names has {key!r}, which the adapter does not have",
                 near(key, adapter.entries),
             )
     entries = {names.get(key, key): entry for key, entry in adapter.entries.items()}
     if len(entries) < len(adapter.entries):
-        raise LoraFxError("the map sends two entries to one tensor", "one tensor, one update")
+        raise LoraFxError(
+            "the map of names gives one tensor two updates", "give each tensor only one update"
+        )
     return replace(adapter, entries=entries)
 
 
 def _replacement(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, Array]:
-    """The name in the file of a tensor that is replaced, and its value as it lies there."""
+    """The name of a replaced tensor in the file, and its value in the file's layout."""
     target = found.get(key)
     name = target.parameter.name if target is not None else key
     stored = graph.flow.stores.get(name)
@@ -271,9 +274,9 @@ def _replacement(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple
         )
     if len(stored.uses()) > 1:
         raise LoraFxError(
-            f"adapter tensor {key!r} is to be replaced, and {len(stored.uses())} nodes read "
+            f"adapter tensor {key!r} replaces a whole tensor, but {len(stored.uses())} nodes read "
             f"{name!r}: the exporter joined equal constants",
-            "export a model with the adapter's whole tensors in it, and merge the rest",
+            "put the adapter's whole tensors into the model and export it, then merge the rest",
         )
     value = entry.value
     shape = tuple(graph.flow.tensor(name).shape.numpy())

@@ -1,4 +1,4 @@
-"""What torch's exporter leaves to mend: names of weights and dimensions, and traces."""
+"""Mend what torch's exporter leaves: names of weights and dimensions, and traces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
 
 def named_graph(path: str | PathLike[str]) -> tuple[OnnxGraph, int]:
-    """The graph of a file, and how many tensors got names that the exporter's metadata tells.
+    """The graph of a file, and the number of tensors that got names from the exporter's metadata.
 
     Raises:
         LoraFxError: As load; an opset that is not read.

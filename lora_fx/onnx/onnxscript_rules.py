@@ -103,7 +103,7 @@ def constants_apart() -> Iterator[None]:
 
 @contextlib.contextmanager
 def matched_by_operator() -> Iterator[None]:
-    """A block in which a rule looks at nodes of its own operator only.
+    """A block in which a rule is tried only on nodes of its operator.
 
     The exporter tries every rule at every node, and a rule of several outputs tries every node of
     the graph as the second one, though both read one value: most of what a deep model costs.
@@ -195,7 +195,7 @@ def inferred_once() -> contextlib.AbstractContextManager[None]:
 
 
 def _reading(node: ir.Node) -> Hashable:
-    """The operator of a node and what it reads, equal where inference gives equal types."""
+    """The operator of a node and its inputs, equal if inference gives equal types."""
     values = (*node.inputs, *node.outputs)
     order = {value: i for i, value in enumerate(dict.fromkeys(values))}
     attributes = tuple(

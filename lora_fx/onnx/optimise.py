@@ -43,7 +43,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class RewriteStage:
-    """What became of one rewrite.
+    """The result of one rewrite.
 
     Attributes:
         name: The name of the stage.
@@ -169,7 +169,7 @@ def _try(
 
 
 def _changed_names(before: ir.Model, after: ir.Model) -> str:
-    """Which inputs or outputs a rewrite changed; empty where it changed none."""
+    """The inputs or outputs that a rewrite changed; empty if it changed none."""
     for what in ("inputs", "outputs"):
         names_before = [value.name for value in getattr(before.graph, what)]
         names_after = [value.name for value in getattr(after.graph, what)]
@@ -180,7 +180,7 @@ def _changed_names(before: ir.Model, after: ir.Model) -> str:
 
 
 def _over_the_gate(parity: Parity) -> str:
-    """Where an output differs by more than the gate."""
+    """The output that differs by more than the gate."""
     return (
         f"output {parity.output!r} at {sizes_text(parity.sizes)}: rel {parity.rel:.2e}, "
         f"the gate is {parity.tol:.1e}"
@@ -190,7 +190,7 @@ def _over_the_gate(parity: Parity) -> str:
 def _timed(
     row: RewriteStage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
 ) -> RewriteStage:
-    """The row of a stage with the time of its candidate, beside that of the base."""
+    """The row of a stage with the time of its candidate and the time of the base."""
     sessions = {"base": base, "new": session}
     timings = time_sessions(sessions, dict.fromkeys(sessions, feed), ROUNDS, 1)
     cpu = timings.rows()[1]["cpu"]

@@ -15,13 +15,13 @@ MODEL = "model.onnx"
 
 
 class Place(Protocol):
-    """Where a copy of an .onnx file goes, for a server."""
+    """The place of a copy of an .onnx file for a server."""
 
     def config(self, model: Path) -> object:
-        """The configuration that is written beside the copy; raises where there can be none."""
+        """The configuration that is written with the copy; raises if there can be none."""
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
-        """Copy an .onnx file, its data and its adapters there, beside a main output."""
+        """Copy an .onnx file, its data and its adapters to this place, next to a main output."""
 
 
 def copy_model(model: Path, folder: Path) -> list[str]:
@@ -35,7 +35,9 @@ def copy_model(model: Path, folder: Path) -> list[str]:
     for name in names:
         copy = folder / name
         if copy.exists():
-            raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
+            raise LoraFxError(
+                f"{model}: its data file cannot be called {name!r}", "rename the file"
+            )
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model.parent / name, copy)
     return [MODEL, *names]

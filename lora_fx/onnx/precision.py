@@ -33,7 +33,7 @@ GATES = {"float16": 8 * 2.0**-10, "int8": STEPS, "level 4": STEPS}
 Level 4 is MatMulNBits with its x in int8: what it rounds is what the precision int8 rounds.
 """
 MOST = 24
-"""Nodes that may go back to float32, beside those of large values."""
+"""Nodes that may go back to float32, in addition to nodes with large values."""
 RANGE = 65504.0 / 4
 """Values above it are too near to float16's largest number: real data may have larger ones."""
 LARGEST = (1 << 31) - (1 << 24)
@@ -58,7 +58,7 @@ class Narrowed:
         """A line for the report."""
         text = f"{precision}: outputs differ from float32 by {self.error:.1e}"
         if self.error > GATES[precision]:
-            text += f", over the gate of {GATES[precision]:.1e}, which tol widens"
+            text += f", over the gate of {GATES[precision]:.1e}, but within tol"
         if self.islands:
             text += f"; {len(self.islands)} nodes stay in float32: {', '.join(self.islands[:4])}"
         if len(self.islands) > 4:
@@ -82,11 +82,14 @@ def narrow(
         LoraFxError: A model of over 2 GB, or one that differs too much whatever is left out.
     """
     if precision not in GATES:
-        raise LoraFxError(f"a file is not converted to {precision!r}", "float16 or int8")
+        raise LoraFxError(
+            f"an .onnx file cannot be converted to {precision!r}", "use float16 or int8"
+        )
     if weight_bytes(model) > LARGEST:
         raise LoraFxError(
             f"{weight_bytes(model)} bytes of weights; expected less than 2 GB for {precision}",
-            "converters and runtimes take one protobuf message",
+            "leave the precision out: converters and runtimes take the model in one protobuf "
+            "message",
         )
     error = WorstError(model, feeds, provider)
     tol = tol or GATES[precision]
@@ -99,7 +102,7 @@ def narrow(
 
 
 def at_level(model: ir.Model, level: int) -> None:
-    """Let products over codes of 2, 4 or 8 bits take their x as it comes (0) or in int8 (4).
+    """Set whether products over codes of 2, 4 or 8 bits take x unchanged (0) or in int8 (4).
 
     Raises:
         LoraFxError: The model has none.
@@ -109,8 +112,9 @@ def at_level(model: ir.Model, level: int) -> None:
     products = [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
     if not products:
         raise LoraFxError(
-            f"accuracy level {level} is of products over int4 or int8 codes, and there is none",
-            "nf4 and fp4 are always computed in floats",
+            f"accuracy level {level} is for products over int4 or int8 codes, and the file has "
+            "none",
+            "leave the accuracy level out: nf4 and fp4 are always computed in floats",
         )
     for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
@@ -163,13 +167,12 @@ def _to_float16(
             raise LoraFxError(
                 f"float16 differs by {difference:.1e} with {len(islands)} nodes left in float32; "
                 f"the gate is {tol:.1e}{getattr(error, 'failure', '')}",
-                "the model needs float32's range or precision in too many places; --tol accepts "
-                "more",
+                "the model needs float32 in too many places; use --tol to accept a larger error",
             )
 
 
 def _named(model: ir.Model) -> ir.Model:
-    """A copy whose nodes have names of their own and whose values have dtypes."""
+    """A copy in which every node has a unique name and every value a dtype."""
     copy = model.clone()
     names: set[str] = set()
     for i, node in enumerate(copy.graph.all_nodes()):
@@ -231,6 +234,6 @@ def _to_int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
     if not difference <= tol:
         raise LoraFxError(
             f"int8 differs by {difference:.1e}; the gate is {tol:.1e}{error.failure}",
-            "float16, or a model that was trained for int8; --tol accepts more",
+            "use float16, or a model that was trained for int8; use --tol to accept a larger error",
         )
     return Narrowed(quantised, difference)

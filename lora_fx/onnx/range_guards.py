@@ -30,7 +30,7 @@ _OPS = {
 
 
 def say_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
-    """Write conditions on a model's inputs into its metadata; a file of ours may have them."""
+    """Write conditions on a model's inputs into its metadata, unless it already has some."""
     stored = [condition.stored() for condition in _on_inputs(model, conditions)]
     if stored:
         model.metadata_props.setdefault(RANGES, json.dumps(stored))

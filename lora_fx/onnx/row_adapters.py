@@ -1,4 +1,4 @@
-"""How the rows of a batch read their factors: one pair each, or all those in use side by side.
+"""Read the factors of the rows of a batch: one pair for each row, or all used pairs together.
 
     x [b, m, in] · Aᵀ [g, in, k·r] ⊙ mask [b, 1, k·r] · B [g, k·r, out]
 
@@ -24,11 +24,11 @@ LIMIT = 5
 """Below it sharing is cheaper: there u adapters' products cost what b copies do. Measured on BERT,
 256 wide, rank 8, with 4 to 32 rows of 1 to 128 tokens."""
 NAME = "adapter_rows"
-"""How the names of these nodes begin."""
+"""The beginning of the names of these nodes."""
 
 
 class RowAdapters(OnnxEmitter):
-    """Which adapter each row has, and the nodes that decide, before everything that reads them.
+    """The adapter of each row, and the nodes that compute it, before all nodes that read it.
 
     Args:
         first: The emitter before all nodes of the graph, whose inputs the next two are.
@@ -75,7 +75,7 @@ class RowAdapters(OnnxEmitter):
         self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
 
     def rows(self, rank: int, tables: int = 1) -> ir.Value:
-        """Which rows of tables [n·rank, …] below each other are read: int64 [g, tables·k·rank]."""
+        """The rows of stacked tables [n·rank, …] that are read: int64 [g, tables·k·rank]."""
         key = ("rows", rank, tables)
         if key not in self._emitted:
             if tables > 1:
@@ -108,7 +108,7 @@ class RowAdapters(OnnxEmitter):
         return self._emitted[key]
 
     def _positions(self, batch: str) -> ir.Value:
-        """How many positions a row has, as [1].
+        """The number of positions of a row, as [1].
 
         They are counted on the tokens, else on the first input without its last axis.
         """

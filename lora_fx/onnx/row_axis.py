@@ -27,7 +27,7 @@ from lora_fx.onnx.graph.values import bodies_of, numbers, operand, rank, shape_o
 
 @dataclass(frozen=True)
 class RowAxis:
-    """Where a value has its batch rows.
+    """The place of the batch rows in a value.
 
     Attributes:
         axis: The batch axis; None where the value is the same for every row.
@@ -48,7 +48,7 @@ States = Mapping[ir.Value, RowAxis]
 
 @dataclass(frozen=True)
 class NodeRows:
-    """What a rule reads: one node, and where the values before it have their rows.
+    """The input of a rule: one node, and the places of the rows in its operands.
 
     Attributes:
         node: The node.
@@ -63,11 +63,11 @@ class NodeRows:
     batch: str
 
     def rows(self, slot: int) -> RowAxis:
-        """Where the operand in a slot has its rows."""
+        """The place of the rows in the operand of a slot."""
         return self.rows_of(operand(self.node, slot))
 
     def rows_of(self, value: ir.Value | None) -> RowAxis:
-        """Where a value has its rows; SAME for an operand that is left out."""
+        """The place of the rows in a value; SAME for an operand that is left out."""
         return SAME if value is None else self.states.get(value, SAME)
 
     def rank(self, slot: int) -> int | None:
@@ -80,7 +80,7 @@ Rule = Callable[[NodeRows], RowAxis | None]
 
 
 def _aligned(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
-    """Where a result has its rows, whose operands are aligned at their last axis.
+    """The place of the rows in a result whose operands are aligned at their last axis.
 
     Their batch axes have one size, so one that is exact makes the others exact.
 
@@ -117,7 +117,7 @@ def _broadcast(op: NodeRows) -> RowAxis | None:
 
 
 def _keep(op: NodeRows) -> RowAxis | None:
-    """The rows are those of the first operand, where no other operand has any."""
+    """The result has the rows of the first operand if no other operand has rows."""
     for slot in range(1, len(op.node.inputs)):
         if op.rows(slot).axis is not None:
             return None
@@ -239,7 +239,7 @@ def _keep_sizes(before: list[str], after: list[str], count: int, copied: set[int
 
 
 def _sizes_of_a_row(rows: RowAxis, before: list[str], batch: str) -> list[str] | None:
-    """The sizes that lie inside of a row in memory; None where the batch is not named."""
+    """The sizes inside a row in memory; None if the batch has no name."""
     assert rows.axis is not None
     behind = before[rows.axis + 1 :]
     if rows.exact or rows.inner:
@@ -330,7 +330,7 @@ def _unsqueeze(op: NodeRows) -> RowAxis | None:
 
 
 def _reduce(op: NodeRows) -> RowAxis | None:
-    """Axes are summed up or taken away, and the batch is none of them."""
+    """Axes are reduced or removed; the batch must not be one of them."""
     rows = op.rows(0)
     dims = op.rank(0)
     if op.node.op_type in ("ArgMax", "ArgMin"):
@@ -469,7 +469,7 @@ def _front(keeps: Callable[[NodeRows], bool]) -> Rule:
 
 
 def _quantised(op: NodeRows) -> RowAxis | None:
-    """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
+    """Codes have the rows of their input; DynamicQuantizeLinear has one scale for all rows."""
     return _keep(op) if op.result == 0 else SAME
 
 
@@ -493,7 +493,7 @@ def _einsum(op: NodeRows) -> RowAxis | None:
 
 
 def _pad(op: NodeRows) -> RowAxis | None:
-    """The rows are those of the data, where nothing is put before or after them."""
+    """The result has the rows of the data if nothing is added before or after them."""
     rows = _keep(op)
     pads = numbers(op.node, "pads", 1)
     dims = op.rank(0)
@@ -571,7 +571,7 @@ def _split_to_sequence(op: NodeRows) -> RowAxis | None:
 
 
 def _of_sequence(op: NodeRows) -> RowAxis | None:
-    """The rows of the sequence and of what is put into it, which have to agree."""
+    """The rows of the sequence and of the inserted value, which must agree."""
     # The last operand of these is a position.
     tensors = {"SequenceAt": 1, "SequenceErase": 1, "SequenceInsert": 2}.get(op.node.op_type)
     states = {op.rows_of(value) for value in op.node.inputs[:tensors]} - {SAME}
@@ -656,7 +656,7 @@ def provenance(
     read: Collection[ir.Value] = (),
     changed: Collection[ir.Value] | None = None,
 ) -> dict[ir.Value, RowAxis]:
-    """Where every value of the main graph has its rows.
+    """Find the place of the rows in every value of the main graph.
 
     Args:
         model: The model.
@@ -691,7 +691,7 @@ def _input_rows(value: ir.Value, batch: str) -> RowAxis:
 
 
 def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
-    """What an op reads, in its bodies too."""
+    """The values that an op reads, also in its bodies."""
     yield from node.inputs
     for body in bodies_of(node):
         for inner in body.all_nodes():
@@ -701,7 +701,7 @@ def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
 def _result_rows(
     node: ir.Node, states: States, result: int, batch: str, read: Collection[ir.Value]
 ) -> RowAxis:
-    """Where a result of a node has its rows, by those of its operands."""
+    """The place of the rows in a result of a node, from the places in its operands."""
     operands = [states.get(value, SAME) for value in node.inputs if value is not None]
     for rows in operands:
         if rows.lost:

@@ -64,7 +64,7 @@ def form_of(use: OnnxWeightUse, rows: RowAxis) -> str:
             return "last"
         if kind.form == "left" and rank(use.x) == 3 and rows == RowAxis(0):
             return "middle"
-    raise LoraFxError(f"{where}: batch mode has no form by row for this use", hint)
+    raise LoraFxError(f"{where}: this use cannot be computed row by row", hint)
 
 
 def _is_outermost(x: ir.Value, rows: RowAxis) -> bool:
@@ -125,7 +125,7 @@ class BatchEmitter(OnnxEmitter):
     def _last(
         self, x: ir.Value, b: ir.Value, y: ir.Value, tables: Sequence[ir.Value], number: int
     ) -> ir.Value:
-        """The delta in the shape of y; rows of x are brought to the front, and those of y back.
+        """The delta in the shape of y; rows of x move to the front, and rows of y back.
 
         Args:
             x: The activation.
@@ -152,7 +152,7 @@ class BatchEmitter(OnnxEmitter):
         return self._shaped(delta, y) if self.rows.inner else delta
 
     def _batch_first(self, x: ir.Value) -> list[int]:
-        """The axes of x, the batch in front; of [k · batch, in], those of [k, batch, in]."""
+        """The axes of x with the batch first; [k · batch, in] is seen as [k, batch, in]."""
         if self.rows.inner:
             return [1, 0, 2]
         x_rank = rank(x)

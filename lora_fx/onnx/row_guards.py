@@ -15,7 +15,7 @@ from lora_fx.onnx.graph.marks import MARK, WAS
 from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
 
 NAN = f"{IDS}_nan"
-"""How the names of the constants NaN begin."""
+"""The beginning of the names of the constants NaN."""
 WITH_NAN = ("float16", "bfloat16", "float32", "float64")
 """Dtypes of outputs that can hold NaN and that every runtime's Where takes."""
 
@@ -154,7 +154,7 @@ def _deciding_in_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]
 
 
 def _deciding_in_concat(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
-    """What is put beside inputs of the graph, which go out as they came."""
+    """The values that are concatenated with inputs of the graph, which stay unchanged."""
     slots = []
     for slot, value in enumerate(node.inputs):
         if rank(value) != y_rank:
@@ -204,7 +204,7 @@ def is_guard(node: ir.Node | None) -> bool:
 
 
 def guards_alone(model: ir.Model) -> ir.Model:
-    """The nodes that make NaN of rows, as a model of the ids and of what these nodes read."""
+    """The nodes that turn rows into NaN, as a model of the ids and of these nodes' inputs."""
     guards = [node for node in model.graph if is_guard(node)]
     guarded_values = [node.inputs[2] for node in guards]
     names = [str(value.name) for value in guarded_values if value is not None]

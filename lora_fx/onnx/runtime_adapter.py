@@ -57,7 +57,7 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
 
 
 def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, int]) -> None:
-    """Write a file and compare what it reads back as, bit by bit.
+    """Write a file, read it back, and compare it bit by bit.
 
     Args:
         path: The file to create.
@@ -101,7 +101,7 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
     for name, array in arrays.items():
         if not _same_bits(read_back.get(name), array):
             raise LoraFxError(
-                f"{path}: tensor {name!r} does not read back as it was written",
+                f"{path}: tensor {name!r} differs when it is read back",
                 "is the disk full? write it again",
             )
 

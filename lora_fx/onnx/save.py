@@ -1,4 +1,4 @@
-"""Writing ONNX files: one file, or external data beside it when the weights are large."""
+"""Write ONNX files: one file, or a file and external data if the weights are large."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INLINE = 256
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """How many bytes all initialisers have."""
+    """The number of bytes of all initialisers."""
     total = 0
     for value in model.graph.initializers.values():
         if value.const_value is not None:
@@ -66,7 +66,7 @@ def save(
 def _with_data(
     model: ir.Model, path: Path, data: str, beside: Collection[str], delta: bool
 ) -> list[Path]:
-    """Write a model, and the tensors that a data file of its own holds.
+    """Write a model, and a data file with its tensors.
 
     1. A tensor of INLINE bytes or more lies there, and so does any that `beside` names: a session
        can replace what lies in a data file, and nothing else.
@@ -145,7 +145,7 @@ def _read_transposed(graph: OnnxGraph, value: ir.Value, tensor: ir.TensorProtoco
 
 
 def _large_tensors(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
-    """The initialisers that lie in a data file, and their tensors."""
+    """The initialisers that go into a data file, and their tensors."""
     large: list[tuple[ir.Value, ir.TensorProtocol]] = []
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -155,7 +155,7 @@ def _large_tensors(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _digest(tensor: ir.TensorProtocol, *, transposed: bool = False) -> tuple[object, ...] | None:
-    """Dtype, shape and hash of a tensor, or of a matrix's transpose, which tell it from others."""
+    """Dtype, shape and hash of a tensor, or of a matrix's transpose, to identify it."""
     array = tensor.numpy()
     if transposed:
         if array.ndim != 2:

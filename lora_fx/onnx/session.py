@@ -54,7 +54,7 @@ class RuntimeSession:
 
     @functools.cached_property
     def row_choice(self) -> RowChoice | None:
-        """Which adapter a row may ask for, in a file of mode batch."""
+        """The adapters that a row may choose, in a file of mode batch."""
         shapes = {node.name: node.shape for node in self.session.get_inputs()}
         return RowChoice.from_text(self.metadata.get(PROPERTY), shapes)
 
@@ -95,7 +95,7 @@ class RuntimeSession:
 def tensors_by_name(
     names: Sequence[str], outputs: Sequence[Array | Sequence[Array]]
 ) -> dict[str, Array]:
-    """The outputs of a run by name, those of a sequence y as `y[0]`, `y[1]` and so on."""
+    """The outputs of a run by name; the tensors of a sequence y are `y[0]`, `y[1]` and so on."""
     tensors: dict[str, Array] = {}
     for name, value in zip(names, outputs, strict=True):
         if isinstance(value, list):
@@ -162,10 +162,12 @@ def open_session(
 
     expect_path(path, "the model", "the path of an .onnx file")
     expect(provider, str, "provider", "a text", "auto, cpu or cuda")
-    expect_name(provider, ("auto", "cpu", "cuda"), "no provider", "auto, cpu or cuda")
+    expect_name(provider, ("auto", "cpu", "cuda"), "unknown provider", "use auto, cpu or cuda")
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
         text = one_line(repr(threads), 60)
-        raise LoraFxError(f"threads is {text}; expected 0 to {MOST_THREADS}", "0 lets it choose")
+        raise LoraFxError(
+            f"threads is {text}; expected 0 to {MOST_THREADS}", "pass 0 to let ONNX Runtime choose"
+        )
 
     options = quiet_options()
     options.enable_mem_pattern = patterns
@@ -197,8 +199,9 @@ def open_session(
     if provider == "cuda" and used_provider != "cuda":
         why = "the driver did not load" if not driver_present() else "its libraries did not load"
         raise LoraFxError(
-            f"CUDA was asked for and cannot be had: {why}",
-            "pip install 'lora-fx[gpu]' on a machine with a GPU, or --provider cpu",
+            f"CUDA was asked for, but cannot be used: {why}",
+            "install lora-fx[gpu] on a machine with a GPU (pip install 'lora-fx[gpu]'), or use "
+            "--provider cpu",
         )
     note = ""
     # A machine without a GPU runs on its CPU, which is no news.

@@ -1,4 +1,4 @@
-"""Files whose sigmoids are a step off: what the precision of a kernel makes of their outputs.
+"""Files whose sigmoids are one step off, to measure how a kernel's precision moves the outputs.
 
 ONNX Runtime's sigmoid is exact to 2^-24 however small its result is. That is much of a result of
 1e-6, and nothing of one that is multiplied, normed and summed further on. So a step is added behind

@@ -1,4 +1,4 @@
-"""The factors of a switchable graph, in the place of what insert made.
+"""Replace the factors that insert made by the factors of a switchable graph.
 
 They are inputs with defaults, or initialisers of a fixed rank.
 """
@@ -19,7 +19,7 @@ from lora_fx.targets.target import Target
 
 
 def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSlot:
-    """Put A and B, as they are read, in the place of what insert made.
+    """Replace the factors that insert made by A and B in the form that is read.
 
     Args:
         graph: A graph that has the branches of the target.
@@ -39,7 +39,7 @@ def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Swi
     owner = graph.model.graph
     for inserted_name, name, shape in zip(slot_names(target.key), names, shapes, strict=True):
         if name in owner.initializers or any(value.name == name for value in owner.inputs):
-            raise LoraFxError(f"the graph has a tensor {name!r} already", f"--exclude {target.key}")
+            raise LoraFxError(f"the graph already has a tensor {name!r}", f"--exclude {target.key}")
         inserted = owner.initializers[inserted_name]
         sizes = [size if isinstance(size, int) else rank for size in shape]
         zeros = np.zeros(sizes, np.float32)

@@ -23,7 +23,7 @@ def copies_of(model: ir.Model) -> dict[str, str]:
 
 
 def join_copies(model: ir.Model, names: Iterable[str]) -> None:
-    """Store a tensor once where copies told its uses apart, and the exporter left it as it was.
+    """Store a tensor once if copies distinguished its uses and the exporter kept them unchanged.
 
     Args:
         model: The model, edited in place.

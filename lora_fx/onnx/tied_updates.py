@@ -61,8 +61,8 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
         only_lookups = all(target.op == "embedding" for target in stored)
         if origin.tied and origin.op != "embedding" and only_lookups:
             raise LoraFxError(
-                f"the update of {key!r} is for a lookup and for another product ({origin.op}), and "
-                "the file has only the lookup by this name",
+                f"the update of {key!r} is for a lookup and for another product ({origin.op}), "
+                "but under this name the file has only the lookup",
                 "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
             )
         return stored
@@ -73,7 +73,7 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
     if use != "op:embedding" and sum(len(target.sites) for target in reached) != 1:
         readers = [f"{target.key} ({len(target.sites)} uses)" for target in stored]
         raise LoraFxError(  # which of the file's nodes is that use, nothing tells
-            f"the update of {key!r} acts on its use {use!r}, and the file reads the tensor as "
+            f"the update of {key!r} is for its use {use!r}, but the file reads the tensor as "
             f"{', '.join(readers)}",
             "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
         )
@@ -81,7 +81,7 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
 
 
 def _of_lookups(target: Target, *, lookups: bool) -> list[Target]:
-    """The target, or those of its uses, as far as these are lookups, or as far as they are not."""
+    """The target with only its uses that are lookups, or only its other uses."""
     sites = [site for site in target.sites if (site.op == "embedding") == lookups]
     targets: list[Target] = []
     for key in target.keys_of(sites):
@@ -96,14 +96,14 @@ def _of_lookups(target: Target, *, lookups: bool) -> list[Target]:
 
 
 def as_lookup(entry: LowRank) -> bool:
-    """True where in of an update is the rows of a table; a bound one may lie as the head does."""
+    """True if in of an update is the rows of a table; a bound one may have the head's layout."""
     if entry.origin.op != "embedding":
         return False
     return entry.layout is None or entry.layout.in_ == (0,)
 
 
 def op_of(entry: LowRank) -> str:
-    """The op of an update, where that still says which way round the update lies."""
+    """The op of an update, if the op still tells the direction of the update."""
     if entry.origin.op == "embedding" and not as_lookup(entry):
         return ""
     return entry.origin.op
@@ -117,9 +117,9 @@ def _turned(entry: LowRank, lookup: bool) -> LowRank:
         return of_copy
     if variant_of(entry).reads_weight:
         raise LoraFxError(
-            f"a {name_of(entry)} update is for both the lookup and the head of a tied tensor, "
-            "whose rows are the columns of the other",
-            "give the update to one of them",
+            f"a {name_of(entry)} update cannot serve both the lookup and the head of a tied "
+            "tensor, whose rows are the columns of the other",
+            "give the update to only one of them",
         )
     swapped = variant_of(entry).turned(of_copy, "")
     op = "embedding" if lookup else "linear"

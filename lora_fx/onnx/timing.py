@@ -44,7 +44,7 @@ def interleave(
     warmup: int = 1,
     before: Callable[[], None] | None = None,
 ) -> dict[str, list[T]]:
-    """Run everything once a round, in the given order; returns what each counted round gave.
+    """Run everything once in each round, in the given order; returns the results of counted rounds.
 
     Args:
         runs: Name → a function that measures; the first is the baseline, and a second one of the

@@ -68,8 +68,8 @@ class TrainSession:
         self.manifest = manifest_of(path)
         if self.manifest.mode != "train":
             raise LoraFxError(
-                f"{fspath(path)}: a file of mode {self.manifest.mode}, which holds no step",
-                "lora-fx export MODEL -o X.onnx --mode train writes one",
+                f"{fspath(path)}: a file of mode {self.manifest.mode}, which has no training step",
+                "write one with lora-fx export MODEL -o X.onnx --mode train",
             )
         # A block for all values of a step comes on top of what the first step took, and makes
         # none faster: gpt2 at 2 × 256 had 1554 MB resident, and has 1168.
@@ -90,7 +90,8 @@ class TrainSession:
             adapter = Path(path).with_suffix(".onnx_adapter")
             if not adapter.exists():
                 raise LoraFxError(
-                    f"{adapter} is not there: nothing to start from", "adapter=…, in any format"
+                    f"{adapter} does not exist: there is no adapter to start from",
+                    "pass adapter=…, in any format",
                 )
         self.load(adapter)
 
@@ -104,7 +105,7 @@ class TrainSession:
         return [name for name in self._shapes if name not in names_of_session]
 
     def load(self, adapter: Adapter | str | PathLike[str]) -> None:
-        """Start anew from an adapter, or its file in any format, with states of zeros.
+        """Restart from an adapter, or its file in any format, with optimizer states of zeros.
 
         The scale of an update is that of the file. Where the adapter has another, B takes the
         difference, so that W + s·B·A stays, and `note` says so.
@@ -143,14 +144,14 @@ class TrainSession:
                 continue
             what = f"{key!r} has rank {rank}; expected {slot.rank}"
             if rank is None:
-                what = f"no update of {key!r}; expected one of every target of the file"
+                what = f"no update of {key!r}; expected one for every target of the file"
             raise LoraFxError(
                 f"{where}: {what}",
-                "lora-fx export … --mode train with this adapter makes a file for it",
+                "make a file for it with lora-fx export … --mode train and this adapter",
             )
 
     def _note_of_scales(self, adapter: Adapter, where: str) -> str:
-        """Which updates of an adapter have another scale than the file; empty where none has."""
+        """A note on updates whose scale differs from the file's; empty if none does."""
         updates_in_file = self.adapter().lowrank
         updates = adapter.resolved(updates_in_file).lowrank
         rescaled_keys = []
@@ -161,9 +162,9 @@ class TrainSession:
             return ""
         key = rescaled_keys[0]
         return (
-            f"{where}: {key!r} has the scale {updates[key].scale:g}, "
-            f"the file {updates_in_file[key].scale:g}; "
-            f"B of {counted(len(rescaled_keys), 'update')} was rescaled"
+            f"{where}: {key!r} has the scale {updates[key].scale:g}, but the file "
+            f"{updates_in_file[key].scale:g}; B of {counted(len(rescaled_keys), 'update')} was "
+            "rescaled"
         )
 
     def step(self, batch: Mapping[str, Array]) -> float:
@@ -205,7 +206,7 @@ class TrainSession:
         is_number = isinstance(self.lr, Real) and not isinstance(self.lr, bool)
         if not is_number or not 0 <= self.lr < 1e38:
             text = one_line(repr(self.lr), 60)
-            raise LoraFxError(f"lr is {text}; expected a number from 0 up", "lr=1e-3")
+            raise LoraFxError(f"lr is {text}; expected a number of 0 or more", "lr=1e-3")
 
     def _check_labels(self, batch: Mapping[str, Array]) -> None:
         """Raise for labels of other sizes than the rows: as many in another order ONNX takes."""
@@ -219,8 +220,8 @@ class TrainSession:
                 continue
             name, i = same_symbol[0]
             raise LoraFxError(
-                f"'labels' has size {size} in dimension {axis}, "
-                f"{name!r} has {batch[name].shape[i]} in {i}",
+                f"'labels' has size {size} in dimension {axis}, but {name!r} has "
+                f"{batch[name].shape[i]} in {i}",
                 "give a label for each row of scores",
             )
 

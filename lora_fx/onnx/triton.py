@@ -55,10 +55,10 @@ class Repository:
         if (self.max_batch or 0) < 0:
             raise LoraFxError(f"a batch size of {self.max_batch}", "0 or more")
         if self.name in ("", ".", "..") or re.search(r"[/\\\0]", self.name):
-            raise LoraFxError(f"{self.name!r} is no name of a folder", "name=…")
+            raise LoraFxError(f"{self.name!r} cannot be the name of a folder", "name=…")
         for path in (self.folder, self.home):
             if (path.exists() or path.is_symlink()) and not path.is_dir():
-                raise LoraFxError(f"{path} exists and is no folder", "choose another folder")
+                raise LoraFxError(f"{path} exists and is not a folder", "choose another folder")
         if not self.folder.parent.is_dir():
             raise LoraFxError(f"the folder {self.folder.parent} does not exist", "create it first")
         return _read(self.home) if self.home.exists() else None
@@ -79,12 +79,12 @@ class Repository:
         if difference:
             raise LoraFxError(
                 f"{self.home / CONFIG} is for another model: {difference}",
-                "versions of one model have the same inputs and outputs: choose another name",
+                "choose another name: all versions of one model have the same inputs and outputs",
             )
         return config
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
-        """Copy an .onnx file and its data in as the next version, beside a main output.
+        """Copy an .onnx file and its data as the next version, next to a main output.
 
         The server reads no adapters, and they are not copied.
 
@@ -108,7 +108,7 @@ class Repository:
         return [self.home / CONFIG, *(self.home / "1" / name for name in names)]
 
     def _place_next_version(self, model: Path, beside: Beside) -> list[Path]:
-        """Copy an .onnx file in beside the versions that are there, under the next number."""
+        """Copy an .onnx file into the folder of the versions, under the next number."""
         number = max([0, *_versions(self.home)]) + 1
         folder = self.home / str(number)
         with replacing(folder, listed=False, beside=beside) as version:
@@ -121,14 +121,16 @@ class Repository:
 def repository_of(
     folder: str | PathLike[str] | None, model: str | PathLike[str], max_batch: int | None
 ) -> tuple[Repository, ...]:
-    """Where a copy of `model` goes, if anywhere, looked at before any work is done.
+    """The repository for a copy of `model`, if there is one, checked before any work is done.
 
     Raises:
         LoraFxError: No place for it, or a batch size without a folder.
     """
     if folder is None:
         if max_batch is not None:
-            raise LoraFxError("a batch size is of a repository", "--triton DIR, or leave it out")
+            raise LoraFxError(
+                "a batch size is for a Triton repository", "pass --triton DIR too, or leave it out"
+            )
         return ()
     repository = Repository(Path(folder), Path(model).stem, max_batch)
     repository.existing()
@@ -166,7 +168,7 @@ def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
         LoraFxError: A config and a model that disagree, named by what differs; no model at all.
     """
     if not Path(folder).is_dir():
-        raise LoraFxError(f"{folder}: no such folder", "a repository is DIR/NAME/1/model.onnx")
+        raise LoraFxError(f"{folder}: no such folder", "give a repository: DIR/NAME/1/model.onnx")
 
     versions: dict[str, list[int]] = {}
     for home in sorted(Path(folder).iterdir()):
@@ -178,7 +180,9 @@ def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
             _compare(config, home / str(version) / MODEL, home.name)
 
     if not any(versions.values()):
-        raise LoraFxError(f"{folder}: no model in it", "a repository is DIR/NAME/1/model.onnx")
+        raise LoraFxError(
+            f"{folder}: it holds no model", "give a repository: DIR/NAME/1/model.onnx"
+        )
     return versions
 
 
@@ -187,14 +191,16 @@ def _compare(config: Config, model: Path, name: str) -> None:
     session = open_session(model, "cpu")
     difference = config.difference(config_of(session, name, config.max_batch))
     if difference:
-        raise LoraFxError(f"{model}: its {CONFIG} is not true: {difference}", "write it anew")
+        raise LoraFxError(
+            f"{model}: its {CONFIG} does not match the model: {difference}", "write the model again"
+        )
 
 
 def _read(home: Path) -> Config:
     """The config of a model's folder."""
     path = home / CONFIG
     errors = (OSError, UnicodeDecodeError)
-    with retold(f"{path}: cannot be read", "is the folder a model's?", errors):
+    with retold(f"{path}: cannot be read", "is it the folder of a model?", errors):
         text = path.read_text(encoding="utf-8")
     return Config.from_text(text, str(path), home.name)
 

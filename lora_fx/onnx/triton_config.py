@@ -134,7 +134,7 @@ class Config:
         return cls(message.name or folder, inputs, outputs, max_batch)
 
     def difference(self, model: Config) -> str:
-        """What this config and a model's own disagree on, the first by name; else empty."""
+        """The first difference between this config and a model's own, by name; else empty."""
         sides = {
             "input": (self.inputs, model.inputs),
             "output": (self.outputs, model.outputs),
@@ -214,7 +214,7 @@ _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w
 
 @cache
 def _model_config() -> type[Message]:
-    """The class of a ModelConfig, made of `_MESSAGES`."""
+    """The class of a ModelConfig, made from `_MESSAGES`."""
     file = FileDescriptorProto(name="model_config", package="lora_fx.triton", syntax="proto3")
     kinds = file.enum_type.add(name="DataType")
     for number, name in KINDS.items():
@@ -234,7 +234,7 @@ def _quoted(text: str) -> str:
 
 
 def _no_config(where: str, what: str) -> LoraFxError:
-    return LoraFxError(f"{where}: no ModelConfig: {what}", "write it anew")
+    return LoraFxError(f"{where}: not a ModelConfig: {what}", "write it again")
 
 
 def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
@@ -262,8 +262,8 @@ def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
     if max_batch and not _have_one_dynamic_batch(values):
         shown = ", ".join(f"{value.name} {value.shape}" for value in values)
         raise LoraFxError(
-            f"{name}: a batch size needs one dynamic dimension 0 that every input and output has, "
-            f"and no adapters as inputs; found {shown}",
+            f"{name}: a batch size needs one dynamic dimension 0 that all inputs and outputs "
+            f"have, and no adapters as inputs; found {shown}",
             "leave the batch size out, or export with a dynamic batch",
         )
     return Config(name, inputs, outputs, max_batch)
@@ -291,7 +291,7 @@ def _port(value: ort.NodeArg, optional: bool) -> Port:
     kind = f"TYPE_{dtype.upper()}"
     if kind not in KINDS.values():
         raise LoraFxError(
-            f"{value.name!r} is {value.type}, which Triton does not carry", "leave --triton out"
+            f"{value.name!r} is {value.type}, which Triton cannot pass", "leave --triton out"
         )
     dims = tuple(size if isinstance(size, int) else -1 for size in value.shape)
     if any(size < 1 and size != -1 for size in dims):

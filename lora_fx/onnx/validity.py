@@ -32,8 +32,8 @@ def blaming(verb: Verb) -> Verb:
             for name in _onnx_files((*args, *kwargs.values())):
                 why = _invalid(name)
                 if why:
-                    hint = "onnx.checker.check_model says what is wrong with it"
-                    raise LoraFxError(f"{name}: no valid ONNX model: {why}", hint) from error
+                    hint = "run onnx.checker.check_model to see what is wrong with it"
+                    raise LoraFxError(f"{name}: not a valid ONNX model: {why}", hint) from error
             raise
 
     return cast(Verb, call)
@@ -46,7 +46,7 @@ def _onnx_files(arguments: Iterable[object]) -> list[str]:
 
 
 def _invalid(file: str) -> str:
-    """What onnx's checker, its shapes, the runtime or onnx_ir find wrong; empty for nothing."""
+    """The fault that onnx's checker or shapes, the runtime or onnx_ir find; empty if none."""
     import onnx
     import onnx_ir as ir
     import onnxruntime as ort

@@ -1,4 +1,4 @@
-"""Losses by step, with the kept step marked; bars of what rounding lost; bars of a spectrum.
+"""Charts: losses by step with the kept step marked; bars of rounding losses; bars of a spectrum.
 
 What is worked out here is drawn by templates/charts.html.j2.
 """
@@ -91,7 +91,7 @@ def _validation_points(validation: JsonView, before: object) -> list[tuple[int, 
 def _training_label(
     losses: Sequence[object], points: Sequence[tuple[int, float]], best: int
 ) -> str:
-    """The curves in words."""
+    """The curves as text."""
     first = number(losses[0])
     label = f"Training loss from {first} to {number(losses[-1])} in {len(losses)} steps"
     if points:
@@ -185,7 +185,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 
 def _steps(last: int) -> list[int]:
-    """Steps to mark between 0 and the last; those two alone where marks would stand too near."""
+    """Steps to mark between 0 and the last; only these two if marks would be too close."""
     step = max(1, round(_round_step(last / 4)))
     marks = [0, *range(step, last + 1, step)]
     if all(following - mark >= step / 2 for mark, following in pairwise(marks)):

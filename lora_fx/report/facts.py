@@ -1,4 +1,4 @@
-"""The strip of facts: the numbers that tell most of a result."""
+"""The strip of facts: the most important numbers of a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.text import JsonView
 
 
 class Fact(NamedTuple):
-    """A number, what it is, what to hold it against, and whether it is as it should be."""
+    """A number, its name, a number to compare it with, and whether it is good."""
 
     label: str
     value: str
@@ -61,7 +61,7 @@ def _ranks_text(rows: list[Row]) -> str:
 
 
 def _sizes(result: JsonView) -> Iterator[Fact]:
-    """How much is trained, adapted and written."""
+    """The numbers of what is trained, adapted and written."""
     trained = result.get("trained")
     frozen = result.get("frozen")
     if isinstance(trained, int) and isinstance(frozen, int):

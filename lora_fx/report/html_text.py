@@ -68,7 +68,7 @@ def percent(value: object) -> str:
 
 
 def _points(points: float) -> str:
-    """Percentage points in three digits; what is not all is never shown as 100."""
+    """Percentage points in three digits; less than 100 is never shown as 100."""
     if points == 0:
         return "0"
     if points < 1e-4:
@@ -83,7 +83,7 @@ def _points(points: float) -> str:
 
 
 def size(count: object) -> str:
-    r"""Bytes for people.
+    r"""Bytes as text.
 
     >>> size(999), size(12_345_678), size(999_999)
     ('999\xa0B', '12.3\xa0MB', '1\xa0MB')

@@ -1,4 +1,4 @@
-"""The whole page: a string that is one HTML file, which asks for nothing outside itself.
+"""The whole page: a string that is one HTML file and loads nothing from outside.
 
 Everything can be read without a script; the script sorts and filters the table. The policy in
 the head lets a browser run that script alone, and fetch nothing.

@@ -18,7 +18,7 @@ from lora_fx.text import JsonView, by_key
 
 @dataclass
 class Row:
-    """All that a result tells of one target; a field that no part of it tells is None.
+    """The facts of a result on one target; an unknown field is None.
 
     Attributes:
         share: Its share of the weight FLOPs.
@@ -96,7 +96,7 @@ def _ordered(rows: list[Row]) -> list[Row]:
 
 
 def _add_target(row: Row, entry: JsonView, total: int) -> None:
-    """Take what a list of targets says of one; its share is of `total` FLOPs."""
+    """Read one entry of a list of targets; its share is of `total` FLOPs."""
     row.op = str(entry.get("op", ""))
     row.role = str(entry.get("role", ""))
     row.shape = list(entry.get("shape") or [])
@@ -117,7 +117,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _add_tensor(row: Row, entry: JsonView) -> None:
-    """Take what a merge says of one tensor."""
+    """Read the entry of one tensor in the result of a merge."""
     row.shape = row.shape or list(entry.get("shape") or [])
     gain = entry.get("gain")
     row.rounding = None if gain is None else 1 - gain
@@ -130,7 +130,7 @@ def _add_tensor(row: Row, entry: JsonView) -> None:
 
 
 def _add_new_rank(row: Row, entry: JsonView) -> None:
-    """Take what extract or truncate says of one update."""
+    """Read the entry of one update in the result of extract or truncate."""
     row.shape = list(entry.get("shape") or row.shape)
     rank = entry["rank"] if "rank" in entry else entry["after"]
     row.rank = [int(rank)]
@@ -141,7 +141,7 @@ def _add_new_rank(row: Row, entry: JsonView) -> None:
 
 
 def _add_adapters(rows: dict[str, Row], result: JsonView) -> None:
-    """Take what the files of the adapters say, on the row that each of their keys means.
+    """Read the files of the adapters into the rows of their keys.
 
     That is the row of the same key, else of the same path, else the only one of a nearby path,
     else a new one.
@@ -160,7 +160,7 @@ def _add_adapters(rows: dict[str, Row], result: JsonView) -> None:
 
 
 def _add_update(row: Row, entry: JsonView, is_first: bool) -> None:
-    """Take what a file says of one update: of the first adapter only what the result lacks."""
+    """Read one update of a file; for the first adapter, only fields that the result lacks."""
     if entry.get("sigma") is not None:
         row.spectra.append(entry)
     row.shape = row.shape or list(entry.get("shape") or [])

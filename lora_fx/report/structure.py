@@ -25,7 +25,7 @@ _CHARACTER = 8.6
 
 
 class Cell(NamedTuple):
-    """A target in its block: what is written in it, its shade (0 to SHADES − 1), and its place."""
+    """A target in its block: its text, its shade (0 to SHADES − 1), and its place."""
 
     label: str
     value: str
@@ -92,7 +92,7 @@ def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, lis
 
 
 def _end_of_block(path: list[str], start: int) -> int:
-    """How many words of a path name its block."""
+    """The number of words of a path that name its block."""
     for position, word in enumerate(path[:-1]):
         if position >= start and word.isdigit():
             return position + 1
@@ -114,7 +114,7 @@ def _path(key: str) -> list[str]:
 
 
 def _label(row: Row, block: str) -> str:
-    """What is written in a cell: the role, or the path within the block."""
+    """The text of a cell: the role, or the path within the block."""
     if row.role and len(row.role) <= 6:
         return row.role
     path_in_block = ".".join(_path(row.key))[len(block) :].lstrip(".")
@@ -126,14 +126,14 @@ def _label(row: Row, block: str) -> str:
 
 
 class _Scale(NamedTuple):
-    """What the colour of a cell means: ranks from `low` to `top`, or numbers of parameters."""
+    """The meaning of the colour of a cell: ranks from `low` to `top`, or numbers of parameters."""
 
     by_rank: bool
     low: int
     top: int
 
     def value(self, row: Row) -> int:
-        """The number that a cell's colour stands for."""
+        """The number that a cell's colour shows."""
         if self.by_rank:
             return sum(row.rank)
         return row.parameters or 0
@@ -153,7 +153,7 @@ def _scale_of(rows: list[Row]) -> _Scale:
 
 
 def _box(name: str, rows: list[Row], total: int, scale: _Scale) -> JsonView:
-    """One block as a figure; its label says every cell in words."""
+    """One block as a figure; its label lists every cell as text."""
     x = 0
     y = 0
     widest = 0

@@ -35,7 +35,9 @@ def _columns(command: str) -> list[Column]:
         Column("FLOPs", "share of the weight FLOPs", lambda row: _known(row.share)),
         Column("effect", "‖Δ‖/‖W‖", lambda row: _known(row.effect)),
         Column("rounding", "share of the update lost", lambda row: _known(row.rounding)),
-        Column("unmoved", "share of the elements that stayed", lambda row: _known(row.unmoved)),
+        Column(
+            "unmoved", "share of the elements that did not change", lambda row: _known(row.unmoved)
+        ),
         Column(error, "relative", lambda row: _known(row.error, number)),
         Column("‖ΔW‖", "of s·BA", lambda row: _sum(map(_norm, row.spectra))),
         Column("stable rank", "‖ΔW‖²/σ₁²", lambda row: _sum(map(_stable_rank, row.spectra))),
@@ -105,7 +107,7 @@ def _sparks(row: Row) -> Markup:
 
 
 def _remarks(row: Row) -> str:
-    """What else the result says of a row, once each; its updates where no adapter tells ranks."""
+    """Other remarks of the result on a row, each once; its updates if no adapter has ranks."""
     texts = list(row.remarks)
     if not row.rank:
         texts.append(row.updates)

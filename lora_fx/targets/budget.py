@@ -32,7 +32,7 @@ FULL = 0.98
 """Share of a budget that has to be used, where ranks allow it."""
 MOST = 16
 """At most so many ranks of one target are exchanged at a time."""
-FORMS = "params:100000, flops:2%, flops:1e9 or uniform:8"
+FORMS = "for example params:100000, flops:2%, flops:1e9 or uniform:8"
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Budget:
         cheapest = min(costs, key=lambda key: costs[key])
         if limit < costs[cheapest]:
             raise LoraFxError(
-                f"the budget {self.text} is {int(limit)} {self.unit}; one rank of {cheapest!r} "
-                f"takes {costs[cheapest]}, and no target takes less",
-                "allow more",
+                f"the budget {self.text} is {int(limit)} {self.unit}, but one rank of the "
+                f"cheapest target {cheapest!r} takes {costs[cheapest]}",
+                "choose a larger budget",
             )
         return int(limit)
 

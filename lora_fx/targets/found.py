@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -49,8 +49,16 @@ class Found:
         """The target of a key, of one of its aliases, of a region within it, or of one use."""
         target = self.get(key)
         if target is None:
-            raise LoraFxError(f"{key!r} is no target of the model", near(key, self.by_key))
+            raise LoraFxError(f"{key!r} is not a target of the model", near(key, self.by_key))
         return target
+
+    def __contains__(self, key: object) -> bool:
+        """Whether indexing with the key gives a target."""
+        return isinstance(key, str) and self.get(key) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of the targets, in definition order."""
+        return iter(self.by_key)
 
     def get(self, key: str) -> Target | None:
         """The target of a key, as by indexing; None where there is none.
@@ -234,7 +242,7 @@ class Unreached:
         """The reason, with what it costs."""
         if not self.flops:
             return self.reason
-        return f"{self.reason}, and {human(self.flops)} FLOPs are products of what is gathered"
+        return f"{self.reason}; {human(self.flops)} FLOPs are products with gathered rows"
 
     def to_json(self) -> Json:
         """One row of `unreached[]`."""

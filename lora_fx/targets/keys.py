@@ -93,7 +93,7 @@ def split_region(key: str) -> tuple[str, str]:
 
 
 def split_use(key: str) -> tuple[str, str]:
-    """The key without its use, and the use; empty where it stands for all uses.
+    """(key without its use, use); the use is empty if the key means all uses.
 
     >>> split_use("w@call:1[2:4]"), split_use("w[2:4]")
     (('w[2:4]', 'call:1'), ('w[2:4]', ''))
@@ -113,6 +113,6 @@ def applies(use: str, site: Site) -> bool:
 
 
 def own_use(key: str) -> str:
-    """`LowRank.use` of a key: its use, but for a call, which no other place can tell."""
+    """`LowRank.use` of a key: its use, but empty for a call, which only the key identifies."""
     _, use = split_use(key)
     return "" if use.startswith("call:") else use

@@ -1,4 +1,4 @@
-"""Which tensors of a model a foreign name may mean: every rule of spelling, and their order.
+"""Find the tensors that a foreign name may mean: all spelling rules, in their order.
 
 Two tools rarely call a tensor alike. A `NameRule` says how a tensor may be spelt and how a foreign
 name may be read; where a reading is a spelling, the name may mean the tensor. `Names` asks its
@@ -40,7 +40,7 @@ def as_it_is(name: str) -> tuple[str]:
 
 @dataclass(frozen=True)
 class NameRule:
-    """One way in which a foreign name may mean a tensor: a reading of it is a spelling of that.
+    """One rule by which a foreign name may mean a tensor: a reading is a spelling of the tensor.
 
     Attributes:
         spellings: Name of a tensor → what may stand for it.

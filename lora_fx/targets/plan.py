@@ -19,7 +19,7 @@ from lora_fx.targets.target import Target, check_disjoint
 from lora_fx.text import JsonView, is_whole, near, short
 
 HEAD_ROWS = 1000
-"""A table of fewer rows is no vocabulary: a small classifier is adapted like any other layer."""
+"""A smaller table is not a vocabulary: a small classifier is adapted like any other layer."""
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -43,7 +43,7 @@ def _is_convolution(target: Target) -> bool:
 
 
 def _why_not(target: Target, with_convolutions: bool) -> str:
-    """Why the default plan leaves a target out; empty where it takes it."""
+    """Why the default plan leaves a target out; empty if it includes the target."""
     if target.role == "embedding":
         return "embedding"
     longer_side = max(target.layout.out_size, target.layout.in_size)
@@ -68,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which targets get an update, and of which rank.
+    """The targets that get an update, and their ranks.
 
     Attributes:
         entries: Target key → rank and alpha.
@@ -111,11 +111,11 @@ def make_plan(
         LoraFxError: No target, a selector without a match, a rank that no target can hold.
     """
     if not is_whole(rank) or rank <= 0:
-        raise LoraFxError(f"rank {rank!r} is not a positive whole number", "8 or 16 is usual")
+        raise LoraFxError(f"rank {rank!r} is not a positive whole number", "for example 8 or 16")
     if not found.targets and not (include and found.optional):
         raise LoraFxError(
-            "the model has no weight matmul that an adapter could attach to",
-            "run lora-fx targets MODEL: it says what was refused and why",
+            "the model has no weight matmul that an adapter can attach to",
+            "run lora-fx targets MODEL: it lists what is refused and why",
         )
     tensor_names = select_names(list(names), also_train or ())
     also_trained = tuple(dict.fromkeys(names[name] for name in tensor_names))
@@ -123,8 +123,8 @@ def make_plan(
     if ranks is not None:
         if include is not None:
             raise LoraFxError(
-                f"{where} names its targets, so include has no say",
-                "leave it out; exclude takes targets away",
+                f"{where} names its targets, so include has no effect",
+                "leave it out; exclude removes targets",
             )
         ranks = _by_target_key(ranks, found, where)
     keys = _included(found, include, ranks)
@@ -134,7 +134,7 @@ def make_plan(
     if not keys and not also_trained:
         raise LoraFxError(
             "no target is left: the default plan leaves out heads, embeddings and routers",
-            "name some with include (--include '*' takes all); run lora-fx targets MODEL",
+            "name targets with include (--include '*' takes all); run lora-fx targets MODEL",
         )
 
     check_disjoint(found[key] for key in keys)
@@ -150,12 +150,12 @@ def make_plan(
         target_rank = row.get("rank", rank)
         if target_rank <= 0:
             raise LoraFxError(
-                f"rank {target_rank} of {key} is not a positive whole number", "8 is usual"
+                f"rank {target_rank} of {key} is not a positive whole number", "for example 8"
             )
         limit = target.layout.max_rank
         if target_rank > limit and ranks is not None:
             raise LoraFxError(
-                f"{where}: rank {target_rank} of {key!r} is above its smaller side {limit}",
+                f"{where}: rank {target_rank} of {key!r} is larger than its smaller side {limit}",
                 "lower it in the plan",
             )
         if target_rank > limit:
@@ -163,7 +163,9 @@ def make_plan(
             target_rank = limit
         if target.of_several and target.tied:
             uses = " and ".join(target.uses)
-            notes.append(f"{key}: one update for {uses}; include={key + '@*'!r} gives each its own")
+            notes.append(
+                f"{key}: one update for {uses}; include={key + '@*'!r} makes one for each use"
+            )
         entries[key] = Entry(target_rank, _alpha(key, target_rank, row.get("alpha", alpha)))
     return Plan(entries, also_trained, tuple(notes))
 
@@ -173,7 +175,7 @@ def _by_target_key(ranks: JsonView, found: Found, where: str) -> JsonView:
     for key in ranks:
         if found.get(key) is None:
             hint = near(key, target_names(found))
-            raise LoraFxError(f"{where} names {key!r}, which is no target", hint)
+            raise LoraFxError(f"{where} names {key!r}, which is not a target", hint)
     return {found[key].key: row for key, row in ranks.items()}
 
 
@@ -231,7 +233,7 @@ def _check_some_target_holds(rank: int, targets: Mapping[str, Target]) -> None:
     key = max(limits, key=lambda key: limits[key])
     if rank > limits[key]:
         raise LoraFxError(
-            f"rank {rank} is above the smaller side of every target; the largest is "
+            f"rank {rank} is larger than the smaller side of every target; the largest is "
             f"{limits[key]} ({key})",
             f"choose a rank of at most {limits[key]}",
         )
@@ -243,10 +245,10 @@ def _alpha(key: str, rank: int, alpha: float | None) -> float:
         alpha = default_alpha(rank)
     alpha = float(alpha)
     if not math.isfinite(alpha):
-        raise LoraFxError(f"alpha {alpha} of {key} is no finite number", "2·rank is usual")
+        raise LoraFxError(f"alpha {alpha} of {key} is not a finite number", "the default is 2·rank")
     return alpha
 
 
 def default_alpha(rank: int) -> float:
-    """The alpha where none is given, 2·rank; this is the one place that says so."""
+    """The default alpha, 2·rank; it is defined only here."""
     return 2.0 * rank

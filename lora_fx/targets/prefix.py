@@ -1,4 +1,4 @@
-"""What all names of an adapter have before those of a model, or lack: the prefix of most of them.
+"""The common prefix by which an adapter's names differ from a model's names.
 
 A model that was saved by its inner class lacks the outer's prefix (`bert.`), a component of a
 pipeline its own (`unet.`), and the reverse.
@@ -15,7 +15,7 @@ from lora_fx.targets.names import ENDS, Names
 
 @dataclass(frozen=True)
 class Prefix:
-    """What foreign names have before those of the model, or lack.
+    """The prefix that foreign names have before the model's names, or lack.
 
     Attributes:
         more: What foreign names begin with, and the model's do not.
@@ -39,7 +39,7 @@ class Prefix:
 
 
 def common_prefix(foreign: Iterable[str], known: Iterable[str]) -> Prefix:
-    """The prefix by which the most foreign names become known ones.
+    """The prefix that turns the most foreign names into known ones.
 
     There is none where a name is known as it is, or where two prefixes explain as many names.
     """

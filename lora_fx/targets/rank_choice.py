@@ -1,4 +1,4 @@
-"""Which ranks are worth their elements: greedy on σ²/cost over all targets at once.
+"""Choose the ranks that are worth their elements: greedy on σ²/cost over all targets.
 
 σ² fall within a target and its ranks cost the same, so the order never takes a rank before the
 one above it. The choice is the best one where the goal falls on a step of the order.
@@ -47,7 +47,7 @@ def within_budget(
 def within_loss(
     spectra: Mapping[str, Array], costs: Mapping[str, int], allowed: float
 ) -> dict[str, int]:
-    """The first ranks in order that leave out at most `allowed` of Σ σ², none of them in vain."""
+    """The first ranks in order that leave out at most `allowed` of Σ σ², without useless ones."""
     steps = _steps(spectra, costs)
     squares = np.array([square for _, square in steps])
     # losses[t] is Σ σ² without the first t steps.

@@ -64,7 +64,7 @@ class RankPlan:
 
     @property
     def used(self) -> int:
-        """How much of the limit these ranks cost."""
+        """The part of the limit that these ranks use."""
         return sum(row.cost * row.rank for row in self.rows)
 
     @property
@@ -141,8 +141,8 @@ def given_ranks(plan: GivenRanks | None) -> tuple[JsonView | None, str]:
         return None, "the plan"
     if not isinstance(plan, Mapping):
         raise LoraFxError(
-            f"the plan is of type {type(plan).__name__}; expected {{key: rank}}, the path of a "
-            "plan file, or what lora_fx.plan returns",
+            f"the plan has the type {type(plan).__name__}; expected {{key: rank}}, the path of a "
+            "plan file, or the result of lora_fx.plan",
             OWN_PLAN,
         )
     return {key: _row_of(key, value) for key, value in plan.items()}, "the plan"
@@ -152,16 +152,16 @@ OWN_PLAN = "for example {'fc.weight': 8}, or {'fc.weight': {'rank': 8, 'alpha': 
 
 
 def _row_of(key: str, value: object) -> Json:
-    """The rank and the alpha of a key, of what a user wrote in Python: numpy's numbers are taken.
+    """The rank and the alpha of a key in a Python plan; numpy's numbers are accepted.
 
     Raises:
-        LoraFxError: Something else than a whole rank and a number.
+        LoraFxError: The rank is not a whole number, or alpha is not a number.
     """
     row = value if isinstance(value, Mapping) else {"rank": value}
     unknown_names = sorted(set(row) - {"rank", "alpha"})
     if unknown_names:
         name = unknown_names[0]
-        raise LoraFxError(f"the plan has {name!r} of {key!r}; it is not known", OWN_PLAN)
+        raise LoraFxError(f"the plan has an unknown field {name!r} for {key!r}", OWN_PLAN)
 
     checked: Json = {}
     if "rank" in row:
@@ -183,7 +183,7 @@ def _row_of(key: str, value: object) -> Json:
 
 
 def _shown(value: object) -> str:
-    """A short value as Python writes it; of another the name of its class."""
+    """A short value as Python writes it; for other values the name of the class."""
     if value is None or isinstance(value, (str, int, float)):
         return repr(value)
     return f"of type {type(value).__name__}"
@@ -193,18 +193,22 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     """Key → rank and alpha of a plan file; targets of rank 0 are left out.
 
     Raises:
-        LoraFxError: No such file, no JSON, a field or a value that no plan has.
+        LoraFxError: No such file, not JSON, or a field or value that a plan does not have.
     """
     where = fspath(path)
-    expect_file(where, "lora-fx plan MODEL DATA -o FILE writes one")
+    expect_file(where, "write one with lora-fx plan MODEL DATA -o FILE")
     data = read_json(where, hint="write it again")
     if not isinstance(data.get("targets"), dict):
-        raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")
+        raise LoraFxError(
+            f"{where} is not a plan: it has no targets", "write one with lora-fx plan"
+        )
     _check_fields(data, where)
     rows = {key: _entry(where, key, value) for key, value in data["targets"].items()}
     rows = {key: row for key, row in rows.items() if row["rank"]}
     if not rows:
-        raise LoraFxError(f"{where}: no target has a rank above 0", "there is nothing to adapt")
+        raise LoraFxError(
+            f"{where}: no target has a rank above 0", "give at least one target a rank above 0"
+        )
     return rows
 
 
@@ -212,7 +216,7 @@ def _check_fields(data: JsonView, where: str) -> None:
     """Raise for a field that no plan has, a value of another type, or a file of a later version."""
     for name, value in data.items():
         if name not in FIELDS:
-            raise LoraFxError(f"{where}: no field {name!r} in a plan", near(name, FIELDS))
+            raise LoraFxError(f"{where}: unknown field {name!r} in the plan", near(name, FIELDS))
         if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
             kind = FIELDS[name].__name__
             raise LoraFxError(f"{where}: {name} is {value!r}, expected {kind}", "correct the file")
@@ -234,7 +238,7 @@ def _entry(where: str, key: str, value: object) -> Json:
         raise wrong(f'{key!r} is {value!r}; expected {{"rank": 8, "alpha": 16}}')
     rank = row["rank"]
     if not is_whole(rank) or rank < 0:
-        raise wrong(f"the rank of {key!r} is {rank!r}; expected a whole number from 0 up")
+        raise wrong(f"the rank of {key!r} is {rank!r}; expected a whole number of 0 or more")
     alpha = row.get("alpha")
     if alpha is None:
         return {"rank": rank}

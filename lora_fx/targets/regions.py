@@ -1,4 +1,4 @@
-"""Parts of a target: a region of its tensor as a target of its own.
+"""Parts of a target: a region of its tensor as a separate target.
 
 A fused weight (q, k, v in one matrix; gate and up; a stack of experts) is one target unless a
 selector, a plan or an adapter asks for its parts. The part's factors are the whole's with zeros

@@ -93,7 +93,7 @@ def _named_within(targets: Iterable[Target], text: str) -> list[str]:
 
 
 def _matches_nothing(text: str, found: Found) -> LoraFxError:
-    """The error for a selector that names no target; it has the reason of a refusal."""
+    """The error for a selector that names no target; adds the reason if the name is refused."""
     why = ""
     for refusal in found.refusals:
         if refusal.key in (text, f"{text}.weight"):
@@ -115,7 +115,7 @@ def _is_covered_by_uses(key: str, keys: Iterable[str], found: Found) -> bool:
 
 
 def _outermost(keys: Sequence[str], found: Found) -> list[str]:
-    """The keys without those of regions that lie in the region of another one."""
+    """The keys without those whose region lies inside another key's region."""
     regions = {key: found[key] for key in keys if not split_use(key)[1]}
 
     def is_within_another(key: str) -> bool:
@@ -196,8 +196,8 @@ def _is_in(pattern: str, name: str) -> bool:
     try:
         return matched(pattern, name, "search") is not None
     except PatternError as error:
-        what = f"re:{one_line(pattern, 80)} is no regular expression: {error}"
-        raise LoraFxError(what, "escape ( [ . *; a smaller one, or globs") from error
+        what = f"re:{one_line(pattern, 80)} is not a regular expression: {error}"
+        raise LoraFxError(what, "escape ( [ . *, use a smaller expression, or use globs") from error
 
 
 def _suffix(name: str, glob: str) -> bool:
@@ -234,7 +234,7 @@ def _sites_of_role(target: Target, role: str) -> Sequence[Site] | None:
     other role the matmul alone.
     """
     if role not in ROLES:
-        raise LoraFxError(f"no role {role!r}", f"the roles are {', '.join(ROLES)}")
+        raise LoraFxError(f"unknown role {role!r}", f"choose one of {', '.join(ROLES)}")
     is_lookup = role == "embedding" and "embedding" in target.uses
     if not is_lookup and target.role != role:
         return None
@@ -256,7 +256,7 @@ def _is_called(target: Target, text: str) -> bool:
 
 
 def _hint(text: str, found: Found) -> str:
-    """A hint for a selector that names nothing: what there is of its form."""
+    """A hint for a selector that names nothing: the classes, ops or names that exist."""
     sites: list[Site] = []
     for target in found.targets:
         sites += target.sites
@@ -277,7 +277,7 @@ def target_names(found: Found) -> list[str]:
 
 
 def _near(text: str, names: Sequence[str]) -> str:
-    """A hint with the nearest of what a selector may be: names of modules, and their last parts."""
+    """A hint with the nearest names that a selector can use: modules and their last parts."""
     modules = {name.removesuffix(".weight") for name in names}
     leaves = {name.rpartition(".")[2] for name in modules}
     return near(text, sorted(modules | leaves))

@@ -48,11 +48,11 @@ class Target:
 
     @property
     def said(self) -> str:
-        """A sentence on its other readers, for people; empty where there are none."""
+        """A sentence about other operations that read the weight; empty if there are none."""
         if not self.other_readers:
             return ""
         ops = ", ".join(self.other_readers)
-        return f"{self.key}: read by {ops} too, where no update reaches it"
+        return f"{self.key}: read by {ops} too, where the update does not apply"
 
     @property
     def flops(self) -> int:
@@ -61,7 +61,7 @@ class Target:
 
     @property
     def no_fold(self) -> str:
-        """Why nothing can be stored into the weight of one of its uses; empty where it can."""
+        """Why a sum cannot be stored in the weight of one of its uses; empty if it can."""
         for site in self.sites:
             if site.no_fold:
                 return site.no_fold
@@ -78,7 +78,7 @@ class Target:
         return tuple(dict.fromkeys(site.op for site in self.sites))
 
     def holds(self, other: Target) -> bool:
-        """True where the other's region is of the same tensor, and lies in this one's."""
+        """True if the other target is of the same tensor and its region is inside this one's."""
         if self.parameter.name != other.parameter.name:
             return False
         return contains(self.region, other.region)
@@ -110,7 +110,7 @@ class Target:
 
     @property
     def each_use(self) -> tuple[str, ...]:
-        """A name for every use: its alias or op where that is its alone, else the call."""
+        """A name for every use: its alias or op if only one use has it, else the call."""
         return tuple(self._name_of_use(i, site) for i, site in enumerate(self.sites))
 
     def _name_of_use(self, number: int, site: Site) -> str:
@@ -161,7 +161,7 @@ class Target:
         return tuple(site for site in self.sites if applies(use, site))
 
     def keys_of(self, sites: Iterable[Site]) -> tuple[str, ...]:
-        """Keys of the updates that reach some uses and no other.
+        """Keys of the updates that reach exactly some uses.
 
         The first of these that there is:
 
@@ -243,11 +243,11 @@ class Target:
 
 
 def check_storable(target: Target, what: str) -> None:
-    """Raise where something needs the weight itself, or a place for a sum in it.
+    """Raise if something needs the stored weight, and the target has none that can change.
 
     Args:
         target: The target of an update.
-        what: The thing that needs it, and why: a clause that follows a colon.
+        what: What needs the weight, and why, as a clause after a colon.
     """
     if target.no_fold:
         raise not_storable(target, what)
@@ -257,7 +257,8 @@ def not_storable(target: Target, what: str) -> LoraFxError:
     """The error of `check_storable`."""
     return LoraFxError(
         f"{target.key!r}: {target.no_fold}: {what}",
-        "a branch beside it has no such need: plain LoRA by insert, or export --mode switch",
+        "use a branch, which does not need the weight: plain LoRA with insert, or export --mode "
+        "switch",
     )
 
 
@@ -270,7 +271,7 @@ def check_disjoint(targets: Iterable[Target]) -> None:
             if _share_elements(target, other):
                 raise LoraFxError(
                     f"{other.key!r} and {target.key!r} share elements of one tensor",
-                    "regions of one parameter, and its uses, must not overlap",
+                    "leave one out; regions of one parameter, and its uses, must not overlap",
                 )
         targets_of_tensor.append(target)
 

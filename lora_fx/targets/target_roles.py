@@ -57,7 +57,7 @@ def role_of(
 
 
 def role_by_name(name: str) -> str:
-    """The role that a name (without `.weight`) tells, or an empty text.
+    """The role that a name (without `.weight`) implies, or an empty text.
 
     >>> role_by_name("h.0.attn.q_proj"), role_by_name("h.0.attn.qkv")
     ('q', '')

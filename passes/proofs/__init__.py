@@ -1,1 +1,1 @@
-"""Equal, or not written: what is run and compared before a result gets its name."""
+"""Prove a result before it is written: run it, and compare it with its reference."""

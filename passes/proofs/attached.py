@@ -55,16 +55,16 @@ from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 HALVINGS = 10
-"""Times that drawn updates are made smaller, where a model with them tells nothing."""
+"""How often random updates are halved if the comparison with them shows nothing."""
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The first gates of the explicit reference."""
 READ_PAST = (
-    "the live model does not change with it, so something reads the weight past its module's "
-    "attribute"
+    "the update does not change the live model, so some code reads the weight without its "
+    "module's attribute"
 )
 READ_TWICE = (
-    "the live model changes with it in another way, so something reads the weight for more than "
-    "the matmuls that were found, or its numbers decide what the model does"
+    "the update changes the live model in another way, so some code reads the weight for more "
+    "than the matmuls that were found, or the weight's numbers decide what the model does"
 )
 
 
@@ -104,7 +104,7 @@ class InGraph:
         return prove(run, self.module, arrays=example, tol=tol, rerun=rerun)[0]
 
     def _tolerance(self, base: Named) -> float:
-        """The gate in fp32; wider for quantised layers, by what the unadapted model differs."""
+        """The gate in fp32, plus the difference of the unadapted model for quantised layers."""
         if self.cap.quantised is None:
             return ORT_TOL
         # kernels of quantised layers round as they like, some in bfloat16, some x too
@@ -311,12 +311,12 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
                 return
 
         guilty = [key for key in probe if not checked_alone(key).ok]
-        why = "each update is right alone, and all of them together are not"
+        why = "each update is right by itself, but all of them together are not"
         if guilty:
             checked_alone(guilty[0])
             why = READ_TWICE if reference.changes_live() else READ_PAST
 
-    size = "more than numbers can say"
+    size = "an infinite amount or NaN"
     if math.isfinite(parity.rel):
         size = f"{parity.rel:.1e}"
     raise LoraFxError(

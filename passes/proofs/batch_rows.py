@@ -128,7 +128,7 @@ class MixedBatch:
 
 
 def _row_count(feeds: Named, rowed: Sequence[str]) -> int:
-    """How many rows a batch has."""
+    """The number of rows of a batch."""
     return next(int(feeds[name].shape[0]) for name in rowed if name in feeds)
 
 
@@ -181,7 +181,10 @@ def _compare_rows(
         row = int(np.argmax(differences))
         i = batch.ids[row]
         whose = f"{names[i] or 'the base'!r} (id {i})"
-        demand([parity], f"row {row} of a batch, which the model may mix, is not {whose} alone")
+        demand(
+            [parity],
+            f"row {row} of a batch differs from a run of {whose} alone (the model may mix rows)",
+        )
     return parity
 
 
@@ -208,7 +211,7 @@ def _first_rows(runs: Sequence[Named]) -> dict[str, Array]:
 def _own_errors(
     reference: Reference, adapters: Sequence[Adapter | None]
 ) -> Iterator[Mapping[str, float]]:
-    """Per output, how far rounding moves any of these: the more, the longer it is asked."""
+    """How far rounding moves each output, over all of these; the estimate grows with each call."""
     largest_errors: dict[str, float] = {}
     for adapter in adapters:
         for errors in reference.own_errors(adapter):

@@ -100,7 +100,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 
 
 def _same_gradients(module: AdaptedModule, named: Named) -> None:
-    """Where a forward has autograd functions or hooks, its weights' gradients are the graph's.
+    """Compare the graph's weight gradients with the model's where a forward has hooks or functions.
 
     A capture drops them: a memory saver's gradient is the same, a reversal's is not.
     """
@@ -115,9 +115,10 @@ def _same_gradients(module: AdaptedModule, named: Named) -> None:
     of_model = _gradients_of(captured, captured.model, names, named)
     if not _are_close(of_graph, of_model):
         raise LoraFxError(
-            f"{some(functions)} has a gradient of its own, which a graph drops: training would "
+            f"{some(functions)} defines a custom gradient, which a graph drops: training would "
             "differ",
-            "lora_fx.attach trains the live model; --dead allow inserts all the same",
+            "use lora_fx.attach, which trains the live model; or --dead allow, which inserts "
+            "anyway",
         )
 
 
@@ -134,7 +135,7 @@ def _are_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> 
 def _gradients_of(
     captured: Captured, model: nn.Module, names: Sequence[str], named: Named
 ) -> list[torch.Tensor]:
-    """∂(a sum of the outputs)/∂W in eval mode, by a model's own call; zeros where there is none."""
+    """∂(a sum of the outputs)/∂W in eval mode, from a call of the model; zeros if unused."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {
         name: parameters[name].detach().clone().requires_grad_()

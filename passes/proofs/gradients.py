@@ -37,9 +37,9 @@ DEAD = 1e-6
 DRAWS = 4
 """Times that a mode runs: a random depth leaves layers out, and a ReLU cuts numbers off."""
 SIZE = 0.05
-"""The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
+"""The size of the probe's ΔW for a weight of unit fan-in: visible, and far from saturation."""
 Telling = Mapping[str, nn.Parameter]
-"""Target → the tensor that its ΔW is in proportion to, whose gradient tells: b of LoRA."""
+"""Target → the tensor that its ΔW is proportional to, and whose gradient is checked: b of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Trained:
 
     @classmethod
     def of(cls, module: AdaptedModule) -> Trained:
-        """The module of insert, which knows what its capture was given."""
+        """Take these from the module of insert, which has the arguments of its capture."""
         return cls(
             model=module,
             updates=module.updates,
@@ -114,15 +114,15 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                 if len(failures) == 2 and not isinstance(e, LoraFxError):
                     raise LoraFxError(
                         f"no backward pass of the model runs: {'; '.join(failures)}",
-                        "does the original train with these inputs? A train mode may ask for "
-                        "targets; --dead allow leaves this proof out",
+                        "check that the original model trains with these inputs; some models "
+                        "need targets as inputs in train mode; --dead allow leaves out this proof",
                     ) from e
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue
             if sizes is None:
                 notes.append(
-                    f"{mode} mode is not proven: no output is a real number, or a complex one, "
-                    "or all of these are empty"
+                    f"{mode} mode is not proven: the model has no output of real or complex "
+                    "numbers that is not empty"
                 )
                 continue
 
@@ -130,7 +130,9 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
             if training:
                 moved = _written_buffers(trained.model, versions)
                 if moved:
-                    notes.append(f"training moves {some(moved)}, which no adapter's file holds")
+                    notes.append(
+                        f"training changes {some(moved)}, which an adapter file does not hold"
+                    )
             for key in _dead_keys(trained.updates, sizes):
                 dead_modes.setdefault(key, []).append(mode)
 
@@ -139,7 +141,7 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
 
 
 def _buffer_versions(model: nn.Module) -> dict[str, int]:
-    """How often each buffer was written to, of those that count it."""
+    """The number of writes to each buffer, for the buffers that count it."""
     return {
         name: buffer._version for name, buffer in model.named_buffers() if not buffer.is_inference()
     }
@@ -153,7 +155,7 @@ def _written_buffers(model: nn.Module, versions: Mapping[str, int]) -> list[str]
 
 
 def _dead_keys(updates: Updates, sizes: Mapping[str, float]) -> list[str]:
-    """The keys whose gradient is nothing beside the median's."""
+    """The keys whose gradient is negligible compared with the median."""
     finite = [size for size in sizes.values() if np.isfinite(size)]
     median = float(np.median(finite or [0.0]))
     # an update of the weight 0 has no gradient, and that is no fault
@@ -234,7 +236,7 @@ def _gradients(
 
 
 def _inputs_of(trained: Trained, named: Named, seed: int) -> Named:
-    """The arguments of one draw: at first those of the proof, and the example at last."""
+    """The arguments of one draw: first those of the proof, and last the example."""
     example = trained.example
     if seed == DRAWS - 1 and is_real(example):  # where no draw is what the model is for
         return example
@@ -270,6 +272,7 @@ def without_gradient(effect: Effect, count: int, dead: str) -> tuple[str, ...]:
         keys = [f"{key} ({'/'.join(modes)})" for key, modes in effect.dead.items()]
         raise DeadTargetError(
             f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
-            "--exclude leaves it out; --dead drop leaves all such out; --dead allow keeps it",
+            "--exclude leaves out one target; --dead drop leaves out all such targets; --dead "
+            "allow keeps them",
         )
     return ()

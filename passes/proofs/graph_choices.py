@@ -40,7 +40,7 @@ def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
 
 
 class Choosing(Wide):
-    """A model's eval graph that keeps its choices, or makes those of another run.
+    """A model's eval graph that records its choices, or repeats the choices of another run.
 
     Args:
         model: The model.
@@ -79,7 +79,7 @@ class Choosing(Wide):
                 self.read_by_choices.update(among)
 
     def _names(self, graph: fx.Graph) -> dict[fx.Node, str]:
-        """The names of values, which an exported file has as well: an output has that of it."""
+        """The names of values as in an exported file; an output value has the output's name."""
         (leaves,) = graph.output_node().args
         results = tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
         names = {node: node.name for node in graph.nodes}
@@ -107,7 +107,7 @@ class Choosing(Wide):
         return unlike
 
     def read(self, x: Any) -> Any:
-        """See Wide."""
+        """Implement `Wide.read`."""
         return super().read(x) if self.wide else x
 
     def run_node(self, n: fx.Node) -> Any:
@@ -164,7 +164,7 @@ def choices_of(model: CapturedModule, named: Named) -> Choices:
 
 @dataclass(frozen=True)
 class ModuleRerun:
-    """See Rerun: of a captured module.
+    """The Rerun of a captured module.
 
     Attributes:
         module: The module.
@@ -179,7 +179,7 @@ class ModuleRerun:
     block: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def stepped(self) -> Iterator[Run]:
-        """None: torch's sigmoid is exact beside its result."""
+        """None: torch's sigmoid is exact relative to its result."""
         return iter(())
 
     def plain(self) -> Run | None:
@@ -187,7 +187,7 @@ class ModuleRerun:
         return None
 
     def choosing(self, choices: Choices) -> Run | None:
-        """See Rerun."""
+        """Implement `Rerun.choosing`."""
 
         def run(feeds: Named) -> dict[str, Array]:
             with self.block():

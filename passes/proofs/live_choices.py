@@ -1,4 +1,4 @@
-"""Live models run op by op: their choices are recorded, or those of another run are made.
+"""Run live models op by op, and record their choices or repeat the choices of another run.
 
 No graph is needed: every op of a user's own module is seen when torch dispatches it. What it
 chooses, integers and booleans that an op makes of floats, may come from another run of the same
@@ -23,7 +23,7 @@ from lora_fx.passes.proofs.reference import Choices, Run, Shown
 
 
 class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A block in which a model's choices are those of another run, where they are the same.
+    """A block in which a model repeats the choices of another run, for ops that both have.
 
     Args:
         others: The choices of the other run by name.
@@ -37,7 +37,7 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """True: what is compiled runs as it is compiled, as one op.
+        """True: a compiled region runs as compiled, as one op.
 
         Of a function that torch.compile or torch.cond meets in another dispatch mode, torch notes
         for good that it is not to be compiled: torch.cond would fail in the process from then on.
@@ -102,7 +102,7 @@ def _is_discrete(x: object) -> bool:
 
 @dataclass(frozen=True)
 class LiveRerun:
-    """See Rerun: of a user's own module.
+    """The Rerun of a user's own module.
 
     Attributes:
         run: Runs it on arrays by input name.
@@ -111,7 +111,7 @@ class LiveRerun:
     run: Run
 
     def stepped(self) -> Iterator[Run]:
-        """None: torch's sigmoid is exact beside its result."""
+        """None: torch's sigmoid is exact relative to its result."""
         return iter(())
 
     def plain(self) -> Run | None:
@@ -119,7 +119,7 @@ class LiveRerun:
         return None
 
     def choosing(self, choices: Choices) -> Run | None:
-        """See Rerun."""
+        """Implement `Rerun.choosing`."""
         reference_choices = choices.named()
 
         def run(feeds: Named) -> dict[str, Array]:

@@ -41,7 +41,7 @@ def prove_merge(
     matched: Matched,
     fold: Fold,
 ) -> OnnxGraph:
-    """Open what was written, and compare it with what it has to be.
+    """Open the written file, and compare its tensors with the expected ones.
 
     Args:
         temporary: The file that was written.
@@ -59,16 +59,20 @@ def prove_merge(
     for name, read in base.items():
         if name not in changed and not same_bytes(written.reader(name)(), read()):
             check_unchanged()  # a base that is another one now has other numbers
-            raise LoraFxError(f"{target}: not written: {name!r} is not the base's", "a full disk?")
+            raise LoraFxError(
+                f"{target}: not written: tensor {name!r} differs from the base's, and no update "
+                "is for it",
+                "is the disk full?",
+            )
     for name, gap in _wrong_rows(written, base, found, fold):
         check_unchanged()
         raise LoraFxError(
-            f"{target}: not written: {name!r} is off by {gap:.2e}",
+            f"{target}: not written: tensor {name!r} is wrong by {gap:.2e}",
             "this is a mistake of lora-fx: please report it",
         )
     for name, value in matched.whole.items():
         if not same_bytes(written.reader(name)(), value.astype(base[name]().dtype)):
-            raise MistakeError(f"{target}: not written: {name!r} is not the adapter's")
+            raise MistakeError(f"{target}: not written: tensor {name!r} differs from the adapter's")
     return written
 
 
@@ -101,7 +105,7 @@ def _wrong_rows(
 
 
 def _some_rows(weight: Array, rng: np.random.Generator) -> slice:
-    """Some rows of a matrix, by lot; all of a tensor of another shape."""
+    """Some random rows of a matrix; all of a tensor of another shape."""
     if weight.ndim != 2:
         return slice(None)
     n_rows = weight.shape[0]
@@ -110,7 +114,7 @@ def _some_rows(weight: Array, rng: np.random.Generator) -> slice:
 
 
 def _rounding_of(dtype: np.dtype[Any]) -> float:
-    """How far a sum in a dtype may be off, beside its size."""
+    """The largest rounding error of a sum in a dtype, relative to the sum."""
     if dtype.name in EPSILON:
         return EPSILON[dtype.name]
     if dtype == np.float32:

@@ -1,4 +1,4 @@
-"""An .onnx file in ONNX Runtime as the reference of what is made of it.
+"""An .onnx file in ONNX Runtime as the reference for files that are made from it.
 
 An adapter's branches stand beside the file's own products. Their factors are inputs, so that
 adapters of the same keys and ranks share one session.
@@ -59,7 +59,7 @@ STEP = 2.0**-8
 
 @dataclass(frozen=True)
 class FileRerun:
-    """See Rerun: of an .onnx file.
+    """The Rerun of an .onnx file.
 
     Attributes:
         path: The file.
@@ -74,7 +74,7 @@ class FileRerun:
     stored: Mapping[str, Array] = field(default_factory=dict)
 
     def stepped(self) -> Iterator[Run]:
-        """See Rerun."""
+        """Implement `Rerun.stepped`."""
         for seed in (None, *SEEDS):
             session = stepped_file(self.path, self.provider, seed, self.stored)
             if session is None:
@@ -85,13 +85,13 @@ class FileRerun:
         return session.run(self.also(feeds))
 
     def plain(self) -> Run:
-        """See Rerun."""
+        """Implement `Rerun.plain`."""
         stored = self.stored or None
         session = open_session(self.path, self.provider, rewrites=False, external=stored)
         return partial(self._run, session)
 
     def choosing(self, choices: Choices) -> Run | None:
-        """See Rerun."""
+        """Implement `Rerun.choosing`."""
         file = choosing_file(self.path, self.provider, self.stored)
         if file is None:
             return None
@@ -113,7 +113,7 @@ class FileRerun:
 
 @dataclass(eq=False)
 class OnnxReference:
-    """See Reference; made by `reference_of`.
+    """The Reference of an .onnx file, made by `reference_of`.
 
     Attributes:
         graph: The base; not changed. Without it no adapter can be added.
@@ -158,11 +158,11 @@ class OnnxReference:
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """See Reference."""
+        """Implement `Reference.conditions`."""
         return self.inputs.conditions
 
     def details(self) -> Json:
-        """See Reference; what the file does not take is an error, and no row of unproven."""
+        """Implement `Reference.details`; a size that the file refuses is an error, not unproven."""
         ranges = [
             condition.to_json()
             for condition in self.conditions
@@ -175,7 +175,7 @@ class OnnxReference:
         return ()
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
-        """See Reference."""
+        """Implement `Reference.feeds`."""
         return {**self.inputs.sample(size, seed), **self.arrays}
 
     def sizes(self) -> Iterator[dict[str, Array]]:
@@ -183,11 +183,11 @@ class OnnxReference:
         return feeds_of_sizes(self.inputs, self.arrays)
 
     def run(self, adapter: Adapter | None) -> Run:
-        """See Reference."""
+        """Implement `Reference.run`."""
         return partial(self._run, adapter, True)
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
-        """How far the runtime's own rewrites, and a fold's rounding, move the outputs.
+        """The change of the outputs by the runtime's own rewrites and by the rounding of a fold.
 
         A fold moves every weight by half a unit of its last place, at most. Where activations are
         rounded to codes of eight bits, a difference of one part in 1e7 moves some by a whole step.
@@ -212,7 +212,7 @@ class OnnxReference:
     def prove(
         self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
     ) -> list[Parity]:
-        """See Reference."""
+        """Implement `Reference.prove`."""
         results = []
         own = partial(self.own_errors, adapter)
         for feeds in self.sizes():
@@ -344,7 +344,7 @@ class OnnxReference:
 
 
 def _move(graph: OnnxGraph, name: str) -> None:
-    """Move a weight by up to a unit of its last place, by lot."""
+    """Move a weight at random by up to a unit of its last place."""
     value = graph.read(name)
     if "float" not in value.dtype.name:
         return

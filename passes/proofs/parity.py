@@ -1,4 +1,4 @@
-"""Prove a model equal to another by running both: the check that stands before every write.
+"""Prove a model equal to another by running both: the check before every write.
 
 The gate is relative to the largest output: ORT_TOL for fp32. Where a model exceeds it, its own
 fp32-against-fp64 error decides, output by output: 4 × that + 1e-7. Narrower dtypes are gated by
@@ -120,7 +120,7 @@ def _refuse_where_model_runs(
     """Raise where the graph fails on arguments, and the user's own model runs on them."""
     if _runs(execution_of(reference).captured, named):
         raise LoraFxError(
-            f"the captured graph does not run at {where}, and the model does: "
+            f"the captured graph does not run at {where}, but the model does: "
             f"{one_line(error, 160)}",
             f"{OTHER_SIZES}; and report this model",
         ) from error
@@ -210,7 +210,7 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, t
 
 
 def _product_dtypes(reference: CapturedModule) -> set[str]:
-    """The dtypes of a model's products: by autocast in forward not those of its weights."""
+    """The dtypes of a model's products; autocast in forward makes them differ from the weights'."""
     captured = execution_of(reference).captured
     traced = captured.traced(False, captured.named, execution_of(reference).base_dtype)
     values = (node.meta.get("val") for node in traced.graph.nodes if node.target in OPS)

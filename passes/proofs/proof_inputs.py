@@ -73,7 +73,11 @@ def feeds_of(
         drawn_shapes.add(shapes)
         refused = outside(reference, named)
         if refused:
-            leave_out(reference, shapes_of(feeds), f"another path: {refused.message}")
+            leave_out(
+                reference,
+                shapes_of(feeds),
+                f"the model takes another path there: {refused.message}",
+            )
             continue
         # a size by the names of dimensions lies beyond a cut of the model
         yield named, feeds, isinstance(size, Mapping)
@@ -84,7 +88,7 @@ def feeds_of(
 
 
 def outside(reference: CapturedModule, named: Named) -> SizeError | None:
-    """Why the graph of the example does not hold at these sizes; None where it does."""
+    """The reason why the graph of the example is not valid at these sizes; None if it is."""
     captured = execution_of(reference).captured
     traced = captured.traced(False, captured.named, execution_of(reference).base_dtype)
     return traced.door.refused(tree_leaves(dict(named)))

@@ -56,7 +56,7 @@ from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 LARGE = 1.0
-"""The size of drawn a and b that are as large as the weights: thresholds of norms lie so far."""
+"""The size of random a and b that are as large as the weights, to reach thresholds of norms."""
 MOST = 16
 """Updates that are tried alone, to name those that matter."""
 
@@ -67,15 +67,15 @@ class Compare(Protocol):
     def __call__(
         self, module: CapturedModule, adapter: Adapter, *, large: bool = False
     ) -> Parity | None:
-        """How far they are apart with an adapter; None where they are not."""
+        """The difference of the two with an adapter; None if there is none."""
 
 
 class NotRun(Exception):
-    """Why the live model cannot be run with an adapter."""
+    """The live model cannot be run with an adapter; the message says why."""
 
 
 def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
-    """Prove a module whose adapter is to be trained or chosen; returns what has to be said.
+    """Prove a module whose adapter is trained or chosen later; returns notes.
 
     Updates of what is no parameter of the live model stay as they are, and are named.
 
@@ -106,7 +106,7 @@ def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
 
 
 def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tuple[str, ...]:
-    """Prove a module with the adapter that it holds; returns what has to be said.
+    """Prove a module with the adapter that it holds; returns notes.
 
     Args:
         module: What insert or fold made.
@@ -135,7 +135,7 @@ def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tu
     return ()
 
 
-NOT_RUN = "one recorded run, and the live model was not run with W + s·b·a"
+NOT_RUN = "the graph is one recorded run, and the live model was not run with W + s·b·a"
 
 
 def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
@@ -146,17 +146,17 @@ def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
         keys: The updates that make them differ alone, where that is known.
     """
     which = ""
-    advice = "another adapter"
+    advice = "use another adapter"
     if keys:
         which = f" ({some(keys, 5)})"
         excludes = " ".join(f"--exclude {key}" for key in keys[:5])
         pronoun = "it" if len(keys) == 1 else "them"
-        advice = f"{excludes} leaves {pronoun} alone"
+        advice = f"{excludes} leaves {pronoun} out"
     return NoEffectError(
-        "one recorded run does not hold for an adapter: what the model does depends on its weights"
-        f"{which}, and with W + s·b·a output {parity.output!r} of the live model is rel "
-        f"{parity.rel:.2e} from the graph's, the gate is {parity.tol:.1e}",
-        f"{advice}; or compute both ways with torch.where",
+        "the recorded run is not valid with an adapter: what the model does depends on its "
+        f"weights{which}; with W + s·b·a, output {parity.output!r} of the live model differs from "
+        f"the graph's by rel {parity.rel:.2e}, the gate is {parity.tol:.1e}",
+        f"{advice}; or compute both branches with torch.where",
     )
 
 
@@ -180,7 +180,7 @@ def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
 
 
 def _modes(module: CapturedModule) -> list[Compare]:
-    """How a module is compared in each mode that is a recorded run."""
+    """The comparison of a module in each mode whose graph is a recorded run."""
     modes: list[Compare] = []
     if execution_of(module).captured.recorded:
         modes.append(_differs)
@@ -196,7 +196,7 @@ def _differs_drawn(
     mode: Compare,
     keys: Sequence[str],
 ) -> Parity | None:
-    """How far apart the two are with drawn a and b in some updates; None where they are not.
+    """The difference of the two with random a and b in some updates; None if there is none.
 
     Those that are left out have no effect yet, and those of other keys what they have.
     """
@@ -209,7 +209,7 @@ def _differs_drawn(
 
 @stage("running the live model with W + s·b·a")
 def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -> Parity | None:
-    """Compare on the example; a large probe that makes no finite numbers tells nothing.
+    """Compare on the example; a large probe without finite results is ignored.
 
     Raises:
         NotRun: The live model cannot be run with the adapter.
@@ -261,7 +261,7 @@ def _differs_in_training(
 
 
 def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Parity:
-    """A module beside the live model with other numbers in its parameters, both in train mode."""
+    """Compare a module with the live model in train mode, with other numbers in the parameters."""
     named = execution_of(module).captured.named
 
     def run(some_module: CapturedModule) -> dict[str, Array]:
@@ -307,13 +307,13 @@ def _live_in_training(
 
 
 def _check_alike(module: CapturedModule) -> None:
-    """Raise where the module lies elsewhere, or in another dtype, than the live model."""
+    """Raise if the module is on another device, or in another dtype, than the live model."""
     captured = execution_of(module).captured
     device = device_of(module)
     device_of_model = device_of(captured.model)
     if execution_of(module).base_dtype != captured.base_dtype or device != device_of_model:
         raise NotRun(
-            f"the module is {execution_of(module).base_dtype} on {device}, and the model "
+            f"the module is {execution_of(module).base_dtype} on {device}, but the model is "
             f"{captured.base_dtype} on {device_of_model}"
         )
 
@@ -347,7 +347,7 @@ def _changed(captured: Captured, adapter: Adapter) -> dict[str, torch.Tensor]:
     weights = dict(model.named_parameters())
     first_names, _ = named_tensors(model)
     if captured.quantised is not None or forms(model) or any(w.is_meta for w in weights.values()):
-        raise NotRun("its weights are no plain numbers")
+        raise NotRun("its weights are not plain tensors of numbers")
     changed: dict[str, Array] = {}
 
     def weight_of(key: str) -> Array:

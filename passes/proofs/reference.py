@@ -28,7 +28,7 @@ Shown = Callable[[Outputs], dict[str, Array]]
 
 
 class Rerun(Protocol):
-    """Other ways to run what is compared with a reference."""
+    """Other ways to run the model or file that is compared with a reference."""
 
     def stepped(self) -> Iterator[Run]:
         """Runs with the sigmoids off by as much as their kernel may be; none without any."""
@@ -46,7 +46,7 @@ class Rerun(Protocol):
 
 @dataclass(frozen=True)
 class Choices:
-    """A run of a reference, and its choices: integers and booleans that it made of floats.
+    """A run of a reference with its choices: integers and booleans that it computed from floats.
 
     Attributes:
         values: The choices, by name.

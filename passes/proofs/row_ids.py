@@ -1,4 +1,4 @@
-"""Ids out of range in mode batch: an error, or NaN in the rows that asked, and never a number.
+"""Check ids out of range in mode batch: an error, or NaN in these rows, never a number.
 
 What an index out of range does differs from one runtime to the next, and the one that is at hand
 says nothing of the others. So two things are run. The whole file: it may fail; where it does not,
@@ -36,7 +36,7 @@ ROWS = 5
 def prove_ids(
     session: RuntimeSession, model: ir.Model, feeds: Mapping[str, Array], rows: int, count: int
 ) -> None:
-    """Run rows that ask for an adapter that is none.
+    """Run rows with ids that name no adapter.
 
     Args:
         session: The file that is to be written.
@@ -126,7 +126,7 @@ def _check(name: str, ours: Array, expected: Array, outside: Array, brought: Arr
 
 
 def _are_alike(ours: Array, expected: Array) -> bool:
-    """Equal, or apart by what another run of a GPU may round."""
+    """Whether two arrays are equal, up to the rounding of another run on a GPU."""
     if np.array_equal(ours, expected, equal_nan=ours.dtype.kind == "f"):
         return True
     gates = {name: gate.first for name, gate in gates_of({"": expected}).items()}

@@ -119,8 +119,11 @@ def compared(
         if plain is not None:
             exact = compare_fairly(plain(feeds), expected, shapes, gates, own, of=of)
             if exact.ok:
-                moved = f"ONNX Runtime's own rewrites move {parity.output!r} by {parity.rel:.1e}"
-                return exact, f"{moved} of its largest number; it was compared without them"
+                moved = (
+                    f"ONNX Runtime's own graph optimisations change {parity.output!r} by "
+                    f"{parity.rel:.1e}"
+                )
+                return exact, f"{moved} of its largest number; the comparison was made without them"
 
     choices = choose()
     choosing = rerun.choosing(choices) if choices.values else None
@@ -131,17 +134,22 @@ def compared(
         return with_choices, ""
     if not with_choices.ok:
         return parity, ""
-    turned = f"rounding turns a choice among near-equal numbers that {parity.output!r} depends on"
+    turned = (
+        f"{parity.output!r} depends on a choice among nearly equal numbers, which rounding changes"
+    )
     return (
         with_choices,
-        f"{turned}; both were compared with the same choices, and what these are among",
+        (
+            f"{turned}; both were compared with the same choices, and so were the numbers behind "
+            "these choices"
+        ),
     )
 
 
 def _needs_most(
     outputs: Outputs, expected: Outputs, gates: Mapping[str, Gate], rounding: Mapping[str, float]
 ) -> bool:
-    """Whether an output passes by nothing but the widest gate that rounding can ask for."""
+    """Whether an output passes only with the widest gate that rounding can justify."""
     wider = wider_gates(gates, rounding)
     for name, gate in gates.items():
         is_widest = gate.first < gate.most <= wider[name]
@@ -160,7 +168,7 @@ def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[
 def _with_choices(
     run: Run, choices: Choices, feeds: Named, gates: Mapping[str, Gate], of: str
 ) -> Parity:
-    """The comparison of a run that makes the reference's choices, and of what they are among."""
+    """The comparison of a run with the reference's choices, and of the numbers behind them."""
     outputs = run(feeds)
     expected = {name: value for name, value in choices.outputs.items() if name in outputs}
     scores: set[str] = set()
@@ -196,7 +204,7 @@ def _with_choices(
 
 
 def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
-    """Inputs with their floats moved by up to a unit of their last place, by lot."""
+    """Inputs with their floats moved at random by up to a unit of their last place."""
     rng = np.random.default_rng(seed)
 
     def moved(value: Array) -> Array:

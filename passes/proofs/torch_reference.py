@@ -50,27 +50,27 @@ class TorchReference:
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """See Reference."""
+        """Implement `Reference.conditions`."""
         return onnx_conditions(self.base.conditions())
 
     @property
     def inputs(self) -> Inputs:
-        """See Reference."""
+        """Implement `Reference.inputs`."""
         return execution_of(self.base).captured.inputs
 
     def details(self) -> Json:
-        """See Reference."""
+        """Implement `Reference.details`."""
         return rows_of(execution_of(self.base).captured)
 
     def guards(self) -> tuple[Condition, ...]:
-        """See Reference."""
+        """Implement `Reference.guards`."""
         return guards(self.base)
 
     ceiling = CEILING
     mixes = False
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
-        """See Reference."""
+        """Implement `Reference.feeds`."""
         named = execution_of(self.base).sample(size, self.arrays, seed)
         example = execution_of(self.base).in_own_dtype()
         try:
@@ -81,11 +81,11 @@ class TorchReference:
         return arrays_of(named)
 
     def run(self, adapter: Adapter | None) -> Run:
-        """See Reference."""
+        """Implement `Reference.run`."""
         return torch_run(self._module(adapter))
 
     def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
-        """See Reference."""
+        """Implement `Reference.choices`."""
         module = self._module(adapter)
         return choices_of(module, named_of(execution_of(module).in_own_dtype(), feeds))
 
@@ -96,7 +96,7 @@ class TorchReference:
     def prove(
         self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
     ) -> list[Parity]:
-        """See Reference."""
+        """Implement `Reference.prove`."""
         module = self._module(adapter)
         return prove(run, module, arrays=self.arrays, tol=self.tol, of=of, rerun=rerun)
 

@@ -1,4 +1,4 @@
-"""How far rounding alone moves the outputs of a torch model."""
+"""Measure how far rounding alone moves the outputs of a torch model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_fx.passes.proofs.proof_inputs import is_real, outside
 from lora_fx.passes.proofs.reference import SEEDS, Run
 
 FEW = 8
-"""Numbers of an output, a loss, of which three moves of the weights tell too little."""
+"""The size of an output, such as a loss, for which three moves of the weights show too little."""
 
 
 def own_errors(

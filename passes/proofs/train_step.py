@@ -93,7 +93,9 @@ def prove_step(
         feeds = {**arrays_of(named), "labels": labels}
         refused = graph.traced.door.refused(tree_leaves(dict(named)))
         if refused:
-            leave_out(module, shapes_of(feeds), f"another path: {refused.message}")
+            leave_out(
+                module, shapes_of(feeds), f"the model takes another path there: {refused.message}"
+            )
             continue
         # at the first size the optimizer's states are zero: m' is the gradient itself
         results.append(_compare(run, step, feeds, generator, moments_are_zero=not results))
@@ -238,7 +240,7 @@ class _TorchStep:
     def rounding(
         self, inputs: Outputs, expected: Outputs, errors: dict[str, float]
     ) -> Iterator[dict[str, float]]:
-        """How far rounding moves each output, written into `errors`: at first that of fp32."""
+        """Measure how far rounding moves each output, and write it into `errors`; first in fp32."""
         exact = replace(self, wide=True)(inputs)
         yield grow(errors, expected, exact)
         for seed in range(MOVES):
@@ -283,7 +285,7 @@ class _WideLoss(TorchFunctionMode):
 
 
 class _TrainRun(Wide):
-    """A train program over tensors of its own by name, in fp32 or fp64."""
+    """A train program with its own tensors by name, in fp32 or fp64."""
 
     def __init__(
         self, module: fx.GraphModule, tensors: Mapping[str, Tensor], wide: bool, seed: int | None

@@ -55,7 +55,7 @@ def find(
     dynamic: Dynamic | None = None,
     training: bool = False,
 ) -> Found:
-    """Every weight matmul of a model, what an adapter cannot reach, and why.
+    """Find every matmul with a weight in a model, and the weights that no adapter can reach.
 
     Args:
         model: A module, a function of tensors, a Captured, a module that insert returned, or a
@@ -234,7 +234,9 @@ def fold(
             model.load_adapter(opened_adapter)
         opened_adapter = model.adapter()
     if opened_adapter is None:
-        raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
+        raise LoraFxError(
+            "there is no adapter to fold", "pass adapter=…, or a module that insert returned"
+        )
 
     bound = bind(with_base(opened_adapter, cap.model), find(cap))
     fold_pass = Fold(bound.lowrank)

@@ -123,7 +123,7 @@ def attach(
 def _untied(
     model: Captured | nn.Module, adapter: Adapter, ties: contextlib.ExitStack
 ) -> Captured | nn.Module:
-    """The model with a tensor of its own for every name of a tied one that is saved alone.
+    """The model with a separate tensor for every name of a tied tensor that is saved alone.
 
     Args:
         model: A module, which is changed, or a capture, in whose place comes another.
@@ -210,7 +210,7 @@ def _planned(
     example: CaptureOptions,
     options: InsertOptions,
 ) -> tuple[Captured | None, GraphPlanner]:
-    """The capture and its targets; no capture where they are those of dynamo's partial graphs."""
+    """The capture and its targets; no capture if the targets come from dynamo's partial graphs."""
     try:
         # a capture of the caller stays as it is
         cap = copy.deepcopy(captured_of(source, example))
@@ -249,7 +249,7 @@ def _notes_on_lost(
 
     notes = []
     for key, reason in lost.items():
-        reached = "" if key in repeated else ", lora_fx.insert reaches it"
+        reached = "" if key in repeated else "; lora_fx.insert can adapt it"
         notes.append(f"{reason}: left out{reached}")
     return notes
 
@@ -336,9 +336,10 @@ def _module(model: object) -> nn.Module:
     """The live module itself, out of its wrappers."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in wrappers(model)):
         raise LoraFxError(
-            "a DistributedDataParallel synchronises the parameters that its module had when it was "
-            "made: A and B would differ from process to process",
-            "attach to its module, model.module, then wrap that in DistributedDataParallel again",
+            "DistributedDataParallel synchronises only the parameters that its module had when "
+            "it was wrapped: A and B would differ between processes",
+            "attach to its module, model.module, then wrap this module in "
+            "DistributedDataParallel again",
         )
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
@@ -346,7 +347,7 @@ def _module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module) or isinstance(model, Called):
         raise LoraFxError(
             f"attach adapts a live nn.Module, not a {type(model).__name__}",
-            "lora_fx.insert takes functions of tensors",
+            "use lora_fx.insert, which also takes functions of tensors",
         )
     return model
 
@@ -371,8 +372,9 @@ def _partial(
     if not targets.targets:
         raise error
     note = (
-        f"targets found in {len(graphs.graphs) + len(graphs.failed)} partial graphs, at the "
-        f"example inputs: {one_line(error.message, 200)}"
+        "no whole graph could be captured; targets found in "
+        f"{len(graphs.graphs) + len(graphs.failed)} partial graphs, at the example inputs: "
+        f"{one_line(error.message, 200)}"
     )
     targets = replace(targets, notes=(note, *graphs.failed))
     return GraphPlanner(graphs, targets, dropout, whole=False)

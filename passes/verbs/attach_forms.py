@@ -171,7 +171,7 @@ class GraphPlanner(Planner):
             for site in self.found[key].sites:
                 behind = f"the model computes this weight from {', '.join(site.behind)}"
                 if site.id not in self.lone_ops or self.path_of[site.scope] in by_weight:
-                    reasons[key] = f"{key}: {behind}, and no module's forward is that op alone"
+                    reasons[key] = f"{key}: {behind}, and no module's forward is this op alone"
                 elif site.id not in branches:  # DoRA's norms are those of W + s·B·A
                     reasons[key] = f"{key}: {behind}, and this update needs the weight itself"
         return reasons
@@ -211,7 +211,7 @@ class GraphPlanner(Planner):
             for path, leaf in self.owners.get(target.parameter.name, ()):
                 if path in forms and leaf in forms[path].weights:
                     reasons[key] = (
-                        f"{target.said}, and a matmul reads it outside a module of its own"
+                        f"{target.said}, and the forward of another module also uses it in a matmul"
                     )
         return reasons
 
@@ -238,7 +238,10 @@ class GraphPlanner(Planner):
             if not reach.places:
                 continue
             if len(set(reach.places.values())) > 1:
-                raise InseparableError(group[0][0], f"{path or 'the model'}.{leaf} has two readers")
+                where = f"{path or 'the model'}.{leaf}"
+                raise InseparableError(
+                    group[0][0], f"{where} takes one update inside the module, another outside it"
+                )
 
             branch = reach.branch(branches)
             form = result.setdefault(path, Form())
@@ -298,7 +301,9 @@ class GraphPlanner(Planner):
                     outside.add(is_reached)
 
             if len(inside) > 1 or len(outside) > 1:
-                raise InseparableError(target, f"{path or 'the model'}.forward has both uses")
+                raise InseparableError(
+                    target, f"{path or 'the model'}.forward has uses with it and uses without it"
+                )
             if outside:
                 reach.has_uses_outside = True
             if True not in inside and True not in outside:
@@ -348,7 +353,7 @@ class InseparableError(LoraFxError):
     def __init__(self, target: Target, why: str) -> None:
         self.key = target.key
         super().__init__(
-            f"{target.key}: the update reaches only some uses of the tensor, and {why}",
+            f"{target.key}: the update is for only some uses of the tensor, but {why}",
             f"adapt all its uses ({', '.join(target.uses)}), or use lora_fx.insert",
         )
 
@@ -364,7 +369,7 @@ def weight_form(group: Sequence[Pair]) -> Program:
 
 
 def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
-    """The use as a grouped product with all of a stack [experts, …]; None where it is none."""
+    """The use as a grouped product with a whole stack [experts, …]; None if it is not one."""
     region_and_layout = site_layout(site, shape)
     if region_and_layout is None or len(shape) != 3:
         return None
@@ -383,7 +388,7 @@ def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
 
 
 class _Recorded:
-    """A Graph whose emitters record: what Insert would add to each output, site by site."""
+    """A Graph whose emitters record what Insert would add to each output, site by site."""
 
     def __init__(self, graph: FxGraph, found: Found) -> None:
         self.graph = graph

@@ -1,4 +1,4 @@
-"""The module of a capture and its updates, proven; and what those updates start from."""
+"""Build the module of a capture and its updates, prove it, and find the updates' initial values."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Start:
 
 
 def start_of(model: nn.Module, cap: Captured | None, found: Found, options: InsertOptions) -> Start:
-    """The updates of the adapter that was given, or new ones of the targets that are asked for.
+    """The updates of the given adapter, or new updates for the selected targets.
 
     Args:
         model: Where the tensors are.
@@ -143,8 +143,8 @@ def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Ca
     """
     if cap is None or options.data is None:
         raise LoraFxError(
-            f"init {options.init!r} needs a model that one graph can hold, and data",
-            "kaiming, gaussian, orthogonal, pissa or olora",
+            f"init {options.init!r} needs data, and a model that can be captured as one graph",
+            "use init kaiming, gaussian, orthogonal, pissa or olora",
         )
     uses = {key: own_use(key) for key in plan.entries}
     return calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))
@@ -153,7 +153,7 @@ def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Ca
 def _reader_of_weights(
     model: nn.Module, cap: Captured | None, options: InsertOptions
 ) -> Callable[[str], Array] | None:
-    """How weights are read by name, for a start or a variant that needs them; else None."""
+    """The reader of weights by name, for a start or a variant that needs them; else None."""
     if options.init not in OF_WEIGHT and not named_variant(options.variant).reads_weight:
         return None
     if cap is not None:
@@ -251,7 +251,7 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
 
 
 def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None) -> Found:
-    """The targets of a capture, or of a graph of it, with what was fixed and said on the way."""
+    """The targets of a capture, or of one of its graphs, with its fixed sizes and notes."""
     graph = graph or cap.fx_graph(training)
     # the sizes of the trace, where an example's one row may be two
     placeholders = graph.graph.find_nodes(op="placeholder")

@@ -1,4 +1,4 @@
-"""calibrate: run data through the captured graph and see what each target reads and is told.
+"""calibrate: run data through the captured graph, and record each target's inputs and gradients.
 
     Cx = E[x xᵀ]      Cy = E[dy dyᵀ]      G = ∂L/∂W      in the axes of each target's Layout
 
@@ -47,7 +47,7 @@ def calibrate(
     loss: str | Loss = "ce",
     wanted: Sequence[str] = ("power", "outputs", "gradient"),
 ) -> Calibration:
-    """Run data through the model once, and sum up what its targets read and are told.
+    """Run data through the model once, and sum up the inputs and gradients of its targets.
 
     Args:
         cap: The model.
@@ -62,7 +62,7 @@ def calibrate(
     """
     for name in wanted:
         if name not in STATISTICS:
-            raise LoraFxError(f"no statistic {name!r}", f"there are {', '.join(STATISTICS)}")
+            raise LoraFxError(f"unknown statistic {name!r}", f"choose from {', '.join(STATISTICS)}")
     weights = "gradient" in wanted
     results = "outputs" in wanted
     needs_loss = weights or results
@@ -80,12 +80,16 @@ def calibrate(
         if batch_loss is not None:
             number = float(batch_loss.detach())
             if not math.isfinite(number):
-                raise LoraFxError(f"the loss of batch {i + 1} is {number:g}", "look at the data")
+                raise LoraFxError(
+                    f"the loss of batch {i + 1} is {number:g}", "check the data of that batch"
+                )
             statistics.add_gradients(module.last, batch_loss, examples)
             total_loss += number * examples
         count += examples
     if not count:
-        raise LoraFxError("the data has no batch", "an iterator can be read once only")
+        raise LoraFxError(
+            "the data has no batches", "pass a list; an iterator can be read only once"
+        )
 
     mean_loss = total_loss / count if needs_loss else None
     moments = statistics.moments(count)
@@ -102,8 +106,9 @@ def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> 
     ]
     if len(no_arguments) > 1:
         raise LoraFxError(
-            f"the model takes no argument {no_arguments[0]!r}, nor {no_arguments[1]!r}",
-            f"it takes {', '.join(sorted(signature.keywords))}; one more column holds the labels",
+            f"the model has no arguments {no_arguments[0]!r} and {no_arguments[1]!r}",
+            f"name the inputs {', '.join(sorted(signature.keywords))}; only one more column may "
+            "hold the labels",
         )
 
     if no_arguments:
@@ -134,7 +139,7 @@ def _tensor(value: object) -> Tensor:
 
 
 class _Statistics:
-    """The sums of all targets, and what had to be said."""
+    """The sums of all targets, and notes."""
 
     def __init__(self, uses: Mapping[str, str], wanted: frozenset[str]) -> None:
         self.uses = uses
@@ -157,7 +162,7 @@ class _Statistics:
             if self.wanted == {"gradient"} or readable(site):
                 continue
             for key in keys:
-                self.say(key, f"its {site.op} shows no inputs and gradients of its own")
+                self.say(key, f"no separate inputs and gradients can be read from its {site.op}")
         return chosen
 
     def add_inputs(self, site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
@@ -184,8 +189,8 @@ class _Statistics:
         leaves = [*run.leaves.values(), *(zero.zeros for zero in run.zeros)]
         if leaves and not loss.requires_grad:
             raise LoraFxError(
-                "the loss depends on no target: no gradient reaches any",
-                "look at the loss, and at what lora-fx targets lists",
+                "no gradient reaches any target: the loss does not depend on them",
+                "check the loss, and the targets that lora-fx targets lists",
             )
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
         grads_of_weights = grads[: len(run.leaves)]
@@ -224,14 +229,14 @@ class _Statistics:
             for value in (moments.inputs, moments.outputs):
                 if value is not None and not np.isfinite(value).all():
                     raise LoraFxError(
-                        f"{key}: the data leads to NaN or infinite values there",
-                        "are there such values, or very large ones, in the data?",
+                        f"{key}: the data leads to NaN or infinite values in this target",
+                        "check the data for such values, and for very large ones",
                     )
         return moments_by_key
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """The targets of which a gradient was asked for and never came."""
+        """The targets that never got the gradient that was needed."""
         unreached = self.differentiated - self.reached
         return tuple(key for key in self.uses if key in unreached)
 
@@ -242,12 +247,12 @@ class _Statistics:
     def _rows(self, key: str, site: Site, rows: SiteRows | None, *, out: bool) -> Tensor | None:
         """A target's own part of the rows of a use; counts where they are one-hot."""
         if rows is None:
-            self._say_uncounted(key, site, "broadcasts it")
+            self._say_uncounted(key, site, "broadcasts the weight")
             return None
         target = self.targets[key]
         layout_and_start = _layout_and_start(site, target)
         if layout_and_start is None:
-            self._say_uncounted(key, site, "reads it in other axes or parts")
+            self._say_uncounted(key, site, "reads the weight in other axes or parts")
             return None
         layout, start = layout_and_start
         value = rows.value
@@ -257,13 +262,16 @@ class _Statistics:
         return value[0] if rows.one_hot else value
 
     def _say_uncounted(self, key: str, site: Site, reason: str) -> None:
-        self.say(key, f"its {site.op} {reason}: its rows there are not counted")
+        self.say(key, f"its {site.op} {reason}: the rows of this use are not counted")
 
     def _second_moment(self, key: str, rows: Tensor) -> Tensor | None:
         """Σ r rᵀ over the rows; in fp64 where that is cheap."""
         side = rows.shape[-1]
         if side > WIDE:
-            self.say(key, f"a side of {side} is above {WIDE}: its second moments are not taken")
+            self.say(
+                key,
+                f"a side of {side} elements is above {WIDE}: its second moments are not computed",
+            )
             return None
         rows = rows.double() if side <= 1024 else rows.float()
         return rows.mT @ rows

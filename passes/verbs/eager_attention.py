@@ -15,7 +15,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.passes.verbs.open import captured_again
 
 REFUSED = "torch's ONNX exporter refused the model"
-"""How errors of the translation begin."""
+"""The beginning of every error of the translation."""
 
 
 def may_help(model: object, error: LoraFxError) -> bool:
@@ -29,7 +29,7 @@ def may_help(model: object, error: LoraFxError) -> bool:
 
 @contextlib.contextmanager
 def eager(model: Any) -> Iterator[Any]:
-    """The model with eager attention while the block runs; a capture is one of it, anew."""
+    """The model with eager attention while the block runs; a capture is made again from it."""
     source: Any = model.model if isinstance(model, Captured) else model
     attention = source.config._attn_implementation
     source.set_attn_implementation("eager")

@@ -189,7 +189,7 @@ def export_as(
         genai: As in export.
 
     Raises:
-        LoraFxError: An option that has no say for the model or the mode.
+        LoraFxError: An option that has no effect for the model or the mode.
         NoEffectError: The outputs differ; nothing is written.
     """
     file = None
@@ -208,7 +208,9 @@ def export_as(
         return export_onnx(file, options)
 
     if options.names:
-        raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
+        raise LoraFxError(
+            "names are for .onnx files", "leave names out: a torch model has its own names"
+        )
     if quantise:
         model, options, notes_of_codes = _with_codes(model, options, quantise)
         notes += notes_of_codes
@@ -234,11 +236,11 @@ def _with_codes(
 ) -> tuple[object, ExportOptions, list[str]]:
     """The quantised capture of a model, the options with its adapters, and notes."""
     if options.mode == "train":
-        raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
+        raise LoraFxError("mode train computes gradients in float32 only", "leave quantise out")
     if options.precision is not None:
         raise LoraFxError(
-            f"precision {options.precision!r} beside quantise: both say how weights are stored",
-            "leave one out",
+            f"precision {options.precision!r} with quantise: both set how weights are stored",
+            "leave one of them out",
         )
     from lora_fx.passes.verbs.export_torch import quantised_base
 
@@ -247,7 +249,7 @@ def _with_codes(
 
 
 def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -> Report:
-    """Export a model of torch; once more with eager attention where that may help."""
+    """Export a torch model; try again with eager attention if that may help."""
     from lora_fx.passes.verbs.eager_attention import eager, may_help
 
     run = _exporter(options.mode)
@@ -259,7 +261,9 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
             raise
         with eager(model) as eager_model:
             report = run(eager_model, options)
-        warning = f"with eager attention, since the model's own failed: {e.message}"
+        warning = (
+            f"exported with eager attention, since the model's own attention failed: {e.message}"
+        )
         return replace(report, warnings=(*notes, *report.warnings, warning))
 
 
@@ -279,13 +283,13 @@ def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
 
 
 def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
-    """Raise for a folder of onnxruntime-genai beside a file that it does not run."""
+    """Raise for a --genai folder with a file that onnxruntime-genai cannot run."""
     if genai is None or (cache and mode in ("merged", "switch")):
         return
     with_cache = "with" if cache else "without"
     raise LoraFxError(
-        f"onnxruntime-genai runs no file of mode {mode} {with_cache} a cache",
-        "--cache, with --mode merged or --mode switch; or leave --genai out",
+        f"onnxruntime-genai cannot run a file of mode {mode} {with_cache} a cache",
+        "use --cache with --mode merged or --mode switch; or leave --genai out",
     )
 
 
@@ -297,8 +301,8 @@ def _with_cache(
         raise LoraFxError(*KNOWN_WITH_CACHE)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         raise LoraFxError(
-            f"{fspath(model)} is a graph as it is, with a cache or without",
-            "export the model that it was made from",
+            f"{fspath(model)} is an .onnx graph already: export cannot add a cache to it",
+            "export the model that the file was made from",
         )
     from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 
@@ -321,18 +325,20 @@ def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None
     example = capture.args or capture.kwargs or capture.dynamic
     if example or options.opset or not capture.repeat:
         raise LoraFxError(
-            f"{file} is a graph as it is: args, kwargs, dynamic, opset and repeat have no say",
-            "leave them out; inputs={name: array} gives real data",
+            f"{file} is an .onnx graph already: args, kwargs, dynamic, opset and repeat have no "
+            "effect",
+            "leave them out; pass real data with inputs={name: array}",
         )
     if options.mode == "train":
         raise LoraFxError(
-            f"{file}: gradients are derived from a model of torch",
-            "export the model that the file was made from; lora-fx insert adds branches here",
+            f"{file}: mode train needs a torch model, to derive the gradients from",
+            "export the model that the file was made from; or add branches to the file with "
+            "lora-fx insert",
         )
     if quantise or options.accuracy_level:
         raise LoraFxError(
-            f"{file}: quantise and its accuracy level are for models of torch",
-            "onnxruntime's quantisers make a file of codes, and lora-fx reads it",
+            f"{file}: quantise and accuracy_level are for torch models",
+            "quantise the file with onnxruntime's tools; lora-fx reads the result",
         )
 
 
@@ -358,6 +364,8 @@ def opened_adapters(
     for path in paths:
         name = adapter_name(path)
         if name in by_last_part:
-            raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
+            raise LoraFxError(
+                f"two adapters are called {name!r}", "give each a name: adapters={name: path, …}"
+            )
         by_last_part[name] = as_adapter(path)
     return by_last_part

@@ -84,8 +84,8 @@ def write_batch(
         prove_ids(session, model, feeds, rows, len(adapters) + 1)
 
     notes += [
-        f"output {name!r} can hold no NaN: where a runtime does not refuse adapter_ids out of "
-        "range, such a row has the base model's values there"
+        f"output {name!r} cannot hold NaN: if a runtime accepts adapter_ids out of range, such a "
+        "row has the base model's values there"
         for name in outputs_without_nan(model)
     ]
     if session.note:
@@ -105,7 +105,7 @@ def _count_nodes(model: ir.Model) -> int:
 
 
 def _inputs_by_row(model: ir.Model) -> list[str]:
-    """Names of the inputs whose dimension 0 is that of the batch."""
+    """Names of the inputs whose dimension 0 is the batch."""
     symbol = batch_symbol(model)
     names = []
     for value in model.graph.inputs:

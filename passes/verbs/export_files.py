@@ -39,7 +39,7 @@ def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
 
 
 def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
-    """Where the adapters of a switchable file go; raises where something is there."""
+    """The paths of the adapters of a switchable file; raises if one of them exists already."""
     paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
     for path in paths.values():
         check_output(path, force=options.force)
@@ -68,9 +68,9 @@ def save_within(
     if guards and not options.within:
         guard_within(model, guards)
     output.save(model, options.external_over, slots)
-    elsewhere = "it is not checked" if options.within else "the file fails elsewhere"
+    elsewhere = "other sizes are not checked" if options.within else "with other sizes it fails"
     bounds = dict.fromkeys(map(str, guards))
-    return [f"it holds for {bound} only: {elsewhere}" for bound in bounds]
+    return [f"the file is valid only for {bound}: {elsewhere}" for bound in bounds]
 
 
 def report_of(
@@ -87,13 +87,14 @@ def report_of(
 
 
 def refuse_unexchangeable(adapters: Mapping[str, Adapter], what: str) -> None:
-    """Raise for what cannot be chosen run by run, or row by row."""
+    """Raise for updates that cannot be chosen run by run or row by row."""
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: {what}")
         check_real(adapter.lowrank)
         if adapter.full:
             raise LoraFxError(
-                f"{name}: it holds the whole tensor {min(adapter.full)!r}",
+                f"{name}: it holds the whole tensor {min(adapter.full)!r}; expected low-rank "
+                "updates only",
                 exclude_hint(name, sorted(adapter.full)),
             )
 
@@ -103,7 +104,7 @@ def named_adapters(adapters: ExportAdapters | None) -> dict[str, Adapter]:
     if isinstance(adapters, Adapter):
         return {"adapter_1": adapters}
     if not adapters:
-        raise LoraFxError("mode batch needs adapters", "adapters=[first, second, …]")
+        raise LoraFxError("mode batch needs adapters", "pass adapters=[first, second, …]")
     if isinstance(adapters, Mapping):
         return dict(cast(Mapping[str, Adapter], adapters))
     return {f"adapter_{i}": adapter for i, adapter in enumerate(adapters, 1)}

@@ -58,7 +58,7 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
     adapter = options.adapters
     if adapter is not None and not isinstance(adapter, Adapter):
         raise LoraFxError(
-            "merged takes one adapter", "lora_fx.adapter.adapter.mix makes one of several"
+            "mode merged takes one adapter", "combine several with lora_fx.adapter.adapter.mix"
         )
     model = opened(model)
     if isinstance(model, AdaptedModule):
@@ -114,12 +114,12 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
 def _folded(
     branched: CapturedModule, options: ExportOptions, warnings: list[str]
 ) -> tuple[CapturedModule, list[Parity]]:
-    """The module without branches, and how near it is; a module that has none is returned."""
+    """The module without branches, and its parity; one without branches is returned as it is."""
     if not isinstance(branched, AdaptedModule):
         return branched, []
     folded = fold(branched)
     if not insertion_of(branched).changes_anything():
-        warnings.append("the adapter changes nothing: every update is zero")
+        warnings.append("the adapter changes nothing: all of its updates are zero")
     parity = prove(
         torch_run(folded),
         branched,
@@ -164,7 +164,7 @@ def _translate(folded: CapturedModule, options: ExportOptions) -> _Translation:
         for name in unrounded:
             values[name] = exact_values[name]
         warnings += [
-            f"{name}: rounded to bfloat16 on the way"
+            f"{name}: rounded to bfloat16 during the export"
             for name in exact_values
             if name not in unrounded
         ]
@@ -226,7 +226,7 @@ def _rewrite(
 
 @dataclass(frozen=True)
 class _Written:
-    """The model that the file holds, proven or not, and what ran it."""
+    """The model that the file holds, its parity, and the provider that ran it."""
 
     model: Any
     stages: Sequence[RewriteStage]
@@ -252,7 +252,7 @@ def _write_proven(
     is_rewritten = any(stage.kept for stage in rewriting.stages)
     if not is_rewritten or options.precision in GATES or all(row.ok for row in written.parity):
         return written
-    reason = "the stages together differ from torch"
+    reason = "all rewrites together differ too much from torch"
     dropped = [replace(stage, kept=False, why=stage.why or reason) for stage in rewriting.stages]
     return _write_and_compare(output, branched, exported, dropped, rewriting.tol, options)
 
@@ -265,7 +265,7 @@ def _write_and_compare(
     tol: float,
     options: ExportOptions,
 ) -> _Written:
-    """Write one model, and run it beside the unfolded module."""
+    """Write one model, and compare it with the unfolded module."""
     conditions = onnx_conditions(branched.conditions())
     notes = files.save_within(output, model, conditions, guards(branched), options)
     session = open_session(output.path, options.provider)
@@ -281,10 +281,12 @@ def _write_and_compare(
 
 
 def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:
-    """Warnings of folded weights, and of what their rounding lost."""
+    """Warnings about folded weights, and about the loss of their rounding."""
     warnings = [*said_of_zeros(changes)]
     warnings += [change.said for change in changes if change.said]
     for change in changes:
         if change.kept < 0.95 and change.stored_as not in unrounded:
-            warnings.append(f"{change.parameter}: rounding kept {change.kept:.1%} of the change")
+            warnings.append(
+                f"{change.parameter}: rounding kept only {change.kept:.1%} of the change"
+            )
     return warnings

@@ -40,10 +40,10 @@ from lora_fx.passes.verbs.refused_updates import exclude_hint
 from lora_fx.targets.found import Found
 
 UNNAMED = (
-    "use mode merged or switch, or name dimension 0 of the inputs and outputs alike: "
+    "use mode merged or switch, or give dimension 0 of all inputs and outputs the same name: "
     "onnx.tools.update_model_dims.update_inputs_outputs_dims"
 )
-"""What to do with a file whose inputs share no dynamic dimension 0."""
+"""The hint for a file whose inputs share no dynamic dimension 0."""
 
 
 @blaming
@@ -68,7 +68,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     }
     notes = [*graph.notes]
     if renamed:
-        notes.append(f"{renamed} tensors got the names that the exporter's metadata tells")
+        notes.append(f"{renamed} tensors were renamed as the exporter's metadata says")
 
     with reference_of(source, graph, options.provider, options.inputs) as reference:
         rewritten = graph.clone()
@@ -87,7 +87,8 @@ def _bound(
     matched = match(adapter, graph, targets, names)
     if matched.whole:
         raise LoraFxError(
-            f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
+            f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected low-rank updates "
+            "only",
             exclude_hint(name, sorted(matched.whole)),
         )
     return replace(adapter, entries=dict(matched.updates), names=None)
@@ -109,7 +110,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
     """Merge, then optimise; one of the two may be left out."""
     adapter: Any = options.adapters  # the path of one too
     if isinstance(adapter, Mapping) and not isinstance(adapter, Adapter):
-        raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
+        raise LoraFxError("mode merged takes one adapter", "use lora-fx merge, which takes several")
     if adapter is None:
         if options.rewrites:
             return optimise_file(source, options)
@@ -160,7 +161,7 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
     if not any(target.no_fold for target in find(graph).targets):
         raise LoraFxError(
             f"{source} is an .onnx file already, and there is nothing to do",
-            "give an adapter, --optimise, --precision or a --mode",
+            "give an adapter, --optimise, --precision or another --mode",
         )
 
     before = {name: graph.reader(name) for name in graph.flow.stores}
@@ -170,6 +171,8 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
         prove_merge(
             output.loadable, options.target, before, set(), find(graph), no_updates, Fold({})
         )
-    note = "a copy: no adapter was given, and none goes into a quantised weight"
+    note = (
+        "the output is a copy of the input: no adapter was given, and a quantised weight takes none"
+    )
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, (note, *graph.notes), {"mode": "merged"})

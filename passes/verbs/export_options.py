@@ -44,7 +44,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "load": ("rank",),
     "train": ("loss", "optimizer", "weight_decay", "clip"),
 }
-"""Mode of export → the options that it alone has; load has those of switch too, train of both."""
+"""Export mode → its own options; load also has those of switch, and train has those of both."""
 
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
@@ -52,7 +52,7 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class Companions:
-    """Files that were proven and written beside a file, over its data; their parity and notes."""
+    """Files that were proven and written with a file and share its data; their parity and notes."""
 
     parity: Sequence[Parity] = ()
     files: Sequence[Path] = ()
@@ -62,18 +62,18 @@ class Companions:
 EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
     NoSay(
         ("external_over",), lambda o: o.mode == "train",
-        "in mode train, whose two files share the weights of a third",
+        "in mode train: its two files share the weights of a third file",
     ),
 )  # fmt: skip
-"""The rules of every export, beside those of its mode, which ExportOptions knows."""
+"""The rules for every export; ExportOptions has the rules of each mode."""
 
 
 REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
     NoSay(
         ("inputs", "within"),
         lambda o: o.mode == "merged" and not o.rewrites,
-        "where an adapter is merged into an .onnx file, which is compared tensor by tensor",
-        "leave it out; --optimise and --precision run the file, and lora-fx merge --run does",
+        "when an adapter is merged into an .onnx file: the merge compares tensors and runs nothing",
+        "leave it out; only --optimise, --precision and lora-fx merge --run run the file",
     ),
 )
 """The rules of an export of an .onnx file."""
@@ -81,7 +81,7 @@ REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The options of `lora_fx.export`, which has the defaults, and says what the fields mean."""
+    """The options of `lora_fx.export`, whose docstring has the defaults and explains the fields."""
 
     target: Path
     adapters: ExportAdapters | None
@@ -115,7 +115,7 @@ class ExportOptions:
 
         `precision` takes its long name.
         """
-        expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
+        expect_name(self.mode, MODES, "unknown mode", "use merged, switch, load, batch or train")
         self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
@@ -125,21 +125,25 @@ class ExportOptions:
             )
         object.__setattr__(self, "precision", long_name(self.precision))
         if self.precision is not None:
-            names = "float32, bfloat16, float16 or int8"
-            expect_name(self.precision, PRECISIONS, "no precision", names)
+            names = "use float32, bfloat16, float16 or int8"
+            expect_name(self.precision, PRECISIONS, "unknown precision", names)
         if self.precision == "int8" and self.optimise:
             raise LoraFxError(
-                "int8 starts from the graph as exported: fused nodes would stay in float32",
+                "precision int8 starts from the exported graph: fused nodes would stay in float32",
                 "leave --optimise out",
             )
         is_exact = self.mode in ("batch", "train")
         if self.accuracy_level not in (0, 4) or (self.accuracy_level and is_exact):
             raise LoraFxError(
-                f"no accuracy level {self.accuracy_level} in mode {self.mode}",
-                "0, or 4 in merged, switch and load: x in int8 for products over codes",
+                f"accuracy level {self.accuracy_level} is not available in mode {self.mode}",
+                "use 0; or 4, which takes x as int8 for quantised weights, in mode merged, "
+                "switch or load",
             )
         if self.capture.cache and self.mode == "train":
-            raise LoraFxError("mode train has no cache", "merged, switch, load or batch")
+            raise LoraFxError(
+                "mode train has no cache",
+                "leave --cache out, or use mode merged, switch, load or batch",
+            )
         if self.mode == "train":
             self._check_step()
         if self.tol is not None:
@@ -157,35 +161,39 @@ class ExportOptions:
                 continue
             if any(is_given(getattr(self, name)) for name in names):
                 raise LoraFxError(
-                    f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
+                    f"mode {self.mode} would ignore an option of mode {mode}: "
+                    f"{' and '.join(names)}",
                     "leave it out",
                 )
 
     def _check_step(self) -> None:
         """Raise for a loss or an optimizer that no step has, and for a server."""
         if not callable(self.loss) and self.loss not in (None, "ce", "mse"):
-            raise LoraFxError(f"no loss {self.loss!r}", "ce, mse or module:function")
+            raise LoraFxError(f"unknown loss {self.loss!r}", "use ce, mse or module:function")
         if self.optimizer not in (None, "adamw", "sgd"):
-            raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
+            raise LoraFxError(f"unknown optimizer {self.optimizer!r}", "use adamw or sgd")
         for name in ("weight_decay", "clip"):
             value = getattr(self, name)
             expect(value or 0, Real, name, "a number", f"{name}=0.01")
             if value is not None and not 0 <= value < math.inf:
-                raise LoraFxError(f"{name} {value} is not 0 or more", "0 leaves it out")
+                raise LoraFxError(f"{name} is {value}; expected 0 or more", "pass 0 to turn it off")
         if self.places:
-            raise LoraFxError("a server takes no training step", "--triton with --mode switch")
+            raise LoraFxError(
+                "mode train writes no file for a server", "use --triton with --mode switch"
+            )
 
     def _check_tol(self, tol: float) -> None:
-        """Raise for a gate that is not above that of the precision or of the level."""
+        """Raise for a `tol` that is not above the gate of the precision or accuracy level."""
         from lora_fx.onnx.precision import GATES  # as in output
 
-        expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
+        hint = "pass tol=0.1 to accept a tenth of the largest output"
+        expect(tol, (int, float), "tol", "a number", hint)
         rounding = self.precision or ""
         if self.accuracy_level:
             rounding = f"level {self.accuracy_level}"
         gate = GATES.get(rounding, 1.0)
         if not gate < tol < 1:
-            expected = "none: nothing is rounded here"
+            expected = "no tol, since this export rounds nothing"
             if gate < 1:
                 expected = f"more than the gate of {rounding}, {gate:g}, and less than 1"
             raise LoraFxError(
@@ -194,7 +202,7 @@ class ExportOptions:
             )
 
     def capture_of_base(self) -> CaptureOptions:
-        """How the base is captured: for the adapter, where there is one alone."""
+        """The capture options of the base: for its adapter, if there is only one."""
         if isinstance(self.adapters, Adapter):
             return replace(self.capture, adapter=self.adapters)
         adapters: list[Adapter] = []

@@ -114,24 +114,27 @@ def _with_whole_tensors(
 
     low_rank_alone = replace(adapter, entries={**adapter.lowrank})
     note = (
-        f"{name}: its whole tensors are folded into the base ({some(sorted(adapter.full))}): the "
-        "file has them without an adapter too"
+        f"{name}: its whole tensors ({some(sorted(adapter.full))}) are folded into the base: they "
+        "stay in the file when no adapter is active"
     )
     return base, {name: low_rank_alone}, [note]
 
 
 def _without_batch(captured: Captured) -> tuple[str, str]:
-    """Why the inputs of a capture may share no dynamic dimension 0, and what to do then."""
+    """The reason why inputs share no dynamic dimension 0, and the hint."""
     specs = [spec for spec in captured.inputs.specs if spec.shape]
     pinned = {pin.input: str(pin) for pin in captured.pinned if pin.dim == 0}
     fixed_by_user = [spec.name for spec in specs if 0 not in spec.dims and spec.name not in pinned]
     if fixed_by_user:
         names = ", ".join(fixed_by_user)
-        return "", f"leave dimension 0 of {names} dynamic: drop --static, or --dynamic NAME:0=batch"
+        return "", (
+            f"leave dimension 0 of {names} dynamic: leave --static out, or pass --dynamic "
+            "NAME:0=batch"
+        )
     if pinned:
         return next(iter(pinned.values())), "use mode merged or switch"
     names = ", ".join(spec.name for spec in specs)
-    return "", f"one symbol for all of {names}: --dynamic NAME:0=batch for each"
+    return "", f"use one symbol for dimension 0 of {names}: pass --dynamic NAME:0=batch for each"
 
 
 def torch_reference(
@@ -212,7 +215,7 @@ def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, t
 def _sources(
     base: CapturedModule, graph: OnnxGraph, keys_of: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, StoredWeight]]:
-    """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
+    """The parameter of each stored tensor, found by name; by value, whether it is transposed."""
     torch_graph = base.graph(False)
     coded = forms(base)
     by_any_name = {}

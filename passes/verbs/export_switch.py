@@ -43,7 +43,7 @@ from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
 RANK = 4
-"""The rank of the random adapter that stands in where none is given."""
+"""The rank of the random adapter that is used if none is given."""
 SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
 """Scales of the random adapter: the first at which no output changes by more than its size."""
 LOAD_RANK = 16
@@ -61,7 +61,7 @@ def write_switch(
     loose: bool = False,
     captured_targets: Found | None = None,
 ) -> Report:
-    """Write the file, and `NAME.onnx_adapter` beside it for every adapter.
+    """Write the file, and one `NAME.onnx_adapter` for each adapter next to it.
 
     Args:
         graph: The base; rewritten.
@@ -143,7 +143,11 @@ def _replaced_files(paths: Mapping[str, Path], options: ExportOptions) -> list[s
     """A line for each adapter's file that is replaced, where it is of no earlier export."""
     if options.target.exists():
         return []
-    return [f"{path.name} of another file is replaced" for path in paths.values() if path.exists()]
+    return [
+        f"{path.name}, which belongs to another file, is replaced"
+        for path in paths.values()
+        if path.exists()
+    ]
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ class _Slots:
             raise LoraFxError(
                 f"{stored_twice[0]!r} is stored twice in the exported graph, for two uses of a "
                 "tied tensor",
-                "mode merged adapts both; here --exclude it",
+                "use mode merged, which adapts both uses; or leave it out with --exclude",
             )
 
         keys_of_all_uses = [key for key in self.keys if not split_use(key)[1]]
@@ -213,9 +217,9 @@ class _Slots:
         adapted_twice = {base_name(key) for key in copies}.intersection(keys_of_all_uses)
         if adapted_twice:
             raise LoraFxError(
-                f"{min(adapted_twice)!r} is adapted in all its uses, and beside that in one of "
-                "them alone: a file has slots for the one or the other",
-                "mode batch takes both; else export a file for each",
+                f"{min(adapted_twice)!r} is adapted in all its uses, and also in one use alone: a "
+                "file has slots for only one of these",
+                "use mode batch, which takes both; or export one file for each",
             )
         return copies
 
@@ -246,7 +250,8 @@ def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> i
             largest = max(largest, update.rank)
     if options.rank and options.rank < largest:
         raise LoraFxError(
-            f"an adapter of rank {largest}, and --rank {options.rank}", f"--rank {largest}"
+            f"an adapter has rank {largest}, more than --rank {options.rank}",
+            f"pass --rank {largest}",
         )
     return options.rank or largest or LOAD_RANK
 
@@ -273,7 +278,7 @@ class _SwitchableFile:
     session: Session
 
     def run_with(self, adapter: Adapter) -> Run:
-        """How it runs with an adapter: in the one session, or in mode load in one of its own."""
+        """Run the file with an adapter: in the one session, or in mode load in a new one."""
         if self.options.mode == "load":
             return Session(self.path, self.options.provider, adapter=adapter).run
         self.session.load("adapter", adapter)

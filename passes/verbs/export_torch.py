@@ -27,7 +27,9 @@ from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.targets.target import Target
 
-WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its rounding is not"
+WIDENED = (
+    "the file is in float32: it keeps the model's bfloat16 numbers, but does not round as bfloat16"
+)
 
 
 def translated(
@@ -37,7 +39,7 @@ def translated(
     level: int = 0,
     apart: Mapping[str, Target] | None = None,
 ) -> tuple[Any, list[str]]:
-    """A module in ONNX, in a dtype that the runtime has, and what has to be said of that.
+    """A module in ONNX, in a dtype that the runtime supports, and notes on this.
 
     Args:
         module: The module.
@@ -52,8 +54,11 @@ def translated(
         was_widened = widen(model)
         return model, [WIDENED] if was_widened else []
     if not in_bfloat16(model):
-        raise LoraFxError("the model has no bfloat16 to keep", "float16 or int8 takes fewer bits")
-    return model, ["bfloat16: ONNX Runtime's CPU has few ops for it"]
+        raise LoraFxError(
+            "precision bfloat16 needs a model in bfloat16",
+            "use --precision float16 or --precision int8",
+        )
+    return model, ["bfloat16: ONNX Runtime's CPU provider supports few ops in this type"]
 
 
 def level_gate(options: ExportOptions) -> float:
@@ -64,7 +69,7 @@ def level_gate(options: ExportOptions) -> float:
 def quantised_base(
     model: object, options: ExportOptions, wanted: Wanted
 ) -> tuple[Captured, ExportAdapters | None, list[str]]:
-    """The quantised capture of what export is given, the adapters that ride on it, and notes.
+    """The quantised capture of the model, the adapters on top of it, and notes.
 
     A module that insert returned brings its own adapter where none are given.
     """
@@ -83,7 +88,9 @@ def quantised_base(
         before = execution_of(plain(captured)).flat(captured.named)
         after = execution_of(plain(coded)).flat(coded.named)
     difference = compare(after, before, {}, 1.0).rel
-    coded.notes.append(f"quantising moves the base's outputs by {difference:.1e} of the largest")
+    coded.notes.append(
+        f"quantising changes the base's outputs by up to {difference:.1e} of the largest number"
+    )
 
     base = Base()
     for i, adapter in enumerate(adapters, 1):
@@ -96,5 +103,5 @@ def quantised_base(
 def folded_already() -> LoraFxError:
     """The error for a module whose weights are folded."""
     return LoraFxError(
-        "this module's weights are folded already", "export the original with adapters=…"
+        "this module's weights are folded already", "export the original model with adapters=…"
     )

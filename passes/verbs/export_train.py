@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 TAKEN = ("lr", "step", "seed", "loss")
 """Names that a step has for itself."""
 MOST_INSIDE = 1 << 20
-"""Bytes of tensors inside a step's own file, above which it is said."""
+"""Bytes of tensors inside a step's own file above which a warning is given."""
 
 
 def export_step(model: object, options: ExportOptions) -> Report:
@@ -89,19 +89,20 @@ def _written(files: _Files) -> Report:
         raise
     except (AssertionError, IndexError, RuntimeError, ValueError) as e:
         raise LoraFxError(
-            f"torch finds no loss or gradient for drawn labels: {one_line(e, 200)}",
-            "name labels in the example, as kwargs={'labels': …}; of their sizes, those that the "
-            "model's inputs do not share are fixed by --static labels:1",
+            f"torch cannot compute the loss or its gradient with random labels: {one_line(e, 200)}",
+            "give labels in the example, as kwargs={'labels': …}; fix each of their dimensions "
+            "that no input shares with --static labels:1",
         ) from e
     except (TypeError, SpecViolationError) as e:
         raise LoraFxError(
-            f"torch traces no step of this model: {type(e).__name__}: {one_line(e, 200)}",
-            "lora-fx train trains it in torch",
+            f"torch cannot trace a training step of this model: {type(e).__name__}: "
+            f"{one_line(e, 200)}",
+            "train the model in torch with lora-fx train",
         ) from e
 
 
 def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
-    """The module whose step it is; raises for what no step is made for."""
+    """The module whose step is exported; raises for a module that cannot have a step."""
     adapter = _one_adapter(options)
     model = opened(model)
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
@@ -109,7 +110,8 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
     if isinstance(model, AdaptedModule):
         if adapter is not None or options.include or options.exclude or options.rank:
             raise LoraFxError(
-                "the module has branches already: adapters, include, exclude and rank have no say",
+                "the module has branches already: adapters, include, exclude and rank have no "
+                "effect",
                 "leave them out, or export the original model",
             )
         module = model
@@ -130,7 +132,9 @@ def _one_adapter(options: ExportOptions) -> Adapter | None:
     else:
         several = adapters
     if len(several) > 1:
-        raise LoraFxError(f"a step trains one adapter, not {len(several)}", "name one")
+        raise LoraFxError(
+            f"a training step trains one adapter, not {len(several)}", "pass one adapter"
+        )
     return several[0] if several else None
 
 
@@ -154,18 +158,22 @@ def _refuse_module(module: AdaptedModule) -> None:
     check_plain(adapter, "mode train")
     if adapter.full:
         raise LoraFxError(
-            f"{min(adapter.full)!r} is trained whole; a step trains low-rank updates",
+            f"{min(adapter.full)!r} is trained whole; a training step trains low-rank updates only",
             "leave it out of also_train, or train with lora-fx train",
         )
     for key, update in adapter.lowrank.items():
         if update.frozen or variant_of(update).made_of:
             raise LoraFxError(
-                f"{key!r} starts from its weight, or makes A and B of other tensors: it has no "
-                "step",
-                "init kaiming, gaussian or orthogonal, and variant lora, rslora, lora+ or lora-fa",
+                f"{key!r} starts from the weight itself, or computes A and B from other tensors: "
+                "no training step can be exported for it",
+                "use init kaiming, gaussian or orthogonal, and variant lora, rslora, lora+ or "
+                "lora-fa",
             )
     if execution_of(module).norm_stats != "frozen":
-        raise LoraFxError("a step keeps running statistics as they are", "norm_stats='frozen'")
+        raise LoraFxError(
+            "a training step does not update running statistics of norms",
+            "pass norm_stats='frozen'",
+        )
 
 
 def _refuse_base(model: torch.nn.Module) -> None:
@@ -173,14 +181,14 @@ def _refuse_base(model: torch.nn.Module) -> None:
     coded = sorted(forms(model))
     if coded:
         raise LoraFxError(
-            f"{coded[0]!r} is quantised: a step computes gradients in float32 alone",
+            f"{coded[0]!r} is quantised: a training step computes gradients in float32 only",
             "export the model that it was made from, or train with lora-fx train",
         )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise LoraFxError(
-                f"{name!r} is {dtype_name(parameter.dtype)}; a step is made of float32",
-                "model.float() before the export",
+                f"{name!r} is {dtype_name(parameter.dtype)}; a training step needs float32",
+                "call model.float() before the export",
             )
 
 
@@ -245,7 +253,7 @@ class _Files:
     def _write_step(
         self, reference: TorchReference, output: Output, manifest: Manifest
     ) -> Companions:
-        """Write the step and the start beside the forward."""
+        """Write the step and the initial adapter next to the forward."""
         options = self.options
         target = options.target
         names = {key: (slot.a, slot.b) for key, slot in manifest.slots.items()}
@@ -269,7 +277,7 @@ class _Files:
             write_adapter(self.adapter, manifest, temporary)
         warnings = []
         if bytes_inside > MOST_INSIDE:
-            warnings.append(f"{bytes_inside} bytes of tensors lie in {target.name} itself")
+            warnings.append(f"{target.name} itself holds {bytes_inside} bytes of tensors")
         return Companions(parity, [target, start], warnings)
 
     def _model(
@@ -296,7 +304,7 @@ class _Files:
         return model
 
     def _settle(self, graph: TrainGraph) -> None:
-        """Drop what labels asked of sizes where a graph of those sizes has the same loss.
+        """Drop conditions on sizes from labels, if a graph of those sizes has the same loss.
 
         One row is contiguous, so `labels[..., 1:].contiguous()` would refuse a batch of 1.
         """
@@ -366,5 +374,6 @@ def _refuse_taken_names(graph: TrainGraph) -> None:
     clashes = sorted(names_of_step.intersection(inputs_of_model))
     if clashes:
         raise LoraFxError(
-            f"the model has an input {clashes[0]!r}, which a step has for itself", "rename it"
+            f"the model has an input {clashes[0]!r}, a name that the training step uses itself",
+            "rename this input",
         )

@@ -1,4 +1,4 @@
-"""held_out: what every rank of one trained adapter is worth on data that it was not trained on.
+"""held_out: measure every rank of one trained adapter on data that it was not trained on.
 
 For r = 1, 2, 4 … up to the adapter's own rank, the loss of two adapters of the same size is
 measured: every update cut to rank r, and the same number of elements spread over the updates by
@@ -59,7 +59,7 @@ class HeldOut:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """The report for people."""
+        """The report as text."""
         head = ("rank", "elements", "error", "loss", "error, spread", "loss, spread")
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
@@ -76,7 +76,7 @@ class HeldOut:
         best = min(self.rows, key=lambda row: (row.lowest_loss, row.rank))
         spread = ", spread" if best.spread_loss < best.loss else ""
         lowest = (
-            f"lowest of {self.examples} examples: {best.lowest_loss:.4f} at rank "
+            f"lowest loss on {self.examples} examples: {best.lowest_loss:.4f} at rank "
             f"{best.rank}{spread}"
         )
         return "\n".join([*table(lines), lowest])
@@ -95,7 +95,9 @@ def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "c
         LoraFxError: An adapter that does not fit or cannot be cut, data without examples.
     """
     if not len(data):
-        raise LoraFxError("the data has no example", "give some that were not trained on")
+        raise LoraFxError(
+            "the data has no examples", "give examples that were not used for training"
+        )
     module = insert(cap, adapter=adapter, dead="allow")
     trained = module.adapter()
     highest = max((update.rank for update in trained.lowrank.values()), default=0)

@@ -1,4 +1,4 @@
-"""insert for .onnx files: branches of trainable shapes beside the weights, and a list of them.
+"""insert for .onnx files: add trainable branches to the weights, and a list of them.
 
 A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
 is proven, and that a B other than zero moves the outputs, target by target. A and B are
@@ -65,7 +65,7 @@ class OnnxInsertOptions(BranchOptions):
         if self.init in OF_DATA:
             raise LoraFxError(
                 f"init {self.init!r} starts from data, and an .onnx file has no gradients",
-                "kaiming, gaussian, orthogonal, pissa or olora",
+                "use init kaiming, gaussian, orthogonal, pissa or olora",
             )
 
 

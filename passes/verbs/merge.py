@@ -138,7 +138,8 @@ def refuse_other_kind(base: StrPath, out: StrPath) -> None:
     """Raise for an output of an .onnx file that is called as something else."""
     if not is_onnx(out):
         raise LoraFxError(
-            f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
+            f"{fspath(out)} does not end in .onnx, but {fspath(base)} does",
+            "give the output a name that ends in .onnx: -o OUT.onnx",
         )
 
 

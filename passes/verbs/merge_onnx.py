@@ -127,14 +127,14 @@ def _check_delta(source: Path, target: Path, has_data_file: bool, places: Sequen
     """Raise where the output cannot read the rest of its tensors from the base's data file."""
     if not has_data_file:
         raise LoraFxError(
-            f"{source} keeps its weights in itself, so there is no data file to share",
+            f"{source} holds its weights itself, so there is no data file to share",
             "leave --delta out",
         )
     if source.resolve().parent != target.resolve().parent:
         raise LoraFxError(
-            f"{target}: with --delta it reads the data of {source}, and runtimes read none from "
-            "other folders",
-            f"-o {source.with_name(target.name)}",
+            f"{target}: with --delta it uses the data file of {source}, and runtimes read no data "
+            "file from another folder",
+            f"write it with -o {source.with_name(target.name)}",
         )
     if places:
         raise LoraFxError("a copy for Triton has to hold all of its weights", "leave --delta out")
@@ -146,7 +146,7 @@ def _run_beside_base(
     """The merged file against the base with branches, in ONNX Runtime."""
     if matched.whole:
         raise LoraFxError(
-            f"--run compares updates, and {min(matched.whole)!r} is replaced whole",
+            f"--run compares low-rank updates, but {min(matched.whole)!r} is replaced whole",
             "leave --run out",
         )
     with reference_of(source, graph, options.provider, options.inputs) as reference:
@@ -159,9 +159,14 @@ def _run_beside_base(
 
 
 def _load(source: Path, written: Path, size: int) -> list[str]:
-    """Load what was written in ONNX Runtime, where that takes little memory; returns notes."""
+    """Load the written file in ONNX Runtime, if that takes little memory; returns notes."""
     if size > EXTERNAL_OVER:
-        return ["not loaded in ONNX Runtime, which would read all of it: tensors were compared"]
+        return [
+            (
+                "not loaded in ONNX Runtime, which would read the whole file: its tensors were "
+                "compared"
+            )
+        ]
     try:
         open_session(written, "cpu")
     except LoraFxError:
@@ -198,7 +203,7 @@ def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
             f"their update when rounded, {parameter} only {least:.1%}"
         )
     if plan.renamed:
-        warnings.append(f"{plan.renamed} tensors got the names that the exporter's metadata tells")
+        warnings.append(f"{plan.renamed} tensors were renamed as the exporter's metadata says")
     warnings += said_of_zeros(fold.report)
 
     names_of_base = set()
@@ -208,12 +213,14 @@ def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
             names_of_base.add(change.stored_as)
     added = sorted(set(fold.applied.values()) - names_of_base)
     if added:
-        warnings.append(f"uses that differ have constants of their own: {', '.join(added)}")
+        warnings.append(
+            f"uses of one weight that differ now have separate constants: {', '.join(added)}"
+        )
     return warnings
 
 
 def lines(report: Report) -> str:
-    """The report as a table for people."""
+    """The report as a table of text."""
     rows: list[tuple[str, ...]] = [("tensor", "gain")]
     for row in report.details["tensors"]:
         gain = "replaced whole" if row["gain"] is None else f"{row['gain']:.3f}"

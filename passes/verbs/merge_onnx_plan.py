@@ -1,4 +1,4 @@
-"""The plan of a merge into an .onnx file: what goes where, read without its weights."""
+"""The plan of a merge into an .onnx file: which update goes where, made without reading weights."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class OnnxMergeOptions:
     def __post_init__(self) -> None:
         """Raise for a mix that is not known."""
         if self.how != "sum" and self.how not in HOWS:
-            raise LoraFxError(f"no mix {self.how!r}", f"sum, {', '.join(HOWS)}")
+            raise LoraFxError(f"unknown mix {self.how!r}", f"use sum, {', '.join(HOWS)}")
         refuse_rank(self.how, self.rank)
 
     @classmethod
@@ -83,7 +83,7 @@ class OnnxMergeOptions:
 
     @classmethod
     def refuse_others(cls, options: Named) -> None:
-        """Raise for an option that was given and is none of an .onnx file."""
+        """Raise for a given option that an .onnx file does not have."""
         names = {field.name for field in fields(cls)}
         for name, value in options.items():
             if name not in names and value not in (None, False, "sum"):
@@ -155,7 +155,7 @@ class OnnxMergePlan:
         return {"tensors": self.rows(), "bytes": size, "warnings": list(self.graph.notes)}
 
     def __str__(self) -> str:
-        """A table, and what is written in all."""
+        """A table, and the number of bytes that are written."""
         rows = self.rows()
         lines: list[tuple[str, ...]] = [("tensor", "shape", "rank", "scale", "bytes")]
         for row in rows:
@@ -195,7 +195,10 @@ def _matched(
     if len(adapters) == 1 and how == "cat":
         return _at_its_weight(adapters[0], matched[0])
     if any(of_one.whole for of_one in matched):
-        raise LoraFxError("several adapters, and one holds whole tensors", "merge that one alone")
+        raise LoraFxError(
+            "several adapters were given, and one of them holds whole tensors",
+            "merge that adapter alone",
+        )
 
     bound = [
         (replace(weighted.adapter, entries=dict(of_one.updates)), weighted.weight)
@@ -211,7 +214,9 @@ def _at_its_weight(adapter: WeightedAdapter, matched: Matched) -> Matched:
     weighted = bound.weighted(adapter.weight)
     if matched.whole and adapter.weight != 1.0:
         raise LoraFxError(
-            f"{adapter.where}: weight {adapter.weight:g}, and it holds whole tensors",
-            "only updates in proportion to their scale can be weighted",
+            f"{adapter.where}: weight {adapter.weight:g}, but the adapter holds whole tensors; "
+            "expected weight 1",
+            "leave the weight out; only low-rank updates in proportion to their scale can be "
+            "weighted",
         )
     return Matched(weighted.lowrank, matched.whole)

@@ -1,4 +1,4 @@
-"""Modes of export beside `merged`, each with the options that it alone has."""
+"""The export modes other than `merged`, each with its own options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Every row of a batch picks an adapter of its own.
+    """Every row of a batch chooses its own adapter.
 
     Attributes:
         scales: Add an input of weights by row.
@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """A training step that ONNX Runtime runs, beside its forward; see docs/train-onnx.md.
+    """A training step for ONNX Runtime, written with the forward; see docs/train-onnx.md.
 
     Attributes:
         include: Targets instead of the adapter's, or of the default plan's without one.
@@ -106,7 +106,7 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
         classes = ", ".join(f"lora_fx.{kind.__name__}(…)" for kind in BY_NAME.values())
         raise LoraFxError(
             f"mode is of type {type(mode).__name__}; expected a name or one of {classes}",
-            'mode="switch", for example',
+            'pass mode="switch", for example',
         )
     if isinstance(mode, str):
         if mode in BY_NAME:
@@ -118,8 +118,8 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
     for name in field_names(kind):
         if is_given(keywords[name]):
             raise LoraFxError(
-                f"{name}= beside mode=lora_fx.{kind.__name__}(…), which has it too",
-                "give it to the mode alone",
+                f"{name}= with mode=lora_fx.{kind.__name__}(…), which has this option too",
+                f"pass it to the mode only: {kind.__name__}({name}=…)",
             )
         options[name] = getattr(mode, name)
     return mode.name, options

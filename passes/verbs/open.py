@@ -41,7 +41,7 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
 
     Raises:
         CaptureError: The model cannot be traced.
-        LoraFxError: No such model, inputs that do not fit it, options that have no say for it.
+        LoraFxError: No such model, inputs that do not fit it, options that have no effect for it.
     """
     model = unwrapped(model)
     if isinstance(model, Captured):
@@ -72,7 +72,7 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
 
 
 def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured:
-    """The capture that a module of ours was made from.
+    """The capture that a module of lora-fx was made from.
 
     Raises:
         LoraFxError: Another capture is asked for, with a cache, and the original has no more the
@@ -102,7 +102,7 @@ def _shares(module: CapturedModule) -> bool:
 def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
     """The capture that a .pt2 file is."""
     if options.weights:
-        raise LoraFxError(f"{fspath(path)} holds its weights", "leave --weights out")
+        raise LoraFxError(f"{fspath(path)} holds its weights itself", "leave --weights out")
     program = open_program(
         path,
         options.args,
@@ -176,9 +176,9 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
         return cap
     if isinstance(cap, FileCaptured):
         raise LoraFxError(
-            f"{cap.path} holds one tensor for {names[0]!r} and other names, and the adapter's "
-            "whole tensor is for that name alone",
-            "give the model itself, instead of a file of its graph",
+            f"{cap.path} holds one tied tensor for {names[0]!r} and other names, but the "
+            "adapter's whole tensor is for that name alone",
+            "pass the model itself instead of this file",
         )
     untied_cap = captured_again(cap, untied(user_module(cap), names))
     untied_cap.notes += [*cap.notes, note_of_untied(names)]
@@ -196,8 +196,8 @@ def user_module(cap: Captured) -> nn.Module:
 
 
 def note_of_untied(names: Sequence[str]) -> str:
-    """The note of a report on names that have tensors of their own."""
-    return f"saved alone, and so no longer tied: {', '.join(names)}"
+    """The note of a report on names that have separate tensors."""
+    return f"these names were saved apart, and are no longer tied: {', '.join(names)}"
 
 
 def opened(model: object) -> object:

@@ -41,7 +41,7 @@ ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """How a MODEL becomes a Captured; see `lora_fx.passes.verbs.open.captured_of`.
+    """The options of a capture of MODEL; see `lora_fx.passes.verbs.open.captured_of`.
 
     Attributes:
         args: Positional example inputs.
@@ -81,7 +81,7 @@ class CaptureOptions:
     later: bool = False
 
     def __post_init__(self) -> None:
-        """Raise for inputs beside a cache, whose inputs are all known."""
+        """Raise for inputs that are given together with a cache, which sets all inputs itself."""
         if self.cache and (self.args or self.kwargs or self.dynamic or self.static):
             raise LoraFxError(*KNOWN_WITH_CACHE)
 
@@ -96,19 +96,21 @@ class CaptureOptions:
             "static": self.static or None,
             "weights": self.weights or None,
         }
-        rule = NoSay[Named](tuple(options), bool, "beside a captured model, which has its sizes")
+        rule = NoSay[Named](
+            tuple(options), bool, "with a captured model, which has its sizes and weights already"
+        )
         refuse_no_say([rule], options, given_options(options))
 
 
 KNOWN_WITH_CACHE = (
-    "with a cache the inputs and their dimensions are known",
+    "with a cache, lora-fx sets the inputs and their dimensions itself",
     "leave inputs and their dimensions out",
 )
-"""Message and hint where inputs are given beside a cache."""
+"""The message and hint if inputs are given together with a cache."""
 
 
 def _plan_says(options: BranchOptions, what: str) -> bool:
-    """Whether a plan has another rank or alpha than was asked for, for every target that it names.
+    """Whether a plan sets another rank or alpha than the option, for every target that it names.
 
     One that it has already is no contradiction.
     """
@@ -124,10 +126,22 @@ def _plan_says(options: BranchOptions, what: str) -> bool:
 
 
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
-    NoSay(("rank",), lambda o: _plan_says(o, "rank"), "beside a plan, which has every target's"),
-    NoSay(("alpha",), lambda o: _plan_says(o, "alpha"), "beside a plan, which has every target's"),
-    NoSay(("include",), lambda o: o.plan is not None, "beside a plan, which names its targets"),
-    NoSay(("exclude", "also_train"), lambda o: isinstance(o.plan, Plan), "beside a whole Plan"),
+    NoSay(
+        ("rank",),
+        lambda o: _plan_says(o, "rank"),
+        "with a plan, which sets the rank of every target",
+    ),
+    NoSay(
+        ("alpha",),
+        lambda o: _plan_says(o, "alpha"),
+        "with a plan, which sets the alpha of every target",
+    ),
+    NoSay(("include",), lambda o: o.plan is not None, "with a plan, which names its targets"),
+    NoSay(
+        ("exclude", "also_train"),
+        lambda o: isinstance(o.plan, Plan),
+        "with a Plan object, which holds every target",
+    ),
 )
 """The rules of an insert into a graph of either IR."""
 
@@ -137,7 +151,7 @@ class BranchOptions:
     """The options of an insert into a graph of either IR; see `lora_fx.insert`."""
 
     rules: ClassVar[tuple[NoSay[Any], ...]] = BRANCH_RULES
-    """When an option has no say."""
+    """When an option has no effect."""
     rank: int = 8
     alpha: float | None = None
     include: Selectors = None
@@ -150,10 +164,10 @@ class BranchOptions:
 
     @classmethod
     def of(cls, wanted: Named) -> Self:
-        """The options that were asked for; those that are None have their defaults.
+        """The given options; an option that is None gets its default.
 
         Raises:
-            LoraFxError: One was given that has no say.
+            LoraFxError: One was given that has no effect.
         """
         keywords = {name: value for name, value in wanted.items() if value is not None}
         options = cls(**keywords)
@@ -170,10 +184,12 @@ class BranchOptions:
         if self.dead == "auto":
             object.__setattr__(self, "dead", self._dead_by_default())
         if self.dead not in ("error", "drop", "keep", "allow"):
-            raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
+            raise LoraFxError(
+                f"unknown value {self.dead!r} of dead", "use auto, error, drop, keep or allow"
+            )
 
     def _dead_by_default(self) -> str:
-        """What becomes of a target without effect, by what named it."""
+        """The value of `dead` that "auto" stands for, by what selected the targets."""
         if getattr(self, "adapter", None) is not None:
             return "keep"
         if self.include or self.plan is not None:
@@ -191,7 +207,7 @@ class BranchOptions:
 
 
 def _of_other_rank(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another rank than was asked for.
+    """Whether an adapter has an update of another rank than the option.
 
     One that it has already is no contradiction: the module is what was asked for.
     """
@@ -201,14 +217,14 @@ def _of_other_rank(options: InsertOptions) -> bool:
 
 
 def _of_other_alpha(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another alpha than was asked for."""
+    """Whether an adapter has an update of another alpha than the option."""
     if options.adapter is None:
         return False
     return any(asked(update)[1] != options.alpha for update in options.adapter.lowrank.values())
 
 
 def _of_other_variant(options: InsertOptions) -> bool:
-    """Whether an adapter has an update of another variant than was asked for."""
+    """Whether an adapter has an update of another variant than the option."""
     if options.adapter is None:
         return False
     variant = named_variant(options.variant)
@@ -217,33 +233,33 @@ def _of_other_variant(options: InsertOptions) -> bool:
 
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
-        ("rank",), _of_other_rank, "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        ("rank",), _of_other_rank, "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
-        ("alpha",), _of_other_alpha, "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        ("alpha",), _of_other_alpha, "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
-        ("variant",), _of_other_variant, "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        ("variant",), _of_other_variant, "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
         ("init", "seed", "data", "loss"),
         lambda o: o.adapter is not None,
-        "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
         ("data",), lambda o: o.init not in OF_DATA, "for init {0.init!r}, which reads no data",
-        f"leave it out, or --init {' or '.join(OF_DATA)}",
+        f"leave it out, or use --init {' or '.join(OF_DATA)}",
     ),
     NoSay(
         ("loss",), lambda o: o.init != "lora-ga", "for init {0.init!r}, which reads no gradient",
-        "leave it out, or --init lora-ga",
+        "leave it out, or use --init lora-ga",
     ),
 )  # fmt: skip
-"""The rules of an insert into a model of torch, beside those of any insert."""
+"""The rules of an insert into a torch model, in addition to those of every insert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,23 +276,23 @@ class InsertOptions(BranchOptions):
     fast: bool = True
 
     def __post_init__(self) -> None:
-        """Raise for what is not known, out of range, or excludes something else."""
+        """Raise for an option that is unknown, out of range, or excluded by another option."""
         super().__post_init__()
         if self.init in OF_DATA and self.data is None:
             raise LoraFxError(
-                f"init {self.init!r} starts from data, and there is none",
-                "--data FILE",
+                f"init {self.init!r} starts from data, but no data was given",
+                "pass --data FILE",
             )
         expect(self.dropout, (int, float), "dropout", "a number", "0.05 is usual")
         if not 0.0 <= self.dropout < 1.0:
             raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
         if self.norm_stats not in ("frozen", "update"):
-            raise LoraFxError(f"no norm_stats {self.norm_stats!r}", "frozen or update")
+            raise LoraFxError(f"unknown norm_stats {self.norm_stats!r}", "use frozen or update")
         if self.adapter is not None:
             self._check_adapter(self.adapter)
 
     def _check_adapter(self, adapter: Adapter) -> None:
-        """Raise for what no graph can hold, and for targets beside those that it brings."""
+        """Raise for updates that a graph cannot hold, and for targets other than the adapter's."""
         check_kinds(adapter, "the adapter", "a graph")
         selectors = (self.include, self.exclude, self.also_train)
         if any(selectors) or self.plan is not None:
@@ -286,7 +302,7 @@ class InsertOptions(BranchOptions):
             )
 
     def whole(self, names: Mapping[str, str]) -> set[str]:
-        """The first names of what is trained whole, or comes whole with the adapter."""
+        """The first names of tensors that are trained whole, or that the adapter holds whole."""
         chosen = [*select_names(list(names), self.also_train or ())]
         if self.adapter:
             chosen += self.adapter.full
@@ -294,22 +310,22 @@ class InsertOptions(BranchOptions):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Options that have no say beside others."""
+        """Notes on options that have no effect with others."""
         if not self.dropout or not named_variant(self.variant).reads_weight:
             return ()
         return (
-            f"dropout {self.dropout:g} acts on branches, and {self.variant} computes its weight "
-            "instead",
+            f"dropout {self.dropout:g} has no effect: it acts on branches, and {self.variant} "
+            "computes its weight instead",
         )
 
 
 def expect_selectors(given: object, name: str) -> None:
-    """Refuse what is no comma list and no list of them; nothing at all is taken."""
+    """Refuse anything but a comma list, a list of comma lists, or None."""
     expect(given or "", (str, Collection), name, "selectors", f"{name}=['q_proj', 'fc1']")
 
 
 def is_given(option: object) -> bool:
-    """Whether an option of a mode has a value; an empty sequence is none."""
+    """Whether an option of a mode has a value; an empty sequence is no value."""
     if option is None or option is False:
         return False
     return not (isinstance(option, Sequence) and not option)

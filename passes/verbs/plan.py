@@ -74,7 +74,7 @@ def plan(
         LoraFxError: A method or budget that is not known, no data, a budget below one rank.
     """
     if method not in METHODS:
-        raise LoraFxError(f"no method {method!r}", f"the methods are {', '.join(METHODS)}")
+        raise LoraFxError(f"unknown method {method!r}", f"use {', '.join(METHODS)}")
     parsed_budget = Budget.of(budget)
     _check_options(method, loss, scale, has_data=data is not None)
 
@@ -91,16 +91,18 @@ def plan(
     notes: list[str] = []
     calibration = Calibration(dict.fromkeys(uses, Moments()))
     if data is not None and not rank_method.wanted:
-        notes.append(f"data decides nothing: method {method!r} reads none")
+        notes.append(f"data has no effect: method {method!r} reads none")
     elif data is not None:
         calibration = calibrate(cap, uses, data, loss or "ce", rank_method.wanted)
     notes += calibration.notes
     gains = _gains(cap, targets, rank_method, costs, calibration)
     for key, gain in gains.items():
         if gain is None:
-            notes.append(f"{key}: {method} has nothing to read there; it gets uniform's rank")
+            notes.append(
+                f"{key}: method {method} finds no data for it; it gets the rank of method uniform"
+            )
     if not gains:
-        raise LoraFxError("no gradient reaches any target", "look at the data and the loss")
+        raise LoraFxError("no gradient reaches any target", "check the data and the loss")
 
     ranks = allocate(gains, costs, highest, limit)
     rows = []
@@ -124,12 +126,16 @@ def _check_options(method: str, loss: str | Loss | None, scale: float, *, has_da
     statistics = METHODS[method].wanted
     if loss is not None and not {"outputs", "gradient"} & set(statistics):
         raise LoraFxError(
-            f"loss has no say for method {method!r}, which reads no gradient", "leave it out"
+            f"loss has no effect for method {method!r}, which reads no gradient", "leave it out"
         )
     if not scale > 0:
-        raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
+        raise LoraFxError(
+            f"scale is {scale!r}; expected a number above 0", "leave it out for the default, 2"
+        )
     if statistics and not has_data:
-        raise LoraFxError(f"method {method!r} reads data, and there is none", "--data FILE")
+        raise LoraFxError(
+            f"method {method!r} reads data, but no data was given", "pass --data FILE"
+        )
 
 
 def _gains(
@@ -154,5 +160,5 @@ def _gains(
 
 
 def _weight(graph: FxGraph, target: Target) -> Array:
-    """The weight of a target as a matrix, read when it is asked for."""
+    """The weight of a target as a matrix, read only when it is needed."""
     return matrix(target, graph.read(target.parameter.name))

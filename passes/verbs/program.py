@@ -39,7 +39,7 @@ from lora_fx.passes.verbs.open import load_program
 def save_program(
     module: CapturedModule, path: str | PathLike[str], *, force: bool = False
 ) -> tuple[str, ...]:
-    """Write a module, branches and manifest included; returns what has to be said.
+    """Write a module with its branches and manifest; returns notes.
 
     The file is opened again, and every tensor and every program that it holds is compared bit by
     bit, before it gets its name. `torch.export.load(path).module()` takes the tensors of the call
@@ -55,7 +55,9 @@ def save_program(
         NoEffectError: The file gives other numbers than the module.
     """
     if not fspath(path).endswith(".pt2"):
-        raise LoraFxError(f"{fspath(path)}: a program's name ends in .pt2", "name it so")
+        raise LoraFxError(
+            f"{fspath(path)}: expected a name that ends in .pt2", "give the file such a name"
+        )
     if any(parameter.device.type != "cpu" for parameter in module.parameters()):
         module = copy.deepcopy(module).to("cpu")
     was_training = module.training
@@ -91,7 +93,7 @@ def _modes(module: CapturedModule) -> tuple[list[bool], list[str]]:
 
 
 def _paths(module: CapturedModule, training: bool) -> Paths:
-    """The paths of a mode that the module runs: what is written is proven."""
+    """The paths of a mode that the module can run, since every written path is proven."""
     module.train(training)
     execution = execution_of(module)
     first, *further = execution.captured.paths(training, execution.base_dtype)
@@ -156,7 +158,7 @@ def _prove(
             _prove_by_torch(loaded_by_torch, named, expected)
     if not count:
         raise LoraFxError(
-            "the model runs at none of the checks' sizes", "give --static or --inputs"
+            "the model runs at none of the sizes that the proof tries", "give --static or --inputs"
         )
 
 
@@ -190,13 +192,15 @@ def _demand(outputs: Mapping[str, Array], expected: Mapping[str, Array], what: s
     """Raise unless names, shapes and all numbers are equal; NaN equals NaN."""
     if list(outputs) != list(expected):
         raise NoEffectError(
-            f"{what} gives {list(outputs)}, the module {list(expected)}",
+            f"{what} has the outputs {list(outputs)}, the module has {list(expected)}",
             "report this: it is a mistake of lora-fx",
         )
     for name, array in outputs.items():
         same_shape = array.shape == expected[name].shape
         if not same_shape or not np.array_equal(array, expected[name], equal_nan=True):
-            raise NoEffectError(f"{what} gives other numbers in {name!r}", "nothing was written")
+            raise NoEffectError(
+                f"{what} gives other numbers than the module in {name!r}", "nothing was written"
+            )
 
 
 def _load_by_torch(file: Path) -> nn.Module:
@@ -204,4 +208,4 @@ def _load_by_torch(file: Path) -> nn.Module:
     try:
         return torch.export.load(str(file)).module(check_guards=False)
     except Exception as e:
-        raise MistakeError(f"torch does not load the program again: {one_line(e)}") from e
+        raise MistakeError(f"torch cannot load the written program: {one_line(e)}") from e

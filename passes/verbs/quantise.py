@@ -72,7 +72,8 @@ def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
     texts: object = [wanted] if isinstance(wanted, str) else wanted
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise LoraFxError(
-            f"quantise={wanted!r} is no kind", f"{', '.join(KINDS)}, or {{kind: selectors}}"
+            f"quantise={wanted!r} is no kind of quantised weights",
+            f"use {', '.join(KINDS)}, or {{kind: selectors}}",
         )
     kinds: list[tuple[str, Selectors]] = []
     for text in texts:
@@ -87,7 +88,7 @@ def _chosen(
     wanted: Sequence[tuple[str, Selectors]],
     leave: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Parameter → kind, and what had to be left in float.
+    """Parameter → kind, and notes on the parameters that stay in float.
 
     Kinds with selectors come first, and what they name has to be quantised; the default plan
     leaves in float what cannot be, and lookup tables.
@@ -96,18 +97,21 @@ def _chosen(
     reasons: dict[str, str] = {}  # parameter that is left in float → why
     for kind, selectors in sorted(wanted, key=lambda item: item[1] is None):
         if kind not in KINDS:
-            raise LoraFxError(f"no kind {kind!r} of quantised weights", ", ".join(KINDS))
+            raise LoraFxError(f"unknown kind {kind!r} of quantised weights", ", ".join(KINDS))
         keys = make_plan(targets, {}, rank=1, include=selectors).entries
         for name in dict.fromkeys(targets[key].parameter.name for key in keys):
             reason = _why_not(model, targets, name, leave)
             if reason and selectors:
                 raise LoraFxError(f"{name} cannot be quantised: {reason}", "leave it out")
             if not reason and not selectors and _is_lookup_table(targets, name):
-                reason = "it is a lookup table too"
+                reason = "it is also a lookup table"
             if reason:
                 reasons[name] = reason
             elif kinds.setdefault(name, kind) != kind and selectors:
-                raise LoraFxError(f"{name}: {kinds[name]} and {kind} name it", "name it once")
+                raise LoraFxError(
+                    f"{name}: selected for {kinds[name]} and for {kind}",
+                    "select it for one kind only",
+                )
     if not kinds:
         raise LoraFxError(
             "no weight is left to quantise",
@@ -128,17 +132,17 @@ def _is_lookup_table(targets: Found, name: str) -> bool:
 
 
 def _why_not(model: nn.Module, targets: Found, name: str, leave: Collection[str]) -> str:
-    """Why a parameter cannot be quantised; empty where it can."""
+    """The reason why a parameter cannot be quantised; empty if it can."""
     form = _targets_of(targets, name)[0].parameter.format
     if form:
-        return f"it is quantised ({form}), and keeps its bytes"
+        return f"it is quantised already ({form})"
     if name in leave:
         return "it is trained whole"
     if name.endswith("~"):
         return "it is computed from other parameters"
     if turned_rows(targets, name) is None:
-        return "its uses agree on no rows"
+        return "its uses do not agree on which axis holds the rows"
     other = occupied_name(model, name)
     if other:
-        return f"its module has a {other} already"
+        return f"its module already has a {other}"
     return ""

@@ -18,7 +18,7 @@ from lora_fx.errors import (
 
 
 def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
-    """Raise for an update that no graph can hold, which the adapter alone tells.
+    """Raise for an update that a graph cannot hold; this needs the adapter only.
 
     Args:
         adapter: Bound or not.
@@ -34,13 +34,13 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
             *names, last = names_taken(reading_weight=reading_weight)
             raise LoraFxError(
                 f"{name}: {key!r} is {name_of(entry)}; {taker} takes {', '.join(names)} and {last}",
-                f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and says "
-                "how well",
+                f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and "
+                "reports the error",
             )
 
 
 def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
-    """Raise for what an adapter holds and a file of a mode has no place for.
+    """Raise for tensors of an adapter that a file of this mode cannot hold.
 
     The adapters alone tell, so this comes before a model is captured. Mode switch folds the whole
     tensors of a single adapter into the base.
@@ -56,8 +56,8 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
         is_folded = mode == "switch" and len(adapters) == 1
         if whole_tensors and not holds_weights and not is_folded:
             raise LoraFxError(
-                f"{name}: it holds the whole tensor {whole_tensors[0]!r}; mode {mode} has a place "
-                "for low-rank updates alone",
+                f"{name}: it holds the whole tensor {whole_tensors[0]!r}; mode {mode} takes "
+                "low-rank updates only",
                 exclude_hint(name, whole_tensors),
             )
         if mode == "batch":
@@ -65,11 +65,11 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
 
 
 RECURRENT = ("lstm", "gru", "rnn")
-"""How the ops of recurrent layers begin."""
+"""The beginnings of the names of recurrent ops."""
 
 
 def check_rows(adapter: Adapter, name: str) -> None:
-    """Raise for updates that a row of mode batch cannot have, as the op in the file tells."""
+    """Raise for updates that mode batch cannot choose row by row, by the op in the adapter."""
     refused: dict[str, str] = {}
     for key, entry in adapter.lowrank.items():
         kind = _without_rows(entry)
@@ -78,10 +78,10 @@ def check_rows(adapter: Adapter, name: str) -> None:
     if not refused:
         return
     keys = list(refused)
-    nor_for_more = f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
+    others = f" (and {len(keys) - 1} more like it)" if len(keys) > 1 else ""
     raise LoraFxError(
-        f"{name}: {keys[0]!r} is of {refused[keys[0]]}; mode batch has no form by row for it"
-        f"{nor_for_more}",
+        f"{name}: {keys[0]!r} is the weight of {refused[keys[0]]}, whose updates mode batch cannot "
+        f"choose row by row{others}",
         f"{_exclude_command(name, keys)} leaves it out; modes switch and load take it",
     )
 
@@ -101,10 +101,10 @@ def _without_rows(entry: LowRank) -> str:
 
 
 def exclude_hint(name: str, keys: Sequence[str]) -> str:
-    """How to go on without the whole tensors of an adapter, or with them in the base."""
+    """The hint to leave out the whole tensors of an adapter, or to merge them into the base."""
     return (
-        f"{_exclude_command(name, keys)} leaves it out; with --include in its place, OUT holds it "
-        "alone, and lora-fx merge puts that into the base"
+        f"{_exclude_command(name, keys)} leaves it out; the same command with --include writes it "
+        "alone, and lora-fx merge folds that into the base"
     )
 
 

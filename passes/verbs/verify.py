@@ -53,17 +53,17 @@ class Compared:
 VERIFY_RULES: tuple[NoSay[Compared], ...] = (
     NoSay(
         ("adapter", "tol", "inputs", "rows", "provider"), lambda c: c.fits,
-        "where an adapter is fitted: names and shapes are compared",
+        "when verify checks whether an adapter fits: it compares names and shapes",
     ),
     NoSay(
         ("inputs", "provider"), lambda c: c.tensors,
-        "where tensors are compared", "leave it out, or --run",
+        "when tensors are compared", "leave it out, or pass --run",
     ),
     NoSay(
         ("rows",), lambda c: not (c.tensors and c.adapted),
-        "but of tensor files with an adapter, of which a sample is computed again",
+        "except for tensor files with an adapter, of which it sets the sample of rows",
     ),
-    NoSay(("provider",), lambda c: not c.onnx, "where no .onnx file is run"),
+    NoSay(("provider",), lambda c: not c.onnx, "when no .onnx file is run"),
 )  # fmt: skip
 
 
@@ -104,9 +104,12 @@ def verify(
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
     with trusting(trust):
-        expect(tol or 0, Real, "tol", "a number", "--tol 1e-5")
+        expect(tol or 0, Real, "tol", "a number", "pass --tol 1e-5, for example")
         if tol is not None and not 0 <= tol < math.inf:
-            raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
+            raise LoraFxError(
+                f"tol is {tol:g}; expected a finite number, 0 or more",
+                "pass --tol 1e-5, for example",
+            )
         model = _local(a)
         reference = _local(b)
         _refuse_missing(model)
@@ -167,7 +170,7 @@ def _spelling_of_rows(rows: int | None) -> int | str | None:
 
 
 def refuse_adapter_as_model(a: object, b: object) -> None:
-    """Raise where A, which has to be a model, is an adapter.
+    """Raise if A, which must be a model, is an adapter.
 
     Raises:
         LoraFxError: Says what can be asked of two adapters, or of an adapter and a model.
@@ -178,8 +181,8 @@ def refuse_adapter_as_model(a: object, b: object) -> None:
     if _is_adapter(b):
         other = os.fspath(b) if is_path(b) else "B"
         raise LoraFxError(
-            f"{name} and {other} are adapters: what they do is a question to a model",
-            "lora-fx merge each into their base, and compare what was written",
+            f"{name} and {other} are adapters; expected at least one model",
+            "merge each into its base with lora-fx merge, and compare the results",
         )
     model = os.fspath(b) if is_path(b) else "MODEL"
     raise LoraFxError(

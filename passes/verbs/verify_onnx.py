@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOptions) -> Report:
-    """Compare the outputs of a with those of b, with an adapter's branches where one is given.
+    """Compare the outputs of a and b, with the branches of an adapter if one is given.
 
     Raises:
         LoraFxError: Inputs of other names, an adapter that does not fit b.
@@ -37,8 +37,8 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
         names = reference.session.input_names
         if set(session.input_names) != set(names):
             raise LoraFxError(
-                f"{a} takes {sorted(session.input_names)}, {b} takes {sorted(names)}",
-                "two models with the same inputs can be compared",
+                f"{a} takes the inputs {sorted(session.input_names)}, {b} takes {sorted(names)}",
+                "compare two models with the same inputs",
             )
         gate = gate_of(session, reference.session)
         if options.tol is None and gate == ORT_TOL:
@@ -61,7 +61,7 @@ def _compared(run: Run, expected: Run, feeds_of_sizes: Iterable[Named], tol: flo
 
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
-    """The graph; None for an opset that we do not read, where nothing has to be inserted."""
+    """The graph; None for an opset that lora-fx does not read, if nothing is inserted."""
     from lora_fx.onnx.graph.graph import OnnxGraph
     from lora_fx.onnx.load import load
     from lora_fx.onnx.names import restore_weight_names
@@ -86,7 +86,8 @@ def _bound(options: RunOptions, graph: OnnxGraph) -> Adapter:
     matched = match(adapter, graph, find(graph))
     if matched.whole:
         raise LoraFxError(
-            f"the adapter holds the whole tensor {min(matched.whole)!r}",
-            "branches are s·b·a; merge the adapter, and verify the two files",
+            f"the adapter holds the whole tensor {min(matched.whole)!r}; expected low-rank "
+            "updates only",
+            "merge the adapter, then compare the two files",
         )
     return Adapter(dict(matched.updates))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How two models are run; `lora_fx.verify` says what the fields mean."""
+    """The options to run two models; `lora_fx.verify` explains the fields."""
 
     inputs: Named | None
     adapter: Adapters | None
@@ -31,11 +31,14 @@ class RunOptions:
     provider: str
 
     def adapter_alone(self) -> Adapter | None:
-        """The adapter, or that of a file; several cannot be run."""
+        """The adapter, given or read from a file; several adapters are refused."""
         if is_path(self.adapter):
             return load_adapter(self.adapter)
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
-            raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
+            raise LoraFxError(
+                "a model is run with one adapter, not with several",
+                "merge the adapters first, or mix them",
+            )
         return self.adapter
 
 
@@ -77,7 +80,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
 
 
 def _opened(model: object) -> tuple[object, Sequence[str]]:
-    """A path of .onnx, a module or a capture; and what opening a model by its name has to say."""
+    """An .onnx path, a module or a capture, and the notes from opening a model by its name."""
     from lora_fx.fx.load.loaded_model import LoadedModel
     from lora_fx.passes.verbs.open import captured_of, opened
 
@@ -117,7 +120,9 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         if adapter is not None:
-            raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
+            raise LoraFxError(
+                "this module has its adapter already", "use load_adapter to replace it"
+            )
         return model.eval()
     if not isinstance(model, Captured):
         raise LoraFxError(

@@ -1,9 +1,9 @@
-// The page: what is drawn, the loop of training, what is shown and downloaded.
+// The page: drawing, the training loop, the display and the downloads.
 //
 // `step.onnx` takes a batch, `labels`, `lr`, `step`, A and B of every target, and the optimizer's
-// two states of each; it gives `loss`, and all of these as NAME.next. `forward.onnx` is the network
-// with A and B as inputs. What they start from, `step.onnx_adapter`, has a B of zeros: it is the
-// network as it was.
+// two states of each; it returns `loss`, and the new values as NAME.next. `forward.onnx` is the
+// network with A and B as inputs. `step.onnx_adapter` has their initial values. Its B is zero,
+// which is the network without an adapter.
 
 import * as ort from './ort.wasm.min.mjs';
 import {SERVED, read, write} from './onnx_adapter.js';
@@ -320,7 +320,7 @@ async function busily(work, done) {
   try {
     say(await work() ?? done);
   } catch (error) {
-    say(`It stopped: ${error.message ?? error}`, true);
+    say(`Error: ${error.message ?? error}`, true);
   }
   state.busy = false;
 }

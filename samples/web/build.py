@@ -1,11 +1,11 @@
-"""What the page beside it needs: a network that reads digits, its training step, its runtime.
+"""Build the page of samples/web: a network that reads digits, its training step and the runtime.
 
-`npm ci --prefix samples/web && python samples/web/build.py [FOLDER]` (default: dist beside this
-file) needs `pip install 'lora-fx[samples]'`. The folder is then served as it is:
+Run `npm ci --prefix samples/web && python samples/web/build.py [FOLDER]`; FOLDER is `dist` in the
+folder of this file by default. It needs `pip install 'lora-fx[samples]'`. To serve the page, run
 `python -m http.server --bind 127.0.0.1 --directory FOLDER`.
 
-The network is trained on scikit-learn's digits. Its last three classes are spare: no digit is one
-of them, so that a visitor has something to teach.
+The network is trained on scikit-learn's digits. Its last three classes are spare: no digit has such
+a label, so that a visitor can teach them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PAGE = ("index.html", "style.css", "app.js", "onnx_adapter.js")
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 CLASSES, SPARE, RANK = 10, 3, 4
 SHOWN, HELD = 30, 300
-"""Digits of each class that training in the page goes on to see, and those that it never sees."""
+"""Digits of each class that the page trains with, and digits that training never sees."""
 
 
 def network() -> nn.Module:
-    """8 × 8 pixels from 0 to 1 → scores of the digits and the spare classes."""
+    """A network from 8 × 8 pixels in 0 … 1 to scores of the digits and the spare classes."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
@@ -42,7 +42,7 @@ def network() -> nn.Module:
 
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 800) -> None:
-    """AdamW on digits that are moved by up to a pixel: people draw less evenly than the data."""
+    """Train by AdamW; digits are shifted by up to a pixel, because visitors draw less evenly."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -54,7 +54,7 @@ def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 800) 
 
 
 def without_defaults(path: Path, output: Path) -> None:
-    """Make A and B required inputs: onnxruntime-web takes no value for one that has a default."""
+    """Make A and B required inputs: onnxruntime-web takes no value for an input with a default."""
     model = onnx.load(path, load_external_data=False)
     inputs = {i.name for i in model.graph.input}
     kept = [t for t in model.graph.initializer if t.name not in inputs]
@@ -64,14 +64,12 @@ def without_defaults(path: Path, output: Path) -> None:
 
 
 def build(folder: Path) -> None:
-    """Write everything that is served."""
+    """Write all files that are served."""
     runtime = HERE / "node_modules" / "onnxruntime-web" / "dist"
     if not runtime.is_dir():
-        sys.exit(f"Error: {runtime} is not there\nHint: npm ci --prefix {HERE}")
+        sys.exit(f"Error: {runtime} does not exist\nHint: npm ci --prefix {HERE}")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(
-        "step.*"
-    ):  # beside a data file that is there, one of another name is made
+    for old in folder.glob("step.*"):  # export does not overwrite an old data file
         old.unlink()
     for path in (*(HERE / name for name in PAGE), *(runtime / name for name in RUNTIME)):
         shutil.copy(path, folder)
@@ -83,7 +81,7 @@ def build(folder: Path) -> None:
     train(model, x[:-HELD], y[:-HELD])
     with torch.no_grad():
         right = (model(x[-HELD:]).argmax(1) == y[-HELD:]).float().mean()
-    print(f"the network reads {right:.1%} of {HELD} digits that it has not seen")
+    print(f"the network reads {right:.1%} of {HELD} digits that it was not trained on")
 
     shown = np.concatenate([np.flatnonzero(data.target[:-HELD] == c)[:SHOWN] for c in range(10)])
     parts = {"shown": shown, "held": np.arange(len(x) - HELD, len(x))}

@@ -3,8 +3,8 @@
 //   Adapter    format_version, adapter_version, model_version: int32; parameters: [Parameter]
 //   Parameter  name: string; dims: [int64]; data_type: int32, ONNX's number; raw_data: [uint8]
 //
-// Facts: onnxruntime/lora/adapter_format/adapter_schema.fbs. Offsets of a flatbuffer count from
-// where they stand; a table begins with the way back to a list of where its fields are.
+// Source: onnxruntime/lora/adapter_format/adapter_schema.fbs. An offset in a flatbuffer counts from
+// its own position. A table begins with the distance back to the list of its fields' positions.
 
 const FLOAT = 1, FORMAT = 1;
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.as_lora import as_lora
 from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank, draw
@@ -28,6 +29,8 @@ from lora_fx.adapter.variant_protocol import Beginning, Read, Variant
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
+from lora_fx.formats import io
+from lora_fx.formats.format import Format, Magic
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.insertion import insertion_of
@@ -174,7 +177,9 @@ def test_it_starts_as_the_base() -> None:
     module = lora_fx.insert(net(), (X[:2],), rank=RANK, include=LAYERS, variant="vectors")
     assert not insertion_of(module).changes_anything()
     assert np.array_equal(of(module), of(net()))
-    with pytest.raises(LoraFxError, match="init 'pissa' starts a and b; vectors makes them"):
+    with pytest.raises(
+        LoraFxError, match="init 'pissa' sets a and b, but variant vectors computes them"
+    ):
         lora_fx.insert(net(), (X[:2],), rank=2, variant="vectors", init="pissa")
 
 
@@ -252,7 +257,7 @@ def test_branches_in_an_onnx_file(tmp_path: Path) -> None:
     for path in (slots, out):
         assert rel(open_session(path, "cpu").run({"x": x})["y"], want) < 1e-6
     assert rel(open_session(base, "cpu").run({"x": x})["y"], want) > 0.05
-    with pytest.raises(LoraFxError, match=r"slots.onnx: the update of 'w' is of variant 'vectors'"):
+    with pytest.raises(LoraFxError, match=r"slots.onnx: the update of 'w' has variant 'vectors'"):
         lora_fx.merge(base, [slots], tmp_path / "other.onnx")
 
 
@@ -282,18 +287,18 @@ def test_who_does_not_know_it_refuses_it(tmp_path: Path) -> None:
         save_adapter(module.adapter(), tmp_path / "folder")
         save_adapter(module.adapter(), tmp_path / "file.safetensors")
         save_program(module, tmp_path / "program.pt2")
-        with pytest.raises(MistakeError, match="the name is taken"):
+        with pytest.raises(MistakeError, match="it is taken or not allowed"):
             register(VECTORS)
     for read, place in (
         (load_adapter, "folder"),
         (load_adapter, "file.safetensors"),
         (load_program, "program.pt2"),
     ):
-        with pytest.raises(LoraFxError, match=r" is of variant 'vectors', which is not") as e:
+        with pytest.raises(LoraFxError, match=r" has variant 'vectors', which is not") as e:
             read(tmp_path / place)
         assert place in e.value.message and "\n" not in e.value.message
-        assert "the variants are lora, rslora" in e.value.hint
-    with pytest.raises(LoraFxError, match="no variant 'vectors'"):
+        assert "choose one of lora, rslora" in e.value.hint
+    with pytest.raises(LoraFxError, match="unknown variant 'vectors'"):
         lora_fx.insert(net(), (X[:2],), variant="vectors")
     with pytest.raises((KeyError, ValueError), match="vectors"):
         peft.PeftModel.from_pretrained(net(), str(tmp_path / "folder"))
@@ -302,7 +307,7 @@ def test_who_does_not_know_it_refuses_it(tmp_path: Path) -> None:
 def test_a_file_that_keeps_no_variant_says_so(tmp_path: Path) -> None:
     a, b = np.ones((2, 6), np.float32), np.ones((10, 2), np.float32)
     tensors = {"frozen_a": a, "frozen_b": b, "d": np.ones(2, "f4"), "e": np.ones(10, "f4")}
-    note = "updates of variant vectors are written as plain LoRA, of the same ΔW"
+    note = "updates of variant vectors are written as plain LoRA with the same ΔW"
     with mock.patch.dict(VARIANTS):
         register(VECTORS)
         low = LowRank(a, b, 2.0, variant="vectors", variant_tensors=tensors)
@@ -328,6 +333,25 @@ class Columns(Variant):
         v = layout.from_stored(e, e.op("add", w, delta))
         new = layout.to_stored(e, e.op("mul", v, e.op("reshape", read("c"), shape=(1, -1))))
         return e.op("add", new, e.op("mul", w, -1.0))
+
+
+class Careless(Format):
+    """A format of another package that writes A and B of every update, and asks nothing."""
+
+    name = "careless"
+    suffixes = (".careless",)
+    magic = Magic(b"CARE")
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """See the class."""
+        tensors = [(update.a, update.b) for update in adapter.lowrank.values()]
+        path.write_bytes(b"CARE" + pickle.dumps(tensors))
+        return ()
+
+
+def _save_with_a_careless_format(adapter: Adapter, path: Path) -> None:
+    with mock.patch.object(io, "_writer", lambda name: Careless()):
+        save_adapter(adapter, path, "careless")
 
 
 def test_one_that_reads_the_weight(tmp_path: Path) -> None:
@@ -360,6 +384,7 @@ def test_one_that_reads_the_weight(tmp_path: Path) -> None:
         for refuse in (
             lambda: lora_fx.merge(base, [tmp_path / "folder"], out),
             lambda: save_adapter(module.adapter(), tmp_path / "k.safetensors", format="kohya"),
+            lambda: _save_with_a_careless_format(module.adapter(), tmp_path / "x.careless"),
             lambda: lora_fx.export(module, tmp_path / "s.onnx", mode="switch"),
         ):
             with pytest.raises(LoraFxError, match="columns"):

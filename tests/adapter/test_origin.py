@@ -48,12 +48,16 @@ def test_an_empty_origin_is_not_shown() -> None:
 
 
 def test_facts_are_taken_and_shown_by_their_older_names() -> None:
-    with pytest.warns(FutureWarning, match=r"LowRank\(op=…, kernel=…, .*\) is origin=Origin\(op=…"):
+    with pytest.warns(
+        FutureWarning, match=r"LowRank\(op=…, kernel=…, .*\) is deprecated: use origin=Origin\(op=…"
+    ):
         older = LowRank(A, B, 2.0, **FACTS)
     assert older.origin == Origin(**FACTS)
     shown: Any = older
     for name, value in FACTS.items():
-        with pytest.warns(FutureWarning, match=f"LowRank.{name} is called origin.{name}") as seen:
+        with pytest.warns(
+            FutureWarning, match=f"LowRank.{name} is deprecated: use origin.{name}"
+        ) as seen:
             assert getattr(shown, name) == value
         assert seen[0].filename == __file__
     with pytest.warns(FutureWarning, match="origin.candidates"):

@@ -109,7 +109,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert code == 2 and words in err, err
     plain = ["convert", str(tmp_path / "out"), "-o", str(tmp_path / "k.safetensors")]
     code, _, err = run(capsys, *plain, "--format", "kohya", "--rank", "2")
-    assert code == 2 and "of --as lora" in err
+    assert code == 2 and "need --as lora" in err
 
 
 def test_a_stack_is_no_one_matrix(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_has_no_matrix(tmp_path: Path) -> None:
 
     vector = Adapter({"a.bias": Dense(np.ones(3, np.float32))})
     rows = Adapter({"t.weight": ReplacedRows((1,), np.ones((1, 4), np.float32))})
-    for adapter, words in ((vector, "no matrix"), (rows, "has no ΔW")):
+    for adapter, words in ((vector, "expected a matrix"), (rows, "has no ΔW")):
         with pytest.raises(LoraFxError, match=words):
             as_lora(adapter, rank=2)
 

@@ -112,7 +112,7 @@ def test_params(adapter: Adapter, params: int) -> None:
     try:
         result = truncation(adapter, params=params)
     except LoraFxError as e:
-        assert "leaves no rank" in e.message
+        assert "is too small to keep any rank" in e.message
         some = [k for k, d in adapter.deltas().items() if d.any()]
         assert params < min(cost[k] for k in some)
         return
@@ -228,10 +228,10 @@ def test_refusals() -> None:
         ({"params": 2.5}, "positive whole number"),
         ({"energy": 0.0}, "not in"),
         ({"energy": 1.1}, "not in"),
-        ({"max_error": -1.0}, "number from 0"),
-        ({"max_error": math.nan}, "number from 0"),
-        ({"params": 12}, "one rank of 'a.weight' is 13 elements"),
-        ({"max_error": 1.0}, "leaves no rank"),
+        ({"max_error": -1.0}, "number of 0 or more"),
+        ({"max_error": math.nan}, "number of 0 or more"),
+        ({"params": 12}, "one rank of 'a.weight' has 13 elements"),
+        ({"max_error": 1.0}, "is too small to keep any rank"),
     ]
     for goal, text in bad:
         with pytest.raises(LoraFxError, match=text):

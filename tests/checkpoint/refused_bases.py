@@ -207,7 +207,7 @@ BASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     ),
     "compressed-tensors int8 that no config tells": (
         beside({"weight_scale": np.ones((8, 1), np.float32)}, CODES8),
-        (ONE, Q, "int8", "config.json does not say"),
+        (ONE, Q, "int8", "config.json does not say that weight_scale belongs to"),
     ),
     "compressed-tensors int8 with a scale a tensor": (
         beside({"weight_scale": np.ones(1, np.float32)}, CODES8, "compressed-tensors"),
@@ -279,5 +279,8 @@ BASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     ),
     "HQQ": (beside({"W_q": np.ones((4, 6), np.uint8), "scale": SCALES}), (Q, "HQQ")),
     "a method of its own": (beside({"codebook": SCALES}, None, "vptq"), (Q, "vptq", "config.json")),
-    "int8 without a scale": (beside({}, CODES8), (ONE, Q, "int8", "its scales are not there")),
+    "int8 without a scale": (
+        beside({}, CODES8),
+        (ONE, Q, "int8", "it has no scales named SCB or weight_scale"),
+    ),
 }

@@ -170,7 +170,7 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "target_modules narrower": (
         pair({Q: (8, 6), DOWN: (6, 8)}, target_modules=["q_proj"]),
-        ("adapter_model.safetensors", "down_proj", "leaves out"),
+        ("adapter_model.safetensors", "down_proj", "does not name"),
     ),
     "peft_type unknown": (
         pair({Q: (8, 6)}, peft_type="FOO"),
@@ -243,7 +243,7 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
     "weight is nan": (pair({Q: (8, 6)}, "ADAPTER:nan"), ("adapter", "weight is nan")),
     "weight beyond fp32": (
         pair({Q: (8, 6)}, "ADAPTER:1e30"),
-        (Q, "beyond fp32's range", "ADAPTER:W", "--dtype float64"),
+        (Q, "beyond the range of fp32", "ADAPTER:W", "--dtype float64"),
     ),
     "weight of a whole tensor": (
         whole(

@@ -172,7 +172,7 @@ def test_codes_that_are_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     scale = f"{key}_scale_inv"
     cases = {
-        "nan": (tensors | {scale: np.full((2, 1), np.nan, np.float32)}, "scale that is no number"),
+        "nan": (tensors | {scale: np.full((2, 1), np.nan, np.float32)}, "scale that is not finite"),
         "short": (tensors | {scale: np.ones((1, 1), np.float32)}, r"float32 [1, 1]; expected"),
     }
     for case, (changed, words) in cases.items():
@@ -194,17 +194,17 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     assert code == 2 and "none of its weights is quantised" in err
     rows = [
-        (["--max-shard-size", "2GB"], "is of --dequantise"),
-        (["--dequantise", "--max-shard-size", "big"], "'big' is no size"),
+        (["--max-shard-size", "2GB"], "works only with --dequantise"),
+        (["--dequantise", "--max-shard-size", "big"], "'big' is not a size"),
         (["--dequantise", "--max-shard-size", "0"], "shards of 0 bytes"),
-        (["--dequantise", "--max-shard-size", "9" * 400], "is no size"),
+        (["--dequantise", "--max-shard-size", "9" * 400], "is not a size"),
     ]
     for more, words in rows:
         args = ["merge", str(tmp_path / "base"), str(path), "-o", str(tmp_path / "x"), *more]
         code, _, err = run(capsys, *args)
         assert code == 2 and words in err, err
     _, key = base(tmp_path / "odd", "awq 16", quantization_config={"quant_method": "hqq"})
-    with pytest.raises(LoraFxError, match=r"GPTQ or AWQ.*not read"):
+    with pytest.raises(LoraFxError, match=r"GPTQ or AWQ.*cannot be read"):
         merge(tmp_path / "odd", path, tmp_path / "x", dequantise=True)
     assert not (tmp_path / "x").exists()
 
@@ -216,7 +216,7 @@ def test_short_names_of_dtypes(tmp_path: Path) -> None:
         merge(tmp_path / "base", path, tmp_path / short, dequantise=True, dtype=short)
         opened = open_checkpoint(tmp_path / short)
         assert opened.tensors[key].dtype == name and opened.config()["torch_dtype"] == name
-    with pytest.raises(LoraFxError, match="no dtype 'fp8'"):
+    with pytest.raises(LoraFxError, match="unknown dtype 'fp8'"):
         merge(tmp_path / "base", path, tmp_path / "x", dequantise=True, dtype="fp8")
 
 
@@ -240,7 +240,10 @@ def test_codes_that_would_stay(what: str, tmp_path: Path) -> None:
     module = f"model.layers.0.mlp.{what}".rpartition(".")[0]
     more = {f"{module}.{n}": a for n, a in LEFT[what].items()}
     checkpoint(tmp_path / "odd", tensors | more, config=config)
-    with pytest.raises(LoraFxError, match=rf"model\.layers\.0\.mlp\.{what}.* not read"):
+    with pytest.raises(
+        LoraFxError,
+        match=rf"model\.layers\.0\.mlp\.{what}.* in a layout that lora-fx does not read",
+    ):
         merge(tmp_path / "odd", path, tmp_path / "x", dequantise=True)
     assert not (tmp_path / "x").exists()
 

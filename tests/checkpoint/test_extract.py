@@ -173,7 +173,7 @@ def test_energy_chooses_the_rank(tmp_path: Path) -> None:
     assert max(r.rank for r in result.rows) > 16
     capped = extraction(*files, ExtractOptions(energy=0.97, max_rank=5))
     assert {r.rank for r in capped.rows} == {5}
-    assert len([n for n in capped.adapter.metadata["notes"] if "rank 5 is the cap" in n]) == 3
+    assert len([n for n in capped.adapter.metadata["notes"] if "rank 5 is the maximum" in n]) == 3
 
 
 def test_vectors(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_head_that_was_trained_whole(tmp_path: Path) -> None:
     kept = 1 - optimum(change["score.weight"], 4) ** 2
     assert kept < 0.5
     (note,) = lora_fx.extract(*files, rank=4).metadata["notes"]
-    assert note.startswith(f"score.weight: rank 4 keeps {kept:.0%} of ‖Δ‖²")
+    assert note.startswith(f"score.weight: rank 4 keeps only {kept:.0%} of ‖Δ‖²")
     assert "--whole score.weight" in note
     made = lora_fx.extract(*files, rank=4, whole=["score.weight"])
     assert made.metadata["notes"] == [] and list(made.lowrank) == ["layers.0.q.weight"]

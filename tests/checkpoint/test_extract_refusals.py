@@ -138,7 +138,7 @@ def test_integers_and_quantised_values(tmp_path: Path, dtype: str, shape: tuple[
         ({"energy": 1.0}, "energy 1.0"),
         ({"energy": 0.0}, "energy 0.0"),
         ({"rank": 2, "energy": 0.5}, "exclude each other"),
-        ({"max_rank": 3}, "max_rank caps"),
+        ({"max_rank": 3}, "max_rank applies only"),
         ({"include": "q_prj"}, "matches no target"),
         ({"exclude": "q_prj"}, "matches no target"),
         ({"include": "q_proj.weight[0:4]"}, "part of a tensor"),
@@ -193,7 +193,7 @@ def test_folders_with_shards_and_a_tied_table(tmp_path: Path) -> None:
     adapter = lora_fx.extract(one, two, rank=6)
     low = adapter.lowrank["model.embed_tokens.weight"]
     assert low.origin.tied and low.a.shape == (6, 6) and low.b.shape == (1000, 6)
-    assert any("output head too" in n for n in adapter.metadata["notes"])
+    assert any("also the output head" in n for n in adapter.metadata["notes"])
     notes = lora_fx.save_adapter(adapter, tmp_path / "x")
     assert any("share the tensor" in n for n in notes)
     again = lora_fx.load_adapter(tmp_path / "x")

@@ -139,7 +139,7 @@ def test_lookups_of_their_own(tmp_path: Path) -> None:
 
 def test_lookups_and_their_table_have_moved_apart(tmp_path: Path) -> None:
     base, tuned = tuned_of("bart", tmp_path, only(*LOOKUPS, SHARED, HEAD))
-    with pytest.raises(LoraFxError, match="an update of it acts on all lookups") as caught:
+    with pytest.raises(LoraFxError, match="an update of the table acts on all lookups") as caught:
         lora_fx.extract(base, tuned)
     assert f"--exclude {SHARED}" in caught.value.hint
     made = lora_fx.extract(base, tuned, rank=64, exclude=SHARED)

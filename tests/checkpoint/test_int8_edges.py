@@ -134,7 +134,7 @@ def test_doctor_warns_and_estimates(tmp_path: Path) -> None:
     (said,) = [f for f in found.details["findings"] if f["severity"] != "note"]
     assert found and (said["check"], said["severity"]) == ("quantised base", "warning")
     assert said["keys"] == [f"{Q}.weight"] and "bitsandbytes int8" in said["found"]
-    assert "how much of the update arrives" in said["hint"]
+    assert "how much of each update is kept" in said["hint"]
     (row,) = found.details["updates"]
     truth = np.linalg.norm(delta) / np.linalg.norm(wide(old, Q, BNB))
     assert row["ratio"] == pytest.approx(truth, rel=0.15)

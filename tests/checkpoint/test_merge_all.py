@@ -175,7 +175,7 @@ def test_shards_are_a_partition() -> None:
     for i, n in ((0, 3), (4, 3)):
         with pytest.raises(LoraFxError, match="no shard"):
             jobs_of(given, Path("o"), (i, n))
-    with pytest.raises(LoraFxError, match="is there twice"):
+    with pytest.raises(LoraFxError, match="is given twice"):
         jobs_of([("a", 1.0), ("./a", 1.0)], Path("o"))
 
 
@@ -184,7 +184,7 @@ def test_shards_are_a_partition() -> None:
     [
         (0, "", "ended with code 0 and without a result", "lora-fx merge BASE ADAPTER"),
         (1, "x\nlast line\n", "code 1 and without a result: last line", "lora-fx merge BASE"),
-        (-9, "", "was ended by SIGKILL", "was it killed for its memory?"),
+        (-9, "", "was ended by SIGKILL", "if it ran out of memory, run fewer merges at a time"),
         (-11, "", "was ended by SIGSEGV", "try it again"),
         (-15, "terminated", "was ended by SIGTERM: terminated", "try it again"),
         (-99, "", "was ended by signal 99", "try it again"),

@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[list[Entry], str]] = {
         ],
         "row 1 of 'm.weight' is replaced twice",
     ),
-    "whole and updated": ([Full(weight()), low()], "replaced whole"),
+    "whole and updated": ([Full(weight()), low()], "replaces the whole tensor"),
     "whole and not finite": ([Full(np.full((OUT, IN), np.nan, np.float32))], "NaN"),
     "rows that are not there": ([ReplacedRows((OUT,), np.ones((1, IN), np.float32))], "up to 24"),
     "rows of another width": ([ReplacedRows((0,), np.ones((1, IN + 1), np.float32))], r"\[1, 37\]"),
@@ -154,7 +154,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
 def test_no_adapter_to_merge(tmp_path: Path) -> None:
     file = checkpoint(tmp_path / "base.safetensors", {"m.weight": weight()})
     for given in ([], ("adapter", 0.5), [("adapter", 1, 2)], [None]):
-        with pytest.raises(LoraFxError, match=r"no adapter|no such file"):
+        with pytest.raises(LoraFxError, match=r"no adapter|is not an Adapter|no such file"):
             merge(file, given, tmp_path / "out")
 
 

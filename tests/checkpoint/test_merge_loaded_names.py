@@ -141,7 +141,9 @@ def test_a_layer_that_is_missing_is_found(case: str, tmp_path: Path) -> None:
     lora_fx.merge(tmp_path / "base", whole, tmp_path / "out")
     del pairs[lost]
     less = adapter(tmp_path / "less", pairs, target_modules=modules)
-    with pytest.raises(LoraFxError, match="its file has no update of it: 1 such") as caught:
+    with pytest.raises(
+        LoraFxError, match="the adapter's file has no update for it: 1 such"
+    ) as caught:
         lora_fx.merge(tmp_path / "base", less, tmp_path / "out2")
     assert repr(stored) in caught.value.message
     assert lora_fx.doctor(tmp_path / "base", less).details["missing"] == 1

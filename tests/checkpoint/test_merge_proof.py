@@ -63,7 +63,7 @@ def test_one_wrong_bit_of_a_copy_is_caught(
         return done
 
     monkeypatch.setattr(write, "copied", flipped)
-    _wrong(scene, ".* no adapter changes it, but its bytes are not the base's")
+    _wrong(scene, ".* is not changed by any adapter, but its bytes differ from the base")
 
 
 def test_rows_of_the_proof(scene: Path) -> None:

@@ -90,7 +90,7 @@ def test_merged_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     before = tree(tmp_path)
     for more in ([], ["ADAPTER:0.5"]):
         assert run(tmp_path, more) == 2
-        assert "merged into it already" in capsys.readouterr().err
+        assert "already merged into it" in capsys.readouterr().err
         assert tree(tmp_path) == before
     assert run(tmp_path, ["--again"]) == 0
 

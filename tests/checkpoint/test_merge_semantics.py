@@ -97,7 +97,7 @@ def test_dtype_is_of_touched_tensors_and_the_index_adds_up(scene: Path) -> None:
     assert np.abs(out[f"{Q}.weight"] - exact(Q, 1.5)).max() < 1e-6
     index = json.loads((scene / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in out.values())
-    assert any("config.json still says dtype bfloat16" in w for w in report.warnings)
+    assert any("config.json still has dtype bfloat16" in w for w in report.warnings)
 
 
 def test_link_shares_only_what_is_untouched(scene: Path) -> None:

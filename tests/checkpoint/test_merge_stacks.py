@@ -175,7 +175,7 @@ def test_a_model_without_its_outer_class(tmp_path: Path) -> None:
     got = read(tmp_path / "out")[name] - read(tmp_path / "base")[name]
     assert np.abs(got - 2 * (b @ a)).max() < 1e-6
     said = " ".join(report.warnings)
-    assert "with 'vit.' before them" in said and "transformers 5 renames" in said
+    assert "names without 'vit.'" in said and "transformers 5 renames" in said
 
 
 def test_names_that_are_not_known_are_refused_with_what_helps(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_what_cannot_be_taken_apart_is_refused(tmp_path: Path) -> None:
     base, tensors = mixtral(tmp_path / "base")
     shape = (COUNT, WIDE, INNER)
     dense = Dense(np.ones(shape, np.float32), layout=plain_layout(shape))
-    with pytest.raises(LoraFxError, match="one tensor an expert"):
+    with pytest.raises(LoraFxError, match="one tensor for each expert"):
         lora_fx.merge(base, Adapter({DOWN: dense}), tmp_path / "out")
     with pytest.raises(LoraFxError, match="an update for"):
         lora_fx.merge(base, Adapter({DOWN: update(WIDE, INNER, 2)}), tmp_path / "out")

@@ -84,7 +84,7 @@ def test_merge_and_verify(shards: int, tmp_path: Path, capsys: pytest.CaptureFix
     lora_fx.merge(tmp_path / "same", plain, tmp_path / "wanted")
     out = tmp_path / "out"
     code, _, err = run(capsys, "merge", str(base), str(pickled), "-o", str(out), "--trust")
-    assert code == 0 and "its weights are pickles; the output's are safetensors" in err
+    assert code == 0 and "its weights are pickles; the output's weights are safetensors" in err
     found = read(out)
     for name, value in read(tmp_path / "wanted").items():
         assert found[name].dtype == value.dtype and np.array_equal(found[name], value), name
@@ -106,7 +106,7 @@ def test_merge_and_verify(shards: int, tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_file(tmp_path: Path) -> None:
     base = pickles(tmp_path / "base") / "pytorch_model.bin"
     plain, _, want = pair(tmp_path)
-    with pytest.raises(LoraFxError, match="no pickle is written"):
+    with pytest.raises(LoraFxError, match="lora-fx does not write pickles"):
         lora_fx.merge(base, plain, tmp_path / "out.bin", trust=True)
     lora_fx.merge(base, plain, tmp_path / "out.safetensors", trust=True)
     found = read(tmp_path / "out.safetensors")[f"{Q}.weight"]
@@ -250,22 +250,22 @@ def put(value: Any) -> Any:
 
 
 HOSTILE = {
-    "code": (put({"w": Attack()}), "will not read it as tensors alone"),
+    "code": (put({"w": Attack()}), "refuses to read it as tensors only"),
     "no tensors": (put({"w": 3}), "holds a int at 'w'"),
     "a trainer's": (put({"state_dict": {"w": torch.ones(2)}}), "holds a dict at 'state_dict'"),
     "complex": (put({"w": torch.ones(2, 2, dtype=torch.complex128)}), "'w' has dtype complex128"),
-    "transposed": (transposed, "'w' do not lie there row by row"),
-    "negative by a bit": (negative, "'w' do not lie there row by row"),
-    "sparse": (sparse, "'w' do not lie there row by row"),
-    "legacy": (legacy, "'w' do not lie there row by row"),
-    "compressed": (compressed, "'w' do not lie there row by row"),
-    "big-endian": (foreign, "'w' do not lie there row by row"),
-    "beyond its storage": (made(10, 3, 4), "'w' do not lie there row by row"),
-    "before its storage": (made(-4, 3, 4), "tensors alone"),
-    "huge": (made(0, 2**40, 4), "'w' do not lie there row by row"),
-    "huge and empty": (made(0, 2**61, 0), "'w' do not lie there row by row"),
-    "a record cut off": (shorter, "'w' do not lie there row by row"),
-    "cut off": (lambda file: file.write_bytes(b"PK\x03\x04 cut"), "tensors alone"),
+    "transposed": (transposed, "'w' is not stored row by row"),
+    "negative by a bit": (negative, "'w' is not stored row by row"),
+    "sparse": (sparse, "'w' is not stored row by row"),
+    "legacy": (legacy, "'w' is not stored row by row"),
+    "compressed": (compressed, "'w' is not stored row by row"),
+    "big-endian": (foreign, "'w' is not stored row by row"),
+    "beyond its storage": (made(10, 3, 4), "'w' is not stored row by row"),
+    "before its storage": (made(-4, 3, 4), "tensors only"),
+    "huge": (made(0, 2**40, 4), "'w' is not stored row by row"),
+    "huge and empty": (made(0, 2**61, 0), "'w' is not stored row by row"),
+    "a record cut off": (shorter, "'w' is not stored row by row"),
+    "cut off": (lambda file: file.write_bytes(b"PK\x03\x04 cut"), "tensors only"),
 }
 
 

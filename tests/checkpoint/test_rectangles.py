@@ -56,7 +56,7 @@ def test_a_region_changes_alone(
 
 def test_a_region_with_gaps_is_refused() -> None:
     low = update(Layout((2, 2, 2), (0,), (1,), (2,), (2, 2, 2)))
-    with pytest.raises(LoraFxError, match="is no rectangle of rows and columns"):
+    with pytest.raises(LoraFxError, match="is not a rectangle of rows and columns"):
         region((4, 4, 4), ((0, 2), (1, 3), (1, 3)), low)
 
 
@@ -72,6 +72,6 @@ def test_axes_in_another_order() -> None:
 def test_changes_of_other_axes_do_not_join() -> None:
     low = update(plain_layout((6, 4)))
     flat = Matrix(math.prod((6, 4)), 1, (Rectangle(low, 0, 6, 0, 1),))
-    with pytest.raises(LoraFxError, match="take its axes in different ways"):
+    with pytest.raises(LoraFxError, match="split its axes into rows and columns differently"):
         joined("w", [whole((6, 4), low), flat])
     assert len(joined("w", [whole((6, 4), low), whole((6, 4), low)]).rectangles) == 2

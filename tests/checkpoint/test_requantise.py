@@ -168,7 +168,11 @@ def test_a_loss_is_refused_and_a_way_on_named(
     path, _ = update(tmp_path / "a", old.shape, key, 1e-3 * float(np.abs(old).mean()))
     args = ["merge", str(tmp_path / "base"), str(path), "-o", str(tmp_path / "out")]
     code, _, err = run(capsys, *args)
-    assert code == 2 and "--dequantise writes floats (" in err and "--requantise keeps codes" in err
+    assert (
+        code == 2
+        and "--dequantise writes floats (" in err
+        and "--requantise keeps the codes" in err
+    )
     code, _, err = run(capsys, *args, "--requantise")
     assert code == 1 and "expected 50% or more" in err and "--lossy" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
@@ -176,9 +180,9 @@ def test_a_loss_is_refused_and_a_way_on_named(
     told = json.loads(text)
     assert code == 0 and told["requantised"]["kept"] < 0.5
     rows = [
-        (["--requantise", "--dequantise"], "both --dequantise and --requantise"),
-        (["--lossy"], "--lossy is of --requantise"),
-        (["--requantise", "--dtype", "float32"], "keeps dtypes"),
+        (["--requantise", "--dequantise"], "--dequantise and --requantise exclude each other"),
+        (["--lossy"], "--lossy works only with --requantise"),
+        (["--requantise", "--dtype", "float32"], "keeps the dtypes"),
     ]
     for more, words in rows:
         code, _, err = run(capsys, *args, "--force", *more)
@@ -190,7 +194,7 @@ def test_a_whole_tensor_is_no_code(tmp_path: Path) -> None:
     whole = np.ones(GOLDEN["awq 16"].want.shape, np.float32)
     name = f"base_model.model.{key}"
     adapter(tmp_path / "a", {}, tensors={name: whole}, modules_to_save=["mlp"])
-    with pytest.raises(LoraFxError, match="quantised anew: the adapter replaces it whole"):
+    with pytest.raises(LoraFxError, match="quantised again: the adapter replaces the whole tensor"):
         merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", requantise=True)
 
 
@@ -239,7 +243,7 @@ def test_a_merge_that_is_in_a_later_shard(tmp_path: Path) -> None:
     adapter(tmp_path / "a", {key.removesuffix(".weight"): (a, b)}, r=4, lora_alpha=8)
     merge(tmp_path / "base", tmp_path / "a", tmp_path / "one", requantise=True, lossy=True)
     for way in ("requantise", "dequantise"):
-        with pytest.raises(LoraFxError, match="merged into it already"):
+        with pytest.raises(LoraFxError, match="already merged into it"):
             merge(tmp_path / "one", tmp_path / "a", tmp_path / way, **{way: True})
     merge(tmp_path / "one", tmp_path / "a", tmp_path / "two", dequantise=True, again=True)
     assert len(history(open_checkpoint(tmp_path / "two"))) == 2
@@ -290,7 +294,7 @@ def test_a_chain_that_leaves_the_codes(tmp_path: Path) -> None:
     two, _ = update(tmp_path / "b", old.shape, key, 0.01)
     merge(tmp_path / "base", one, tmp_path / "one", requantise=True, lossy=True)
     merge(tmp_path / "one", two, tmp_path / "two", dequantise=True)
-    with pytest.raises(LoraFxError, match="became floats in a later one"):
+    with pytest.raises(LoraFxError, match="that a later merge turned into floats"):
         lora_fx.verify(tmp_path / "two", tmp_path / "base", adapter=[one, two])
     assert lora_fx.verify(tmp_path / "two", tmp_path / "one", adapter=two)
 

@@ -97,7 +97,7 @@ def metadata(folder: Path) -> dict[str, str]:
 def test_one_of_two_merges(given: str, home: Path) -> None:
     code, found = run(home, "two", "base", "--adapter", given)
     assert code == 1 and not found["ok"]
-    assert "records 2 adapters" in said(found) and "1 of them were not given" in said(found)
+    assert "records 2 merged adapters" in said(found) and "1 of them were not given" in said(found)
     assert f"merge {'xy'.index(given) + 1}: {home / given}" in said(found)
     assert "another base" not in said(found)
     assert [r["given"] for r in found["recorded"]] == [given == "x", given == "y"]
@@ -127,9 +127,9 @@ def test_a_really_different_base(home: Path) -> None:
     for base, given in (("second", "xy"), ("second", "x"), ("third", "xy"), ("third", "y")):
         args = [a for g in given for a in ("--adapter", g)]
         code, found = run(home, "two", base, *args)
-        assert code == 1 and "made from another base" in said(found), (base, given)
+        assert code == 1 and "records another base" in said(found), (base, given)
     code, found = run(home, "one", "two", "--adapter", "y")  # merged into more than A was
-    assert code == 1 and "made from another base" in said(found)
+    assert code == 1 and "records another base" in said(found)
 
 
 def test_weights_are_those_of_each_merge(home: Path) -> None:
@@ -180,7 +180,7 @@ def test_what_depends_on_the_file_between(home: Path) -> None:
     lora_fx.merge(home / "c", home / "x", home / "d")  # after DoRA, a sum
     assert run(home, "d", "base", "--all", *args, "--adapter", "x")[0] == 0
     lora_fx.merge(home / "one", home / "dora", home / "e")
-    with pytest.raises(LoraFxError, match="without the file between them") as caught:
+    with pytest.raises(LoraFxError, match="without the file between the two") as caught:
         lora_fx.verify(home / "e", home / "base", adapter=[home / "x", home / "dora"])
     assert "against what it started from" in caught.value.hint
     assert run(home, "e", "one", "--adapter", "dora", "--all")[0] == 0

@@ -144,16 +144,16 @@ def test_what_is_refused_leaves_no_config(home: Path, capsys: Any) -> None:
     assert code in (0, 1) and "[doctor]" in (home / "r.toml").read_text()
     (home / "r.toml").write_text("[doctor]\n# mine\n")
     code, _, err = run(capsys, *doctor, "--force")
-    assert code == 2 and "no file that lora-fx writes" in err
+    assert code == 2 and "lora-fx does not write files of this kind" in err
 
 
 def test_options_of_a_config_count_as_given(home: Path, capsys: Any) -> None:
     (home / "r.toml").write_text('[insert]\nmodel = "m.py:build"\noutput = "x"\nrank = 4\n')
     code, _, err = run(capsys, "insert", "--config", "r.toml", "--plan", "p.json")
-    assert code == 2 and "--rank has no say beside --plan" in err
+    assert code == 2 and "--rank has no effect with --plan" in err
     (home / "r.toml").write_text('[doctor]\nbase = "base.safetensors"\nadapter="one"\ntrust=true\n')
     _, _, err = run(capsys, "doctor", "--config=~/r.toml".replace("~", str(home)))
-    assert "says trust" in err
+    assert "sets trust" in err
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ REFUSED = {
     "no TOML": ("[merge", "", "r.toml: not TOML", "[merge]"),
     "no table": ("[plan]\nseed = 1", "", "r.toml: no table [merge]", "it has [plan]"),
     "empty": ("", "", "r.toml: no table [merge]", "empty"),
-    "no command": ("[mrge]\nlossy = true", "", "[mrge] is no command", "did you mean merge"),
-    "a key in no table": ("lossy = true\n[merge]", "", "'lossy' stands in no table", "[merge]"),
+    "no command": ("[mrge]\nlossy = true", "", "there is no command [mrge]", "did you mean merge"),
+    "a key in no table": ("lossy = true\n[merge]", "", "'lossy' is not in a table", "[merge]"),
     "an unknown key": ("[merge]\ndtpe = 'fp32'", "", "[merge] dtpe: no such option", "mean dtype"),
     "a key of another command": ("[merge]\nepochs = 3", "", "epochs: no such option", ""),
     "twice": ("[merge]\nany_base = true\nany-base = true", "", "given twice", "leave one"),

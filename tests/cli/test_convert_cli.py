@@ -73,16 +73,19 @@ def test_names_need_the_base(made: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["start", "-o", "x.safetensors"], "--format: peft, kohya"),
-        (["start", "-o", "x.bin"], "does not tell the format"),
+        (["start", "-o", "x.safetensors"], "pass --format with one of peft, kohya"),
+        (["start", "-o", "x.bin"], "the file name does not determine the format"),
         (["start", "-o", "x", "--format", "kohya"], "needs a name that ends in .safetensors"),
         (["start", "-o", "x.onnx_adapter", "--format", "peft"], "format peft needs"),
         (["start", "-o", "x.safetensors", "--format", "gguf"], "a name that ends in .gguf"),
         (["start", "-o", "start"], "start exists"),
         (["gone", "-o", "x"], "no such file"),
-        (["odd.safetensors", "-o", "x"], "no adapter that is known: its tensors (1) are named odd"),
-        (["two.safetensors", "-o", "x"], "could be kohya or torchtune"),
-        (["lone.safetensors", "-o", "x"], "no adapter_config.json beside it"),
+        (
+            ["odd.safetensors", "-o", "x"],
+            "not an adapter in a known format: its tensors (1) are named odd",
+        ),
+        (["two.safetensors", "-o", "x"], "the format is ambiguous, kohya or torchtune"),
+        (["lone.safetensors", "-o", "x"], "no adapter_config.json next to it"),
     ],
 )
 def test_refused(made: Path, capsys: Any, argv: list[str], word: str) -> None:
@@ -197,10 +200,10 @@ def test_experts_by_the_base_and_by_its_type(mixture: Path, capsys: Any) -> None
     ("adapter", "name", "said"),
     [
         (experts(split=False), "per-expert", "whether rows of gate and up alternate"),
-        (experts(split=False), "vllm", "whether vLLM takes stacks"),
+        (experts(split=False), "vllm", "whether vLLM reads stacks"),
         (experts(split=False), "peft-0.18", "[E, out, in] or [E, in, out]"),
         (experts(split=True), "peft", "whether rows of gate and up alternate"),
-        (experts(split=False, halves="gate_up_proj"), "peft", "which side of the experts is in"),
+        (experts(split=False, halves="gate_up_proj"), "peft", "which axis of the experts is in"),
     ],
 )
 def test_what_shapes_do_not_tell_is_refused_until_the_type_is_given(
@@ -220,7 +223,7 @@ def test_the_shapes_of_the_base_tell_what_no_release_does(mixture: Path, capsys:
     config = json.loads(Path("a/adapter_config.json").read_text())
     Path("a/adapter_config.json").write_text(json.dumps({**config, "peft_version": None}))
     assert run("a", "-o", "x", "--format", "peft", "--model-type", "mixtral") == 2
-    assert "PEFT's releases differ" in capsys.readouterr().err
+    assert "releases of PEFT differ" in capsys.readouterr().err
     assert run("a", "-o", "x", "--format", "peft-0.18", "--base", "base") == 0
     one, two = tensors_of("a"), tensors_of("x")
     assert {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}
@@ -232,21 +235,23 @@ def test_the_shapes_of_the_base_tell_what_no_release_does(mixture: Path, capsys:
     ("change", "name", "said"),
     [
         (lambda e: {k: v for k, v in e.items() if ".1.w3" not in k}, "peft", ".1 is missing"),
-        (lambda e: {k: v for k, v in e.items() if ".w3" not in k}, "peft", "and one update"),
+        (lambda e: {k: v for k, v in e.items() if ".w3" not in k}, "peft", "need one update each"),
         (lambda e: {**e, **{k.replace("w1", "gate_proj"): v for k, v in e.items()}}, "peft",
          "second update"),
         (lambda e: {**e, **{k.replace("w1", "gate_up_proj"): v for k, v in e.items()}}, "peft",
-         "and one update"),
+         "need one update each"),
         (lambda e: {**e, **{k.replace(".0.w2", ".77777777.w2"): v for k, v in e.items()}}, "peft",
          ".3 is missing"),
-        (lambda e: {k: v for k, v in e.items() if ".2.w2" not in k}, "peft", "as many experts"),
+        (lambda e: {k: v for k, v in e.items() if ".2.w2" not in k}, "peft",
+         "different numbers of experts"),
         (lambda e: {k: replace(v, alpha=4.0) if ".1.w2" in k else v for k, v in e.items()}, "peft",
          "another shape or scale"),
         (lambda e: {k: replace(v, alpha=4.0) if ".w2" in k else v for k, v in e.items()}, "sglang",
-         "SGLang has one of each"),
-        (lambda e: {k: v for k, v in e.items() if ".w2" not in k}, "vllm", "without gate_up_proj"),
+         "SGLang uses one rank and scale"),
+        (lambda e: {k: v for k, v in e.items() if ".w2" not in k}, "vllm",
+         "needs both gate_up_proj"),
         (lambda e: {k: replace(v, magnitude=np.ones(len(v.b), "f4")) for k, v in e.items()}, "peft",
-         "which no stack has"),
+         "expected lora or rslora in a stack"),
     ],
 )  # fmt: skip
 def test_experts_that_a_layout_cannot_say(
@@ -267,7 +272,7 @@ def test_experts_that_a_layout_cannot_say(
 def test_doctor_says_what_a_server_makes_of_it(mixture: Path, capsys: Any) -> None:
     save_adapter(experts(split=False), "stacks")
     for server, code, said in (
-        ("vllm", 1, "vLLM 0.33.0 drops experts of a module that it names otherwise"),
+        ("vllm", 1, "vLLM 0.33.0 drops experts of a module that it names differently"),
         ("sglang", 1, "SGLang 0.5.23 refuses stacks under PEFT's names"),
         ("peft", 0, "PEFT 0.21.2 reads stacks"),
     ):
@@ -288,4 +293,4 @@ def test_doctor_says_what_a_server_makes_of_it(mixture: Path, capsys: Any) -> No
     save_file({"lora_unet_x.lora_down.weight": A, "lora_unet_x.lora_up.weight": B}, "k.safetensors")
     with pytest.raises(SystemExit):
         main(["doctor", "base", "k.safetensors", "--server", "vllm"])
-    assert "a file of another format" in capsys.readouterr().out
+    assert "the file is not in PEFT's format" in capsys.readouterr().out

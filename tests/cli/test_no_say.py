@@ -1,4 +1,4 @@
-"""An option that is given and has no say is an error, in every command: a table, a verb a row.
+"""An option that is given and has no effect is an error, in every command: a table, a verb a row.
 
 Every option of every command stands in one of two tables. ALWAYS says why it always has a say;
 NO_SAY has a command line for each way in which it has none, and the words that the error says of
@@ -108,20 +108,23 @@ FITS = "verify base.safetensors start"
 TENSORS = "verify base.safetensors tuned.safetensors"
 NO_SAY: list[tuple[str, str, str]] = [
     # a command line, the option, what decides instead
-    *(("targets m.onnx", o, "for m.onnx, a graph") for o in (*GRAPH, "--train", "--trust")),
-    *(("targets base.safetensors", o, "names and shapes alone") for o in (*GRAPH, "--train")),
-    ("targets base.safetensors", "--inputs inputs.npz", "names and shapes alone"),
+    *(
+        ("targets m.onnx", o, "for m.onnx, which is already a graph")
+        for o in (*GRAPH, "--train", "--trust")
+    ),
+    *(("targets base.safetensors", o, "only names and shapes") for o in (*GRAPH, "--train")),
+    ("targets base.safetensors", "--inputs inputs.npz", "only names and shapes"),
     ("targets out.pt2", "--no-repeat", "which is traced already"),
     (f"{INSERT} --plan plan.json", "--rank 8", "beside --plan plan.json"),
     (f"{INSERT} --plan plan.json", "--alpha 8", "beside --plan plan.json"),
     (f"{INSERT} --plan plan.json", "--include fc1", "beside --plan plan.json"),
-    (INSERT, "--data data.npz", "reads no data"),
+    (INSERT, "--data data.npz", "--data has no effect with --init kaiming"),
     (INSERT, "--label labels", "for --init kaiming, which reads no data"),
     (INSERT, "--loss ce", "for --init kaiming, which reads no data"),
     (f"{INSERT} --init pissa", "--loss mse", "for --init pissa, which reads no data"),
     (f"{INSERT} --init eva --data data.npz", "--loss ce", "which reads no gradient"),
     *(
-        ("insert m.onnx -o out.onnx", o, "for m.onnx, a graph")
+        ("insert m.onnx -o out.onnx", o, "for m.onnx, which is already a graph")
         for o in (*GRAPH, "--trust", "--also-train fc1", "--dropout 0.0", "--quantise nf4")
     ),
     ("insert out.pt2 -o out", "--no-repeat", "which is traced already"),
@@ -131,11 +134,11 @@ NO_SAY: list[tuple[str, str, str]] = [
     (f"{TRAIN} --schedule constant", "--warmup 0.05", "for --schedule constant"),
     (f"{TRAIN} --eval-data data.npz", "--validation 0.1", "beside --eval-data data.npz"),
     (f"{TRAIN} --steps 2", "--epochs 3", "beside --steps 2"),
-    (f"{TRAIN} --steps 2 --validation 0", "--checks 10", "where no example is held out"),
+    (f"{TRAIN} --steps 2 --validation 0", "--checks 10", "when no example is held out"),
     (f"{TRAIN} --steps 2 --validation 0 --save-state s --save-every 1", "--checks 10", "held out"),
     (f"{TRAIN} --steps 2 --validation 0", "--patience 2", "needs held-out examples"),
-    (f"{TRAIN} --steps 2", "--save-every 2", "no state is kept"),
-    (f"{TRAIN} --steps 2", "--save-total-limit 2", "no state is kept"),
+    (f"{TRAIN} --steps 2", "--save-every 2", "needs a folder for states"),
+    (f"{TRAIN} --steps 2", "--save-total-limit 2", "needs a folder for states"),
     (f"{TRAIN} --steps 2", "--max-length 16", "for a model without a tokenizer"),
     *(
         ("train held.pt2 data.npz -o out --steps 2", o, "so --")
@@ -147,15 +150,15 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("train held.pt2 data.npz -o out --steps 2", "--no-repeat", "which is traced already"),
     (MERGE, "--rank 4", "for a sum mix"),
     (f"{MERGE} --how linear", "--rank 4", "for a linear mix"),
-    (MERGE, "--max-shard-size 5GB", "of --dequantise"),
-    (MERGE, "--lossy", "of --requantise"),
-    (f"{MERGE} --requantise", "--dtype fp32", "beside --requantise"),
-    (f"{MERGE} --requantise", "--dequantise", "both"),
-    (MERGE, "--names m.json", "--names is of .onnx files"),
-    (MERGE, "--map m.json", "--names is of .onnx files"),
-    (MERGE, "--delta", "of .onnx files"),
-    (MERGE, "--run", "of .onnx files"),
-    (MERGE, "--link", "for base.safetensors, one file"),
+    (MERGE, "--max-shard-size 5GB", "works only with --dequantise"),
+    (MERGE, "--lossy", "works only with --requantise"),
+    (f"{MERGE} --requantise", "--dtype fp32", "does not work with --requantise"),
+    (f"{MERGE} --requantise", "--dequantise", "exclude each other"),
+    (MERGE, "--names m.json", "--names is for .onnx bases only"),
+    (MERGE, "--map m.json", "--names is for .onnx bases only"),
+    (MERGE, "--delta", "for .onnx bases only"),
+    (MERGE, "--run", "for .onnx bases only"),
+    (MERGE, "--link", "for base.safetensors, a single file"),
     (IN_ONNX, "--link", "for m.onnx, a graph"),
     (IN_ONNX, "--threads 1", "for m.onnx, a graph"),
     (IN_ONNX, "--rank 4", "for a sum mix"),
@@ -166,41 +169,41 @@ NO_SAY: list[tuple[str, str, str]] = [
                   "--max-shard-size 5GB")
     ),
     *(
-        (f"{verb} base.safetensors start{out}", o, "of --")
+        (f"{verb} base.safetensors start{out}", o, "works only with --")
         for verb, out in (("merge-all", " -o all"), ("doctor", ""))
         for o in ("--max-shard-size 5GB", "--lossy")
     ),
     *(
-        (EXPORT, o, "ignore what is for mode")
+        (EXPORT, o, "ignore an option of mode")
         for o in ("--include fc1", "--exclude fc1", "--rank 4", "--loss ce", "--optimizer sgd",
                   "--weight-decay 0.1", "--clip 1", "--scales")
     ),
     *(
-        (f"{EXPORT} --mode switch", o, "ignore what is for mode")
+        (f"{EXPORT} --mode switch", o, "ignore an option of mode")
         for o in ("--rank 4", "--loss ce", "--precision float16", "--scales")
     ),
     *(
-        (f"{EXPORT} --mode batch", o, "ignore what is for mode")
+        (f"{EXPORT} --mode batch", o, "ignore an option of mode")
         for o in ("--include fc1", "--exclude fc1", "--rank 4", "--optimise", "--clip 1")
     ),
-    (f"{EXPORT} --mode train", "--quantise nf4", "float32 alone"),
-    (f"{EXPORT} --mode train", "--accuracy-level 4", "no accuracy level"),
-    (EXPORT, "--tol 0.1", "nothing is rounded here"),
+    (f"{EXPORT} --mode train", "--quantise nf4", "float32 only"),
+    (f"{EXPORT} --mode train", "--accuracy-level 4", "accuracy level 4 is not available"),
+    (EXPORT, "--tol 0.1", "this export rounds nothing"),
     (EXPORT, "--genai out", "without a cache"),
-    (EXPORT, "--max-batch 4", "of a repository"),
-    (EXPORT, "--names m.json", "--names is of .onnx files"),
-    (EXPORT, "--map m.json", "--names is of .onnx files"),
+    (EXPORT, "--max-batch 4", "for a Triton repository"),
+    (EXPORT, "--names m.json", "--names is for .onnx models only"),
+    (EXPORT, "--map m.json", "--names is for .onnx models only"),
     *(
         (FROM_ONNX, o, "m.onnx")
         for o in (*GRAPH, "--opset 20", "--trust", "--quantise nf4", "--accuracy-level 0",
                   "--cache")
     ),
     *(
-        (FROM_ONNX, o, "where an adapter is merged into an .onnx file")
+        (FROM_ONNX, o, "when an adapter is merged into an .onnx file")
         for o in ("--inputs inputs.npz", "--within")
     ),
     ("export held.pt2 -o out.onnx", "--no-repeat", "which is traced already"),
-    ("extract base.safetensors tuned.safetensors -o out", "--max-rank 8", "caps what energy"),
+    ("extract base.safetensors tuned.safetensors -o out", "--max-rank 8", "only with energy"),
     ("extract base.safetensors tuned.safetensors -o out --energy 0.9", "--rank 8", "exclude each"),
     *(
         ("truncate start -o out --rank 1", o, "without --table DATA")
@@ -208,7 +211,7 @@ NO_SAY: list[tuple[str, str, str]] = [
                   "--weights base.safetensors")
     ),
     *(
-        ("truncate start --table data.npz --model model.py:build", o, "beside --table")
+        ("truncate start --table data.npz --model model.py:build", o, "with --table")
         for o in ("-o out", "--rank 1", "--params 9", "--energy 0.9", "--max-error 0.1",
                   "--max-abs-error 0.1")
     ),
@@ -220,11 +223,11 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("plan model.py:build data.npz -o out.json --method eva", "--loss ce", "reads no gradient"),
     ("plan model.py:build data.npz -o out.json --method kfac", "--max-length 9", "tokenizer"),
     ("plan out.pt2 -o out.json", "--no-repeat", "which is traced already"),
-    ("convert start -o x", "--rank 4", "of --as lora"),
-    ("convert start -o x", "--energy 0.9", "of --as lora"),
-    ("convert start -o x", "--model-type llama", "without a --format that lays experts out"),
+    ("convert start -o x", "--rank 4", "need --as lora"),
+    ("convert start -o x", "--energy 0.9", "need --as lora"),
+    ("convert start -o x", "--model-type llama", "without a --format that has a layout"),
     ("convert start -o x", "--map m.json", "--fuse and --split"),
-    ("convert start -o x --format peft", "--for m.onnx", "for onnx_adapter"),
+    ("convert start -o x --format peft", "--for m.onnx", "works with onnx_adapter"),
     *(
         (FITS, o, "for base.safetensors" if o.startswith("--in") else "")
         for o in ("--adapter start", "--tol 0.1", "--all", "--provider cpu", "--inputs inputs.npz",
@@ -234,10 +237,10 @@ NO_SAY: list[tuple[str, str, str]] = [
         (TENSORS, o, "tensors are compared")
         for o in ("--provider cpu", "--inputs inputs.npz", *GRAPH)
     ),
-    (TENSORS, "--all", "but for tensor files and an --adapter"),
-    *(("verify m.onnx m.onnx", o, "graphs as they are") for o in GRAPH),
-    ("verify m.onnx m.onnx", "--all", "but for tensor files and an --adapter"),
-    ("verify model.py:build model.py:build", "--provider cpu", "where no .onnx file is run"),
+    (TENSORS, "--all", "except for tensor files with an --adapter"),
+    *(("verify m.onnx m.onnx", o, "which are already graphs") for o in GRAPH),
+    ("verify m.onnx m.onnx", "--all", "except for tensor files with an --adapter"),
+    ("verify model.py:build model.py:build", "--provider cpu", "when no .onnx file is run"),
     ("bench m.onnx --inputs inputs.npz", "--size 1,8", "which has one size"),
 ]  # fmt: skip
 
@@ -311,6 +314,6 @@ def test_an_option_without_a_say_is_refused(
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     assert code == 2 and not written, error
     word = option.split()[0].lstrip("-") if option.startswith("-") else "DATA"
-    assert word in error or "has no say" not in error
+    assert word in error or "has no effect" not in error
     assert decides in error
     assert "mistake of yours" not in error

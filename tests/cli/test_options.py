@@ -222,7 +222,11 @@ def test_map_goes_on_working_as_names(verb: str, graph: Path, capsys: Any) -> No
     assert (graph / "out.onnx").read_bytes() == written
 
     code, _, error = run(capsys, *verb.split(), *["--map", "names.json", "--names", "x", "--force"])
-    assert code == 2 and "--map and --names are one option" in error and "leave --map out" in error
+    assert (
+        code == 2
+        and "--map and --names are the same option" in error
+        and "leave --map out" in error
+    )
 
 
 @pytest.mark.parametrize("name", ["merge", "export"])

@@ -188,7 +188,7 @@ def test_a_page_that_exists_is_kept(home: Path, capsys: pytest.CaptureFixture[st
     code, _, err = run(capsys, *COMMANDS["verify"], "--report", "page.html")
     assert code == 2 and "page.html exists" in err
     code, _, err = run(capsys, *COMMANDS["verify"], "--report", "page.html", "--force")
-    assert code == 0 and "as they should be" in Path("page.html").read_text()
+    assert code == 0 and "as expected" in Path("page.html").read_text()
     assert not [p for p in os.listdir() if "lora_fx_" in p]
 
 

@@ -91,7 +91,7 @@ def test_a_run_that_stops_writes_nothing_over(
     )
     code, out, err = run(capsys, *argv, "--force", "--loss", "odd.py:loss", "--json")
     assert code == 1 and "step 1: the norm of the gradients is nan" in err
-    assert "first not finite: the gradient of A of 'fc1.weight'" in err
+    assert "first one that is not finite is the gradient of A of 'fc1.weight'" in err
     assert not json.loads(out)["ok"] and "step 1" in json.loads(out)["error"]
     assert {p: p.read_bytes() for p in (home / "a").iterdir()} == before
 

@@ -17,8 +17,8 @@ from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import ExampleOptions, LoopOptions, defaults_taken
 from lora_fx.data import Table
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.train.run_defaults import CAUSAL, OTHERS
 from lora_fx.held_out import split
+from lora_fx.run_defaults import CAUSAL, OTHERS
 from tests.cli.test_cli import run
 from tests.cli.test_train_cli import MODEL
 from tests.fx.train.language_models import folder, rows, write

@@ -73,19 +73,22 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "mine.csv").write_text("a,b\n1,2\n")
     (home / "old.csv").write_text("step,loss,validation\n1,2,3\n")
     for argv, message in (
-        (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as d.npz has"),
-        (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no say beside"),
-        (("--schedule", "cosin"), "no schedule 'cosin'"),
-        (("--optimizer", "adam"), "no optimizer 'adam'"),
-        (("--schedule", "constant", "--warmup", "0.1"), "--warmup has no say for --schedule const"),
-        (("--save-total-limit", "2"), "--save-total-limit, but no state is kept"),
+        (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as in d.npz"),
+        (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no effect with"),
+        (("--schedule", "cosin"), "unknown schedule 'cosin'"),
+        (("--optimizer", "adam"), "unknown optimizer 'adam'"),
+        (
+            ("--schedule", "constant", "--warmup", "0.1"),
+            "--warmup has no effect for --schedule const",
+        ),
+        (("--save-total-limit", "2"), "--save-total-limit needs a folder for states"),
         (("--curve", "mine.csv", "--force"), "mine.csv: --force does not replace it"),
         (("--eval-data", "old.csv", "--curve", "old.csv", "--force"), "replace the input old.csv"),
         (("--seed", "-1"), "'--seed': -1 is not in the range"),
-        (("--eval-data", "hf:org/d"), "hf:org/d: models come from the Hub, data does not"),
+        (("--eval-data", "hf:org/d"), "hf:org/d: lora-fx does not read data from the Hub"),
         (("--curve", "a"), "--curve a is also --output a"),
-        (("--curve", "a/c.csv"), "--curve a/c.csv lies in --output a"),
-        (("--report", "a/sub/r.html"), "--report a/sub/r.html lies in --output a"),
+        (("--curve", "a/c.csv"), "--curve a/c.csv is inside --output a"),
+        (("--report", "a/sub/r.html"), "--report a/sub/r.html is inside --output a"),
         (("--save-state", "./a"), "--save-state ./a is also --output a"),
         (("--save-state", "s", "--curve", "s"), "--save-state s is also --curve s"),
         (("--report", "r.html", "--curve", "r.html"), "--curve r.html is also --report r.html"),
@@ -106,10 +109,16 @@ def test_the_last_states_are_kept(home: Path, capsys: pytest.CaptureFixture[str]
     assert (home / "b" / "adapter_model.safetensors").read_bytes() == want
     assert losses(capsys, "-o", "b", "--resume", "s", *keep)["resumed"] == 6
     for argv, message in (
-        (("--save-state", "s", *keep, "--force"), "s holds states of a run, the last checkpoint-6"),
-        (("--resume", "s"), "s holds states of a run"),
-        (("--resume", "s/checkpoint-4"), "s/checkpoint-4 is one state, and is kept"),
-        (("--resume", "t", *keep), "t is one state, and is kept"),
+        (
+            ("--save-state", "s", *keep, "--force"),
+            "s already holds states of a run, the last is checkpoint-6",
+        ),
+        (("--resume", "s"), "s already holds states of a run"),
+        (
+            ("--resume", "s/checkpoint-4"),
+            "s/checkpoint-4 is a single state, which is not overwritten",
+        ),
+        (("--resume", "t", *keep), "t is a single state, which is not overwritten"),
     ):
         code, _, err = run(capsys, *TRAIN, "-o", "c", *argv)
         assert code == 2 and message in err, err

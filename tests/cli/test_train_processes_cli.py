@@ -142,7 +142,9 @@ def test_an_error_is_said_by_the_process_that_has_it(
             yield ALONE
         except Exception as e:
             if first:
-                raise Elsewhere("process 1 failed", "see its error", exit_code=2) from e
+                raise Elsewhere(
+                    "process 1 failed", "read the error of that process", exit_code=2
+                ) from e
             raise
 
     monkeypatch.setattr(shares, "processes", joined)

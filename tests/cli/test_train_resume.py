@@ -87,23 +87,27 @@ def test_a_killed_run_goes_on(
 def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = (*TRAIN[:-2], "--steps", "4", "-o")
     code, out, _ = run(capsys, *short, "a", "--save-state", "state")
-    assert code == 0 and "went on" not in out
+    assert code == 0 and "resumed at" not in out
     held = {p: p.read_bytes() for p in (home / "state").iterdir()}
     code, _, err = run(capsys, *short, "b", "--resume", "state", "--lr", "0.01")
-    assert code == 2 and "settings: lr: 0.03 there, 0.01 here" in err and "Hint: a run goes" in err
+    assert (
+        code == 2
+        and "settings: lr: 0.03 in the state, 0.01 now" in err
+        and "Hint: resume it" in err
+    )
     code, _, err = run(capsys, *short, "b", "--save-state", "state")
     assert code == 2 and "state exists" in err
     (home / "mine").mkdir()
     (home / "mine" / "thesis.txt").write_text("x")
     code, _, err = run(capsys, *short, "b", "--save-state", "mine", "--force")
-    assert code == 2 and "holds more than lora-fx wrote: thesis.txt" in err
+    assert code == 2 and "holds files that lora-fx did not write: thesis.txt" in err
     code, _, err = run(capsys, *short, "b", "--resume", "mine")
-    assert code == 2 and "mine: the folder holds more" in err
+    assert code == 2 and "mine: the folder holds files that lora-fx did not write" in err
     code, _, err = run(capsys, *short, "b", "--resume", "gone")
-    assert code == 2 and "gone: no training state" in err
+    assert code == 2 and "gone is not a training state" in err
     code, _, err = run(capsys, *short, "b", "--save-every", "2")
-    assert code == 2 and "--save-every, but no state is kept" in err
+    assert code == 2 and "--save-every needs a folder for states" in err
     assert not (home / "b").exists() and not (home / "gone").exists()
     assert {p: p.read_bytes() for p in (home / "state").iterdir()} == held
     code, out, _ = run(capsys, *short, "b", "--resume", "state")
-    assert code == 0 and "(went on from step 4)" in out
+    assert code == 0 and "(resumed at step 4)" in out

@@ -136,7 +136,10 @@ def test_a_call_that_writes_nothing_does_not_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
-    with pytest.raises(OSError, match="none written"), files(tmp_path) as (_, target):
+    with (
+        pytest.raises(OSError, match="none of the remaining 1 bytes were written"),
+        files(tmp_path) as (_, target),
+    ):
         write_at(target, b"1", 0)
 
 

@@ -90,7 +90,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "NaN": (made(b'{"w": NaN}'), "NaN is not JSON"),
     "long number": (made(b'{"w": ' + b"1" * 5000 + b"}"), "not valid JSON"),
     "list": (made([1]), "not an object"),
-    "key twice": (made(b'{"w": 1, "w": 2}'), "'w' is there twice"),
+    "key twice": (made(b'{"w": 1, "w": 2}'), "'w' appears twice"),
     "metadata": (made({"__metadata__": {"a": 1}, "w": W}), "__metadata__"),
     "no dtype": (made({"w": {"shape": [2, 3], "data_offsets": [0, 24]}}), "expected dtype"),
     "extra field": (made({"w": W | {"x": 1}}), "expected dtype"),
@@ -201,7 +201,7 @@ def test_missing_shard_and_tensor(tmp_path: Path) -> None:
     index = {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}
     refused(folder(tmp_path, {"1.safetensors": {"a": 1}}, index), "2.safetensors", "(2 tensors)")
     folder(tmp_path, {"2.safetensors": {"b": 1}}, None)
-    refused(tmp_path, "'c' is not there")
+    refused(tmp_path, "'c' is missing")
 
 
 def test_same_tensor_in_two_shards(tmp_path: Path) -> None:

@@ -144,12 +144,20 @@ ANSWERS: dict[str, tuple[str, str, str]] = {
     # what → (the argument, what the message says, what the hint says)
     "no such model": ("hf:org/nothing", "no such model, or it is private", "hf auth login"),
     "private": ("hf:org/private", "no such model, or it is private", "HF_TOKEN"),
-    "no such branch": ("hf:org/base@gone", "no revision 'gone' in org/base", "hf:org/base is its"),
-    "no such commit": (f"hf:org/base@{'0' * 40}", f"no revision '{'0' * 40}'", "hf:org/base is"),
-    "gated": ("hf:org/gated", "its owner gives access, and you have none", "/org/gated, then: hf"),
+    "no such branch": (
+        "hf:org/base@gone", "no revision 'gone' in org/base", "its main branch: hf:org/base",
+    ),
+    "no such commit": (
+        f"hf:org/base@{'0' * 40}", f"no revision '{'0' * 40}'", "its main branch: hf:org/base",
+    ),
+    "gated": (
+        "hf:org/gated", "its owner restricts access, and you have none", "/org/gated, then: hf",
+    ),
     "pickles only": ("hf:org/pickled", "its weights are pickles (pytorch_model.bin)", "--trust"),
     "no weights": ("hf:org/gguf", "no .safetensors file; it has model.gguf", "hf download"),
-    "in folders": ("hf:org/parts", "lie in its folders de, fr", "name one: hf:org/parts/de"),
+    "in folders": (
+        "hf:org/parts", "are in its folders de, fr", "give one of the folders: hf:org/parts/de",
+    ),
     "no such part": ("hf:org/parts/it", "hf:org/parts/it: it is not in commit", "config.json"),
     "no such file": ("hf:org/base/x.safetensors", "x.safetensors is not in commit", "config.json"),
     "one name": ("hf:gpt2", "'hf:gpt2': expected hf:ORG/NAME[/PART][@REVISION]", "hf:org/name"),
@@ -255,7 +263,7 @@ def test_a_token_that_is_refused_is_said_to_be(
 ) -> None:
     push_odd(there, tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(LoraFxError, match="refuses the token") as no:
+    with pytest.raises(LoraFxError, match="rejects the token") as no:
         fetch("hf:org/base")
     assert "hf_wrong" not in str(no.value)
     monkeypatch.delenv("HF_TOKEN")  # as the hint says
@@ -268,9 +276,11 @@ def test_no_network_and_the_switch_are_told_apart(
     push_odd(there, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-        with pytest.raises(LoraFxError, match=r"127\.0\.0\.1:9 gives nothing: ConnectError") as no:
+        with pytest.raises(
+            LoraFxError, match=r"127\.0\.0\.1:9 cannot be reached: ConnectError"
+        ) as no:
             fetch("hf:org/base")
-        assert "is there a network?" in no.value.hint
+        assert "check the network and try again" in no.value.hint
     with monkeypatch.context() as patch:
         offline(patch)
         with pytest.raises(LoraFxError, match=r"in the cache .* and HF_HUB_OFFLINE is set") as no:
@@ -278,7 +288,7 @@ def test_no_network_and_the_switch_are_told_apart(
     assert no.value.hint == "unset HF_HUB_OFFLINE to download it"
     fetch("hf:org/base", weights=False)
     offline(monkeypatch)
-    with pytest.raises(LoraFxError, match="not whole in the cache"):
+    with pytest.raises(LoraFxError, match="not complete in the cache"):
         fetch("hf:org/base")
 
 
@@ -457,8 +467,10 @@ def test_nothing_is_uploaded(
     monkeypatch.chdir(tmp_path)
     style = adapter(tmp_path / "a", {Q: update()}, r=RANK, lora_alpha=ALPHA)
     code, _, err = run(capsys, "convert", str(style), "-o", "hf:org/new")
-    assert code == 2 and "hf:org/new: nothing is uploaded" in err and "hf upload" in err
-    with pytest.raises(LoraFxError, match="nothing is uploaded"):
+    assert (
+        code == 2 and "hf:org/new: lora-fx does not upload to the Hub" in err and "hf upload" in err
+    )
+    with pytest.raises(LoraFxError, match="lora-fx does not upload to the Hub"):
         lora_fx.save_adapter(lora_fx.load_adapter(style), "hf:org/new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 

@@ -40,7 +40,7 @@ def test_a_length_that_looks_like_a_pickle(n: int) -> None:
 
 
 LOOSE_JSON = {
-    "-0": (tensor("[2,3]", "[-0,24]"), "-0 is no size"),
+    "-0": (tensor("[2,3]", "[-0,24]"), "-0 is not a size"),
     "half a surrogate pair": (tensor("[2,3]").replace("w", "\\ud800"), "surrogates not allowed"),
     "product over 2^64": (tensor("[3,9223372036854775807,0]", "[0,0]"), "stays below 2^64"),
     "product over floats": (tensor(str([1 << 62] * 60)), "its range holds 24 bytes"),
@@ -86,7 +86,7 @@ def test_a_large_header_is_refused_unread(tmp_path: Path, name: str) -> None:
         f.truncate(4 * MAX_JSON)  # sparse
     tracemalloc.start()
     try:
-        with pytest.raises(LoraFxError, match=f"at most {MAX_JSON} are read"):
+        with pytest.raises(LoraFxError, match=f"expected at most {MAX_JSON}"):
             read_json(file) if name.endswith("json") else read_header(file)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -45,12 +45,16 @@ def no_list(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "a repository": (repository, "out", "out: a git repository is not replaced"),
+    "a repository": (repository, "out", "out: lora-fx does not replace a git repository"),
     "a pipe": (pipe, "out", "out: not a regular file or folder"),
-    "a text": (text, "out.txt", "does not replace it: it is no file that lora-fx writes"),
-    "JSON of another": (data, "out.json", "does not replace it: it is no file that lora-fx writes"),
-    "a list that is no JSON": (odd_list, "out", f"more than lora-fx wrote: {CONTENTS}"),
-    "a list of nothing": (no_list, "out", "more than lora-fx wrote: weights"),
+    "a text": (text, "out.txt", "does not replace it: lora-fx does not write files of this kind"),
+    "JSON of another": (
+        data,
+        "out.json",
+        "does not replace it: lora-fx does not write files of this kind",
+    ),
+    "a list that is no JSON": (odd_list, "out", f"files that lora-fx did not write: {CONTENTS}"),
+    "a list of nothing": (no_list, "out", "files that lora-fx did not write: weights"),
 }
 
 
@@ -100,12 +104,13 @@ def test_a_folder_of_known_names_is_replaced_without_a_list(tmp_path: Path) -> N
     (tmp_path / "out" / "a").write_text("x")
     check_output(tmp_path / "out", force=True)
     check_output(tmp_path / "out", force=True, names=["a", "b"])
-    with pytest.raises(LoraFxError, match="more than lora-fx wrote: a\n"):
+    with pytest.raises(LoraFxError, match="files that lora-fx did not write: a\n"):
         check_output(tmp_path / "out", force=True, names=["b"])
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a\0b", "names no file"), (".", "a folder, not a regular file")]
+    ("name", "message"),
+    [("a\0b", "is not the name of a file"), (".", "a folder, not a regular file")],
 )
 def test_what_is_no_file_is_not_read(name: str, message: str) -> None:
     with pytest.raises(LoraFxError, match=message):
@@ -118,5 +123,5 @@ def test_a_tensor_file_that_goes_is_a_change(tmp_path: Path) -> None:
         remember(tmp_path)
         check_unchanged()
         (tmp_path / "a.safetensors").unlink()
-        with pytest.raises(LoraFxError, match=r"'a\.safetensors' is gone"):
+        with pytest.raises(LoraFxError, match=r"'a\.safetensors' was removed"):
             check_unchanged()

@@ -140,7 +140,7 @@ def test_files_of_one_model(tmp_path: Path) -> None:
         ({"unet.y.lora_A.weight": A}, None, "'unet.y' has A; expected lora_A and lora_B"),
         ({"unet.x.lora_B.weight": B[:, :3]}, None, r"A is \[4, 6\] and B is \[8, 3\]"),
         ({"unet.x.lora.up.weight": B}, None, "a second B of 'unet.x'"),
-        ({"unet.x.lora_C.weight": B}, None, "not a name that diffusers gives"),
+        ({"unet.x.lora_C.weight": B}, None, "not a name that diffusers writes"),
         ({"unet.x.alpha": np.array(0.0)}, None, "is 0"),
         ({"unet.x.alpha": np.array(2.0)}, CONFIG, "is 2; the header's .* says 10"),
         ({"unet.x.lora_magnitude_vector": B}, None, "expected 8 numbers"),
@@ -161,7 +161,7 @@ def test_refused(tmp_path: Path, tensors: Mapping[str, Array], config: Any, word
 def test_a_pattern_that_matches_nothing_is_noted(tmp_path: Path) -> None:
     config = {**CONFIG, "unet.alpha_pattern": {"gone": 1}}
     (note,) = diffusers.read(stored(tmp_path, PAIR, config)).metadata["notes"]
-    assert "alpha_pattern 'gone' matches no module" in note and "its 1 is for none" in note
+    assert "alpha_pattern 'gone' matches no module" in note and "its 1 is ignored" in note
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_writes_what_diffusers_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "word"),
     [
-        ({"h.0.fc.weight": low()}, "no component is named"),
+        ({"h.0.fc.weight": low()}, "its key names no component"),
         ({"unet.b.bias": Dense(A[0])}, "a whole ΔW"),
         ({"unet.x.weight[0:8]": low()}, "part of the tensor"),
         ({"unet.x.weight": low(), "unet.y.weight": low(variant="rslora")}, "several variants"),
@@ -228,7 +228,7 @@ def test_one_component_becomes_one_model(tmp_path: Path) -> None:
 
 def test_starts_that_change_the_base(tmp_path: Path) -> None:
     config = {**CONFIG, "unet.init_lora_weights": "pissa"}
-    with pytest.raises(LoraFxError, match="its start is 'pissa'"):
+    with pytest.raises(LoraFxError, match="the adapter was initialised with 'pissa'"):
         load_adapter(stored(tmp_path, PAIR, config))
     entry = low(mutated="pissa")
     for name, file in (

@@ -67,7 +67,10 @@ def test_force_never_takes_other_things_away(tmp_path: Path) -> None:
         save_adapter(small(2), tmp_path / "x", force=True)
     (tmp_path / "y.safetensors").mkdir()
     (tmp_path / "z").write_text("years")
-    for name, word in (("y.safetensors", "is a folder"), ("z", "no file that lora-fx writes")):
+    for name, word in (
+        ("y.safetensors", "is a folder"),
+        ("z", "lora-fx does not write files of this kind"),
+    ):
         with pytest.raises(LoraFxError, match=word):
             save_adapter(small(2), tmp_path / name, force=True)
     assert (tmp_path / "z").read_text() == "years"
@@ -125,7 +128,7 @@ def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(
         (b"\x80\x02}q\x00.", "pickle"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS"),
         (b"\x18\0\0\0TORT" + bytes(60), "ONNX Runtime"),
-        (b"GGUF" + bytes(60), "no GGUF adapter"),
+        (b"GGUF" + bytes(60), "the GGUF adapter cannot be read"),
         (b"", "not a safetensors"),
         (b"\x40\0\0\0\0\0\0\0{" + bytes(20), "damaged"),
     ],

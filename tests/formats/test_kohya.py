@@ -102,7 +102,7 @@ def test_whole_differences(tmp_path: Path) -> None:
         entry = adapter.entries[key]
         assert isinstance(entry, Dense) and entry.scale == 1
         np.testing.assert_array_equal(entry.value, value)
-    assert any("takes no scale" in n for n in adapter.metadata["notes"])
+    assert any("diff has no scale" in n for n in adapter.metadata["notes"])
     norms = load_adapter(stored(tmp_path, {"w_norm": bias, "b_norm": 2 * bias})).entries
     assert [type(e) for e in norms.values()] == [Dense, Dense]
     assert set(norms) == {f"{X}.weight", f"{X}.bias"}
@@ -151,7 +151,7 @@ def test_refused(tmp_path: Path, parts: Mapping[str, Any], word: str) -> None:
 
 
 def test_an_alpha_alone(tmp_path: Path) -> None:
-    with pytest.raises(LoraFxError, match="no adapter that is known") as caught:
+    with pytest.raises(LoraFxError, match="not an adapter in a known format") as caught:
         load_adapter(stored(tmp_path, {"alpha": 1.0}))
     assert "alpha" in caught.value.message and "kohya" in caught.value.hint
 
@@ -234,8 +234,8 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
     good = load_file(file)
     name = "lycoris_h_x"
     changes: list[tuple[dict[str, Array], dict[str, str], str]] = [
-        ({f"{name}.alpha": np.array(4.0)}, header, "scale 2, and 1.5 by"),
-        ({f"{name}.lora_up.weight": normal(0, 9, 2)}, header, "does not hold"),
+        ({f"{name}.alpha": np.array(4.0)}, header, "scale 2, but 1.5 in the JSON"),
+        ({f"{name}.lora_up.weight": normal(0, 9, 2)}, header, "does not fit its layout"),
         ({}, {"lora_fx_names": "{}"}, "format None"),
         ({}, {"lora_fx_names": '{"format": 1}'}, "KeyError"),
         ({}, {"lora_fx_names": '{"version": 2}'}, "format 2"),
@@ -254,7 +254,7 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
         ({"alpha": 2.0}, "has an alpha and nothing else"),
         (
             {"dora_scale": normal(0, 4, 1), "lokr_w1": normal(1, 2, 2), "lokr_w2": normal(2, 2, 2)},
-            "has dora_scale beside lokr",
+            "has dora_scale together with lokr",
         ),
         (
             {"lokr_w1_a": normal(0, 2, 1), "lokr_w1_b": normal(1, 1, 2),
@@ -274,7 +274,7 @@ def test_a_header_with_one_key_for_two_names() -> None:
     low = LowRank(normal(0, 2, 3), normal(1, 4, 2), 2.0)
     text = describe(Adapter({"p": low, "q": low}), {"p": "a.weight", "q": "b.weight"})
     header = {FIELD: text.replace('"key": "q"', '"key": "p"')}
-    with pytest.raises(LoraFxError, match="'p' is there twice"):
+    with pytest.raises(LoraFxError, match="'p' appears twice"):
         restore({"a.weight": low, "b.weight": low}, header, "x.safetensors")
 
 

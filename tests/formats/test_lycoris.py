@@ -159,7 +159,7 @@ def test_kronecker_is_written_and_read(tmp_path: Path, scale: float) -> None:
         ({**loha(3, 8, 6), "hada_w2_b": normal(0, 2, 6)}, "do not fit"),
         ({k: v for k, v in loha(3, 8, 6).items() if k != "hada_w2_a"}, "a LoHa needs"),
         ({**loha(3, 8, 6), "hada_t1": normal(0, 3, 3, 2, 2)}, "both or none"),
-        ({**loha(3, 8, 6), "dora_scale": normal(0, 8, 1)}, "dora_scale beside hada"),
+        ({**loha(3, 8, 6), "dora_scale": normal(0, 8, 1)}, "dora_scale together with hada"),
         ({"lokr_w1": W1}, "a LoKr needs lokr_w2"),
         ({"lokr_w1": W1, "lokr_w2": W2, "lokr_w2_a": A2}, "a LoKr needs"),
         ({"lokr_w1": W1, "lokr_w2_a": A2, "lokr_w2_b": normal(0, 2, 5)}, "do not fit"),
@@ -180,9 +180,9 @@ def test_refused(tmp_path: Path, parts: dict[str, Array], word: str) -> None:
     ("config", "name", "word"),
     [
         ({"alpha": None}, "hada_w1_a", "alpha is None"),
-        ({"r": 4}, "hada_w1_a", "has rank 3; .* says 4"),
-        ({"target_modules": ["other"]}, "hada_w1_a", "leaves out"),
-        ({}, "lora_A.weight", "not of LOHA"),
+        ({"r": 4}, "hada_w1_a", "has rank 3; .* has 4"),
+        ({"target_modules": ["other"]}, "hada_w1_a", "does not name"),
+        ({}, "lora_A.weight", "does not belong to LOHA"),
     ],
 )
 def test_peft_folders_refused(tmp_path: Path, config: dict[str, Any], name: str, word: str) -> None:
@@ -215,5 +215,5 @@ def test_peft_and_graphs_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
             save_adapter(Adapter({"unet.x.weight": entry}), tmp_path / name, format)
     file = tmp_path / "k.safetensors"
     save_file({f"{X}.lokr_w1": W1, f"{X}.lokr_w2": W2}, file)
-    with pytest.raises(LoraFxError, match="name of a kohya file"):
+    with pytest.raises(LoraFxError, match="a name from a kohya file"):
         save_adapter(load_adapter(file), tmp_path / "p")

@@ -121,7 +121,7 @@ def test_other_components_are_left_out_and_said() -> None:
     got = adapter.resolved(["a.weight"])
     assert list(got) == ["a.weight"]
     assert got.metadata["notes"] == [
-        "2 updates of text_encoder are for another model and not applied ('lora_te_b.weight' …)"
+        "2 updates of text_encoder are for another model and are not applied ('lora_te_b.weight' …)"
     ]
     theirs = named("unet.a.weight", "text_encoder.b.weight", naming="diffusers")
     assert list(theirs.resolved(["b.weight"])) == ["b.weight"]

@@ -109,15 +109,16 @@ def edited(folder: Path, config: dict[str, Any], names: dict[str, torch.Tensor])
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lead = "base_model.model.up"
     rows: list[tuple[list[str], dict[str, Any], dict[str, torch.Tensor], str]] = [
-        (["wide"], {}, {}, "which PEFT merges otherwise than it trains it"),
-        (["table"], {}, {}, "expected X.oft_R… only"),
-        (["up"], {"oft_block_size": "gone"}, {}, "expected OFT as PEFT has it since 0.15"),
+        (["wide"], {}, {}, "which PEFT merges differently from how it trains it"),
+        (["table"], {}, {}, "expected only X.oft_R…"),
+        (["up"], {"oft_block_size": "gone"}, {}, "expected the fields of PEFT 0.15 or later"),
         (["up"], {"num_cayley_neumann_terms": 10**9}, {}, "(1000000000, 6e-05)"),
-        (["up"], {"eps": "small"}, {}, "numbers of series and coft are (5, 'small')"),
-        (["up"], {"target_modules": ["down"]}, {}, "target_modules leaves out"),
+        (["up"], {"eps": "small"}, {}, "num_cayley_neumann_terms and eps are (5, 'small')"),
+        (["up"], {"target_modules": ["down"]}, {}, "that target_modules does not name"),
         (["up"], {}, {f"{lead}.oft_R.weight": torch.ones(3, 5)}, "n(n − 1)/2 numbers"),
-        (["up"], {"block_share": True}, {}, "expected one block, as block_share says"),
-        (["up"], {}, {f"{lead}.oft_R.weight": torch.ones(5, 6)}, "OFT of 5 blocks of 4 along in"),
+        (["up"], {"block_share": True}, {}, "expected one block, because block_share is on"),
+        (["up"], {}, {f"{lead}.oft_R.weight": torch.ones(5, 6)},
+         "of 5 blocks of 4 along the in axis"),
         (["up"], {}, {f"{lead}.bias": torch.ones(20)}, "are not supported"),
     ]  # fmt: skip
     for i, (names, config, tensors, words) in enumerate(rows):
@@ -137,7 +138,7 @@ def test_what_only_the_base_can_say(tmp_path: Path, capsys: pytest.CaptureFixtur
     args = ["convert", adapter, "-o", out]
     for more, words in (
         (["--as", "lora", "--rank", "3"], "--base FOLDER"),
-        ([], "peft_type LORA has no such update"),
+        ([], "which peft_type LORA cannot store"),
         (["-o", f"{out}.safetensors", "--format", "kohya"], "--as lora --rank R --base FOLDER"),
     ):
         code, _, err = run(capsys, *args, *more)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense
 from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import LoraFxError
@@ -123,8 +124,9 @@ LOW = LowRank(A, B, 2.0)
         ({"x": LowRank(A, B, 2.0, magnitude=B[:, 0])}, "it is DoRA"),
         ({"x": Dense(B)}, "a whole ΔW"),
         ({"x": LowRank(A, B, 2.0, use="y.weight")}, "one use of the tensor"),
+        ({"x": LowRank(A, B, 2.0, origin=Origin(tied=True))}, "several modules that share"),
         ({"x": LowRank(A, B, 1e39)}, "infinite"),
-        ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would be named"),
+        ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would have the name"),
         ({}, "no update"),
     ],
 )
@@ -183,7 +185,7 @@ def test_a_file_that_does_not_read_back_is_no_result(
 ) -> None:
     wrong = {"x.lora_A": -A, "x.lora_B": B}
     monkeypatch.setattr("lora_fx.onnx.runtime_adapter.read_file", lambda _: (wrong, {}))
-    with pytest.raises(LoraFxError, match="does not read back"):
+    with pytest.raises(LoraFxError, match="differs when it is read back"):
         save_adapter(Adapter({"x": LOW}), tmp_path / "x.onnx_adapter", "onnx_adapter")
     assert not list(tmp_path.iterdir())
 

@@ -115,7 +115,7 @@ def test_it_is_converted_read_merged_and_replaced(work: Path, tmp_path: Path) ->
 
 def test_force_replaces_nothing_else(place: Path) -> None:
     Path("x.toy").write_text("years")
-    refused(run("convert start -o x.toy --force"), "it is no file that lora-fx writes")
+    refused(run("convert start -o x.toy --force"), "lora-fx does not write files of this kind")
     assert run("convert start -o y.toy").returncode == 0
     Path("y.toy").rename("y.onnx_adapter")
     done = run("convert start -o y.onnx_adapter --force")
@@ -138,8 +138,11 @@ def test_the_other_commands_take_it(place: Path) -> None:
 def test_it_is_listed(place: Path) -> None:
     text = " ".join(run("convert --help").stdout.split())
     assert "onnx_adapter, gguf, toy. OUT is" in text
-    assert "Of OUT: peft, kohya, diffusers, onnx_adapter, gguf, toy, peft-0.18" in text
-    names = "--format: peft, kohya, diffusers, onnx_adapter, gguf, toy"
+    assert (
+        "Choose the format of OUT: peft, kohya, diffusers, onnx_adapter, gguf, toy, peft-0.18"
+        in text
+    )
+    names = "pass --format with one of peft, kohya, diffusers, onnx_adapter, gguf, toy"
     refused(run("convert start -o x.safetensors"), names)
     Path("odd.bin").write_bytes(b"odd" * 40)
     refused(run("convert odd.bin -o x"), "not a safetensors file", ".toy")
@@ -148,7 +151,9 @@ def test_it_is_listed(place: Path) -> None:
 def test_what_it_cannot_say_is_refused(work: Path, place: Path) -> None:
     done = run("convert start -o x --format toy")
     refused(done, "format toy needs a name that ends in .toy")
-    refused(run("convert start -o x.toy --for m.onnx"), "--for is for onnx_adapter, not for toy")
+    refused(
+        run("convert start -o x.toy --for m.onnx"), "--for works with onnx_adapter, not with toy"
+    )
     assert sorted(p.name for p in work.iterdir()) == ["base.safetensors", "start"]
 
 
@@ -175,16 +180,16 @@ def test_two_of_one_name(place: Path, name: str, words: tuple[str, ...]) -> None
 BROKEN = {
     "import nothing_of_this_name": "cannot be imported: ModuleNotFoundError",
     "raise SystemExit(0)": "cannot be imported: SystemExit",
-    "TOY = 1": "is no Format: int has no name, suffixes",
-    f"{TOY}\nTOY = Toy": "is no Format: Toy is a class",
-    f"{TOY}\nToy.name = 'toys'": "is no Format: its name is 'toys'",
-    f"{TOY}\nToy.suffixes = ('.onnx',)": "is no Format: one of its suffixes is '.onnx'",
-    f"{TOY}\nToy.suffixes = ()": "is no Format: its suffixes are ()",
-    f"{TOY}\nToy.folder_files = ('../x',)": "is no Format: its files of a folder",
-    f"{TOY}\nToy.magic = b'TOY1'": "is no Format: its magic is b'TOY1'",
-    f"{TOY}\nToy.magic = Magic(b'')": "is no Format: its magic is",
-    f"{TOY}\nToy.magic = Magic(bytes([128, 2]))": "so begin pickles",
-    f"{TOY}\nToy.read = None": "is no Format: its read cannot be called",
+    "TOY = 1": "is not a Format: int has no name, suffixes",
+    f"{TOY}\nTOY = Toy": "is not a Format: Toy is a class",
+    f"{TOY}\nToy.name = 'toys'": "is not a Format: its name is 'toys'",
+    f"{TOY}\nToy.suffixes = ('.onnx',)": "is not a Format: one of its suffixes is '.onnx'",
+    f"{TOY}\nToy.suffixes = ()": "is not a Format: its suffixes are ()",
+    f"{TOY}\nToy.folder_files = ('../x',)": "is not a Format: its file names of a folder",
+    f"{TOY}\nToy.magic = b'TOY1'": "is not a Format: its magic is b'TOY1'",
+    f"{TOY}\nToy.magic = Magic(b'')": "is not a Format: its magic is",
+    f"{TOY}\nToy.magic = Magic(bytes([128, 2]))": "which begins pickles",
+    f"{TOY}\nToy.read = None": "is not a Format: its read cannot be called",
 }
 
 
@@ -212,7 +217,7 @@ FAULTS = {
     "read": [
         ("1 / 0", "cannot read it: ZeroDivisionError: division by zero"),
         ("raise SystemExit(0)", "cannot read it: SystemExit: 0"),
-        ("return {}", "read a dict, which is no Adapter"),
+        ("return {}", "returned a dict; expected an Adapter"),
         ("return Adapter(1)", "read entries of type int; expected a mapping"),
         ("return Adapter({'x': LowRank(np.zeros((2, 3), 'f4'), np.zeros((4, 3), 'f4'), 1.0)})",
          "'x' has A [2, 3] and B [4, 3]"),
@@ -222,7 +227,7 @@ FAULTS = {
          "'A' has NaN or infinite values"),
         ("x = np.ones((2, 2), 'f4'); return Adapter({'x': LowRank(x, x, float('nan'))})",
          "'x' has alpha nan"),
-        ("return Adapter({})", "no update in it"),
+        ("return Adapter({})", "the adapter has no update"),
         ("return Adapter({'x': 5})", "'x' is of type int; expected a LowRank, a Full"),
         ("x = np.ones((2, 2), 'f4'); return Adapter({5: LowRank(x, x, 1.0)})", "read the key 5"),
         ("x = np.ones((2, 2), 'f4'); return Adapter({'x': LowRank(x, x, 1.0)}, {'notes': 5})",
@@ -236,15 +241,15 @@ FAULTS = {
          "    return Adapter({'x': LowRank(x, x, 1.0, magnitude=n)})",
          "'magnitude' has NaN or infinite values"),
         ("x = np.ones((2, 2), 'f4'); return Adapter({'x': LowRank(x, x, 1.0, variant='none')})",
-         "'x' is of variant 'none', which is not known here"),
+         "'x' has variant 'none', which is not known here"),
     ],
     "write": [
         ("1 / 0", "'toy' of the package toy-format cannot write it: Zero"),
         ("return ()", "wrote nothing"),
-        ("path.write_bytes(b'TOY1{}'); return None", "returned NoneType, and no notes"),
+        ("path.write_bytes(b'TOY1{}'); return None", "returned NoneType; expected notes"),
         ("path.write_bytes(b'TOY2{}'); return ()", "made a file that no format would read"),
     ],
-    "detect": [("1 / 0", "cannot tell its files: ZeroDivisionError")],
+    "detect": [("1 / 0", "cannot recognise its files: ZeroDivisionError")],
 }  # fmt: skip
 
 
@@ -372,7 +377,7 @@ def test_the_door_is_the_same_for_all(two: Path) -> None:
 
     torch.save({"q.left": torch.ones(2, 2)}, "x.zipped")
     done = run("convert x.zipped -o x")
-    refused(done, "x.zipped: a pickle; expected safetensors", "--trust")
+    refused(done, "x.zipped: a pickle, which can run any code; expected safetensors", "--trust")
     assert "called" in run("convert x.zipped -o x --trust").stdout  # by its names, as ours are
 
     np.savez_compressed("x", **{"q.a": np.zeros((1, 1 << 26), np.float32)})
@@ -383,7 +388,10 @@ def test_the_door_is_the_same_for_all(two: Path) -> None:
 
     save_file({"q.left": np.zeros(17 << 20, np.float32)}, "x.flat")
     done = run("merge base.safetensors x.flat -o m.safetensors")
-    refused(done, "its tensors have 17825792 elements; at most 48 are read for this base")
+    refused(
+        done,
+        "its tensors have 17825792 elements; expected at most 48, twice the elements of this base",
+    )
     assert "called" not in done.stdout
 
     Path("x.flat").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
@@ -395,13 +403,13 @@ def test_a_large_file_with_a_magic_is_bounded_too(place: Path) -> None:
         file.write(b"TOY1{}")
         file.truncate(65 << 20)
     done = run("merge base.safetensors x.toy -o m.safetensors")
-    refused(done, "it has 68157440 bytes; at most 48 elements are read for this base")
+    refused(done, "68157440 bytes; expected at most 48 elements, twice the elements of this base")
 
 
 def test_two_packages_that_know_a_file(two: Path) -> None:
     assert run("convert start -o x.flat").returncode == 0
     changed(two, f"{PLAIN}\nZipped.magic = None\nZipped.detect = Flat.detect\n")
-    refused(run("convert x.flat -o x --format peft"), "could be flat or zipped")
+    refused(run("convert x.flat -o x --format peft"), "the format is ambiguous, flat or zipped")
 
 
 def test_a_file_of_ours_is_ours(two: Path) -> None:

@@ -138,7 +138,7 @@ def test_heads_of_the_base_model(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "base").mkdir()
     stored(tmp_path / "a", model=None)
-    with pytest.raises(LoraFxError, match="number of heads is needed") as caught:
+    with pytest.raises(LoraFxError, match="needs the number of heads") as caught:
         load_adapter(tmp_path / "a")
     assert "--base" in caught.value.hint
     (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
@@ -154,10 +154,10 @@ def test_heads_of_the_base_model(tmp_path: Path) -> None:
     [
         ({}, {"r": None}, LLAMA, "r is null"),
         ({}, {"lora_alpha": 0}, LLAMA, "lora_alpha is 0"),
-        ({}, {"r": 3}, LLAMA, "rank 2; .* says 3"),
+        ({}, {"r": 3}, LLAMA, "rank 2; .* has 3"),
         ({}, {}, {"model_type": "phi3"}, "model_type is 'phi3'"),
-        ({}, {}, {**LLAMA, "num_attention_heads": 5}, "18 rows; .* says 5 heads"),
-        ({}, {}, {**LLAMA, "head_dim": 8}, "12 rows; .* says 2 heads of 8"),
+        ({}, {}, {**LLAMA, "num_attention_heads": 5}, "18 rows, but .* has 5 heads"),
+        ({}, {}, {**LLAMA, "head_dim": 8}, "12 rows, but .* has 2 heads of 8"),
         ({"layers.1.attn.lora_x": normal(0, 2)}, {}, LLAMA, "not a name that torchtune"),
         ({"layers.1.mlp.w9.lora_a.weight": normal(0, 2, 3)}, {}, LLAMA, "has lora_a; expected"),
         ({"layers.1.mlp.w1.lora_b.weight": normal(0, 4, 3)}, {}, LLAMA, r"lora_b \[4, 3\]"),
@@ -176,5 +176,5 @@ def test_an_unknown_module_and_no_config(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="without a known name; known: q_proj"):
         load_adapter(file)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(LoraFxError, match=r"no adapter_config\.json beside it"):
+    with pytest.raises(LoraFxError, match=r"no adapter_config\.json next to it"):
         load_adapter(file)

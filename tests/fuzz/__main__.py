@@ -1,7 +1,7 @@
-"""`python -m tests.fuzz [--onnx] FIRST LAST`: what became of these seeds, in one table.
+"""Check random programs against W + s·BA computed by hand: `python -m tests.fuzz FIRST LAST`.
 
-`--shrink` takes lines out of every failure while it stays one. Each share of the seeds is run by a
-process of its own, since the runtime ends some of them.
+A seed from FIRST to LAST - 1 draws one program. Every failure is printed, and then the counts.
+Groups of seeds run in separate processes, because ONNX Runtime ends the process on some programs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.fuzz.programs import program
 from tests.fuzz.shrink import shrunk
 
 SHARE = 25
-"""Seeds of one process."""
+"""The number of seeds that one process runs."""
 
 
 def verdict_of(seed: int, onnx: bool, export: bool) -> dict[str, Any]:
-    """What became of a seed."""
+    """The result of one seed."""
     if onnx:
         from tests.fuzz.check_graph import check_graph
         from tests.fuzz.graphs import graph
@@ -37,7 +37,7 @@ def verdict_of(seed: int, onnx: bool, export: bool) -> dict[str, Any]:
 
 
 def verdicts(first: int, last: int, options: list[str]) -> Iterator[dict[str, Any]]:
-    """Those of all seeds; a process that ends at one is a failure of that one."""
+    """The results of all seeds; if a process ends, its current seed has failed."""
     while first < last:
         end = min(last, first + SHARE)
         words = [sys.executable, "-m", "tests.fuzz", str(first), str(end), "--lines", *options]
@@ -56,13 +56,15 @@ def verdicts(first: int, last: int, options: list[str]) -> Iterator[dict[str, An
 
 
 def main() -> None:
-    """Run, print every failure with its program, and the rates."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
-    parser.add_argument("first", type=int)
-    parser.add_argument("last", type=int)
-    parser.add_argument("--onnx", action="store_true")
-    parser.add_argument("--no-export", action="store_true")
-    parser.add_argument("--shrink", action="store_true")
+    """Run the seeds, and print the failures and the counts."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("first", type=int, help="The first seed.")
+    parser.add_argument("last", type=int, help="The seed at which to stop; it does not run.")
+    parser.add_argument("--onnx", action="store_true", help="Draw ONNX graphs instead.")
+    parser.add_argument("--no-export", action="store_true", help="Do not export to ONNX.")
+    parser.add_argument(
+        "--shrink", action="store_true", help="Also print a shorter program that still fails."
+    )
     parser.add_argument("--lines", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.lines:
@@ -95,7 +97,7 @@ def main() -> None:
 
 
 def plain(message: str) -> str:
-    """A message without its names and numbers."""
+    """A message in which names and numbers are replaced."""
     text = re.sub(r"'[^']*'|/\S+", "…", message)
     return re.sub(r"\d[\d.e+-]*", "#", text)[:160]
 

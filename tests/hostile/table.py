@@ -230,7 +230,7 @@ ONNX: dict[str, Case] = {
     "20 GB that take no room": Case(sparse("bad.onnx", 20 << 30), READ_ONNX, say="2147483648"),
     "a pipe": Case(lambda folder: os.mkfifo(folder / "bad.onnx"), READ_ONNX),
     "a device": Case(lambda folder: (folder / "bad.onnx").symlink_to("/dev/zero"), READ_ONNX),
-    "texts that are not UTF-8": Case(not_utf8, READ_ONNX[1:4], say="no valid ONNX model"),
+    "texts that are not UTF-8": Case(not_utf8, READ_ONNX[1:4], say="not a valid ONNX model"),
     "empty": Case(lambda folder: (folder / "bad.onnx").write_bytes(b""), READ_ONNX),
 }
 SLOW_ONNX = {

@@ -84,7 +84,7 @@ def test_the_tables_of_a_diffusion_model_pass() -> None:
 
 def test_patterns_in_all_have_a_bound() -> None:
     regexes.begin("a file")
-    with pytest.raises(LoraFxError, match=r"^a file: patterns of \d+ parts in all"):
+    with pytest.raises(LoraFxError, match=r"^a file: the patterns have \d+ parts in all"):
         for i in range(10_000):
             regexes.compiled(f"name_{i}_of_a_module")
     regexes.begin()
@@ -103,7 +103,7 @@ NO_PATTERNS = (
 
 @pytest.mark.parametrize("text", NO_PATTERNS)
 def test_a_selector_that_cannot_be_compiled_is_refused(text: str) -> None:
-    with pytest.raises(LoraFxError, match="is no regular expression"):
+    with pytest.raises(LoraFxError, match="is not a regular expression"):
         select_names(["fc.weight"], f"re:{text}")
 
 
@@ -161,7 +161,7 @@ def test_keys_of_a_few_parts_are_read(tmp_path: Path) -> None:
 def test_a_config_of_three_gigabytes_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "x.toml").open("wb") as file:
         file.truncate(3 << 30)
-    with pytest.raises(LoraFxError, match="3221225472 bytes; at most"):
+    with pytest.raises(LoraFxError, match="3221225472 bytes; expected at most"):
         read_toml(tmp_path / "x.toml", "a hint")
 
 

@@ -140,7 +140,7 @@ def test_no_client_of_the_hub_is_made(
 
     monkeypatch.setattr(http, "_GLOBAL_CLIENT_FACTORY", noted)
     folder = folder_of(family, tmp_path / "m", backbone_config=None, backbone="gpt2")
-    with pytest.raises(LoraFxError, match=r"backbone 'gpt2': .*asks the network"):
+    with pytest.raises(LoraFxError, match=r"backbone 'gpt2': .*uses the network"):
         load_folder(folder, meta=True)
     assert made == []
     assert [http.get_session()] == made, "outside the block it is as it was"
@@ -493,7 +493,7 @@ def test_a_tokenizer_reads_no_file_of_another_place(tmp_path: Path) -> None:
     for value in (str(secret), os.path.relpath(secret)):
         told = {"tokenizer_class": "BertTokenizer", "vocab_file": value}
         (folder / "tokenizer_config.json").write_text(json.dumps(told))
-        with pytest.raises(LoraFxError, match=r"vocab_file is .*a file beyond the folder"):
+        with pytest.raises(LoraFxError, match=r"vocab_file is .*a file outside the folder"):
             read_tokenizer(folder)
 
 

@@ -75,6 +75,6 @@ def test_a_full_disk_while_the_runtime_writes_an_adapter() -> None:
 @pytest.mark.parametrize("paths", [["a", "a"], ["a", "./a"], ["a", "b", "a"], ["x/../a", "a"],
                                    ["a.safetensors", "a.safetensors"]])  # fmt: skip
 def test_an_adapter_twice_is_one_line(paths: list[str], tmp_path: Path) -> None:
-    with pytest.raises(LoraFxError, match="is there twice"):
+    with pytest.raises(LoraFxError, match="is given twice"):
         jobs_of([(path, 1.0) for path in paths], tmp_path)
     assert len(jobs_of([("a", 1.0), ("b/a", 1.0)], tmp_path)) == 2

@@ -147,7 +147,7 @@ def test_bert_rows_equal_merged_models(tmp_path: Path, provider: str) -> None:
         {p.key: p.value for p in onnx.load(tmp_path / "b.onnx").metadata_props}["lora_fx.manifest"]
     )
     assert manifest["mode"] == "batch" and len(manifest["adapters"]) == 4
-    with pytest.raises(LoraFxError, match="mode batch, whose adapters are in it"):
+    with pytest.raises(LoraFxError, match="mode batch already contains its adapters"):
         Session(tmp_path / "b.onnx", provider="cpu")
     entry = manifest["targets"]["encoder.layer.0.intermediate.dense.weight"]
     shapes = {i.name: list(i.dims) for i in onnx.load(tmp_path / "b.onnx").graph.initializer}
@@ -226,7 +226,7 @@ def test_a_lookup_with_the_batch_innermost_is_refused(tmp_path: Path) -> None:
     """A proof at short lengths would not tell it from one with the batch outermost."""
     cap = lora_fx.capture(Innermost().eval(), (torch.randint(0, 50, (2, 5)),))
     one = adapter(cap, 1, 2, ["table"])
-    with pytest.raises(LoraFxError, match="no form by row"):
+    with pytest.raises(LoraFxError, match="cannot be computed row by row"):
         lora_fx.export(cap, tmp_path / "b.onnx", adapters=[one], mode="batch", provider="cpu")
 
 

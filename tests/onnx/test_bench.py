@@ -106,5 +106,5 @@ def test_the_table(tmp_path: Path) -> None:
 
 
 def test_no_file() -> None:
-    with pytest.raises(LoraFxError, match="no file to time"):
+    with pytest.raises(LoraFxError, match="no file to measure"):
         bench([])

@@ -47,6 +47,6 @@ def test_an_error_that_attention_has_no_part_in_is_not_tried_again(tmp_path: Pat
     model.set_attn_implementation = calls.append
     a, b = torch.ones(2, 7).numpy(), torch.ones(9, 2).numpy()
     wrong = lora_fx.Adapter({"no.weight": lora_fx.LowRank(a, b, 2.0)})
-    with pytest.raises(LoraFxError, match="is no target"):
+    with pytest.raises(LoraFxError, match="is not a target"):
         lora_fx.export(model, tmp_path / "m.onnx", (IDS,), adapters=wrong, provider="cpu")
     assert not calls and not list(tmp_path.iterdir())

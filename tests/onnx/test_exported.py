@@ -20,5 +20,5 @@ def test_fold_and_insert_equal_the_torch_module(name: str, tmp_path: Path) -> No
 
 
 def test_a_weight_that_the_exporter_rewrote_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoraFxError, match="is no target of the model"):
+    with pytest.raises(LoraFxError, match="is not a target of the model"):
         differences("lstm", tmp_path)  # its gates lie in another order, under another name

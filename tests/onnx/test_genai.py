@@ -83,8 +83,8 @@ def test_what_is_in_the_folder(source: Path) -> None:
     Path("de.onnx_adapter").write_text("de")
     made = genai_folder("genai", Path("m.onnx"), settings(), force=False)
     assert made.notes == [
-        "model/generation_config.json: left out, for genai_config.json has no such field: "
-        "max_new_tokens"
+        "model/generation_config.json: these fields are left out, since genai_config.json does not "
+        "have them: max_new_tokens"
     ]
     written = place(made, Path("m.onnx"), Path("de.onnx_adapter"))
     names = {"genai_config.json", "model.onnx", "m.onnx.data", "de.onnx_adapter", *FILES}
@@ -176,7 +176,9 @@ def test_a_folder_is_replaced_where_lora_fx_made_it(source: Path) -> None:
     place(made, Path("m.onnx"))
     left = {"genai_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
     assert files(Path("genai")) == left
-    with pytest.raises(LoraFxError, match=r"model: the folder holds more than lora-fx wrote"):
+    with pytest.raises(
+        LoraFxError, match=r"model: the folder holds files that lora-fx did not write"
+    ):
         genai_folder("model", Path("m.onnx"), settings(), force=True)
 
 
@@ -234,7 +236,7 @@ REFUSED: dict[str, tuple[Any, Any, str, str, str]] = {
         None, SimpleNamespace(_name_or_path="org/name"), "genai",
         "org/name: it has no tokenizer.json", "",
     ),
-    "one name": (None, settings(), "m.onnx", "m.onnx: the file and the folder", "genai=DIR"),
+    "the same name": (None, settings(), "m.onnx", "m.onnx: the file and the folder", "genai=DIR"),
     "there": (None, settings(), "model", "model exists already", "force=True"),
     "nowhere": (None, settings(), "no/genai", "no does not exist", "create it first"),
 }  # fmt: skip
@@ -270,9 +272,17 @@ def test_what_the_model_lacks_is_said_before_it_is_captured(
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        ({}, "no file of mode merged without a cache", "cache=True"),
-        ({"cache": True, "mode": "load"}, "no file of mode load with a cache", "mode='merged'"),
-        ({"cache": True, "mode": "batch"}, "no file of mode batch with a cache", "merged"),
+        ({}, "cannot run a file of mode merged without a cache", "cache=True"),
+        (
+            {"cache": True, "mode": "load"},
+            "cannot run a file of mode load with a cache",
+            "mode='merged'",
+        ),
+        (
+            {"cache": True, "mode": "batch"},
+            "cannot run a file of mode batch with a cache",
+            "merged",
+        ),
     ],
 )
 def test_modes(source: Path, options: dict[str, Any], words: str, hint: str) -> None:

@@ -131,11 +131,11 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown key": (lambda f: external(f, colour="red"), "unknown external key 'colour'"),
     "huge sizes": (dims(2**60, 24), "needs"),
     "sizes that are not the bytes": (dims(8, 7), "768 bytes.*needs 224"),
-    "sizes below 0": (dims(-8, -6), "expected none below 0"),
+    "sizes below 0": (dims(-8, -6), "expected no negative sizes"),
     "unknown dtype": (lambda f: inline(f, lambda t: setattr(t, "data_type", 99)), "unknown dtype"),
-    "cut": (cut, "damaged|no ONNX model"),
+    "cut": (cut, "damaged|not an ONNX model"),
     "random": (bytes_of(bytes(range(256))), "damaged"),
-    "empty": (bytes_of(b""), "no ONNX model"),
+    "empty": (bytes_of(b""), "not an ONNX model"),
     "git-lfs": (pointer, "git-LFS pointer"),
     "git-lfs data": (lfs_data, "git-LFS pointer"),
 }
@@ -241,5 +241,5 @@ def test_only_an_invalid_file_is_blamed(tmp_path: Path) -> None:
     for name, error in (("a", KeyError("k")), ("b", OSError(28, "full")), ("b", MemoryError())):
         with pytest.raises(type(error)):
             verb(path=str(tmp_path / f"{name}.onnx"), error=error)
-    with pytest.raises(LoraFxError, match="no valid ONNX model"):
+    with pytest.raises(LoraFxError, match="not a valid ONNX model"):
         verb(path=str(tmp_path / "b.onnx"), error=KeyError("k"))

@@ -70,7 +70,7 @@ def saved(folder: Path, proto: onnx.ModelProto) -> Path:
 @pytest.mark.parametrize(
     ("functions", "text"),
     [
-        (doubling(16), "65536 nodes, functions written out; at most 20660 are read"),
+        (doubling(16), "65536 nodes when functions are inlined; at most 20660 are read"),
         (doubling(3, last="f1"), "the function 'f1' calls itself"),
         (doubling(700), "its functions call each other too deeply"),
     ],
@@ -103,5 +103,5 @@ def test_the_sum_of_a_data_file(tmp_path: Path) -> None:
 
 def test_texts_fit_their_sizes(tmp_path: Path) -> None:
     assert list(load(saved(tmp_path, model([texts(1, 2)]))).graph.initializers) == ["t"]
-    with pytest.raises(LoraFxError, match=r"its texts do not fit its sizes \[3\]"):
+    with pytest.raises(LoraFxError, match=r"its number of strings does not fit its sizes \[3\]"):
         load(saved(tmp_path, model([texts(3)])))

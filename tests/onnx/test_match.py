@@ -134,12 +134,12 @@ def test_by_shape_where_one_target_has_it(tmp_path: Path) -> None:
             {},
             "'s.weight' is no target .* 'onnx::MatMul_11', 'onnx::MatMul_12'",
         ),
-        ({"x.weight": "q"}, {"names": {"x.weight": "nope"}}, "'nope' is no target"),
+        ({"x.weight": "q"}, {"names": {"x.weight": "nope"}}, "'nope' is not a target"),
         ({"x.weight": "q"}, {"names": {"w": STORED["q"]}}, "'w', which the adapter does not have"),
         (
             {"x": "q", "z": "q"},
             {"names": dict.fromkeys("xz", STORED["q"])},
-            "two entries to one tensor",
+            "gives one tensor two updates",
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_what_is_ambiguous_is_refused(
 
 def test_a_key_beside_known_ones_is_no_other_naming(tmp_path: Path) -> None:
     model(tmp_path / "m.onnx")
-    with pytest.raises(LoraFxError, match="'typo' is no target"):
+    with pytest.raises(LoraFxError, match="'typo' is not a target"):
         adapter = adapter_of({STORED["q"]: "q", "typo": "o"})
         merge_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
 

@@ -193,12 +193,12 @@ def test_tol_accepts_what_is_over_the_gate_and_no_more(source: str, tmp_path: Pa
     given["precision"] = "int8"
     with pytest.raises(LoraFxError, match=r"int8 differs by .*; the gate is 1\.0e-01") as caught:
         lora_fx.export(made_of, path, **given, tol=0.1)
-    assert "tol accepts more" in str(caught.value) and not path.exists()
+    assert "use tol to accept a larger error" in str(caught.value) and not path.exists()
     report = lora_fx.export(made_of, path, **given, tol=0.3)
     error = rel(next(iter(open_session(path, "cpu").run({"x": x}).values())), wanted)
     assert 0.1 < error < 0.3
     (said,) = [w for w in report.warnings if w.startswith("int8")]
-    assert f"by {error:.1e}, over the gate of 6.2e-02, which tol widens" in said
+    assert f"by {error:.1e}, over the gate of 6.2e-02, but within tol" in said
     rows = {p.of: (p.tol, p.rel) for p in report.parity}
     if source == "torch":
         assert rows["fold"][0] == 1e-6 and rows["onnxruntime"][0] == 0.3
@@ -209,10 +209,14 @@ def test_tol_accepts_what_is_over_the_gate_and_no_more(source: str, tmp_path: Pa
 def test_tol_is_of_what_rounds(tmp_path: Path) -> None:
     """Nothing in float32 gets another gate, none gets a narrower one, and half is not loosened."""
     rows: list[tuple[str, str, dict[str, Any]]] = [
-        ("none: nothing is rounded here", "leave tol out", {}),
-        ("none: nothing is rounded here", "precision='float16'", {"precision": "float32"}),
-        ("none: nothing is rounded here", "accuracy_level=4", {"mode": "switch"}),
-        ("none: nothing is rounded here", "leave tol out", {"quantise": "int8"}),
+        ("no tol, since this export rounds nothing", "leave tol out", {}),
+        (
+            "no tol, since this export rounds nothing",
+            "precision='float16'",
+            {"precision": "float32"},
+        ),
+        ("no tol, since this export rounds nothing", "accuracy_level=4", {"mode": "switch"}),
+        ("no tol, since this export rounds nothing", "leave tol out", {"quantise": "int8"}),
         (
             "0.06; expected more than the gate of int8, 0.0625",
             "",
@@ -264,9 +268,9 @@ def test_files(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     rows: list[tuple[str, dict[str, Any]]] = [
-        ("no precision 'fp4'", {"precision": "fp4"}),
-        ("no bfloat16 to keep", {"precision": "bfloat16"}),
-        ("starts from the graph as exported", {"precision": "int8", "optimise": True}),
+        ("unknown precision 'fp4'", {"precision": "fp4"}),
+        ("precision bfloat16 needs a model in bfloat16", {"precision": "bfloat16"}),
+        ("starts from the exported graph", {"precision": "int8", "optimise": True}),
         ("would ignore", {"precision": "float16", "mode": "switch"}),
     ]
     for words, options in rows:

@@ -128,7 +128,7 @@ def test_merged_is_unmerged(
     report = lora_fx.merge(base, [Adapter({"yw": low})], out, run=True)
     assert all(p.rel < TOL for p in report.parity) and report.parity
     assert report.details["tensors"][0]["gain"] == pytest.approx(1, abs=1e-4)
-    assert "1 weights of codes have floats for zero points" in " ".join(report.warnings)
+    assert "1 quantised weights have zero points in floating point" in " ".join(report.warnings)
     assert "of their own" not in " ".join(report.warnings)
     x = np.random.default_rng(5).standard_normal((M, K)).astype(np.float32)
     before, after = (open_session(p, "cpu").run({"x": x}) for p in (base, out))

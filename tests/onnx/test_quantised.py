@@ -158,7 +158,7 @@ def test_what_reads_w_is_refused(case: str, name: str, tmp_path: Path) -> None:
             insert_onnx(path, out, include="*", provider="cpu", rank=2, **options)
     assert why in caught.value.message and caught.value.exit_code == 2
     if why:
-        assert "export --mode switch" in caught.value.hint and "'w'" in caught.value.message
+        assert "--mode switch" in caught.value.hint and "'w'" in caught.value.message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.onnx"]
 
 

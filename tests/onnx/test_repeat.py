@@ -293,7 +293,7 @@ def test_the_command_line_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as done:
         main(line)
     assert done.value.code == 2
-    assert "--no-repeat has no say" in capsys.readouterr().err
-    with pytest.raises(LoraFxError, match="opset and repeat have no say"):
+    assert "--no-repeat has no effect" in capsys.readouterr().err
+    with pytest.raises(LoraFxError, match="opset and repeat have no effect"):
         lora_fx.export(tmp_path / "a.onnx", tmp_path / "c.onnx", optimise=True, repeat=False)
     assert not (tmp_path / "c.onnx").exists()

@@ -135,7 +135,7 @@ def test_a_sum_of_two_shapes_stays() -> None:
 
 def test_a_precision_that_there_is_none_of() -> None:
     model = model_of("y = MatMul(x, w)")
-    with pytest.raises(LoraFxError, match="not converted to 'int4'"):
+    with pytest.raises(LoraFxError, match="cannot be converted to 'int4'"):
         precision.narrow(model, "int4", [], "cpu")
 
 

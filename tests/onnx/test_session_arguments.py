@@ -171,9 +171,9 @@ def test_a_training_step(folder: Path) -> None:
 
 
 def test_files_of_other_modes(folder: Path) -> None:
-    with pytest.raises(LoraFxError, match="a training step, which no adapter is loaded into"):
+    with pytest.raises(LoraFxError, match="a training step, and takes no adapter"):
         Session(folder / "step.onnx", "cpu")
-    with pytest.raises(LoraFxError, match="a file of mode switch, which holds no step"):
+    with pytest.raises(LoraFxError, match="a file of mode switch, which has no training step"):
         TrainSession(folder / "switch.onnx", provider="cpu")
     with pytest.raises(LoraFxError, match="a file of mode switch takes adapters run by run"):
         Session(folder / "switch.onnx", "cpu", adapter=folder / "peft")
@@ -184,7 +184,7 @@ def test_a_training_step_needs_a_start_of_its_ranks(folder: Path, tmp_path: Path
         if file.suffix != ".onnx_adapter":
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(
-        LoraFxError, match=r"step\.onnx_adapter is not there: nothing to start from"
+        LoraFxError, match=r"step\.onnx_adapter does not exist: there is no adapter to start from"
     ):
         TrainSession(tmp_path / "step.onnx", provider="cpu")
     session = TrainSession(folder / "step.onnx", provider="cpu")

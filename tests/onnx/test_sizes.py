@@ -256,7 +256,7 @@ def test_products_of_activations_are_no_weights() -> None:
     ("arrays", "said"),
     [
         ({"z": (1, 3, 8, 8)}, "no input is named 'z'"),
-        ({"x": (1, 4, 8, 8)}, "takes [batch, 3, height, width], and --inputs has [1, 4, 8, 8]"),
+        ({"x": (1, 4, 8, 8)}, "takes [batch, 3, height, width], but --inputs has [1, 4, 8, 8]"),
         ({"x": (3, 8, 8)}, "--inputs has [3, 8, 8]"),
     ],
 )

@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> Non
 
 def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     args = (torch.tensor(ids()),)
-    with pytest.raises(LoraFxError, match="no mode"):
+    with pytest.raises(LoraFxError, match="unknown mode"):
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="other")
     whole = Adapter({**ADAPTERS["de"].entries, "fc.bias": lora_fx.Full(np.zeros(32))})
     for mode, others in (("switch", ADAPTERS), ("load", {}), ("batch", {})):
@@ -303,7 +303,7 @@ def test_adapters_of_another_file_are_kept_or_their_end_is_said(tmp_path: Path) 
     assert not [w for w in again.warnings if "replaced" in w], "they are its own"
     second = tmp_path / "second.onnx"
     report = lora_fx.export(Net().eval(), second, args, adapters=other, force=True, **kind)
-    assert "de.onnx_adapter of another file is replaced" in report.warnings
+    assert "de.onnx_adapter, which belongs to another file, is replaced" in report.warnings
     assert file.read_bytes() != before
 
 

@@ -122,7 +122,7 @@ def test_one_use_beside_all_of_them(mode: str, tmp_path: Path) -> None:
     model = Tied().eval()
     keys = ("e.weight", BOTH[1])
     two = [lora_fx.insert(model, (IDS,), include=[k], rank=2).adapter() for k in keys]
-    with pytest.raises(lora_fx.LoraFxError, match="in all its uses, and beside that") as caught:
+    with pytest.raises(lora_fx.LoraFxError, match="in all its uses, and also in one use") as caught:
         lora_fx.export(model, tmp_path / "m.onnx", (IDS,), adapters=two, mode=mode)
     assert caught.value.hint and not any(tmp_path.iterdir())
 

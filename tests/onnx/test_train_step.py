@@ -619,14 +619,14 @@ def test_bags_of_rows_are_torchs() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "half": (lambda: Mlp().bfloat16(), {}, "'a.weight' is bfloat16; a step is made of float32"),
+    "half": (lambda: Mlp().bfloat16(), {}, "'a.weight' is bfloat16; a training step needs float32"),
     "codes": (
         lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, quantise="int8"), {},
-        "'a.weight' is quantised: a step computes gradients in float32 alone",
+        "'a.weight' is quantised: a training step computes gradients in float32 only",
     ),
     "whole": (
         lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, also_train="b.bias"), {},
-        "'b.bias' is trained whole; a step trains low-rank updates",
+        "'b.bias' is trained whole; a training step trains low-rank updates",
     ),
     "dora": (
         lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, variant="dora"), {},
@@ -634,13 +634,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     ),
     "length": (
         lambda: lora_fx.capture(Recurrent(), (torch.randn(3, 4, 6),)), {},
-        "'x': dimension 1 is free, and aten.lstm.input has a step for one size only",
+        "'x': dimension 1 is dynamic, but aten.lstm.input can train at one size only",
     ),
-    "loss": (Mlp, {"loss": "huber"}, "no loss 'huber'"),
-    "number": (Numbered, {}, "the model gives a number first, and no scores"),
-    "optimizer": (Mlp, {"optimizer": "lion"}, "no optimizer 'lion'"),
-    "clip": (Mlp, {"clip": -1.0}, "clip -1.0 is not 0 or more"),
-    "mode": (Mlp, {"mode": "switch", "clip": 2.0}, "mode switch would ignore what is for mode tr"),
+    "loss": (Mlp, {"loss": "huber"}, "unknown loss 'huber'"),
+    "number": (Numbered, {}, "the model's first output is a single number, not scores"),
+    "optimizer": (Mlp, {"optimizer": "lion"}, "unknown optimizer 'lion'"),
+    "clip": (Mlp, {"clip": -1.0}, "clip is -1.0; expected 0 or more"),
+    "mode": (Mlp, {"mode": "switch", "clip": 2.0}, "mode switch would ignore an option of mode tr"),
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_the_rules_find_what_is_wrong(merged: Path, tmp_path: Path) -> None:
         (loss, loss.replace("[ 1 ]", "[ 2 ]"), "'loss' is"),
         ('name: "m"', 'name: "n"', "name is 'n'"),
         ("onnxruntime", "tensorrt", "backend is 'tensorrt'"),
-        ("TYPE_FP32", "TYPE_NONE", "no ModelConfig"),
+        ("TYPE_FP32", "TYPE_NONE", "not a ModelConfig"),
     ):
         assert old in right
         config.write_text(right.replace(old, new, 1))
@@ -123,7 +123,7 @@ def test_batch(tmp_path: Path, max_batch: int | None) -> None:
 def test_a_batch_size_needs_a_batch_everywhere(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match=r"loss \[\]"):
         export(tmp_path / "m.onnx", tmp_path / "models", max_batch=8)
-    with pytest.raises(LoraFxError, match="is of a repository"):
+    with pytest.raises(LoraFxError, match="is for a Triton repository"):
         export(tmp_path / "m.onnx", None, max_batch=8)
     with pytest.raises(LoraFxError, match="batch size of -1"):
         export(tmp_path / "m.onnx", tmp_path / "models", max_batch=-1)
@@ -184,7 +184,7 @@ def test_another_model_is_refused_and_nothing_written(
     with pytest.raises(LoraFxError, match=r"config.pbtxt is for another model: (in|out)put '"):
         other(tmp_path, tmp_path / "models", mode=mode, adapters=adapters)
     assert tree(tmp_path) == before
-    for text, why in (('backend: "python"', "backend is 'python'"), ("{", "no ModelConfig")):
+    for text, why in (('backend: "python"', "backend is 'python'"), ("{", "not a ModelConfig")):
         (tmp_path / "models" / "m" / "config.pbtxt").write_text(text)
         with pytest.raises(LoraFxError, match=why):
             monkeypatch.setattr(pass_export, "ExportOptions", None)  # before any work
@@ -194,11 +194,11 @@ def test_another_model_is_refused_and_nothing_written(
 
 def test_no_place_for_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder, why in (("file", "is no folder"), ("none/models", "does not exist")):
+    for folder, why in (("file", "is not a folder"), ("none/models", "does not exist")):
         with pytest.raises(LoraFxError, match=why):
             export(tmp_path / "m.onnx", tmp_path / folder)
     export(tmp_path / "x.onnx", None)
-    with pytest.raises(LoraFxError, match="no name of a folder"):
+    with pytest.raises(LoraFxError, match="cannot be the name of a folder"):
         write_repository(tmp_path / "x.onnx", tmp_path / "models", name="../up")
     assert folders(tmp_path) == ["file", "x.onnx"]
 

@@ -117,7 +117,7 @@ def test_a_repository_without_a_model(tmp_path: Path) -> None:
         check_repository(tmp_path / "none")
     (tmp_path / "file").touch()
     (tmp_path / ".hidden").mkdir()
-    with pytest.raises(LoraFxError, match="no model in it"):
+    with pytest.raises(LoraFxError, match="it holds no model"):
         check_repository(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_data_under_the_name_of_the_copy(tmp_path: Path) -> None:
     opsets = [onnx.helper.make_opsetid("", 20)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="model.onnx")
-    with pytest.raises(LoraFxError, match=r"its data is called 'model\.onnx'"):
+    with pytest.raises(LoraFxError, match=r"its data file cannot be called 'model\.onnx'"):
         write_repository(tmp_path / "m.onnx", tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 

@@ -162,3 +162,10 @@ def test_find_takes_a_graph_of_any_ir() -> None:
     model, args, kwargs = ZOO["raw_matmul"].build()
     graph = lora_fx.capture(model, args, kwargs).fx_graph()
     assert find(graph).targets == lora_fx.find(graph).targets
+
+
+def test_the_result_can_be_asked_for_a_key_and_read_through() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    found = lora_fx.find(net, (torch.ones(2, 4),))
+    assert list(found) == ["0.weight", "2.weight"]
+    assert "0.weight" in found and "1.weight" not in found and 0 not in found

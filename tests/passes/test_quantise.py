@@ -272,8 +272,8 @@ def test_onnx_runtime_computes_with_the_same_bytes(name: str, kind: str, tmp_pat
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a kind": ({"quantise": "nf5"}, "no kind 'nf5'"),
-    "no text": ({"quantise": True}, "quantise=True is no kind"),
+    "a kind": ({"quantise": "nf5"}, "unknown kind 'nf5'"),
+    "no text": ({"quantise": True}, "quantise=True is no kind of quantised weights"),
     "a name": ({"quantise": "nf4=blah"}, "selector 'blah' matches no target"),
     "dora": ({"quantise": "int4", "variant": "dora"}, "reads W itself"),
     "pissa": ({"quantise": "int4", "init": "pissa"}, "reads W itself"),
@@ -371,11 +371,11 @@ def test_level_four_takes_x_in_int8_and_is_held_to_its_own_gate(mode: str, tmp_p
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"quantise": "nf4", "accuracy_level": 4}, "of products over int4 or int8 codes"),
-        ({"quantise": "int4", "accuracy_level": 2}, "no accuracy level 2"),
+        ({"quantise": "nf4", "accuracy_level": 4}, "for products over int4 or int8 codes"),
+        ({"quantise": "int4", "accuracy_level": 2}, "accuracy level 2 is not available"),
         ({"quantise": "int4", "accuracy_level": 4, "mode": "batch"}, "in mode batch"),
         ({"quantise": "int4", "accuracy_level": 4, "mode": "train"}, "in mode train"),
-        ({"quantise": "int4", "precision": "int8"}, "both say how weights are stored"),
+        ({"quantise": "int4", "precision": "int8"}, "both set how weights are stored"),
     ],
 )
 def test_options_that_exclude_each_other(
@@ -450,7 +450,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
     model, x = built("linear")
     with torch.no_grad():
         model.weight[2, 3] = value
-    with pytest.raises(LoraFxError, match="weight: not all of it is finite"):
+    with pytest.raises(LoraFxError, match="weight: it holds NaN or infinite numbers"):
         quantised(capture(model, (x,)), {"int4": THE_WEIGHT})
 
 

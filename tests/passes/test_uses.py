@@ -256,7 +256,7 @@ def test_selectors_and_plans() -> None:
         "share elements": {"include": "*,a@call:1"},
         "share elements ": {"plan": {"a.weight@b.weight": 1, "a.weight@call:1": 1}},
         "matches no target": {"include": "a@call:9"},
-        "which is no target": {"plan": {"a.weight@c.weight": 1}},
+        "which is not a target": {"plan": {"a.weight@c.weight": 1}},
     }.items():
         with pytest.raises(LoraFxError, match=wrong.strip()):
             keys(**options)

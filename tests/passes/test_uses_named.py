@@ -24,7 +24,7 @@ def test_a_use_that_the_model_lacks_is_named() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return torch.tanh(self.embed(ids)) @ self.head.weight.t()
 
-    with pytest.raises(LoraFxError, match=r"its use 'head\.weight', and the model has no such use"):
+    with pytest.raises(LoraFxError, match=r"its use 'head\.weight', but the model has no such use"):
         lora_fx.insert(Bare(), (x,), adapter=adapter)
 
 
@@ -47,6 +47,6 @@ def test_a_live_model_has_them_where_modules_tell_them_apart() -> None:
     assert list(model.adapter()) == list(module.updates)
     lora_fx.detach(model)
     cap, _ = built("Repeated")
-    with pytest.raises(LoraFxError, match=r"layer\.forward has both uses"):
+    with pytest.raises(LoraFxError, match=r"layer\.forward has uses with it and uses without it"):
         lora_fx.attach(cap, rank=2, include="*@*")
     assert not hasattr(cap.model, "adapter")

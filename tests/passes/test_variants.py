@@ -257,8 +257,8 @@ def test_ranks_that_a_start_cannot_have() -> None:
     assert low.frozen == top // 2 and low.scale == 2.0 and "lowered" in notes[0]
     with pytest.raises(LoraFxError, match="calibration could not read"):
         initial(found, plan, "lora", 0, "eva", moments={})
-    with pytest.raises(LoraFxError, match="no init 'svd'"):
+    with pytest.raises(LoraFxError, match="unknown init 'svd'"):
         initial(found, plan, init="svd")
-    with pytest.raises(LoraFxError, match="no variant 'vera'"):
+    with pytest.raises(LoraFxError, match="unknown variant 'vera'"):
         initial(found, plan, "vera")
     assert dataclasses.is_dataclass(low)

@@ -23,8 +23,8 @@ WRONG_PLANS: dict[str, tuple[Any, str]] = {
         Adapter({"fc.weight": LowRank(np.ones((2, 4), "f4"), np.ones((3, 2), "f4"), 2.0)}),
         "rank of 'fc.weight' is of type LowRank",
     ),
-    "a list": ([1], "the plan is of type list"),
-    "a number": (3, "the plan is of type int"),
+    "a list": ([1], "the plan has the type list"),
+    "a number": (3, "the plan has the type int"),
 }
 
 

@@ -67,9 +67,9 @@ def removed(file: Path) -> None:
 CHANGES: dict[str, tuple[Change, str]] = {
     "written over": (written_over, "it was written to"),
     "replaced": (replaced, "another file has its name"),
-    "cut off": (cut_off, "bytes, and has"),
+    "cut off": (cut_off, "bytes and now has"),
     "touched": (touched, "it was written to"),
-    "removed": (removed, "it is gone"),
+    "removed": (removed, "it was removed"),
 }
 
 
@@ -187,7 +187,7 @@ def test_a_shard_that_appears(tmp_path: Path, meanwhile: list[Callable[[], objec
     scene(tmp_path)
     new = tmp_path / "base/model-00003-of-00003.safetensors"
     meanwhile.append(lambda: shutil.copyfile(tmp_path / SHARD, new))
-    with pytest.raises(LoraFxError, match=r"'model-00003-of-00003.safetensors' appeared in it"):
+    with pytest.raises(LoraFxError, match=r"'model-00003-of-00003.safetensors' was added"):
         lora_fx.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -160,7 +160,10 @@ def test_rows_are_followed(name: str, tmp_path: Path) -> None:
 def test_rows_that_mix_are_refused(name: str, tmp_path: Path) -> None:
     body, op = MIXED[name]
     path = saved(tmp_path, body, y="float[batch, a, b] y")
-    with pytest.raises(LoraFxError, match=f"{op} '.' may mix the rows|output 'y' has no row"):
+    with pytest.raises(
+        LoraFxError,
+        match=f"{op} '.' may mix the rows|output 'y' does not have one row for each row",
+    ):
         lora_fx.export(
             path, tmp_path / "b.onnx", adapters=adapters_of(path), mode="batch", provider="cpu"
         )
@@ -248,7 +251,7 @@ NO_BATCH: dict[str, tuple[Callable[[], nn.Module], int, dict[str, Any], str, str
     ),
     "two symbols": (
         Two, 2, {"dynamic": {"x": {0: "n"}, "z": {0: "m"}}}, "found m, n",
-        "one symbol for all of x, z",
+        "one symbol for dimension 0 of x, z",
     ),
     "static": (Pair, 2, {"static": ["x:0"]}, "found none", "leave dimension 0 of x dynamic"),
 }  # fmt: skip

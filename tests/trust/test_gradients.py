@@ -121,7 +121,7 @@ OWN = [Reversed, Quantised, Hooked, Clipped, ModuleHooked]
 def test_insert_refuses_and_attach_keeps_it(kind: type[Two]) -> None:
     torch.manual_seed(0)
     model, x = kind(), torch.randn(5, 4)
-    with pytest.raises(lora_fx.LoraFxError, match="gradient of its own") as e:
+    with pytest.raises(lora_fx.LoraFxError, match="custom gradient") as e:
         lora_fx.insert(model, (x,), rank=2)
     assert "attach" in e.value.hint
     lora_fx.insert(model, (x,), rank=2, dead="allow")
@@ -142,7 +142,7 @@ def test_attach_leaves_a_capture_as_careful_as_it_was() -> None:
     torch.manual_seed(0)
     cap = lora_fx.capture(Reversed(), (torch.randn(5, 4),))
     lora_fx.detach(lora_fx.attach(cap, rank=2))
-    with pytest.raises(lora_fx.LoraFxError, match="gradient of its own"):
+    with pytest.raises(lora_fx.LoraFxError, match="custom gradient"):
         lora_fx.insert(cap, rank=2)
 
 
@@ -161,7 +161,7 @@ class Idle(Memory):
 def test_calls_and_weights_of_every_kind() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 4)
-    with pytest.raises(lora_fx.LoraFxError, match="gradient of its own"):
+    with pytest.raises(lora_fx.LoraFxError, match="custom gradient"):
         lora_fx.insert(Starred(), (x, x), rank=2)
     assert lora_fx.insert(Idle(), (x,), rank=2, include="*", dead="drop").updates
 

@@ -276,16 +276,16 @@ class Masked(nn.Module):
     ("config", "way"),
     [
         (SimpleNamespace(apply_spec_augment=True), "set config.apply_spec_augment = False"),
-        (SimpleNamespace(), "draw them by torch"),
-        (None, "draw them by torch"),
+        (SimpleNamespace(), "draw them with torch"),
+        (None, "draw them with torch"),
     ],
 )
 def test_numbers_of_numpy_are_refused_with_the_way_on(config: Any, way: str) -> None:
     module = lora_fx.insert(Masked(config).eval(), (torch.randn(7, 6),), rank=2, dead="allow")
-    with pytest.raises(lora_fx.LoraFxError, match="draws random numbers by numpy") as caught:
+    with pytest.raises(lora_fx.LoraFxError, match="draws random numbers with numpy") as caught:
         module.train()(torch.randn(7, 6))
     assert caught.value.hint.startswith(way)
-    assert caught.value.hint.endswith("; lora_fx.attach trains the live model")
+    assert caught.value.hint.endswith("; or use lora_fx.attach, which trains the live model")
 
 
 def test_the_way_on_is_one() -> None:

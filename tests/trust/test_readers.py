@@ -137,7 +137,7 @@ def test_what_reads_it_is_said_and_left_alone(name: str, tmp_path: Path) -> None
     assert f"also read: {key}: read by {', '.join(case.said)} too" in str(found)
     row = next(t for t in found.to_json()["targets"] if t["key"] == key)
     assert row["other_readers"] == list(case.said)
-    assert any("where no update reaches it" in n for n in module.report().notes)
+    assert any("where the update does not apply" in n for n in module.report().notes)
     adapter = module.adapter()
     wide = model.w.detach().double()
     want = case.run(model, wide + change(adapter, (8, 8)), wide, x.double())
@@ -153,7 +153,7 @@ def test_what_reads_it_is_said_and_left_alone(name: str, tmp_path: Path) -> None
     assert main(argv) == 2 and not (tmp_path / "merged.safetensors").exists()
     read = lora_fx.load_adapter(tmp_path / "adapter")
     assert read.metadata["other_readers"] == {key: list(case.said)}
-    with pytest.raises(LoraFxError, match="which reads the tensor too") as caught:
+    with pytest.raises(LoraFxError, match="which also reads the tensor") as caught:
         lora_fx.merge(tmp_path / "base.safetensors", read, tmp_path / "merged.safetensors")
     assert "--other-readers" in caught.value.hint
     assert main([*argv, "--other-readers"]) == 0
@@ -162,7 +162,7 @@ def test_what_reads_it_is_said_and_left_alone(name: str, tmp_path: Path) -> None
     report = lora_fx.verify(
         tmp_path / "merged.safetensors", tmp_path / "base.safetensors", adapter=read
     )
-    assert report and any("which the merged tensor changes" in w for w in report.warnings)
+    assert report and any("but the merged tensor changes that too" in w for w in report.warnings)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -211,12 +211,12 @@ def test_the_default_plan_of_attach_leaves_out_what_it_cannot_tell_apart(name: s
     assert key in lora_fx.insert(model, (x,), rank=2).updates
     lora_fx.attach(model, (x,), rank=2)
     (note,) = (n for n in model.report().notes if "left out" in n)
-    assert note.startswith(f"{key}: read by ") and "lora_fx.insert reaches it" in note
+    assert note.startswith(f"{key}: read by ") and "lora_fx.insert can adapt it" in note
     adapter = values(model.adapter().lowrank)
     assert key not in adapter.entries and "own.weight" in adapter.entries
     model.load_adapter(adapter)
     near(model(x), lora_fx.fold(lora_fx.detach(model), (x,), adapter=adapter)(x), ORT_TOL)
-    refused = f"^{key}: read by .* too, where no update reaches it"
+    refused = f"^{key}: read by .* too, where the update does not apply"
     for asked in ({"include": key}, {"plan": {key: 2}}):
         with pytest.raises(LoraFxError, match=refused):
             lora_fx.attach(model, (x,), **asked)

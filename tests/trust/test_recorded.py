@@ -363,7 +363,7 @@ def test_what_could_not_be_run_is_said(tmp_path: Path) -> None:
     plain = lora_fx.insert(OfTheGap().eval(), (example(),), rank=2, include=INCLUDE)
     save_program(plain, tmp_path / "m.pt2")
     notes = open_program(tmp_path / "m.pt2", (), None, None).notes
-    assert any("holds one recorded run, and not the live model" in n for n in notes)
+    assert any("holds one recorded run, not the live model" in n for n in notes)
 
 
 MODEL = """

@@ -126,7 +126,7 @@ def test_a_role_means_its_uses_under_a_key_with_at(name: str, include: str, tmp_
     names = every_name(model)
     for held in {tuple(names), tuple(names[:1]), tuple(names[-1:])}:
         base = stored(model, held, tmp_path / "base.safetensors")
-        with pytest.raises(LoraFxError, match=r"means one use|no tensor for") as caught:
+        with pytest.raises(LoraFxError, match=r"is for one use|no tensor for") as caught:
             lora_fx.merge(base, read, tmp_path / "never.safetensors")
         assert caught.value.exit_code == 2
         assert not (tmp_path / "never.safetensors").exists()
@@ -214,7 +214,7 @@ def test_a_file_without_the_head_by_its_name_is_refused(tmp_path: Path) -> None:
     del file.metadata_props[:]
     onnx.save(file, tmp_path / "o.onnx")
     adapter = adapted(model, ids, "*").adapter()
-    with pytest.raises(LoraFxError, match="only the lookup by this name"):
+    with pytest.raises(LoraFxError, match="under this name the file has only the lookup"):
         lora_fx.merge(tmp_path / "o.onnx", adapter, tmp_path / "never.onnx")
 
 

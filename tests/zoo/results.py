@@ -1,7 +1,7 @@
-"""``python -m tests.zoo.results`` rebuilds RESULTS.md: every model of the zoo, every check.
+"""Run every check on every model of the zoo and write RESULTS.md: `python -m tests.zoo.results`.
 
-Each model runs in a process of its own with a time limit. ``--only NAME ...`` runs some models
-and keeps the rows of the others, which lie in results.json.
+Each model runs in a separate process with a time limit. results.json holds the rows of all models.
+With `--only NAME ...`, only these models run, and the other rows are kept.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ TABLE = HERE / "RESULTS.md"
 PACKAGES = "torch transformers timm torchvision peft onnx onnxscript onnxruntime-gpu numpy"
 COLUMNS = {**OURS, **PEFT}
 RUN = "run"
-"""In a row, beside its columns: when its run began, and how long that took when it ended."""
+"""The key in a row for the time when its run began, and how long that run took."""
 Row = dict[str, list[Any]]  # column: [shown, passes, why]
 
 
 def work(name: str, to: Connection) -> None:
-    """All columns of one model; a process of its own."""
+    """Send the cells of all columns of one model; this runs in a separate process."""
     warnings.simplefilter("ignore")
     for stream in (1, 2):  # ONNX Runtime writes there by itself
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -48,7 +48,7 @@ def work(name: str, to: Connection) -> None:
 
 
 def measure(names: Sequence[str], jobs: int, limit: float, rows: dict[str, Row]) -> None:
-    """Runs models, `jobs` at once, and fills their rows as they come."""
+    """Run models, `jobs` at a time, and fill their rows when results arrive."""
     context = multiprocessing.get_context("fork")  # the packages are imported once
     todo, began = list(names), time.monotonic()
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -96,7 +96,7 @@ def measure(names: Sequence[str], jobs: int, limit: float, rows: dict[str, Row])
 
 
 def write(rows: dict[str, Row]) -> None:
-    """The rows, one a line, and the table."""
+    """Write results.json, one row a line, and the table."""
     known = {name: rows[name] for name in ZOO if name in rows}
     lines = [f"{json.dumps(n)}: {json.dumps(r, ensure_ascii=False)}" for n, r in known.items()]
     ROWS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -104,12 +104,12 @@ def write(rows: dict[str, Row]) -> None:
 
 
 def passes(row: Row, columns: Sequence[str]) -> bool:
-    """True when every one of these columns passes."""
+    """True if all of these columns pass."""
     return all(row.get(c, ["", False, ""])[1] for c in columns)
 
 
 def table(rows: dict[str, Row]) -> str:
-    """The whole document."""
+    """The text of RESULTS.md."""
     notes: dict[str, int] = {}
     body = []
     for name, row in rows.items():
@@ -150,10 +150,10 @@ def _runs(rows: dict[str, Row]) -> list[str]:
         runs.setdefault((stamp, wall), []).append(name)
     (stamp, wall), *more = sorted(runs, key=lambda r: -len(runs[r]))
     took = f" ({wall})" if wall else ""
-    lines = [f"- {len(runs[stamp, wall])} rows are of one run, begun {stamp}{took}."]
+    lines = [f"- {len(runs[stamp, wall])} rows come from one run, which began {stamp}{took}."]
     for other in more:
         names = ", ".join(f"`{n}`" for n in runs[other])
-        lines.append(f"- Of a run of some rows by themselves, begun {other[0]}: {names}.")
+        lines.append(f"- These rows come from a run that began {other[0]}: {names}.")
     return lines
 
 
@@ -174,39 +174,54 @@ def _top(rows: dict[str, Row]) -> list[str]:
     return [
         "# The zoo, model by model",
         "",
-        "Written by `python -m tests.zoo.results`; edited by nobody. Random weights, every",
-        "parameter redrawn, rank 2, on the CPU.",
+        "Written by `python -m tests.zoo.results`; do not edit it by hand. The models have random",
+        "weights; every parameter is redrawn. Rank 2, on the CPU.",
         "",
-        f"- {len(rows)} models, {len(able)} of which torch.export can capture"
-        f" ({refused} it cannot by design).",
+        f"- {len(rows)} models. torch.export can capture {len(able)} of them; {refused} are there"
+        " because it refuses them.",
         f"- **{whole} of {len(able)}** pass every column of lora-fx. Column by column: {single}.",
         f"- {theirs} of {len(able)} pass every column of PEFT. Column by column: {peft_single}.",
         *_runs(rows),
         f"- {today}, Python {platform.python_version()}, {packages}.",
         "",
-        "Columns: capture in eval and train mode; number of targets; the share of the weight",
-        "matmuls' FLOPs that targets reach; whether those, the refused ones (depthwise only) and",
-        "those between activations are torch's own count, within .1 %; the effect of a random",
-        "adapter on the output (.05 to 5); whether every lora_B gets a gradient; insert against",
-        "the original's code on W + s·BA in fp64; fold against insert (gate 1e-6); the ONNX file;",
-        "ONNX Runtime against insert at three sizes (gate 2e-6; beyond either, 4 × the model's own",
-        "fp32 error). Targets that move no output are left out of three models, by name; the",
-        "effect column also asks that the original stays within 1e-12 in fp64 when such a weight",
-        "changes by half. Beside them PEFT:",
-        "`all-linear` with a random adapter: adapted modules, effect, how many of them get a",
-        f"gradient, `merge_and_unload` against unmerged and ONNX Runtime against merged (gate"
+        "Columns of lora-fx:",
+        "",
+        "- eval, train: capture in this mode.",
+        "- targets: the number of targets.",
+        "- share: the share of the weight matmuls' FLOPs that targets reach.",
+        "- FLOPs: the FLOPs of the targets, of the refused weights (depthwise only) and of the",
+        "  matmuls between activations, together, equal torch's own count within .1 %.",
+        "- effect: how much a random adapter changes the output (.05 to 5). Three models leave",
+        "  out, by name, targets that change no output; the original model must stay within 1e-12",
+        "  in fp64 when such a weight changes by half.",
+        "- gradient: every lora_B gets a gradient.",
+        "- W+s·BA: insert against the original's code on W + s·BA in fp64.",
+        "- fold: fold against insert (gate 1e-6).",
+        "- ONNX: the ONNX file is written.",
+        "- ORT ×3: ONNX Runtime against insert at three sizes (gate 2e-6). Here and for fold,",
+        "  a model above the gate may differ by 4 × its own fp32 error.",
+        "",
+        "Columns of PEFT, `all-linear` with a random adapter: the number of adapted modules; the",
+        "effect; how many modules get a gradient; `merge_and_unload` against the unmerged model;",
+        "the ONNX file of the merged model; ONNX Runtime against the merged model (gate"
         f" {PEFT_TOL:g},",
-        "one static size). Bold cells fail; the number points to the reason.",
+        "one static size).",
+        "",
+        "Bold cells fail; the number is that of the reason below the table.",
         "",
     ]
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.results", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ZOO))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds for one model")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=list(ZOO), help="Run only these models."
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="Models at a time.  [default: 2]")
+    parser.add_argument(
+        "--limit", type=float, default=150.0, help="Seconds for one model.  [default: 150]"
+    )
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

@@ -19,7 +19,7 @@ from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.ir.quantised import Quantised
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Where outputs 0 to 7 lie in a word, in codes from the lowest bits."""
+"""The positions of outputs 0 to 7 in a word, in codes from the lowest bits."""
 
 
 def awq(parts: Parts) -> QuantisedWeight:

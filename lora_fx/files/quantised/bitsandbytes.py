@@ -41,7 +41,7 @@ INT8_UNIT = 7.874015718698502e-3
 
 @dataclass(frozen=True)
 class _State:
-    """What the quant_state of a weight says.
+    """The fields of a weight's quant_state.
 
     Attributes:
         kind: nf4 or fp4.
@@ -108,10 +108,10 @@ def _read_state(parts: Parts) -> _State:
     shape = state.get("shape")
     block = state.get("blocksize")
     if state.get("quant_type") != kind or not is_whole(block) or block < 1:
-        problem = f"says {state.get('quant_type')!r} in blocks of {block!r}"
+        problem = f"has {state.get('quant_type')!r} in blocks of {block!r}"
         raise parts.wrong(name, problem, f"{kind!r} in blocks of 1 or more")
     if not _is_shape(shape):
-        raise parts.wrong(name, f"says the shape {shape!r}", "sizes from 1 up")
+        raise parts.wrong(name, f"has the shape {shape!r}", "sizes of 1 or more")
     nested_block = state.get("nested_blocksize")
     return _State(kind, tuple(shape), block, nested_block, state.get("nested_offset"))
 
@@ -171,7 +171,7 @@ def int8(parts: Parts) -> QuantisedWeight:
             order = parts.read("weight_format").reshape(-1)
             if order.any():
                 raise parts.wrong(
-                    "weight_format", f"is {order}, an order for GPUs", "0, row by row"
+                    "weight_format", f"is {order}, an element order for GPUs", "0, row by row"
                 )
         codes = parts.read("weight", rows)
         scale = parts.read("SCB", rows)

@@ -33,10 +33,10 @@ INTEGERS = ("int8", "int32", "int64")
 
 
 def altered(config: JsonView) -> str:
-    """Why the weights of a quantization_config are not those of the model; empty where they are."""
+    """Why a quantization_config stores other weights than the model's; empty if it does not."""
     for name in ("transform_config", "sparsity_config"):
         if config.get(name):
-            return f"config.json has a {name}: its weights are not the model's"
+            return f"config.json has a {name}, so the stored weights are not the model's weights"
     return ""
 
 
@@ -47,7 +47,7 @@ def compressed(parts: Parts) -> QuantisedWeight:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
     if parts.has("weight_global_scale"):
-        raise parts.wrong("weight_global_scale", "is there", "one level of scales: no NVFP4")
+        raise parts.wrong("weight_global_scale", "exists", "one level of scales, so no NVFP4")
     if parts.has("weight_packed"):
         return _packed(parts)
     return _plain(parts)
@@ -102,7 +102,7 @@ def _signed(codes: Array, bits: int) -> Array:
 def _with_scales(
     parts: Parts, shape: tuple[int, ...], bits: int, codes: Array, rows: slice
 ) -> Quantised:
-    """Codes of rows with the scales, zero points and groups of columns beside them.
+    """Codes of rows with their scales, zero points and groups of columns.
 
     Args:
         parts: The module's.

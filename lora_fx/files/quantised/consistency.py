@@ -52,12 +52,16 @@ def checked(where: str, q: Quantised) -> Quantised:
         q: The weight.
 
     Raises:
-        LoraFxError: Blocks, scales, zeros or codes that cannot be those of one weight.
+        LoraFxError: Blocks, scales, zeros or codes that do not fit each other.
     """
     if 0 in q.shape or not q.shape:
         raise wrong(where, f"has codes {list(q.shape)}", "the codes of a weight")
     if len(q.block) not in (1, len(q.shape)) or min(q.block) < 1:
-        raise wrong(where, f"has blocks of {list(q.block)}", "a size from 1 up an axis, or one")
+        raise wrong(
+            where,
+            f"has blocks of {list(q.block)}",
+            "one size of 1 or more for each axis, or one for all",
+        )
     if q.scale.dtype.kind in "iub":
         raise wrong(where, f"has scales of {q.scale.dtype}", "floats")
     blocks = blocks_in(q.shape, q.block)
@@ -65,7 +69,7 @@ def checked(where: str, q: Quantised) -> Quantised:
     zero = None if q.zero is None else shaped(where, "zero points", q.zero, blocks)
     for what, array in (("scale", scale), ("zero point", zero), ("code", q.codes)):
         if array is not None and array.dtype.kind not in "iub" and not finite(array):
-            raise wrong(where, f"has a {what} that is no number", "finite numbers")
+            raise wrong(where, f"has a {what} that is not finite", "finite numbers")
     if q.levels is not None and (not finite(q.levels) or q.codes.max() >= len(q.levels)):
         raise wrong(where, f"has codes up to {q.codes.max()}", f"{len(q.levels)} finite levels")
 

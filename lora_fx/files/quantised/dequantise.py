@@ -101,7 +101,7 @@ _BESIDE = ("_scale", "_scale_inv", "_scales", "_weight_scale", ".absmax")
 
 
 def refuse_left(base: Checkpoint) -> None:
-    """Raise where a view has codes, or scales of a module's inputs, that no float model reads."""
+    """Raise if a view has codes, or scales of a module's inputs, that no float model reads."""
     is_awq = False
     if base.of is not None:
         quantisation = base.of.config().get("quantization_config")
@@ -112,8 +112,8 @@ def refuse_left(base: Checkpoint) -> None:
         are_scales_of_inputs = is_awq and name.endswith(".scales")  # AutoAWQ's ScaledActivation
         if are_codes or is_float8 or are_scales_of_inputs:
             raise LoraFxError(
-                f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, of a layout "
-                "that is not read; a model of floats would take it for numbers",
+                f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, in a layout "
+                "that lora-fx does not read; a float model would read its codes as values",
                 "use the checkpoint that it was quantised from",
             )
 
@@ -138,8 +138,8 @@ def view_notes(base: Checkpoint) -> list[str]:
     activation_scales = [name for name in parts if name.endswith(ACTIVATIONS)]
     if activation_scales:
         notes.append(
-            f"left out, {len(activation_scales)} scales of activations: "
-            f"{some(activation_scales, 2)}: the output computes in floats"
+            f"left out {len(activation_scales)} scales of activations "
+            f"({some(activation_scales, 2)}), because the output computes in floats"
         )
 
     config = base.config()
@@ -147,8 +147,8 @@ def view_notes(base: Checkpoint) -> list[str]:
     wider = _float_dtypes(base) - {"bfloat16"}
     if dtype_of_config == "bfloat16" and wider:
         notes.append(
-            f"config.json says {dtype_of_config} now, as the weights that were codes; the others "
-            f"stay {' and '.join(sorted(wider))}, and transformers rounds them when it loads: "
+            f"config.json now has dtype {dtype_of_config}, as the dequantised weights; the others "
+            f"stay {' and '.join(sorted(wider))}, and transformers rounds them on loading: "
             f"--dtype {min(wider)} keeps them"
         )
     return notes
@@ -165,7 +165,7 @@ def _float_dtypes(base: Checkpoint) -> set[str]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """A block whose errors get the name of a file: a format knows no files."""
+    """A block whose errors get the name of a file, because formats do not know it."""
     try:
         yield
     except LoraFxError as error:

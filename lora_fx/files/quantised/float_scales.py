@@ -56,5 +56,5 @@ def powers(parts: Parts, exponents: Array, name: str = "weight_scale") -> Array:
     """
     stored = exponents.view(np.uint8)
     if (stored == 255).any():
-        raise parts.wrong(name, "has an exponent of 255, which is no number", "0 to 254")
+        raise parts.wrong(name, "has an exponent of 255, which means NaN", "0 to 254")
     return np.ldexp(np.float32(1), stored.astype(np.int32) - 127)

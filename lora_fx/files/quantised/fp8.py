@@ -1,4 +1,4 @@
-"""Weights in floats of 8 bits, with scales beside them.
+"""Weights in 8-bit floats with scales.
 
     weight              float8_e4m3fn [out, in]
     weight_scale_inv    float [⌈out/B⌉, ⌈in/B⌉], blocks of B×B, 128 where config.json names no
@@ -50,7 +50,7 @@ def fp8_blocks(parts: Parts, quantisation: JsonView) -> QuantisedWeight:
     n_rows, n_columns = shape
     block = quantisation.get("weight_block_size") or [BLOCK, BLOCK]
     if not _are_two_sizes(block):
-        raise parts.wrong("weight", f"has blocks of {block!r}, as config.json says", "two sizes")
+        raise parts.wrong("weight", f"has blocks of {block!r} in config.json", "two sizes")
     # A block that is larger than the weight is one block, however large it is said to be.
     block_rows = min(block[0], max(n_rows, BLOCK))
     block_columns = min(block[1], max(n_columns, BLOCK))

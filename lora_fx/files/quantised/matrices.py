@@ -55,7 +55,11 @@ def below(where: str, matrices: Sequence[Quantised]) -> Quantised:
     have_whole_blocks = not first.flat or first.codes.size % first.block[0] == 0
     have_moved_columns = any(q.order is not None for q in matrices)
     if not are_alike or not have_whole_blocks or have_moved_columns:
-        raise wrong(where, "has matrices in blocks that differ", "blocks of one kind, none moved")
+        raise wrong(
+            where,
+            "has matrices with different blocks",
+            "blocks of one size, in the order of the columns",
+        )
 
     zero: Array | None = None
     if any(q.zero is not None for q in matrices):

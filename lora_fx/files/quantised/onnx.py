@@ -86,7 +86,7 @@ def as_matmul_nbits(where: str, q: Quantised, *, strict: bool = True) -> MatMulN
         problem = f"codes {q.codes.dtype} {list(q.shape)} in blocks of {list(q.block)}"
         raise _unfit(where, problem, "a matrix of integers in blocks along its rows")
     if strict and q.order is not None:
-        raise _unfit(where, "its columns in another order", "columns in their own places")
+        raise _unfit(where, "its columns in another order", "columns in the order of the weight")
     rows, length = q.shape
     block_rows, block_columns = q.block
     shift, bits = _shift_and_bits(where, q.codes)
@@ -174,4 +174,4 @@ def _zero_points(where: str, zero: Array, shift: int, bits: int) -> Array | None
 
 def _unfit(where: str, found: str, expected: str) -> LoraFxError:
     """The error of a weight that the operator cannot hold."""
-    return wrong(where, f"has {found}", f"what the operator holds, {expected}", "dequantise it")
+    return wrong(where, f"has {found}", f"{expected}, as the operator requires", "dequantise it")

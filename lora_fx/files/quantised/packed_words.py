@@ -1,4 +1,4 @@
-"""Where codes lie that are packed into words."""
+"""The positions of codes that are packed into words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def packed_range(rows: slice, codes: int, words: int = 1) -> slice:
 
 
 def bits_of(length: int, words: int) -> int:
-    """How many bits each of `length` codes has that lie in `words` words of 32 bits.
+    """The number of bits of each of `length` codes in `words` words of 32 bits.
 
     0 where no number of bits from 2 to 8 would do, or several would.
 

@@ -1,4 +1,4 @@
-"""A quantised weight that lies in a checkpoint: how it is read, and how it is quantised anew."""
+"""A quantised weight in a checkpoint: functions to read it and to quantise it again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ values in fp32, and what was added to the values.
 
 
 class Recoding(NamedTuple):
-    """How a weight is quantised anew.
+    """The way to quantise a weight again.
 
     Attributes:
         recode: Quantises rows anew.
@@ -91,7 +91,7 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """A quantised weight that lies in a checkpoint.
+    """A quantised weight in a checkpoint.
 
     Attributes:
         format: Its format, for people.

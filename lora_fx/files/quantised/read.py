@@ -1,4 +1,4 @@
-"""Which weights of a checkpoint are quantised, how, and each of them as one `Quantised`.
+"""Find the quantised weights of a checkpoint and their formats, and read them.
 
 The tensors beside a weight say that it is quantised, and `quantization_config` of config.json in
 which layout. Shapes and bits come from headers, and where a format keeps them in a small tensor
@@ -38,7 +38,7 @@ SIBLINGS = {
     "weight_scale": "compressed-tensors or FP8 with a scale",
     "weight_scale_inv": "FP8 in blocks",
 }
-"""Tensors NAME.… beside a quantised weight NAME.weight → their format; the first found counts."""
+"""Tensors NAME.… of a quantised weight NAME.weight → its format; the first match decides."""
 
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_zero_point")
 """Parts that quantise the values that a weight is multiplied with."""
@@ -55,7 +55,7 @@ _TensorsOrArrays = Mapping[str, TensorInfo | Array]
 
 
 def scheme_of(name: str, tensors: _TensorsOrArrays) -> str:
-    """How the weight of this name is quantised, by the tensors beside it; empty where it is not."""
+    """The format of a quantised weight, from the tensors with it; empty if it is not quantised."""
     module = name.removesuffix(".weight")
     for sibling, scheme in SIBLINGS.items():
         if f"{module}.{sibling}" in tensors:
@@ -126,13 +126,13 @@ def _weight(name: str, tensors: _TensorsOrArrays, config: JsonView) -> Quantised
             return gptq(parts, 2 if layout == "gptq_v2" else 1)
 
     if parts.has("pre_quant_scale"):
-        return _unread(name, tensors, "pre_quant_scale beside it")
+        return _unread(name, tensors, "it has a pre_quant_scale")
     alteration = altered(quantisation)
     if alteration:
         return _unread(name, tensors, alteration)
     weight = _with_scales(parts, quantisation)
     if weight is None:
-        return _unread(name, tensors, "config.json does not say in which of its layouts")
+        return _unread(name, tensors, "config.json does not give its layout")
     return weight
 
 
@@ -158,12 +158,12 @@ def _with_scales(parts: Parts, quantisation: JsonView) -> QuantisedWeight | None
 
 
 def _unread(name: str, tensors: _TensorsOrArrays, why: str) -> QuantisedWeight:
-    """A weight in a format that is not read; its `read` raises, and says why."""
+    """A weight in a format that is not read; its `read` raises with the reason."""
     scheme = scheme_of(name, tensors)
 
     def read(rows: slice = ALL) -> Quantised:
         raise LoraFxError(
-            f"weight {one_line(repr(name), 160)} is quantised ({scheme}), and not read: {why}",
+            f"weight {one_line(repr(name), 160)} is quantised ({scheme}) and cannot be read: {why}",
             "use the checkpoint that it was quantised from",
         )
 

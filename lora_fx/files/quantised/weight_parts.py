@@ -63,7 +63,7 @@ class Parts:
         if not any_axes:
             expected += f" [{', '.join(str(size or 'any') for size in shape)}]"
         if not self.has(part):
-            raise self.wrong(part, "is not there", expected)
+            raise self.wrong(part, "is missing", expected)
 
         dtype = self.dtype(part)
         sizes = self.tensors[self._full_name(part)].shape
@@ -138,7 +138,7 @@ class Parts:
                 raise LoraFxError(
                     f"tensor {scales_name!r}: {scales.dtype} cannot hold the scale of row "
                     f"{rows.start + row}, whose largest value is {np.abs(weight[row]).max():g}",
-                    "the adapter or its scale is broken",
+                    "check the adapter and its scale",
                 )
             recoded = replace(q, scale=steps).nearest(weight, 8)
             return recoded, [

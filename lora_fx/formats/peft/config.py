@@ -39,9 +39,9 @@ KASA = {"beta": 1e-4, "gamma": 1e-3}
 """kasa_config as we write it: PEFT's defaults, of a loss that its user may add."""
 _NOT_REDONE = {
     "pissa_niter_": "its fast SVD starts from random numbers",
-    "corda": "what it took off depends on the data it saw",
-    "lora_ga": "what it took off depends on gradients on the data it saw",
-    "loftq": "it quantised them",
+    "corda": "the subtracted part depends on training data",
+    "lora_ga": "the subtracted part depends on gradients of training data",
+    "loftq": "it quantised the weights",
 }
 _LISTS = ("target_parameters", "modules_to_save")
 _FLAGS = (
@@ -75,14 +75,14 @@ KNOWN = SHARED | frozenset((
 
 
 def check_config(config: JsonView, where: str) -> list[str]:
-    """Notes on a config that can be read.
+    """Check a config and return notes about it.
 
     Args:
         config: The JSON object.
         where: Its file, for messages.
 
     Raises:
-        LoraFxError: A field says that the tensors mean something else than s·B·A.
+        LoraFxError: A field gives the tensors another meaning than s·B·A.
     """
     _check_supported(config, where)
     _check_types(config, where)
@@ -116,7 +116,7 @@ def _check_supported(config: JsonView, where: str) -> None:
         value = config.get(name)
         # Not plain truth: alora_invocation_tokens and token indices may be a list with only a 0.
         if value not in (None, False, [], {}, ""):
-            raise LoraFxError(f"{where}: {name} is {value!r}; expected it off: {why}", hint)
+            raise LoraFxError(f"{where}: {name} is {value!r}; expected no {name}: {why}", hint)
 
 
 def _check_types(config: JsonView, where: str) -> None:
@@ -139,7 +139,7 @@ def _are_names(value: object) -> bool:
 
 
 def _check_groups(config: JsonView, where: str) -> None:
-    """Raise for a QA-LoRA that PEFT has not."""
+    """Raise for a QA-LoRA config that PEFT does not support."""
     size = config.get("qalora_group_size", GROUP)
     if not is_whole(size) or size < 1:
         raise wrong_field(
@@ -164,7 +164,7 @@ def group_of(config: JsonView, a: Array, where: str) -> int:
         where: The file and the tensor, for messages.
 
     Raises:
-        LoraFxError: A group so large that A, with a column for each input, is no layer's.
+        LoraFxError: A group so large that A, with a column for each input, fits no real layer.
     """
     if not config.get("use_qalora"):
         return 0
@@ -173,19 +173,19 @@ def group_of(config: JsonView, a: Array, where: str) -> int:
         return 0
     if size * a.size > WIDEST:
         raise wrong_field(
-            f"{where} is {list(a.shape)}, for groups of {size} inputs each (qalora_group_size); "
-            f"expected {WIDEST} elements at most, groups written out"
+            f"{where} is {list(a.shape)} for groups of {size} inputs (qalora_group_size); "
+            f"expected at most {WIDEST} elements with one column for each input"
         )
     return size
 
 
 def wrong_field(what: str) -> LoraFxError:
-    """An error about a field that holds what PEFT would not write."""
+    """An error about a field with a value that PEFT does not write."""
     return LoraFxError(what, "correct the file, or save the adapter again with PEFT")
 
 
 def mutation(config: JsonView) -> str:
-    """pissa, olora or kasa, where PEFT took a part off linear base weights; else empty."""
+    """pissa, olora or kasa, if PEFT subtracted a part from linear base weights; else empty."""
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
     if name in REDONE:
@@ -214,7 +214,7 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
     n = options.get("nblocks")
     if type(n) is not int or n < 1 or stored.ndim != 2 or len(stored) % n:
         raise wrong_field(
-            f"{where}: use_bdlora gives {n!r} blocks; expected a number of them that divides the "
+            f"{where}: use_bdlora gives {n!r} blocks; expected a number that divides the "
             f"{len(stored)} rows of factor {half.upper()} of {module!r}"
         )
     rows = len(stored) // n
@@ -225,28 +225,32 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
 
 
 def _check_init(config: JsonView, where: str) -> None:
-    """Raise for a start that changed the base weights in a way that cannot be redone."""
+    """Raise for an initialisation that changed the base weights and cannot be repeated."""
     init = config.get("init_lora_weights", True)
     problem = f"{where}: init_lora_weights is {init!r}"
     if mutation(config) == "olora" and config.get("fan_in_fan_out"):
         raise LoraFxError(
-            f"{problem} with fan_in_fan_out; PEFT takes the QR of the wrong side", MERGE
+            f"{problem} with fan_in_fan_out, where PEFT computes the QR of the transposed weight",
+            MERGE,
         )
     name = str(init).lower()
     if config.get("kasa_config") and name in REDONE:
-        raise LoraFxError(f"{problem} beside kasa_config; expected one start", MERGE)
+        raise LoraFxError(
+            f"{problem} together with kasa_config; expected one initialisation", MERGE
+        )
     if init in (True, False, None) or name in REDONE:
         return
     for prefix, why in _NOT_REDONE.items():
         if name.startswith(prefix):
             raise LoraFxError(
                 f"{problem}; expected one that keeps the base weights, or {' or '.join(REDONE)}: "
-                f"this one changes them and that cannot be redone: {why}",
+                f"this one changes the weights, which cannot be repeated because {why}",
                 _CONVERT,
             )
     if name not in KEEPS_BASE:
         raise LoraFxError(
-            f"{problem}; expected one of peft 0.21.2: another may change the base weights", _CONVERT
+            f"{problem}; expected a value of peft 0.21.2: others may change the base weights",
+            _CONVERT,
         )
 
 

@@ -34,8 +34,8 @@ def encode(adapter: Adapter) -> Encoded:
     for key, entry in adapter.entries.items():
         if not isinstance(entry, (LowRank, Full, Dense, ReplacedRows)):
             raise LoraFxError(
-                f"{key!r} is {name_of(entry)}; peft_type LORA has no such update",
-                "--as lora --rank R makes LoRA of it; kohya files hold LoHa and LoKr",
+                f"{key!r} is {name_of(entry)}, which peft_type LORA cannot store",
+                "--as lora --rank R turns it into LoRA; kohya files hold LoHa and LoKr",
             )
     return _Writer(adapter).run()
 
@@ -82,7 +82,7 @@ class _Writer:
         saved_modules = self._write_full(written_biases, names_of_peft)
         self._write_rows(names_of_peft | set(saved_modules))
         if not self.peft_forms:
-            self.notes.append("PEFT will not load this adapter: it has no update that it can apply")
+            self.notes.append("PEFT will not load this adapter: PEFT can apply none of its updates")
 
         metadata = {
             name: value for name, value in self.adapter.metadata.items() if name not in _DERIVED
@@ -104,7 +104,10 @@ class _Writer:
                 size = variant_of(update).constant_over
             sizes.add(size)
         if len(sizes) > 1:
-            self.notes.append("QA-LoRA of one group size is not all: plain LoRA says the same")
+            self.notes.append(
+                "the updates have several QA-LoRA group sizes, so they are written as plain LoRA "
+                "with the same ΔW"
+            )
             return 0
         return max(sizes, default=0)
 
@@ -149,11 +152,11 @@ class _Writer:
             self.fields["init_lora_weights"] = start
 
     def _write_update(self, key: str, update: LowRank) -> None:
-        """Write the tensors of a low-rank update, and its row unless PEFT's names say all."""
+        """Write the tensors of a low-rank update, and a JSON row if PEFT's names do not suffice."""
         form = self.forms[key]
         if form.kind == "own":
             names, tensors = self._own_tensors(key, update)
-            self.notes.append(f"PEFT will not see the update of {key!r}: {form.why}")
+            self.notes.append(f"PEFT will not load the update of {key!r}: {form.why}")
         else:
             names, tensors = self._peft_tensors(form, update)
         for name, tensor in tensors.items():
@@ -235,18 +238,21 @@ class _Writer:
         return numbers
 
     def _set_parameters(self, parameters: set[str]) -> None:
-        """Set target_parameters, and what PEFT wants beside it."""
+        """Set target_parameters, and the other fields that PEFT needs with it."""
         self.fields["target_parameters"] = sorted(parameters)
         self.fields[VERSION] = self.adapter.metadata.get("peft", {}).get(VERSION)
         layouts = [self.updates[key].layout for key in parameters & set(self.peft_forms)]
         if any(layout and layout.out == (2,) for layout in layouts):
             self.notes.append(
-                "PEFT takes stacks [E, in, out] so where their module says is_transposed, as "
-                "gpt-oss does; else lora-fx convert --format peft --model-type TYPE turns them"
+                "PEFT reads stacks [E, in, out] only if their module sets is_transposed, as "
+                "gpt-oss does; otherwise convert them with lora-fx convert --format peft "
+                "--model-type TYPE"
             )
         if self.adapter.metadata.get("dropout"):
             self.fields["lora_dropout"] = 0.0
-            self.notes.append("lora_dropout is 0 in the config: PEFT has none for parameters")
+            self.notes.append(
+                "lora_dropout is 0 in the config, because PEFT has no dropout for parameters"
+            )
 
     def _write_changes_of_biases(self) -> set[str]:
         """Write what acts on biases, and every other whole ΔW.
@@ -282,7 +288,7 @@ class _Writer:
         trained: set[str],
         biases_of_b: Mapping[str, Dense],
     ) -> bool:
-        """Whether lora_bias can say the biases of B, and the config may have it."""
+        """Whether lora_bias can express the biases of B, and the config can have it."""
         if not biases_of_b:
             return False
         needed = {key for key, (_, form) in layers.items() if not form.is_in_proj}
@@ -293,7 +299,7 @@ class _Writer:
         return not (self.fields["use_dora"] or has_start or self.has_stacks)
 
     def _is_bias_of_b(self, change: Dense, owner: str, form: PeftForm) -> bool:
-        """True where lora_bias says just this change."""
+        """True if lora_bias expresses exactly this change."""
         if form.is_in_proj or change.layout is not None:
             return False
         update = self.updates[owner]
@@ -318,7 +324,7 @@ class _Writer:
             name = f"{OWN}{key}.dense"
             self._put(key, name, change.value)
             self.rows[key] = {"dense": name, **to_json(change, "scale", "layout", "extra")}
-            self.notes.append(f"PEFT will not see the change of {key!r}: it is a whole ΔW")
+            self.notes.append(f"PEFT will not load the change of {key!r}: it is a whole ΔW")
 
     def _write_trained_biases(
         self, layers: Mapping[str, tuple[str, PeftForm]], trained: set[str]
@@ -373,7 +379,7 @@ class _Writer:
             saved_twins = [twin for twin in value.twins if twin not in unsaved]
             self.rows[key] = {"full": name, "tied": saved_twins or value.tied}
             if key in unsaved:
-                self.notes.append(f"PEFT will not see the whole tensor {key!r}: {unsaved[key]}")
+                self.notes.append(f"PEFT will not load the whole tensor {key!r}: {unsaved[key]}")
         self.notes += partly_held(saved_modules, full)
         return saved_modules
 
@@ -394,7 +400,10 @@ class _Writer:
                 token_indices[module] = list(entry.index)
             else:
                 name = f"{OWN}{key}.rows"
-                self.notes.append(f"PEFT will not see the rows of {key!r}: no module of its own")
+                self.notes.append(
+                    f"PEFT will not load the rows of {key!r}: they need a module without another "
+                    "update"
+                )
             self._put(key, name, entry.value)
             self.rows[key] = {"rows": name, "index": list(entry.index)}
         if token_indices:
@@ -407,7 +416,10 @@ class _Writer:
                 f"{key!r} has an empty tensor, shape {list(array.shape)}", "leave it out"
             )
         if is_float(array) and not finite(array):
-            raise LoraFxError(f"{key!r} has NaN or infinite values", "training may have diverged")
+            raise LoraFxError(
+                f"{key!r} has NaN or infinite values",
+                "training may have diverged; use an earlier checkpoint",
+            )
         self.tensors[name] = array
 
 
@@ -438,6 +450,6 @@ def _check_one_update_a_layer(forms: Mapping[str, PeftForm]) -> None:
             raise LoraFxError(
                 f"the updates of {keys[form.lead]!r} and {key!r} both act on the module "
                 f"{form.module!r}; expected one",
-                "one tensor has one update; merge the two first",
+                "merge the two updates first",
             )
         keys[form.lead] = key

@@ -1,4 +1,4 @@
-"""Adapters as PEFT stores them: adapter_config.json beside adapter_model.safetensors.
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 ΔW of a module X is s · B · A with s = lora_alpha / r, or lora_alpha / √r with use_rslora; the rank
 and alpha of single modules come from rank_pattern and alpha_pattern. Modules of modules_to_save
@@ -77,7 +77,7 @@ def read(path: str | Path) -> Adapter:
         so shapes go first); "untouched_targets": names in target_modules without a tensor.
 
     Raises:
-        LoraFxError: Anything that would change the result in silence: see `config.REFUSED`,
+        LoraFxError: Anything that would silently change the result: a field in `config.REFUSED`,
             half a pair, shapes that do not fit, empty or non-finite tensors, unknown names.
     """
     path = Path(path)
@@ -87,9 +87,9 @@ def read(path: str | Path) -> Adapter:
     config, where = config_of(weights, ours)
     if config is None:
         raise LoraFxError(
-            f"{weights}: no config in its metadata and no {CONFIG} beside it; expected one "
-            "of the two: the scale of the updates is stored there",
-            f"put the {CONFIG} of the adapter beside the file",
+            f"{weights}: no config in its metadata and no {CONFIG} next to it; expected one of "
+            "the two, which gives the scale of the updates",
+            f"copy the adapter's {CONFIG} next to the file",
         )
     decode_type = _decoder(config.get("peft_type"), where)
     source = PeftFile(str(weights), tensors=tensors, config=config, config_file=where)
@@ -115,7 +115,7 @@ def names_variant(peft_type: object) -> bool:
 
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
-    """The config inside our JSON or beside the file, None where there is neither; and its place.
+    """(config, its place): inside lora-fx's JSON or next to the file; None if there is neither.
 
     Regular expressions in it are counted anew, under the name of that place.
     """

@@ -1,4 +1,4 @@
-"""The form in which PEFT can say an update, if any, and its tensors in that form.
+"""The form in which PEFT can store an update, if any, and its tensors in that form.
 
 linear, conv, embedding and stack (a parameter of target_parameters) are PEFT's, under
 `base_model.model.`; own is ours, under `lora_fx.`, for what PEFT cannot say. Shapes and names are
@@ -34,7 +34,7 @@ _CONV_OPS = ("", "conv1d", "conv2d", "conv3d", "conv")
 
 @dataclass(frozen=True)
 class PeftForm:
-    """How one update is written.
+    """The form of one update in a file.
 
     Attributes:
         kind: linear, conv, embedding, stack or own.
@@ -173,7 +173,7 @@ def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> di
 def _parameters_beside_stacks(
     forms: Mapping[str, PeftForm], changed: Mapping[str, PeftForm]
 ) -> dict[str, PeftForm]:
-    """Linear layers that have to be parameters beside stacks, since PEFT takes them for experts.
+    """Linear layers that must be parameters next to stacks, since PEFT takes them for experts.
 
     Args:
         forms: Of all updates.
@@ -203,12 +203,12 @@ def _is_parameter_stack(key: str, update: LowRank) -> bool:
 
 
 def _is_as_read(update: LowRank) -> bool:
-    """True for an update as the reader gave it."""
+    """True for an update that a reader returned, without a layout and a use."""
     return update.layout is None and not update.use
 
 
 def form_of(key: str, update: LowRank) -> PeftForm:
-    """The form in which PEFT can say an update by itself, or own with the reason."""
+    """The form in which PEFT can store an update; kind "own", with the reason, if it cannot."""
     origin = update.origin
     name = update.use or key
     module = name.removesuffix(".weight")
@@ -216,11 +216,13 @@ def form_of(key: str, update: LowRank) -> PeftForm:
     if update.use.startswith("op:"):
         return PeftForm("own", why=f"it acts on one use only ({update.use})")
     if split_use(key)[1].startswith("call:"):
-        return PeftForm("own", why="it acts on one call of several")
+        return PeftForm("own", why="it acts on one of several calls")
     if is_shared and not (origin.twins and _is_as_read(update)):
         return PeftForm("own", why=_SHARED)
     if key.endswith("]"):
-        return PeftForm("own", why="it covers a part of the tensor (convert --fuse --base)")
+        return PeftForm(
+            "own", why="it covers a part of the tensor (convert --fuse --base joins parts)"
+        )
     if not name.endswith(".weight"):
         return PeftForm("own", why="the parameter is not the weight of a module")
     if origin.op == "experts" and not update.layout and update.a.ndim == 3:
@@ -243,7 +245,7 @@ def module_form(key: str, update: LowRank, refused: Callable[[str, str], LoraFxE
         raise refused(key, f"it is {name_of(update)}")
     form = form_of(key, update)
     if form.kind == "embedding":
-        raise refused(key, "it is the update of an embedding")
+        raise refused(key, "it is an update of an embedding")
     if not form.module:
         raise refused(key, form.why)
     if form.transposed:
@@ -296,7 +298,7 @@ def _of_layout(module: str, update: LowRank, layout: Layout) -> PeftForm:
 
 
 def _no_such_layer(op: str) -> PeftForm:
-    return PeftForm("own", why=f"PEFT has no such layer (op {op or 'unknown'})")
+    return PeftForm("own", why=f"PEFT has no layer for it (op {op or 'unknown'})")
 
 
 def to_tensors(form: PeftForm, update: LowRank) -> dict[str, Array]:

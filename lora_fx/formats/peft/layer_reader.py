@@ -1,4 +1,4 @@
-"""The low-rank updates of one PEFT file, layer by layer, as its config says them."""
+"""Read the low-rank updates of one PEFT file, layer by layer, with its config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lora_fx.formats.peft.whole_tensors import read_rest
 
 @dataclass(frozen=True)
 class _Vector:
-    """A vector beside A and B that a field of the config calls for.
+    """A vector besides A and B that a field of the config requires.
 
     Attributes:
         name: What `Group.names` calls it.
@@ -177,13 +177,13 @@ class LayerReader:
         return whole_factor(self.config, group.module, half, stored, self.file)
 
     def _alpha(self, compared_name: str, a_name: str, *, rank: int) -> float:
-        """The alpha of a layer; raises where the config says another rank than the tensors."""
+        """The alpha of a layer; raises if the config has another rank than the tensors."""
         expected_rank = self.ranks.of(compared_name)
         alpha = self.alphas.of(compared_name)
         if expected_rank is not None and expected_rank != rank:
             raise LoraFxError(
-                f"{self.file}: {a_name!r} has rank {rank}; expected {expected_rank:g}, as "
-                f"{self.source.config_file} says: the scale would be in doubt",
+                f"{self.file}: {a_name!r} has rank {rank}; expected {expected_rank:g}, as in "
+                f"{self.source.config_file}; otherwise the scale is uncertain",
                 "correct r or rank_pattern",
             )
         assert alpha is not None  # check_config saw lora_alpha
@@ -194,20 +194,21 @@ class LayerReader:
         if targets(self.config, group.module) or targets(self.config, compared_name):
             return
         raise LoraFxError(
-            f"{self.file}: {group.names['a']!r} is of a module that target_modules leaves out; "
-            "PEFT would drop it",
+            f"{self.file}: {group.names['a']!r} belongs to a module that target_modules does not "
+            "name; PEFT would drop it",
             f"correct target_modules in {self.source.config_file}",
         )
 
     def _mutated(self, group: Group, *, plain: bool) -> str:
-        """How PEFT changed the base of an update; raises where it changes none of that kind."""
+        """How PEFT changed the base of an update; raises for a layer that PEFT does not change."""
         changed = mutation(self.config)
         if not changed or group.kind == "embedding":
             return ""  # PEFT leaves embeddings as they are
         if not plain:
             raise LoraFxError(
-                f"{self.file}: {group.names['a']!r} is of an attention module or a convolution; "
-                f"expected a linear layer, as its start is {changed!r}",
+                f"{self.file}: {group.names['a']!r} belongs to an attention module or a "
+                "convolution; expected a linear layer, because the adapter was initialised with "
+                f"{changed!r}",
                 "correct the config to what the adapter was trained with",
             )
         return changed
@@ -221,15 +222,15 @@ class LayerReader:
         name = group.names.get(vector.name)
         if on and name is None:
             raise LoraFxError(
-                f"{self.file}: {group.names['a']!r} has no {vector.tensor} beside it; expected "
-                f"one, as {vector.field} is on in {self.source.config_file}",
-                f"PEFT would start one of its own; correct {vector.field} or save again",
+                f"{self.file}: {group.names['a']!r} has no {vector.tensor}; expected one, because "
+                f"{vector.field} is on in {self.source.config_file}",
+                f"PEFT would create a new one; correct {vector.field}, or save the adapter again",
             )
         if name is not None and not on:
             raise LoraFxError(
-                f"{self.file}: {name!r} is of {vector.method}; expected none, as {vector.field} "
-                f"is off in {self.source.config_file}: PEFT would drop it and the result would "
-                "differ",
+                f"{self.file}: {name!r} belongs to {vector.method}; expected none, because "
+                f"{vector.field} is off in {self.source.config_file}; PEFT would drop it and "
+                "change the result",
                 f"turn {vector.field} on if the adapter was trained with it",
             )
         return name
@@ -257,15 +258,15 @@ class LayerReader:
         self.source.add(entries, key, Dense(value, scale), name)
 
     def _check_bias(self, group: Group, name: str | None) -> None:
-        """Raise where lora_bias says otherwise than the tensors of a linear layer."""
+        """Raise if lora_bias contradicts the tensors of a linear layer."""
         is_expected = bool(self.config.get("lora_bias"))
         if (name is not None) == is_expected or group.kind != "linear":
             return
         stored = repr(name) if name else f"{group.names['b']!r} without a bias"
         expected = "one" if is_expected else "no bias of B"
         raise LoraFxError(
-            f"{self.file}: {stored}; expected {expected}, as "
-            f"lora_bias is {str(is_expected).lower()} in {self.source.config_file}",
+            f"{self.file}: {stored}; expected {expected}, because lora_bias is "
+            f"{str(is_expected).lower()} in {self.source.config_file}",
             "set lora_bias to what the adapter was trained with",
         )
 
@@ -297,7 +298,7 @@ class LayerReader:
         return None
 
     def _is_transposed(self, head: Group, embedding: Group) -> bool:
-        """Whether A of the head is Bᵀ of the embedding, and B is Aᵀ, and nothing stands beside."""
+        """Whether A of the head is Bᵀ of the embedding, B is Aᵀ, and there are no other tensors."""
         head_a = self.source.tensors[head.names["a"]]
         head_b = self.source.tensors[head.names["b"]]
         embedding_a = self.source.tensors[embedding.names["a"]]
@@ -316,7 +317,7 @@ class LayerReader:
         return bool(candidates(self.config, module))
 
     def _check_place(self, group: Group, layers: Mapping[str, Group]) -> None:
-        """Raise for a layer inside a wrapper that is none of PEFT's known ones.
+        """Raise for a layer inside a wrapper that is not a known one of PEFT.
 
         A wrapper is known where it holds parameters that are targets, or the out_proj of an
         attention; and where a module stands inside it.
@@ -334,8 +335,8 @@ class LayerReader:
 
     def _nested(self, group: Group) -> LoraFxError:
         return LoraFxError(
-            f"{self.file}: {group.names['a']!r} is nested in another layer of PEFT's; expected one "
-            "that target_parameters or a MultiheadAttention explains",
+            f"{self.file}: {group.names['a']!r} is nested in another PEFT layer; expected a "
+            "nesting that target_parameters or a MultiheadAttention causes",
             f"correct target_parameters in {self.source.config_file}, or merge it into its model "
             "with PEFT (merge_and_unload)",
         )

@@ -40,7 +40,7 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     config = source.config
     if ours:
         raise LoraFxError(
-            f"{source.name}: metadata lora_fx beside peft_type {config['peft_type']!r}; "
+            f"{source.name}: metadata lora_fx together with peft_type {config['peft_type']!r}; "
             "expected 'LORA'",
             "the config was edited; save the adapter again",
         )
@@ -89,12 +89,12 @@ def _by_module(source: PeftFile) -> dict[str, dict[str, Array]]:
         if not end.startswith(start) or not module:
             raise source.error(
                 name,
-                f"is not of {peft_type}; expected X.{start}… only",
-                "modules_to_save, biases and embeddings beside it are not supported: merge it into "
-                "its model with PEFT (merge_and_unload)",
+                f"does not belong to {peft_type}; expected only X.{start}…",
+                "modules_to_save, biases and embeddings are not supported here: merge the adapter "
+                "into its model with PEFT (merge_and_unload)",
             )
         if not targets(source.config, module):
-            raise source.error(name, "is of a module that target_modules leaves out")
+            raise source.error(name, "belongs to a module that target_modules does not name")
         tensors_of_modules.setdefault(module, {})[end] = source.master(name, array)
     return tensors_of_modules
 
@@ -114,5 +114,5 @@ def _change(
         return lokr(tensors, alpha, source, module, rank)
     change = loha(tensors, alpha, source, module)
     if change.rank != rank:
-        raise source.error(module, f"has rank {change.rank}; {source.config_file} says {rank:g}")
+        raise source.error(module, f"has rank {change.rank}; {source.config_file} has {rank:g}")
     return change

@@ -1,4 +1,4 @@
-"""Which modules and tensors PEFT saves whole."""
+"""Decide which modules and tensors PEFT saves whole."""
 
 from __future__ import annotations
 
@@ -64,9 +64,13 @@ def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], 
     for key, module in module_of.items():
         conflicting = _conflicting(module, modules)
         if conflicting:
-            unsaved[key] = f"modules_to_save {module!r} would take the update off {conflicting!r}"
+            unsaved[key] = (
+                f"with modules_to_save {module!r} PEFT would drop the update of {conflicting!r}"
+            )
         elif not module or module not in with_weight:
-            unsaved[key] = "it is not a module with its weight, and PEFT saves modules whole"
+            unsaved[key] = (
+                "PEFT saves whole modules, and the adapter does not have the weight of this module"
+            )
     saved = sorted({module for key, module in module_of.items() if key not in unsaved})
     # A module inside a saved one is saved with it; listing both makes PEFT wrap it twice.
     outermost = [module for module in saved if not _is_inside(module, saved)]
@@ -91,6 +95,6 @@ def partly_held(modules: Iterable[str], full: Mapping[str, Full]) -> Iterator[st
         leaves = sorted(key.removeprefix(start) for key in full if key.startswith(start))
         if leaves != ["bias", "weight"]:
             yield (
-                f"PEFT will load modules_to_save {module!r} only if the module has no other "
-                f"tensors than {', '.join(leaves)}"
+                f"PEFT will load modules_to_save {module!r} only if the module has no tensors "
+                f"besides {', '.join(leaves)}"
             )

@@ -34,7 +34,7 @@ PREFIX = "base_model.model."
 OWN = "lora_fx."
 WRAPPER = "base_layer"
 OUT_PROJ = f".{WRAPPER}.out_proj"
-"""Where PEFT keeps the out_proj of a MultiheadAttention, after the module's name."""
+"""The place of the out_proj of a MultiheadAttention in PEFT, after the module's name."""
 TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
 doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
@@ -49,11 +49,11 @@ _FACTORS_AND_VECTORS = {
     "lora_B.bias": "bias",
     "lora_diag": "diagonal",
 }
-"""The end of a tensor's name → what the tensor is of its layer."""
+"""The end of a tensor's name → the tensor's role in its layer."""
 _ENDS = "|".join(re.escape(end) for end in _FACTORS_AND_VECTORS)
 _NAME = re.compile(rf"(.+)\.({_ENDS})")
 _PARTNERS = (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b"), ("diagonal", "a"))
-"""(what a layer has, what has to stand beside it)."""
+"""(tensor that a layer has, tensor that must come with it)."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ def groups(names: Iterable[str], where: str) -> dict[str, Group]:
     for name in names:
         if name.endswith(".lora_E"):
             raise LoraFxError(
-                f"{where}: {name!r} is the singular values of AdaLoRA: not supported",
+                f"{where}: {name!r} holds singular values of AdaLoRA, which is not supported",
                 "merge it into its model with PEFT (merge_and_unload)",
             )
         if not name.startswith(PREFIX):
@@ -153,7 +153,7 @@ def _check_whole(group: Group, where: str) -> None:
         end = f"embedding_{half}" if group.kind == "embedding" else f"{half}.weight"
         partner = f"{PREFIX}{group.lead}.lora_{end}"
         raise LoraFxError(
-            f"{where}: {group.names[present]!r} has no partner; expected {partner!r} beside it",
+            f"{where}: {group.names[present]!r} has no partner; expected {partner!r} too",
             "the file is incomplete; save or fetch it again",
         )
 
@@ -188,7 +188,7 @@ def _are_experts(a: Array, b: Array) -> bool:
 
 
 def _check_shapes(kind: str, a: Array, b: Array, where: str) -> None:
-    """Raise for A and B that are no pair [r, in, *kernel] and [out, r, 1, …]."""
+    """Raise for A and B whose shapes are not [r, in, *kernel] and [out, r, 1, …]."""
     shapes = f"A is {list(a.shape)} and B is {list(b.shape)}"
     if a.ndim != b.ndim or (kind == "embedding" and a.ndim != 2) or a.ndim > 5:
         raise LoraFxError(
@@ -201,14 +201,15 @@ def _check_shapes(kind: str, a: Array, b: Array, where: str) -> None:
     if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
         hint = "PEFT's update of a grouped convolution mixes the groups, so no weight can hold it"
     raise LoraFxError(
-        f"{where}: {shapes}; expected the rank as first size of A and second size of B", hint
+        f"{where}: {shapes}; expected the rank as the first size of A and the second size of B",
+        hint,
     )
 
 
 def unknown_name(name: str, where: str) -> LoraFxError:
     """The error about a tensor that PEFT would not have written."""
     return LoraFxError(
-        f"{where}: {name!r} is not a name that PEFT gives; expected {PREFIX}X.lora_A.weight, "
+        f"{where}: {name!r} is not a name that PEFT writes; expected {PREFIX}X.lora_A.weight, "
         "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B, X.lora_magnitude_vector or a "
         "module of modules_to_save",
         _hint_for_name(name),
@@ -220,7 +221,9 @@ def _hint_for_name(name: str) -> str:
     hint = "was the file saved with save_pretrained?"
     start = name.find(PREFIX)
     if start > 0:
-        return f"PEFT's name is {name[start:]!r}: take the prefix {name[:start]!r} off every name"
+        return (
+            f"PEFT's name is {name[start:]!r}: remove the prefix {name[:start]!r} from every name"
+        )
     if start < 0 and ".lora_" in name:
         module_and_end = name.removeprefix("base_model.").removeprefix("module.")
         return f"the nearest name is {PREFIX + module_and_end!r}; {hint}"

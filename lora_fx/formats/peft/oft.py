@@ -30,10 +30,10 @@ MOST_TERMS = 1000
 
 
 def check_oft(source: PeftFile) -> None:
-    """Raise for OFT of another kind than that of today; note what is read otherwise than trained.
+    """Raise for an OFT config that PEFT no longer writes; note differences from training.
 
     Raises:
-        LoraFxError: No oft_block_size, which PEFT before 0.15 lacks, or numbers that are none.
+        LoraFxError: No oft_block_size, as in PEFT before 0.15, or fields that are not numbers.
     """
     config = source.config
     where = source.config_file
@@ -42,15 +42,15 @@ def check_oft(source: PeftFile) -> None:
     are_terms = is_whole(terms) and 0 <= terms <= MOST_TERMS
     if "oft_block_size" not in config or not are_terms or not is_number(eps):
         raise LoraFxError(
-            f"{where}: oft_block_size is {config.get('oft_block_size')}, and the numbers of series "
-            f"and coft are {(terms, eps)}; expected OFT as PEFT has it since 0.15",
-            "merge it with the PEFT that trained it (merge_and_unload)",
+            f"{where}: oft_block_size is {config.get('oft_block_size')}, num_cayley_neumann_terms "
+            f"and eps are {(terms, eps)}; expected the fields of PEFT 0.15 or later",
+            "merge it with the PEFT release that trained it (merge_and_unload)",
         )
     version = re.match(r"0\.(\d+)", str(config.get(VERSION) or "0.0"))
     if config.get("use_cayley_neumann", True) and version and int(version[1]) < 18:
         source.notes.append(
-            f"{where}: saved before PEFT 0.18, which changed the Cayley-Neumann series; read by "
-            "the new one, as PEFT reads it"
+            f"{where}: saved before PEFT 0.18, which changed the Cayley-Neumann series; read with "
+            "the new series, as PEFT does"
         )
 
 
@@ -61,7 +61,7 @@ def rotation(vectors: Array, source: PeftFile, module: str) -> Rotation:
     n = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
     fits = vectors.ndim == 2 and n * (n - 1) == 2 * vectors.shape[1]
     if not fits or (is_shared and len(vectors) > 1):
-        blocks = "one block, as block_share says," if is_shared else "blocks"
+        blocks = "one block, because block_share is on," if is_shared else "blocks"
         what = f"has oft_R {list(vectors.shape)}; expected {blocks} of n(n − 1)/2 numbers"
         raise source.error(module, what)
 

@@ -1,4 +1,4 @@
-"""The one variant that a config of PEFT can say for a whole adapter."""
+"""The one variant that a PEFT config can give for a whole adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_fx.errors import LoraFxError
 
 
 def one_own_variant(updates: Mapping[str, LowRank]) -> str:
-    """The one variant that PEFT does not have; empty where PEFT has those of all updates."""
+    """The one variant that PEFT does not have; empty if PEFT has the variants of all updates."""
     keys: dict[str, str] = {}
     for key, update in updates.items():
         variant = variant_of(update)
@@ -19,8 +19,8 @@ def one_own_variant(updates: Mapping[str, LowRank]) -> str:
     if len(keys) > 1:
         (first_variant, first_key), (second_variant, second_key), *_ = keys.items()
         raise LoraFxError(
-            f"{first_key!r} is of variant {first_variant!r} and {second_key!r} of variant "
-            f"{second_variant!r}; expected one: a file says one for the whole adapter",
+            f"{first_key!r} has variant {first_variant!r} and {second_key!r} has variant "
+            f"{second_variant!r}; expected one: a file has one variant for the whole adapter",
             "save them as two adapters",
         )
     return next(iter(keys), "")
@@ -40,7 +40,7 @@ def all_or_none(has: Mapping[str, bool], what: str = "DoRA") -> bool:
 
 
 def one_variant(updates: Mapping[str, LowRank]) -> str:
-    """The one scale of all updates, lora or rslora; how an update learns is not in the file."""
+    """The scale of all updates, lora or rslora; the file does not store how updates are trained."""
     keys: dict[str, str] = {}
     for key, update in updates.items():
         if not variant_of(update).peft_type:
@@ -48,9 +48,9 @@ def one_variant(updates: Mapping[str, LowRank]) -> str:
         name = named_variant(update.variant).name
         if name == "dora":  # an update with a magnitude is DoRA's; its variant says the scale
             raise LoraFxError(
-                f"the update of {key!r} is of variant 'dora'; expected lora or rslora, and a "
+                f"the update of {key!r} has variant 'dora'; expected lora or rslora, and a "
                 "magnitude",
-                "insert(variant='dora') makes both",
+                "create it with insert(variant='dora'), which sets both",
             )
         scale_variant = "rslora" if name == "rslora" else "lora"
         keys.setdefault(scale_variant, key)

@@ -1,4 +1,4 @@
-"""Our own JSON in the header of an adapter file: what PEFT's names and config do not say.
+"""lora-fx's JSON in the header of an adapter file: facts that PEFT's format cannot store.
 
 `{"version": 1, "format": 1, "metadata": {…}, "entries": {key: …}}`, one object for each entry:
 
@@ -74,7 +74,7 @@ def _read_row(
     if isinstance(entry, LowRank) and not fits:
         raise LoraFxError(
             f"{reader.file}: {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
-            f"expected those of its layout {row['layout']}",
+            f"expected the shapes of its layout {row['layout']}",
             _EDITED,
         )
     return entry, group
@@ -125,14 +125,14 @@ def _whole_tensor(kind: str, row: JsonView, reader: LayerReader) -> Entry:
         return _full(full, row, reader)
 
     if not is_float(reader.source.tensors[name]):
-        raise ValueError(f"{name!r} has no float dtype")
+        raise ValueError(f"{name!r} does not have a float dtype")
     value = np.ascontiguousarray(full.value, np.float32)
     if kind == "dense":
         return from_json(Dense(value), row)
 
     index = tuple(int(i) for i in row["index"])
     if len(index) != len(value):
-        raise ValueError(f"{len(index)} rows, {len(value)} in {name!r}")
+        raise ValueError(f"{len(index)} row numbers, but {len(value)} rows in {name!r}")
     return ReplacedRows(index, value)
 
 
@@ -160,7 +160,7 @@ def _update_of_layer(
     """An update under PEFT's names, and its layer: a module's, or a parameter's with batch axes."""
     split = split_name(a_name.removeprefix(PREFIX))
     if split is None:
-        raise ValueError(f"{a_name!r} is no name of an A")
+        raise ValueError(f"{a_name!r} is not the name of a factor A")
     lead, _, _ = split
     group = layers[lead]
     reader.taken.update(group.names.values())

@@ -53,8 +53,9 @@ class Pattern:
             if self.numbers[other] != number:
                 self.doubts.add(
                     f"{self.where}: {self.table} {first!r} ({number:g}) and {other!r} "
-                    f"({self.numbers[other]:g}) both match {module!r}; the first counts, as in "
-                    "PEFT, which sorts them when it saves: was it the first in training?"
+                    f"({self.numbers[other]:g}) both match {module!r}; the first one is used, as "
+                    "in PEFT, but PEFT sorts the patterns on saving: check that it was the first "
+                    "in training"
                 )
                 break
         return number
@@ -69,12 +70,12 @@ class Pattern:
         return fact, near(pattern, sorted(leaves | self.modules))
 
     def notes(self) -> list[str]:
-        """Notes on the patterns, once every module has been asked for."""
+        """Notes about the patterns, after `of` was called for every module."""
         notes = []
         for pattern in sorted(self.unmatched):
             fact, hint = self.unused(pattern)
             number = f"{self.numbers[pattern]:g}"
-            notes.append(f"{self.where}: {fact}; its {number} is for none, as in PEFT; {hint}")
+            notes.append(f"{self.where}: {fact}; its {number} is ignored, as in PEFT; {hint}")
         return notes + sorted(self.doubts)
 
     def _number(self, what: str, value: object) -> float:

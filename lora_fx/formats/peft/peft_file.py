@@ -34,8 +34,8 @@ class PeftFile(File):
         if array.size == 0 or array.ndim < 2:
             raise self.error(
                 name,
-                f"has shape {list(array.shape)}; expected two sizes or more, none of them 0",
-                "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
+                f"has shape {list(array.shape)}; expected two or more sizes, none of them 0",
+                "if it was saved under ZeRO-3 or FSDP, gather the shards and save it again",
             )
         return self.master(name, array)
 

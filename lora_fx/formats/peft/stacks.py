@@ -58,7 +58,7 @@ def read_stacks(
         variant: lora or rslora.
 
     Raises:
-        LoraFxError: Shapes, ranks or the number of wrappers that do not go together.
+        LoraFxError: Shapes, ranks or the number of wrappers that do not fit each other.
     """
     module = levels[0].module
     names = candidates(source.config, module)
@@ -69,8 +69,7 @@ def read_stacks(
         raise LoraFxError(
             f"{source.name}: {levels[0].names['a']!r} and the layers inside it have "
             f"{[len(a) for a, _ in pairs]} rows; expected multiples of the ranks "
-            f"{ {name: rank for name, (rank, _) in numbers.items()} } that {source.config_file} "
-            "gives",
+            f"{ {name: rank for name, (rank, _) in numbers.items()} } in {source.config_file}",
             "correct target_parameters, r or rank_pattern",
         )
 
@@ -104,7 +103,7 @@ def _fits(
 
 
 def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: Pattern) -> LowRank:
-    """The update of a stack whose name our own JSON says; always [E, r, in] and [E, out, r]."""
+    """The update of a stack whose name is in lora-fx's JSON; [E, r, in] and [E, out, r]."""
     rank, alpha = _numbers(key, ranks, alphas, source)
     a, b = _pair(group, source)
     a, b = unpacked(a, b, rank)
@@ -120,21 +119,21 @@ def packed(update: LowRank) -> Factors:
 
 
 def _pair(group: Group, source: PeftFile) -> Factors:
-    """A [r·E, in] and B [out, r·E] of a wrapper; raises for what PEFT has not for parameters."""
+    """A [r·E, in] and B [out, r·E] of a wrapper; raises for what PEFT cannot do for parameters."""
     a = source.factor(group.names["a"])
     b = source.factor(group.names["b"])
     if group.kind != "linear" or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise LoraFxError(
             f"{source.name}: {group.names['a']!r}: A is {list(a.shape)} and B is {list(b.shape)}; "
-            "expected [r·E, in] and [out, r·E] of a parameter",
+            "expected [r·E, in] and [out, r·E] for a parameter",
             "do A and B come from the same file?",
         )
     vectors = {"magnitude", "bias", "diagonal"} & set(group.names)
     if vectors or mutation(source.config) or source.config.get("use_dora"):
         what = group.names[vectors.pop()] if vectors else "use_dora or init_lora_weights"
         raise LoraFxError(
-            f"{source.name}: {what!r} beside target_parameters; expected plain lora or rslora: "
-            "PEFT has no other for parameters",
+            f"{source.name}: {what!r} together with target_parameters; expected plain lora or "
+            "rslora: PEFT has no other method for parameters",
             MERGE,
         )
     return a, b
@@ -146,8 +145,8 @@ def _numbers(name: str, ranks: Pattern, alphas: Pattern, source: PeftFile) -> tu
     alpha = alphas.of(name)
     if rank is None or rank < 1 or rank != int(rank):
         raise LoraFxError(
-            f"{source.config_file}: r of {name!r} is {rank}; expected a whole number above 0: the "
-            "number of experts follows from it",
+            f"{source.config_file}: r of {name!r} is {rank}; expected a whole number above 0, "
+            "which gives the number of experts",
             "add the r that the adapter was trained with",
         )
     assert alpha is not None  # check_config saw lora_alpha

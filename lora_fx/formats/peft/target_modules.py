@@ -1,4 +1,4 @@
-"""Which modules a PEFT config says it has adapted: target_modules against a model's names.
+"""Find the modules that a PEFT config adapts: match target_modules with a model's names.
 
 PEFT's rules are those of peft 0.21.2, `check_target_module_exists` in tuners_utils.py. It looks
 at modules and we at the names of tensors, which may be those of more modules than the adapter's
@@ -73,7 +73,7 @@ def facts(config: JsonView) -> Json:
 
 
 def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: list[str]) -> Json:
-    """The metadata of an adapter that says which modules a config adapts.
+    """The metadata of an adapter with the modules that its config adapts.
 
     Args:
         config: PEFT's.
@@ -86,7 +86,7 @@ def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: lis
     if unused:
         metadata["untouched_targets"] = unused
         names = ", ".join(map(repr, unused))
-        notes.append(f"{file}: the config targets {names}, of which the file has no tensor")
+        notes.append(f"{file}: the config targets {names}, but the file has no tensor for them")
     return metadata
 
 

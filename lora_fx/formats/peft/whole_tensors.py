@@ -1,4 +1,4 @@
-"""Tensors of a PEFT file beside the low-rank ones: trained tokens, biases, whole modules.
+"""Tensors of a PEFT file besides the low-rank ones: trained tokens, biases, whole modules.
 
 * `X.token_adapter.trainable_tokens_delta` [n, dim] holds rows of X's weight as trained (not what
   is added to them); their numbers are in trainable_token_indices of the config.
@@ -90,7 +90,7 @@ def _is_trained_bias(short: str, source: PeftFile, layers: Mapping[str, Group]) 
     if f"{PREFIX}{module}.weight" in source.tensors:
         return False  # a copy of the whole frozen layer
     raise LoraFxError(
-        f"{source.name}: {PREFIX + short!r} is a trained bias of the base; expected none, as "
+        f"{source.name}: {PREFIX + short!r} is a trained bias of the base; expected none, because "
         f"bias is 'none' in {source.config_file}",
         "set bias to what the adapter was trained with",
     )
@@ -116,14 +116,14 @@ def _trained_rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
     config = source.config.get("trainable_token_indices")
     if not config:
         raise LoraFxError(
-            f"{source.name}: {name!r} holds rows of an embedding; expected their numbers in "
+            f"{source.name}: {name!r} holds rows of an embedding; expected the row numbers in "
             f"trainable_token_indices of {source.config_file}",
-            "put the config of this very adapter beside the file",
+            "copy the config of this same adapter next to the file",
         )
     index = _indices_of(config, unwrapped(module)) if isinstance(config, dict) else config
     if not _are_row_numbers(index) or value.ndim != 2 or len(value) != len(index):
         raise LoraFxError(
-            f"{source.name}: {name!r} is {list(value.shape)} and trainable_token_indices gives "
+            f"{source.name}: {name!r} is {list(value.shape)} and trainable_token_indices has "
             f"{index!r} for it; expected [n, dim] and n different numbers",
             f"correct {source.config_file}",
         )
@@ -162,8 +162,8 @@ def _check_tokens(source: PeftFile, entries: Mapping[str, Entry]) -> None:
         missing = [] if stored else [config]
     if missing:
         raise LoraFxError(
-            f"{source.config_file}: trainable_token_indices gives {missing[0]!r}; expected a "
-            f"tensor X{DELTA} for them in {source.name}",
+            f"{source.config_file}: trainable_token_indices has {missing[0]!r}; expected a tensor "
+            f"X{DELTA} for them in {source.name}",
             "the file is incomplete; save or fetch it again",
         )
 

@@ -116,7 +116,7 @@ class Attachment:
             module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
 
     def _device_of(self, key: str) -> torch.device:
-        """Where the weight of a key is; a computed one is where its parameters are."""
+        """The device of the weight of a key; of a computed weight, the device of its parameters."""
         name = base_name(key)
         if name.endswith("~"):
             name = self.found[key].sites[0].behind[0]
@@ -126,7 +126,7 @@ class Attachment:
         return next(tensor.device for tensor in tensors if tensor is not None)
 
     def _lives(self) -> Iterator[tuple[nn.Module, Live]]:
-        """Every module that gets a class of its own, with what it knows."""
+        """Every module that gets its own class, with the state of that class."""
         root = self.model
         lives: dict[int, tuple[nn.Module, Live]] = {}
         for path, form in self.forms.items():
@@ -171,9 +171,9 @@ class Attachment:
         for module, subclass in self._swapped:
             if type(module) is not subclass:
                 raise LoraFxError(
-                    f"a {subclass.__name__} became {type(module).__name__} by another tool "
+                    f"another tool turned a {subclass.__name__} into a {type(module).__name__} "
                     "after attach",
-                    "undo that first, or save model.adapter() and load the model again",
+                    "undo that first; or save model.adapter() and load the model again",
                 )
         for module, _ in self._swapped:
             restore(module)
@@ -184,7 +184,7 @@ class Attachment:
                     del module._modules[name]
 
     def uninstall(self) -> None:
-        """Make the model what it was before attach, bit for bit.
+        """Restore the model to the state before attach, bit for bit.
 
         The flags and the tensors that were trained whole go back too.
         """
@@ -254,12 +254,14 @@ class Attachment:
         for key, update in updates.items():
             if key in self.lost:
                 raise LoraFxError(
-                    f"{self.lost[key]}: attach left it out", "use lora_fx.insert, which reaches it"
+                    f"{self.lost[key]}: attach left it out",
+                    "use lora_fx.insert, which can adapt it",
                 )
             if self.proven.get(key) != update.use:
                 raise LoraFxError(
-                    f"{key!r} was not adapted when attach compared the model with its graph",
-                    "detach the model, then lora_fx.attach(…, adapter=adapter)",
+                    f"{key!r} is new: it was not adapted when attach compared the model with its "
+                    "graph",
+                    "detach the model, then call lora_fx.attach(…, adapter=adapter)",
                 )
         if frame(updates) == frame(self.updates):
             self.fill(updates)
@@ -283,7 +285,7 @@ class Attachment:
         self._sampled.check(adapter.metadata, self.model)
 
     def weight_form(self) -> list[str]:
-        """Which weights are computed as W + s·B·A, and what that costs."""
+        """Notes on the weights that are computed as W + s·B·A, with the cost."""
         reads = self._computed_reads()
         if not reads:
             return []
@@ -303,11 +305,13 @@ class Attachment:
             f"FLOPs and {human(sum(sizes.values()))} new numbers, which training keeps for backward"
         ]
         if self.metadata.get("dropout"):
-            lines.append("dropout acts on branches only, not where W + s·B·A is computed")
+            lines.append(
+                "dropout acts on branches only, not on weights that are computed as W + s·B·A"
+            )
         return lines
 
     def _computed_reads(self) -> list[tuple[str, str]]:
-        """(path, leaf) of every weight that is computed; a stack counts once something asked."""
+        """(path, leaf) of every weight that is computed; a stack counts after its first read."""
         reads: list[tuple[str, str]] = []
         for path, form in self.forms.items():
             if form.output:
@@ -323,7 +327,7 @@ class Attachment:
         self._notes = (*self._notes, *notes)
 
     def report(self) -> AdaptedReport:
-        """What is adapted, in which form, what is trained, and what had to be said."""
+        """Report what is adapted, in which form, what is trained, and all notes."""
         forms = self.weight_form()
         for method in METHODS:
             if method in self._taken():
@@ -343,7 +347,8 @@ def attachment(model: nn.Module) -> Attachment:
     attached = unwrapped(model).__dict__.get(REGISTRY)
     if not isinstance(attached, Attachment):
         raise LoraFxError(
-            f"no adapter is attached to this {type(model).__name__}", "lora_fx.attach(model, …)"
+            f"no adapter is attached to this {type(model).__name__}",
+            "call lora_fx.attach(model, …) first",
         )
     return attached
 

@@ -29,7 +29,7 @@ from lora_fx.fx.attach.live_state import Live
 STATE = "_lora_fx"
 REGISTRY = "_lora_fx_attached"
 METHODS = ("adapter", "load_adapter", "report", "compile")
-"""Methods that the root gains, unless the model has something of its own by that name."""
+"""Methods that the root gets, unless the model already has an attribute of that name."""
 ALWAYS, INSIDE, OUTSIDE = "always", "inside", "outside"
 
 
@@ -151,9 +151,9 @@ def _metaclass(base: type) -> Callable[..., type[nn.Module]]:
 
 def _refuse_pickle(live: type) -> str:
     raise LoraFxError(
-        f"{live.__name__}: a model with an adapter attached is not pickled whole",
-        "torch.save(model.state_dict(), …) and lora_fx.save_adapter(model.adapter(), …); or "
-        "lora_fx.detach(model) first",
+        f"{live.__name__}: a model with an attached adapter cannot be pickled whole",
+        "save the two parts with torch.save(model.state_dict(), …) and "
+        "lora_fx.save_adapter(model.adapter(), …); or call lora_fx.detach(model) first",
     )
 
 
@@ -168,7 +168,8 @@ def swap(module: nn.Module, live: Live) -> type[nn.Module]:
         # a property that the class has already would be hidden by ours
         if hasattr(type(inspect.getattr_static(base, leaf, None)), "__set__"):
             raise LoraFxError(
-                f"{base.__name__}.{leaf} is computed by the class itself", "use insert instead"
+                f"{base.__name__}.{leaf} is computed by the class itself",
+                "use lora_fx.insert instead",
             )
     try:
         subclass = live_class(
@@ -181,7 +182,9 @@ def swap(module: nn.Module, live: Live) -> type[nn.Module]:
         )
         module.__class__ = subclass
     except TypeError as e:
-        raise LoraFxError(f"{base.__name__} cannot be adapted: {e}", "use insert instead") from e
+        raise LoraFxError(
+            f"{base.__name__} cannot be adapted: {e}", "use lora_fx.insert instead"
+        ) from e
     module.__dict__[STATE] = live
     return subclass
 

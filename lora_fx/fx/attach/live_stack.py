@@ -1,4 +1,4 @@
-"""A read of a stack of matrices whose products have a branch beside them."""
+"""A read of a stack of matrices that adds a branch to each product."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ METADATA = ("dtype", "device", "shape", "ndim", "dim", "size", "data_ptr")
 
 @dataclass(eq=False)
 class LiveStack:
-    """A read of W [experts, …] with an update: products with x have its branch beside.
+    """A read of W [experts, …] with an update: products with x get the branch of the update.
 
     torch hands over every op that takes one. A product may come after a transpose, or after data
     has picked matrices; whatever else takes a stack gets W + ΔW.
@@ -82,13 +82,13 @@ class LiveStack:
         return replace(self, picks=(index,))
 
     def __getattr__(self, name: str) -> object:
-        """An attribute of W + ΔW; what W has too is read there."""
+        """An attribute of W + ΔW; an attribute that W has too is read from W."""
         if name in METADATA:
             return getattr(self.view(self.stored), name)
         return getattr(self.formed(), name)
 
     def __len__(self) -> int:
-        """How many matrices there are."""
+        """The number of matrices."""
         return len(self.view(self.stored))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -117,7 +117,7 @@ class LiveStack:
         return func(*args, **all_named)
 
     def product(self, func: Op, x: torch.Tensor, args: Sequence[object], named: Named) -> object:
-        """The op on W and x with the branch beside it."""
+        """The op on W and x, plus the branch."""
         is_left = args[0] is self
         is_linear = func.__name__ == "linear"
 

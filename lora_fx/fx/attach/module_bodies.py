@@ -20,7 +20,7 @@ from lora_fx.ir.graph import Site
 
 
 def bodies_of(graph: fx.Graph) -> dict[str, set[fx.Node]]:
-    """Module call → the nodes that it made, those of the modules inside too."""
+    """Module call → the nodes that it made, with the nodes of the modules inside."""
     bodies: dict[str, set[fx.Node]] = {}
     for node in graph.nodes:
         for call in node.meta.get("nn_module_stack", ()):

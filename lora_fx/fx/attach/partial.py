@@ -52,14 +52,14 @@ class PartialGraphs(Analysed):
         return FxGraph(fx.Graph(), self.root).parameters()
 
     def other_readers(self) -> list[OtherReader]:
-        """Readers of parameters beside their sites, in any of the stretches."""
+        """Readers of parameters other than their sites, in any of the stretches."""
         readers: list[OtherReader] = []
         for graph in self.graphs:
             readers += graph.other_readers()
         return readers
 
     def gathered_flops(self) -> dict[str, int]:
-        """See Graph."""
+        """Implement `Graph.gathered_flops`."""
         flops: dict[str, int] = {}
         for graph in self.graphs:
             for name, count in graph.gathered_flops().items():
@@ -88,7 +88,7 @@ class _Stretch(OverTree):
 
 
 def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraphs:
-    """Run `call` (the model on its example inputs) once through dynamo and read what it saw.
+    """Run `call` (the model on its example inputs) once through dynamo, and read its graphs.
 
     Args:
         model: The model, in the mode to look at; its parameters are recognised by identity.
@@ -131,7 +131,7 @@ def _graph_of(
     inputs: Sequence[object],
     names: Sequence[str | None],
 ) -> FxGraph:
-    """The graph of one stretch; `names` are those of the inputs that are parameters."""
+    """The graph of one stretch; `names` are the names of the inputs that are parameters."""
     data = [operand for operand, name in zip(inputs, names, strict=True) if name is None]
     captured = Captured(_Stretch(model, code, names), tuple(data))
     return FxGraph(captured.traced(False, captured.named).graph, model)

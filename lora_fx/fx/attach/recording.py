@@ -65,7 +65,7 @@ class Value(int):
 
 
 Step = tuple[str, tuple[int, ...], tuple[tuple[str, Any], ...]]
-"""A primitive, the places of what it takes, and its attributes: programs are compared."""
+"""A primitive, the places of its operands, and its attributes: programs are compared."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Recorder:
         return self._add(*entry)
 
     def program(self, result: Value) -> Program:
-        """The recording of what leads to `result`, without everything else.
+        """The part of the recording that computes `result`.
 
         Raises:
             LoraFxError: A primitive that PRIMS lacks.

@@ -1,1 +1,1 @@
-"""How a model becomes export graphs: tracing, its inputs and calls, decoders with a cache."""
+"""Capture models as export graphs: tracing, its inputs and calls, decoders with a cache."""

@@ -30,12 +30,12 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import Named
 
 SEEDS = 3
-"""Times that the weights are moved to tell a graph's rounding."""
+"""How often the weights are moved to measure a graph's rounding."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A graph beside its model.
+    """The comparison of a graph with its model.
 
     Attributes:
         model: The user's own.
@@ -56,7 +56,7 @@ class Agreement:
     digests: dict[str, bytes] = field(default_factory=dict)
 
     def at(self, named: Named) -> Parity | None:
-        """How far the graph is from its model on one call; None where the model does not run on it.
+        """Compare the graph with its model on one call; None if the model does not run on it.
 
         The first of these that applies decides:
         1. what this graph gave in another mode, to the bit: it agrees, and is not run again;
@@ -127,7 +127,7 @@ class Agreement:
         return max((EPSILON.get(name, 0.0) for name in dtypes), default=0.0)
 
     def _rounding(self, named: Named, outputs: Outputs) -> Iterator[Mapping[str, float]]:
-        """How far rounding moves the graph's outputs: fp64, then weights moved by lot."""
+        """Measure how far rounding moves the outputs: in fp64, then with randomly moved weights."""
         kinds: list[Callable[..., OverTensors]] = [partial(_Moved, seed) for seed in range(SEEDS)]
         if not random_ops(self.graph):  # fp64 draws other numbers
             kinds.insert(0, _WideOver)

@@ -21,7 +21,7 @@ class NotRepeated(Exception):
 
 
 def write_out(module: fx.GraphModule) -> None:
-    """Put the copies that the opaque nodes of a graph stand for in their places.
+    """Replace the opaque nodes of a graph by the copies of blocks that they represent.
 
     Raises:
         NotRepeated: Some node is elsewhere than its pattern, or reads what has no counterpart.
@@ -112,7 +112,7 @@ def _neighbours(node: fx.Node, block_outputs: Sequence[fx.Node]) -> set[fx.Node]
 
 
 def _copy_body(module: fx.GraphModule, node: fx.Node, copy: fx.Node) -> None:
-    """Give the copy of a node that reads a body one of its own: passes edit it for one call."""
+    """Give the copy of a node its own copy of a body, since passes edit the body for one call."""
     body = getattr(module, str(node.target), None)
     if isinstance(body, fx.GraphModule):
         name = f"{node.target}_{copy.name}"
@@ -121,7 +121,7 @@ def _copy_body(module: fx.GraphModule, node: fx.Node, copy: fx.Node) -> None:
 
 
 def _moved_stack(node: fx.Node, start: fx.Node, call: fx.Node) -> dict[str, tuple[str, object]]:
-    """The modules that a copied node was made in: those of the call, and then the node's own."""
+    """The module stack of a copied node: the modules of the call, then the node's own."""
     node_stack = node.meta.get("nn_module_stack") or {}
     block_stack = start.meta.get("nn_module_stack") or {}
     call_stack = call.meta.get("nn_module_stack") or {}

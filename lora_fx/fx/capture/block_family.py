@@ -57,7 +57,7 @@ class Block:
         return attributes | classes
 
     def state(self) -> list[object]:
-        """Which things its modules hold, to see whether a call has put others in their places."""
+        """The objects that its modules hold, to see whether a call has replaced some of them."""
         attributes = self.attributes()
         return [*attributes, *map(id, attributes.values()), *map(id, self.tensors())]
 
@@ -114,14 +114,14 @@ class TracedCall:
     spec: TreeSpec = field(default_factory=LeafSpec)
 
     def reads(self, module: nn.Module, name: str) -> None:
-        """Write down that the call asked a module for an attribute."""
+        """Record that the call read an attribute of a module."""
         for path, differing_name in self.block.family.differ:
             is_of_block = self.block.modules[path].__dict__ is module.__dict__
             if differing_name == name and is_of_block:
                 self.read.add((path, name))
 
     def holds_for(self, tokens: Tokens) -> bool:
-        """Whether what the call may have read is, in a block of these tokens, as it was then."""
+        """Whether all that the call may have read is unchanged in a block of these tokens."""
         unread = self.block.family.differ - self.read
         return differing_places(self.tokens, tokens) <= unread
 

@@ -159,7 +159,7 @@ class Captured:
 
     @property
     def pinned(self) -> list[Pinned]:
-        """The dimensions that the eval graph was asked to keep free and could not."""
+        """The dimensions that should be dynamic in the eval graph, but that the model fixed."""
         return self.traced(False, self.named).pinned
 
     @property
@@ -292,7 +292,7 @@ class Captured:
         return traced
 
     def _may_have_a_path(self, door: Door, leaves: Sequence[Any]) -> bool:
-        """Whether what a door refuses may have a path of its own.
+        """Whether sizes that a condition refuses may take another path of the model.
 
         Not where the model does not run, and not at sizes that nobody asked to be free.
         """
@@ -333,7 +333,7 @@ class Captured:
         return paths
 
     def _fixes_others(self, traced: Traced, fixed_sizes: Mapping[Size, int]) -> bool:
-        """Whether a graph fixes a size at a number that is neither 1 nor that of these sizes."""
+        """Whether a graph fixes a size at a number that is neither 1 nor the size in this call."""
         numbers = traced.door.fixed(self.requested)
         return any(n != 1 and fixed_sizes.get(size) != n for size, n in numbers.items())
 
@@ -421,7 +421,7 @@ class Captured:
     def _raises_too(
         self, error: CaptureError, source: ModelSource, training: bool, named: Named
     ) -> bool:
-        """Whether the model's own code raises what its export raised, so that no rung takes it."""
+        """Whether the model itself raises the error of its export, so that no capture can work."""
         if source is self.source and self._has_values():
             model = self.model
             forward = hooked_forward(model)
@@ -448,8 +448,8 @@ class Captured:
                 return None
         if loops.turns:
             self.notes.append(
-                "experts that run in a loop over those that were chosen are captured as a loop "
-                "over all of them, which has the same numbers"
+                "experts that the model runs in a loop over the chosen ones are captured as a "
+                "loop over all of them, which gives the same numbers"
             )
         return traced
 
@@ -474,8 +474,8 @@ class Captured:
             raise
         except Exception as e:
             raise error from e
-        true_for = "the example's sizes and for what its values decide"
-        note = f"one recorded run, true for {true_for}: {why}"
+        true_for = "the example's sizes and for the choices that its values make"
+        note = f"the graph is one recorded run, valid for {true_for}: {why}"
         if note not in self.notes:
             self.notes.append(note)
         return traced
@@ -531,8 +531,9 @@ class Captured:
         parity = self._beside(traced, training).at(named)
         if not (parity is None or parity.ok or random_ops(traced.graph)):
             self.notes.append(
-                f"this graph is {parity.rel:.1e} off the model on the example, its blocks traced "
-                "one by one: forward keeps something that a copy of the model has not"
+                f"this graph differs from the model by {parity.rel:.1e} on the example, with its "
+                "blocks traced one by one: forward keeps a state that a copy of the model does "
+                "not have"
             )
         return traced
 
@@ -570,15 +571,16 @@ class Captured:
             else:
                 self.repeat = False
                 self.notes.append(
-                    "blocks that look alike are not: each was traced by itself, since their "
-                    f"copies are {parity.rel:.1e} off at {sizes_text(parity.sizes)} ({parity.of})"
+                    "blocks that look alike compute different things, so each was traced by "
+                    f"itself: their copies differ by {parity.rel:.1e} at "
+                    f"{sizes_text(parity.sizes)} ({parity.of})"
                 )
                 return False
         self.compared = (*self.compared, *compared)
         return True
 
     def _beside(self, traced: Traced, training: bool | None) -> Agreement:
-        """A graph beside the model, in a mode; None is the mode that the model is in."""
+        """The comparison of a graph with the model in a mode; None is the model's current mode."""
         mode = self.model.training if training is None else training
         graph = traced.fx_graph(self.model, mode).graph  # which reads codes as numbers
 
@@ -648,13 +650,14 @@ class Captured:
 
 def _output_notes(traced: Traced, training: bool) -> list[str]:
     """Notes on a graph's outputs: those left out, and those that are drawn at random."""
-    why = "is left out: a key-value cache is no tensor"
+    why = "is left out: a key-value cache is not a tensor"
     notes = [f"the output {name!r} {why}" for name in traced.left_out]
     drawn = [] if training else random_ops(traced.graph)
     if drawn:
         notes.append(
-            f"the model draws random numbers in eval mode ({', '.join(drawn)}): proofs in "
-            "torch draw them alike; ONNX Runtime draws others, so no file can be compared"
+            f"the model draws random numbers in eval mode ({', '.join(drawn)}): the proofs in "
+            "torch draw the same numbers, but ONNX Runtime draws others, so no file can be "
+            "compared"
         )
     return notes
 

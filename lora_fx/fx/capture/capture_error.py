@@ -1,4 +1,4 @@
-"""Why a model could not be captured: the line of the user's code, the cause, what to do."""
+"""Explain why a capture failed: the line of the user's code, the cause, and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import traceback
 
 from lora_fx.errors import CaptureError, one_line
 
-TAKEN = "torch.fx has a use of its own for the name of a module, such as graph, that holds weights"
+TAKEN = "torch.fx itself uses the name of a module that holds weights, such as graph"
 _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         "GuardOnDataDependentSymNode|data-dependent",
@@ -17,7 +17,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         r"aten\._local_scalar_dense",
         "a tensor's value is read (.item(), int(), bool())",
-        "keep it a tensor: torch.where, masks, or a Python argument",
+        "keep it a tensor (torch.where, masks), or pass the value as a Python argument",
     ),
     (
         "references nonexistent attribute",
@@ -27,11 +27,11 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ("numpy", "numpy is called on a tensor", "use torch's own functions"),
     (
         "FakeTensor",
-        "a tensor made outside the model meets the traced ones",
+        "a tensor that was made outside the model is used in the traced code",
         "register it as a buffer, or make it in forward",
     ),
 )
-"""(pattern of the error's text, cause, cure); the first that matches is told."""
+"""(pattern of the error's text, cause, hint); the first that matches is used."""
 _OF_SIZES = ("mat1 and mat2", "must match", "size mismatch", "shape", "Expected size", "inconsist")
 
 

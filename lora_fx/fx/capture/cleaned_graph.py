@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Pinned:
-    """A dimension that was asked to be dynamic and that the model fixed.
+    """A dimension that should be dynamic, but that the model fixed.
 
     Attributes:
         input: The name of the leaf.
@@ -52,7 +52,7 @@ class Pinned:
         return dict(vars(self))
 
     def __str__(self) -> str:
-        """A line for people."""
+        """The line for a report."""
         return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
 
 
@@ -94,7 +94,7 @@ class Traced:
     analyses: dict[str, object] = field(default_factory=dict)
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
-        """A fresh copy over a tree that holds the tensors; all copies share what find computes."""
+        """A new copy over a tree that holds the tensors; all copies share the results of find."""
         graph = FxGraph(
             self.graph, root, training=training, bodies=self.bodies, constants=self.constants
         ).clone()

@@ -28,7 +28,7 @@ NOW = 5
 """New tokens of the example."""
 BEFORE = 3
 """Tokens in the cache of the example."""
-WORKS = "causal language models of transformers whose cache keeps every token work"
+WORKS = "use a causal language model of transformers whose cache keeps every token"
 
 
 class Cached:
@@ -71,7 +71,7 @@ class Cached:
 def decoder(
     model: Any, *, repeat: bool = True, check: Callable[[Any], object] | None = None
 ) -> Captured:
-    """The capture of a model with its cache; that of a model without is taken as its source.
+    """Capture a model with its cache; `model` may be a capture without a cache.
 
     Args:
         model: A decoder of transformers, or its capture.
@@ -111,7 +111,7 @@ def decoder(
 
 
 def _example_call(model: Any, layers: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    """Arguments of Cached's forward, drawn by a seed of its own.
+    """Random arguments of Cached's forward, with a fixed seed.
 
     Args:
         model: The decoder.
@@ -160,9 +160,11 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
     kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
     if type(cache).__name__ != "DynamicCache" or kinds != {"DynamicLayer"}:
         returned = ", ".join(sorted(kinds)) or type(cache).__name__
-        raise LoraFxError(f"{name} returns another cache than all its tokens' ({returned})", WORKS)
+        raise LoraFxError(
+            f"{name} returns a cache that does not keep every token ({returned})", WORKS
+        )
     if not hasattr(out, "logits"):
-        raise LoraFxError(f"{name} has no logits, only the decoder's body", WORKS)
+        raise LoraFxError(f"{name} returns no logits: it is a decoder's body without a head", WORKS)
     layers: list[tuple[int, int, int]] = []
     for layer in cache.layers:
         layers.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
@@ -170,25 +172,27 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
 
 
 def _check_decoder(model: Any) -> None:
-    """Refuse what is no decoder of transformers with the forward of its class."""
+    """Refuse anything but a decoder of transformers with the forward of its class."""
     name = type(model).__name__
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
-        raise LoraFxError(f"{name} is no decoder of transformers", WORKS)
+        raise LoraFxError(f"{name} is not a decoder of transformers", WORKS)
     if getattr(config, "is_encoder_decoder", False):
-        raise LoraFxError(f"{name} has an encoder, whose cache is of another kind", WORKS)
+        raise LoraFxError(
+            f"{name} has an encoder, and such a model has another kind of cache", WORKS
+        )
     parameters = inspect.signature(model.forward).parameters
     if not {"input_ids", "attention_mask", "use_cache"} <= set(parameters):
         raise LoraFxError(f"{name} takes no cache, so it is no decoder", WORKS)
     if "forward" in model.__dict__:
         raise LoraFxError(
-            f"the forward of this {name} was replaced on the object",
-            "the forward of its class is what gets a cache: build the model anew",
+            f"the forward of this {name} object was replaced",
+            "build the model anew: only the forward of its class can take a cache",
         )
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs; captures of models without weights run on the CPU."""
+    """The device of a model's inputs; captures of models without weights run on the CPU."""
     device = device_of(model)
     return torch.device("cpu") if device.type == "meta" else device
 

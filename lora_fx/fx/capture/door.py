@@ -41,7 +41,7 @@ class Door:
                     return SizeError(
                         f"{name}: captured for sizes {list(fixed_sizes or ())} (None = any), "
                         f"got {list(leaf.shape)}",
-                        "give such sizes, or capture with this dimension dynamic",
+                        "pass inputs of these sizes, or capture with this dimension dynamic",
                     )
         for condition in self.conditions:
             sizes = self.given(condition, leaves)

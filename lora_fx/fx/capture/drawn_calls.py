@@ -49,7 +49,7 @@ _COMPARES = {
 def drawn_calls(
     inputs: Inputs, named: Named, graph: fx.Graph, device: torch.device
 ) -> list[Iterator[Named]]:
-    """Calls beyond the example's sizes: for each of two, what to try one after the other.
+    """Calls at sizes other than the example's: two of them, each with variants to try in order.
 
     Args:
         inputs: The signature, with the limits and the free sizes of the graph.

@@ -61,7 +61,7 @@ def traceable_experts(model: nn.Module, *, portable: bool) -> Iterator[tuple[str
             if configured == EAGER:
                 notes = (
                     f"experts that run in a loop (experts_implementation={EAGER!r}) are captured "
-                    f"as {form!r}, which has the same numbers; the model keeps its loop",
+                    f"as {form!r}, which gives the same numbers; the model itself keeps its loop",
                 )
         yield notes
 

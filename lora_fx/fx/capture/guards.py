@@ -1,4 +1,4 @@
-"""The guards of an export: what torch.export asked of sizes while it ran, and what code asked.
+"""The guards of an export: the conditions on sizes that it assumed, and the lines that caused them.
 
 torch keeps what it learnt in three places: asserts among the nodes, ranges of symbols, and
 placeholders that share a symbol. Where a guard came from decides what becomes of it:
@@ -32,7 +32,7 @@ UNKNOWN = "the model's arithmetic"
 
 @dataclass(frozen=True)
 class Guard:
-    """One thing that torch learnt: its expression, what asked, and the line that did."""
+    """One condition that torch learnt: its expression, the op, and the line of code."""
 
     expression: Any
     kind: str
@@ -70,7 +70,7 @@ class GuardLog:
         return self.guards.get(text, Guard(None, BRANCH, UNKNOWN))
 
     def of_equal(self, symbols: set[object]) -> Guard:
-        """The guard of a line of Python that asked whether such sizes are equal, or a demand."""
+        """The guard of a line of Python that compared these sizes, or a required condition."""
         for guard in self.guards.values():
             if guard.kind != BRANCH or getattr(guard.expression, "rel_op", "") != "==":
                 continue
@@ -90,6 +90,7 @@ class GuardLog:
 
 
 _TORCH = torch.__file__.rpartition("/")[0]
+"""The folder of torch; torchvision is a folder next to it, whose name begins in the same way."""
 _MACHINERY = (
     "/fx/experimental/symbolic_shapes.py",
     "/fx/experimental/sym_node.py",
@@ -115,20 +116,25 @@ def _origin(frame: FrameType | None) -> tuple[str, str]:
     for inner in frames:
         path = inner.f_code.co_filename
         name = inner.f_code.co_name
-        file_of_torch = path.removeprefix(_TORCH)
+        file_of_torch = _file_of_torch(path)
         if file_of_torch == "/__init__.py" and name in _CHECKS:
             return DEMAND, _line_of_user(inner, frames)
         if file_of_torch == "/__init__.py" and name in _QUESTIONS:
             python_asked = True
         elif file_of_torch not in _MACHINERY:
-            is_model_code = not path.startswith(_TORCH) or file_of_torch.startswith("/nn/")
+            is_model_code = file_of_torch == path or file_of_torch.startswith("/nn/")
             kind = BRANCH if python_asked and is_model_code else LAYOUT
             return kind, _line_of_user(inner, frames)
     return LAYOUT, UNKNOWN
 
 
+def _file_of_torch(path: str) -> str:
+    """The path within torch's folder, from its slash on; a path outside of it unchanged."""
+    return path.removeprefix(_TORCH) if path.startswith(f"{_TORCH}/") else path
+
+
 def _frames_within_export(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and those that called it, up to the exporter: what called that is no model's line."""
+    """A frame and its callers up to the exporter; callers of the exporter are not model code."""
     while frame is not None and frame.f_code.co_filename != f"{_TORCH}/export/_trace.py":
         yield frame
         frame = frame.f_back
@@ -140,7 +146,7 @@ def _line_of_user(inner: FrameType, outer: Iterator[FrameType]) -> str:
     for frame in chain([inner], outer):
         path = frame.f_code.co_filename
         where = f"{path}, line {frame.f_lineno}, in {frame.f_code.co_name}"
-        if path.startswith(_TORCH):
+        if _file_of_torch(path) != path:
             if path.startswith(f"{_TORCH}/nn/") and not line_of_nn:
                 line_of_nn = where
         elif not path.startswith(_OURS):

@@ -133,7 +133,7 @@ class Learnt:
         self.add_condition(Condition(text, sizes, guard.line, guard.kind == DEMAND), guard)
 
     def add_equations(self) -> None:
-        """Add what binds a size that is not free: it equals another one, or is computed of some."""
+        """Add the equation of a size that is not free: it equals others, or depends on them."""
         for leaf, shape in enumerate(self.sizes):
             for dim, size in enumerate(shape or ()):
                 if not isinstance(size, torch.SymInt):
@@ -179,7 +179,7 @@ class Learnt:
                     self.conditions.append(Condition("s0 != 1", sizes, line))
 
     def fix_only_sizes(self) -> None:
-        """Fix a size that an equation leaves no choice, beside the example's other sizes."""
+        """Fix a size if an equation allows only one value, given the example's other sizes."""
         example_sizes: dict[Size, int] = {}
         for name, shape in zip(self.names, self.sizes, strict=True):
             for dim, size in enumerate(shape or ()):
@@ -203,14 +203,14 @@ class Learnt:
 
 
 def _number(end: Any) -> int | None:
-    """An end of a range; None where there is none."""
+    """An end of a range; None if the range has no end."""
     if end.is_Integer and end < 1 << 31:
         return int(end)
     return None
 
 
 def _squeezed_sizes(node: fx.Node) -> list[int | torch.SymInt]:
-    """The sizes that a squeeze may take away; a squeeze without dimensions means all of them."""
+    """The sizes that a squeeze may remove; a squeeze without dimensions may remove any."""
     shape = shape_of(node.args[0])
     if not shape:
         return []
@@ -241,7 +241,7 @@ def _equates_sizes(condition: Condition) -> bool:
 def _possible_sizes(
     size: Size, conditions: Sequence[Condition], example_sizes: Mapping[Size, int]
 ) -> Iterator[int]:
-    """The numbers that a size can be, beside the example's other sizes."""
+    """The possible values of a size, given the example's other sizes."""
     for number in range(1, SEARCHED):
         if broken(conditions, {**example_sizes, size: number}) is None:
             yield number

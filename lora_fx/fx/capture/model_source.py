@@ -52,7 +52,7 @@ class ModelSource:
             return cls(*weightless(model))
         except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
             why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
-            return cls(model, why=f"{why}: captures trace the model itself, in its own dtype only")
+            return cls(model, why=f"{why}: captures trace the model itself, only in its own dtype")
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -72,8 +72,9 @@ class ModelSource:
             return self
         if self.mode is None:
             raise LoraFxError(
-                f"this model was captured as it is, in {base}, and cannot be traced in {dtype}",
-                "convert the original first, then capture it",
+                f"this model could not be copied and was captured in {base}: it cannot be traced "
+                f"in {dtype}",
+                "convert the original model first, then capture it",
             )
         if dtype not in self.copies:
             fake = weightless(self.module, dtype, self.mode)

@@ -110,13 +110,13 @@ def _random_state_outside_torch() -> tuple[object, ...]:
 
 def _drawn_outside_torch(model: nn.Module) -> CaptureError:
     mode = "train" if model.training else "eval"
-    cure = "draw them by torch"
+    cure = "draw them with torch"
     if getattr(getattr(model, "config", None), "apply_spec_augment", False):
-        cure = "set config.apply_spec_augment = False, since its masks are drawn by numpy"
+        cure = "set config.apply_spec_augment = False, since numpy draws its masks"
     return CaptureError(
-        f"cannot capture {type(model).__name__} in {mode} mode: it draws random numbers by numpy "
-        "or Python, which a graph would keep",
-        f"{cure}; lora_fx.attach trains the live model",
+        f"cannot capture {type(model).__name__} in {mode} mode: it draws random numbers with "
+        "numpy or Python, and a graph would repeat the same ones",
+        f"{cure}; or use lora_fx.attach, which trains the live model",
     )
 
 

@@ -35,7 +35,7 @@ PACKAGES: Mapping[str, Mapping[str, object]] = {
     "awq": {"quant_method": "awq"},
     "compressed_tensors": {"quant_method": "compressed-tensors"},
 }
-"""Packages whose layers are known by their class → what a config.json would say of their layout."""
+"""Packages whose layers are known by their class → the layout, as config.json would name it."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Beginnings of the names under which a module holds the hooks around its forward."""
 
@@ -96,14 +96,16 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
         if is_packed(layer):
             kind += "; this CPU's kernel has rounded their scales"
         counts[kind] = counts.get(kind, 0) + 1
-    notes = (f"{count} layers are read as codes: {kind}" for kind, count in counts.items())
+    notes = (
+        f"{count} quantised layers are read as codes: {kind}" for kind, count in counts.items()
+    )
     return tree, tuple(notes)
 
 
 def _with_plain_layer(
     tree: nn.Module, path: str, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
 ) -> nn.Module:
-    """A tree with a plain layer in the place of what it has there, which may be the whole tree.
+    """A tree in which a plain layer replaces one layer, or the whole tree.
 
     Args:
         tree: The tree; edited.
@@ -128,7 +130,7 @@ def _with_plain_layer(
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """False where a layer has code of its own, whose weight alone is another."""
+    """True if a layer's forward is torch's or its package's, not the user's."""
     forward = type(layer).forward
     if forward in (nn.Linear.forward, nn.Embedding.forward):
         return True
@@ -136,7 +138,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _package(kind: type) -> str:
-    """The package that a class, or what it inherits from, is of."""
+    """The package of a class or of one of its bases."""
     packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
     for package in packages:
         if package in PACKAGES or package == "torchao":
@@ -174,7 +176,7 @@ PACKS = "support_avx512bf16_for_cpu"
 
 
 def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
-    """The parameters of a layer that hold codes, each with what reads them.
+    """The parameters of a layer that hold codes, each with the function that reads them.
 
     Raises:
         LoraFxError: A layer whose forward is no more that of its class, which codes cannot keep.
@@ -195,8 +197,8 @@ def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
     is_replaced = _has_foreign_forward(layer)
     if (is_replaced and is_plain) or (is_coded and not is_plain):
         raise LoraFxError(
-            f"{path}: this quantised {type(layer).__name__} has a forward of its own",
-            "put what it does beside x·Wᵀ into a hook, or into the module around it",
+            f"{path}: this quantised {type(layer).__name__} has a custom forward",
+            "move what it adds to x·Wᵀ into a hook, or into the module around it",
         )
 
 
@@ -239,7 +241,7 @@ def _is_compressed(parameters: Mapping[str, nn.Parameter]) -> bool:
 
 
 def _of_state(path: str, layer: nn.Module, config: Mapping[str, object]) -> tuple[str, Quantised]:
-    """By the tensors of the layer's state, which are those of a file."""
+    """Read the codes from the layer's state, whose tensors are named as in a file."""
     state = {f"{path}.{name}": to_numpy(tensor) for name, tensor in _tensors(layer).items()}
     weights = quantised_weights(state, {"quantization_config": dict(config)})
     weight = weights.get(f"{path}.weight")
@@ -290,8 +292,9 @@ def keep_trainable(model: nn.Module) -> list[nn.Module]:
     for path, layer in model.named_modules():
         if is_packed(layer):
             raise LoraFxError(
-                f"{path}: bitsandbytes has packed this layer for this CPU, and it has no gradient",
-                "load the model anew and attach before its first run, or use lora_fx.insert",
+                f"{path}: bitsandbytes has packed this layer for this CPU, and a packed layer has "
+                "no gradient",
+                "load the model again and attach before its first run, or use lora_fx.insert",
             )
     layers = [m for m in model.modules() if getattr(m, PACKS, False)]
     let_pack(layers, packs=False)

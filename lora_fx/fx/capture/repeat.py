@@ -80,7 +80,7 @@ torch.library.register_autograd("lora_fx::block_again", lambda *_: (None, None))
 
 
 class Repeats:
-    """The blocks of a model that repeat, and what was traced of them.
+    """The blocks of a model that repeat, and the traces of them.
 
     Args:
         model: Its modules; their classes have other forwards while `watching`.
@@ -141,7 +141,7 @@ class Repeats:
                         _patterns.pop(pattern.key, None)
 
     def _watched_attributes(self) -> set[tuple[type, str]]:
-        """(class, attribute) of what blocks do not share and a call may be seen to read."""
+        """(class, attribute) of objects that blocks do not share and whose reads can be seen."""
         watched: set[tuple[type, str]] = set()
         for family in self.families:
             for path, name in family.differ - family.fixed:
@@ -164,7 +164,7 @@ class Repeats:
         return property(get, put, lambda module: module.__dict__.pop(name))
 
     def _without_empty_cache(self, argument: Any) -> Any:
-        """None for a cache that is empty: it gives nothing, and what it keeps is no output."""
+        """None for an empty cache: it holds no values, and a cache is not an output."""
         if not is_cache(argument):
             return argument
         parts_of_cache = (argument, *vars(argument).values())
@@ -286,7 +286,7 @@ class Repeats:
 
 
 def _families(model: nn.Module, modules: Sequence[nn.Module]) -> list[BlockFamily]:
-    """The modules in a model that are worth a copy, those of one structure together."""
+    """The modules of a model that are worth copying, grouped by structure."""
     families: dict[object, BlockFamily] = {}
     for module in modules:
         below = dict(module.named_modules(remove_duplicate=False))
@@ -323,7 +323,7 @@ def _holds_tokens(layer: object) -> bool:
 def _described(
     leaves: Sequence[object], spec: object, inputs: Sequence[torch.Tensor], now: Snapshot
 ) -> list[object] | None:
-    """How a block is called; None where the call cannot be told from others.
+    """A description of the call of a block; None if the call cannot be told from others.
 
     Args:
         leaves: The arguments.
@@ -367,7 +367,7 @@ def _are_tracked(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _count_of_unbacked_sizes(tensors: Sequence[torch.Tensor]) -> int:
-    """How many sizes the trace has so far that values decide."""
+    """The number of sizes in the trace so far that depend on values."""
     env = getattr(detect_fake_mode(tensors), "shape_env", None)
     if env is None:
         return 0

@@ -21,7 +21,7 @@ WRAPPERS = {
 
 
 def wrappers(model: object) -> Iterator[Any]:
-    """A model and what it wraps, the innermost last: of a plain one itself alone.
+    """A model and the models that it wraps, innermost last; for a plain model only itself.
 
     A wrapper puts `_orig_mod.` or `module.` before every name, which is none of the model's.
     """
@@ -50,8 +50,11 @@ def as_module(model: object) -> nn.Module:
     if not callable(model):
         hint = "pass an nn.Module, or a function of tensors"
         if isinstance(model, (str, PathLike)):
-            hint = "load_model(path).module has one; export, merge and verify take a path to .onnx"
-        raise LoraFxError(f"a {type(model).__name__} is no model", hint)
+            hint = (
+                "pass load_model(path).module, an nn.Module; export, merge and verify take a "
+                "path to .onnx"
+            )
+        raise LoraFxError(f"a {type(model).__name__} is not a model", hint)
     return Called(model)
 
 

@@ -37,10 +37,10 @@ STATEFUL = {
     *("_collections", "_thread", "_threading_local", "_weakrefset", "argparse", "collections"),
     *("dataclasses", "functools", "multiprocessing", "queue", "threading", "types", "weakref"),
 }
-"""Modules of the standard library whose objects hold what their users put in."""
+"""Modules of the standard library whose objects are containers."""
 OWN = {"_parameters", "_buffers", "_modules", "training"}
 ASKS_WHO = {"id", "hash", "globals", "_getframe", "currentframe"}
-"""Functions that tell blocks apart, or read what no token covers."""
+"""Functions that can distinguish blocks, or read state that no token covers."""
 READS_ALL = {"vars", "__dict__"}
 """Names of code that may read any attribute unseen."""
 MOST = 20_000
@@ -54,7 +54,7 @@ Token = object
 
 
 class Unseen:
-    """The token of a thing whose state cannot be told: it equals no other."""
+    """The token of an object whose state is unknown: it equals no other token."""
 
     __slots__ = ()
 
@@ -131,7 +131,7 @@ class Snapshot:
         return id(thing), self._thing(thing)
 
     def _module(self, module: nn.Module) -> Token:
-        """A module that is none of a block's own."""
+        """A module that does not belong to a block."""
         modules = list(module.modules())
         if any(id(m) in self._around for m in modules):
             return Unseen()  # who has all blocks can tell them apart
@@ -144,7 +144,7 @@ class Snapshot:
         return id(module), tuple(states), self._all(tensors)
 
     def _class(self, kind: type) -> Token:
-        """The attributes of a class and its bases, but for those of libraries."""
+        """The attributes of a class and its bases, without the attributes of library classes."""
         skipped = _SKIPPED
         if issubclass(kind, nn.Module):
             skipped = _SKIPPED | _MAKING
@@ -156,7 +156,7 @@ class Snapshot:
         return tuple(tokens)
 
     def _code(self, thing: Any) -> Token:
-        """A function, or what stands for one or several."""
+        """A function, or an object that holds one or several."""
         if isinstance(thing, FunctionType):
             return self._function(thing)
         if isinstance(thing, MethodType):
@@ -261,7 +261,7 @@ def _is_library(module: str | None) -> bool:
 
 
 def _is_code(thing: object) -> bool:
-    """Whether a thing stands for functions, though it cannot be called."""
+    """Whether an object holds functions although it cannot be called."""
     return isinstance(thing, (staticmethod, classmethod, property, functools.cached_property))
 
 
@@ -307,7 +307,7 @@ def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code, and that of the functions in it."""
+    """A function's code, and the code of the functions in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

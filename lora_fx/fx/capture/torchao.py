@@ -56,7 +56,9 @@ def torchao_weight(path: str, weight: Any) -> tuple[str, Quantised]:
         )
         return "torchao nf4", codes
     if not hasattr(weight, "qdata"):
-        raise LoraFxError(f"{name}: torchao's {kind} is not read", "its weight-only classes are")
+        raise LoraFxError(
+            f"{name}: torchao's {kind} cannot be read", "use one of torchao's weight-only classes"
+        )
     zero_point = getattr(weight, "zero_point", None)
     codes = affine(
         name,

@@ -46,7 +46,7 @@ class _ModuleState:
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]:
-    """A block in which a model runs in a mode; what a run may leave behind is put back after it.
+    """A block in which a model runs in a mode; it restores all state that a run may change.
 
     That is every module's mode, its buffers, in place or replaced, its children, and the tensors
     and plain values among its attributes. Hooks write such (weight_norm's weight), a trace would
@@ -146,7 +146,7 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def _note_contents(thing: Any, contents: dict[int, tuple[Any, Any]]) -> None:
-    """Note what lists and dicts hold, and those in them: id → (the container, its content)."""
+    """Note the contents of lists and dicts, also nested ones: id → (the container, its content)."""
     is_container = type(thing) in _CONTAINERS
     if not (is_container or isinstance(thing, tuple)) or id(thing) in contents:
         return

@@ -1,4 +1,4 @@
-"""Attention ops of a graph: masks and repeated heads that an argument can stand for."""
+"""Attention ops of a graph: masks and repeated heads that an argument can replace."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def sizes_of(node: object) -> tuple[str, ...]:
 
 
 def unsliced(node: Any) -> Any:
-    """What a node is a slice of, where the slice is all of it."""
+    """The input of a slice that keeps all of it; else the node itself."""
     while isinstance(node, fx.Node) and is_full_slice(node):
         node = node.args[0]
     return node

@@ -1,4 +1,4 @@
-"""The nodes of inserted branches: their products x·aᵀ, and what makes more of them."""
+"""The nodes of inserted branches: their products x·aᵀ, and a function that makes more nodes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def operands(node: object, target: object) -> tuple[Any, ...]:
 
 
 def maker(before: fx.Node, branch: fx.Node) -> Callable[..., fx.Node]:
-    """What makes nodes before one of a graph, in its module and with the mark of a branch.
+    """A function that makes nodes before a node, in its module and with the mark of a branch.
 
     It takes an op or function, args and kwargs, or the name of a tensor alone: see make_marked.
     """

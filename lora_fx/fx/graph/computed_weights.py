@@ -31,7 +31,7 @@ _SUFFIX = re.compile(r"_(g|v|orig)$")
 
 
 def effective_name(behind: tuple[str, ...]) -> str:
-    """The name of what parameters make together, with the ~ of a computed weight.
+    """The name of a weight that is computed from parameters, with the ~ of a computed weight.
 
     >>> effective_name(("lin.parametrizations.weight.original0",))
     'lin.weight~'
@@ -73,7 +73,7 @@ class Namer:
 
 
 def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
-    """How a value is computed, as a text that is equal for equal computations."""
+    """The computation of a value as a text; equal computations have equal texts."""
     if node not in memo:
         if node.op == "call_function":
             arguments: object = fx.node.map_aggregate(

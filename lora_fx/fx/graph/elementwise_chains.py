@@ -47,7 +47,7 @@ PRODUCTS = aten_ops("mul.Tensor div.Tensor")
 
 
 CHEAP = VIEWS | CASTS | NOTHING | SUMS | INPUT | OUTPUT | PRODUCTS
-"""Sets are by what the op keeps for its backward: nothing, its input, its output, the factors."""
+"""The sets are grouped by what an op keeps for backward: nothing, input, output, or factors."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _is_cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: boo
 
 
 def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node]:
-    """What autograd keeps of a cheap node's operands and result."""
+    """The operands and results of a cheap node that autograd keeps."""
     if not differentiable.get(node):
         return []
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
@@ -169,7 +169,7 @@ def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node
 
 
 def stored(node: fx.Node) -> fx.Node:
-    """The node whose memory a value lies in, through views and casts to its own dtype."""
+    """The node whose memory holds a value, through views and casts to its own dtype."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return node
     source = node.args[0]
@@ -189,7 +189,7 @@ def nbytes(node: fx.Node) -> int:
 
 
 def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool]:
-    """Which values a gradient may flow through: inputs, what is trained, and what depends on them.
+    """The nodes that a gradient may flow through: inputs, trained tensors, and their results.
 
     Args:
         graph: Nodes with the values that the capture saw.

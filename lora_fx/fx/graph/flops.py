@@ -49,7 +49,7 @@ def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
 
 
 def gathered(graph: fx.Graph, flow: FxFlow) -> dict[fx.Node, str]:
-    """Nodes that hold what is picked from one parameter, by numbers that a run computes.
+    """Nodes that hold rows of one parameter, picked by numbers that a run computes.
 
     Experts are picked so from their stack: the one float that such an op reads is the parameter.
     """
@@ -98,7 +98,7 @@ def data_flops(node: fx.Node) -> int:
 
 
 def _attention_flops(node: fx.Node) -> int:
-    """Of q·kᵀ and of what softmax makes of it times v: q [..., n, d], k [..., m, d], v [m, e]."""
+    """FLOPs of q·kᵀ and of softmax(q·kᵀ)·v: q [..., n, d], k [..., m, d], v [m, e]."""
     q, k, v = (shape_of(operand) or () for operand in node.args[:3])
     return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
 

@@ -157,7 +157,7 @@ def _reads_as_weight(user: fx.Node, operand: fx.Node) -> bool:
 def _follow_tensor(
     flow: FxFlow, node: fx.Node, root: nn.Module | None, names: Mapping[str, str]
 ) -> None:
-    """Enter what a get_attr reads: a parameter of the tree, or a constant."""
+    """Enter the tensor that a get_attr reads: a parameter of the tree, or a constant."""
     name = names.get(str(node.target))
     if name is None:
         flow.constants.add(node)
@@ -168,7 +168,7 @@ def _follow_tensor(
 
 
 def _follow_call(flow: FxFlow, node: fx.Node) -> None:
-    """Enter what an op makes: a constant, a view of a weight, a computed weight, or nothing."""
+    """Enter the result of an op: a constant, a view of a weight, a computed weight, or nothing."""
     if node.target is getattr:  # the device of an input
         flow.constants.add(node)
         return
@@ -209,7 +209,7 @@ def _enter(flow: FxFlow, node: fx.Node, weight: FxWeight | None) -> None:
 
 
 def _follow_computation(flow: FxFlow, node: fx.Node, from_parameters: list[fx.Node]) -> None:
-    """Enter what an op makes of parameters and constants alone, unless the op is a layer."""
+    """Enter the result of an op on parameters and constants alone, unless the op is a layer."""
     parameters: set[str] = set()
     for operand in from_parameters:
         parameters.update(flow.behind[operand])

@@ -1,4 +1,4 @@
-"""GELU written out in elementwise steps, recognised by what it computes.
+"""GELU written out in elementwise steps, recognised by its values.
 
 Such a chain is x/2·(1 + F(r(x))), r = x/√2 for F = erf, and r = √(2/π)·(x + .044715·x³) for tanh
 (Hendrycks and Gimpel, arXiv 1606.08415), its factors in any order. It runs on numbers, and what
@@ -75,7 +75,7 @@ def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] 
 def _computed(
     node: object, x: fx.Node, written: Collection[fx.Node]
 ) -> torch.Tensor | float | None:
-    """What a chain makes of POINTS in the place of x; None where it reads anything else."""
+    """The values of a chain at POINTS in place of x; None if it reads anything else."""
     if node is x:
         return POINTS
     if isinstance(node, (int, float)):

@@ -81,7 +81,7 @@ class FxGraph(Analysed):
         self._names, self._aliases = named_tensors(self.root)
 
     def read_codes(self) -> bool:
-        """Read as numbers what the tree stores as codes; returns whether any was new."""
+        """Read the tree's codes as numbers; returns whether the graph changed."""
         self.held = quantised_parameters.forms(self.root)
         if not self.held or not dequantise_nodes.read_codes(self.graph, self._names, self.held):
             return False
@@ -142,15 +142,15 @@ class FxGraph(Analysed):
         return [site for site, _, _ in self._uses()]
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """What reads a parameter beside its sites."""
+        """The readers of a parameter other than its sites."""
         return other_readers(self.graph, self.flow(), self._uses(), self.bodies)
 
     def data_flops(self) -> int:
-        """FLOPs of the matmuls that no weight takes part in, nor what is gathered from one."""
+        """FLOPs of the matmuls without a weight, and without rows gathered from a weight."""
         return sum(self._products().values()) - sum(self.gathered_flops().values())
 
     def gathered_flops(self) -> dict[str, int]:
-        """See Graph."""
+        """Implement `Graph.gathered_flops`."""
         sources = gathered(self.graph, self.flow())
         flops: dict[str, int] = {}
         for node, count in self._products().items():
@@ -190,7 +190,7 @@ class FxGraph(Analysed):
         return lambda: value
 
     def flow(self) -> FxFlow:
-        """Which nodes depend on parameters and constants only."""
+        """The nodes that depend only on parameters and constants."""
         return self.kept("flow", lambda: weight_flow(self.graph, self.root, self._names))
 
     def _uses(self) -> Sequence[FxUse]:
@@ -239,11 +239,11 @@ class FxGraph(Analysed):
         return copy
 
     def weight(self, site: Site) -> fx.Node:
-        """The node at the start of the site's chain: a get_attr, or what computes the weight."""
+        """The node at the start of the site's chain: a get_attr, or the weight's computation."""
         return self._chain(site)[0]
 
     def picked(self, site: Site, e: object) -> fx.Node:
-        """What the last gather on the weight's way takes."""
+        """The indices of the last gather on the way from the weight to the site."""
         chain = self._chain(site)[1:]
         pick = next(node for node in chain if gather(node, shape_of(node.args[0]) or ()))
         ids = pick.args[-1]
@@ -288,7 +288,7 @@ class FxGraph(Analysed):
         return FxEmitter(self, site, self._at(site), before=before)
 
     def replace_output(self, site: Site, y: fx.Node) -> None:
-        """Let every user of the site read y, but for the nodes of its own branch.
+        """Let every user of the site read y, except the nodes of its own branch.
 
         Those read the old result: redirected as well, the sum would read itself.
         """
@@ -303,7 +303,7 @@ class FxGraph(Analysed):
         self._replay(site, w, marked=True)
 
     def _replay(self, site: Site, start: fx.Node, *, marked: bool = False) -> None:
-        """Let the site read what a copy of its chain makes of `start`."""
+        """Let the site read the result of a copy of its chain on `start`."""
         node, chain = self.places(site)
         copies = {chain[0]: start}
         with self.graph.inserting_before(node):
@@ -349,7 +349,7 @@ class FxGraph(Analysed):
         return True
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """Let sites read a value; a constant of their own is called `NAME_folded[_1]`.
+        """Let sites read a value; if they need a separate constant, it is called `NAME_folded[_1]`.
 
         A parameter whose every use is among the sites is replaced under all its names.
         """
@@ -406,8 +406,8 @@ class FxGraph(Analysed):
         name = sites[0].parameter
         if not self.covers(name, sites):
             raise LoraFxError(
-                f"{name!r}: another use reads the same codes, and the update is not for it",
-                "export --mode switch has a branch beside one use",
+                f"{name!r}: another use reads the same codes, and it must not get the update",
+                "export with --mode switch, which adds a branch to one use",
             )
         quantised_parameters.replace_zeros(self.root, name, from_numpy(zero))
         for node in self.graph.find_nodes(op="call_function", target=codes.DEQUANTISE):
@@ -418,7 +418,7 @@ class FxGraph(Analysed):
         return f"{name}_zero"
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
-        """Let sites read another stored tensor through a chain of their own."""
+        """Let sites read another stored tensor through their own copy of the chain."""
         for site in sites:
             with self.graph.inserting_before(self._at(site)):
                 start = self.graph.get_attr(stored)
@@ -485,7 +485,7 @@ CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 
 
 OpCall = tuple[Any, tuple[Any, ...]]
-"""An op and what it takes."""
+"""An op and its arguments."""
 
 
 PRIMS: Mapping[str, Callable[..., OpCall]] = {
@@ -506,7 +506,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""What node each primitive of lora_fx.ir.emitter.Ops is, but for conv."""
+"""The function that makes the node of each primitive of lora_fx.ir.emitter.Ops, except conv."""
 
 
 class FxEmitter:

@@ -1,4 +1,4 @@
-"""What a graph's ops change in place: which storage, and when."""
+"""Find which storage a graph's ops change in place, and when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAY_ALIAS = aten_ops("dropout type_as feature_dropout")
 
 
 class Writes:
-    """What a graph's ops change in place: which storage, and when.
+    """The storage that a graph's ops change in place, and when.
 
     A storage is known by the nodes that made it, a tensor of the tree by its name. A result lies in
     the storage of an operand where the op's schema says that it may.
@@ -61,19 +61,19 @@ class Writes:
         )
 
     def ever(self) -> set[fx.Node]:
-        """Values that some op changes in place, and all that lies in the same storage."""
+        """Values that some op changes in place, and all values in the same storage."""
         changed = frozenset().union(*(storage for _, storage in self.writes))
         return {node for node, storage in self.storage.items() if storage & changed}
 
 
 def _makes_separate_results(node: fx.Node) -> bool:
-    """Whether an op returns several tensors that lie in no operand, as the two of a topk do."""
+    """Whether an op returns several new tensors, such as the two of a topk."""
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
     return len(returns) > 1 and all(result.alias_info is None for result in returns)
 
 
 def aliased_by(node: fx.Node) -> list[fx.Node]:
-    """The operands in whose storage a node's result may lie."""
+    """The operands that a node's result may share storage with."""
     if node.target in _MAY_ALIAS:
         return [operand for operand in node.args[:1] if isinstance(operand, fx.Node)]
     if node.op != "call_function" or not _may_alias(node.target):
@@ -87,7 +87,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 
 def _annotated(node: fx.Node) -> list[tuple[Any, fx.Node]]:
-    """(the schema's alias info, operand) of operands that a result lies in or that change."""
+    """(the schema's alias info, operand) of operands that share a result's storage or change."""
     if node.op != "call_function":
         return []
     annotated = []
@@ -114,6 +114,6 @@ def _annotations(target: Any) -> tuple[tuple[int, str, Any], ...]:
 
 @functools.lru_cache(1024)
 def _may_alias(target: Any) -> bool:
-    """Whether an op's schema says that its result may lie in the storage of an operand."""
+    """Whether an op's schema says that its result may share the storage of an operand."""
     returns = getattr(getattr(target, "_schema", None), "returns", ())
     return any(result.alias_info for result in returns)

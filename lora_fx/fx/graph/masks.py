@@ -1,4 +1,4 @@
-"""Attention masks, recognised by what they let through.
+"""Attention masks, recognised by the positions that they let through.
 
 A mask that is made of sizes and constants alone runs at small sizes, and at such as are larger
 than all numbers in it together. The ops that may make one give whole numbers, truths and what
@@ -38,7 +38,7 @@ MASKING = {
 
 
 LOWEST = -1e30
-"""What adds at most this to a score removes it: −∞, and the lowest of float32 and bfloat16."""
+"""The limit below which a number that is added to a score removes the score."""
 
 
 LARGEST = 2500
@@ -46,7 +46,7 @@ LARGEST = 2500
 
 
 def mask_form(mask: fx.Node, written: Collection[fx.Node]) -> str:
-    """What a mask is: causal (j ≤ i, for a query i and a key j), open, or empty for anything else.
+    """The form of a mask: causal (j ≤ i, for a query i and a key j), open, or empty for others.
 
     Args:
         mask: Truths, or what is added to scores.
@@ -104,7 +104,7 @@ def _forms(nodes: Sequence[fx.Node], lengths: Collection[Any], reach: int) -> se
 
 
 def _largest(nodes: Sequence[fx.Node]) -> int:
-    """How far the last of some nodes may look: all numbers behind it, as often as they are read."""
+    """The farthest that a mask can look: the sum of the constants that its last node reads."""
     reach: dict[fx.Node, int] = {}
     for node in nodes:
         size = value(node)
@@ -126,7 +126,7 @@ def _is_size_or_device(node: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """What decides the numbers that a node makes; not a tensor of which the dtype alone is read."""
+    """The operands that decide the numbers of a node; not one of which it reads only the dtype."""
     if _is_size_or_device(node):
         return []
     operands = node.all_input_nodes

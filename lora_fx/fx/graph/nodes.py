@@ -1,4 +1,4 @@
-"""What a node of an export graph says: shapes, dtypes, arguments by schema name."""
+"""Read the nodes of an export graph: shapes, dtypes, arguments by schema name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def value(node: object) -> Any:
-    """The fake tensor that a node stands for, or a tuple of them."""
+    """The fake tensor of a node, or a tuple of them."""
     if isinstance(node, Node):
         return node.meta.get("val")
     return node
@@ -124,7 +124,7 @@ def aten_ops(names: str) -> set[object]:
 
 
 def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
-    """What a walk through a graph meets, the nearest first and each once, `start` included."""
+    """The nodes that a walk through a graph meets, nearest first, each once, with `start`."""
     visited = dict.fromkeys(start)
     queue = deque(visited)
     while queue:
@@ -137,7 +137,7 @@ def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator
 
 
 def replace_parts(node: Node, parts: Sequence[Node]) -> None:
-    """Let what picks the parts of a node's result read these; the node goes."""
+    """Replace the parts of a node's result by these nodes, and erase the node."""
     for user in list(node.users):
         user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
         node.graph.erase_node(user)
@@ -218,5 +218,5 @@ class OverTensors(fx.Interpreter):
         self.tensors = tensors
 
     def fetch_attr(self, target: str) -> Any:
-        """What the graph reads by this name."""
+        """The object that the graph reads by this name."""
         return self.tensors[target]

@@ -69,7 +69,7 @@ class FxOp:
 
 
 def pick(node: Node, path: Path) -> Any:
-    """The argument at a path into node.args; None where there is none."""
+    """The argument at a path into node.args; None if there is none."""
     arg: object = node.args
     for position in path:
         if not isinstance(arg, (tuple, list)) or position >= len(arg):
@@ -143,7 +143,7 @@ def _tensordot(node: Node) -> Iterator[FxOperand]:
 
 
 def n_axes(operand: object) -> int:
-    """How many axes an operand has; 0 for what is no tensor."""
+    """The number of axes of an operand; 0 if it is not a tensor."""
     return len(shape_of(operand) or ())
 
 

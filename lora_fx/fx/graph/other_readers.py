@@ -1,4 +1,4 @@
-"""What reads a weight and is no site: an index, a norm, a sum, the model's output."""
+"""Find the readers of a weight that are not sites: an index, a norm, a sum, the model's output."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _only_views(node: fx.Node, operand: fx.Node, weight: FxWeight, flow: FxFlow)
 def _in_bodies(
     bodies: Sequence[fx.GraphModule], position: int, weight: FxWeight
 ) -> Iterator[OtherReader]:
-    """What reads a weight, an operand of some bodies, beside the products in them.
+    """The readers of a weight that is an operand of bodies, other than the products in them.
 
     Args:
         bodies: What a higher-order op calls.

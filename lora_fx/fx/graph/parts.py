@@ -40,7 +40,7 @@ LARGEST = 1 << 22
 
 
 def out_axis(kind: Kind) -> int | None:
-    """The axis of a result along which the weight's out lies; None where no single one does."""
+    """The axis of a result that is the weight's out; None if no single axis is."""
     form = getattr(kind, "form", "")
     if form:
         return -1 if form == "right" else -2
@@ -77,7 +77,7 @@ def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
 
 
 class _Read(NamedTuple):
-    """What one reader of a result reads along out: from start up to stop."""
+    """The range that one reader of a result reads along out: from start to stop."""
 
     bounds: tuple[int, int]
     gapless: bool  # all of it, and not every second one
@@ -85,7 +85,7 @@ class _Read(NamedTuple):
 
 
 def _reads(node: fx.Node, shape: tuple[int, ...], axis: int) -> list[_Read]:
-    """What is read along one axis of a node's result, a row for each way out through views.
+    """The ranges that are read along one axis of a node's result, one for each way through views.
 
     Each place along the axis gets its number, and the numbers go through the views that follow:
     what arrives at a node is the region that it reads.

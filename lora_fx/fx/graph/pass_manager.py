@@ -12,7 +12,7 @@ from lora_fx.fx.graph.graph import FxGraph
 
 
 class ManagedFxPass(PassBase):
-    """A pass of ours on graph modules, as `torch.export.export(…).module()` returns them.
+    """A pass of lora-fx on graph modules, as `torch.export.export(…).module()` returns them.
 
     Args:
         rewrite: Insert, Fold or any other pass of lora_fx.passes.

@@ -51,7 +51,7 @@ def roles_of(pieces: Sequence[Sequence[Step]]) -> list[str]:
 
 
 def role_of(steps: Sequence[Step]) -> str:
-    """The role that attention proves of a result: that of every product which it goes into."""
+    """The role of a result in attention: the same in every product that it goes into."""
     roles = {_in_attention(product, operand) for product, operand in _products(steps)}
     if len(roles) != 1:
         return ""
@@ -74,7 +74,7 @@ def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
 
 
 def _in_attention(node: fx.Node, operand: int) -> str:
-    """What a product uses an operand for: softmax(q kᵀ) v, in any order of the factors."""
+    """The role of an operand of a product in softmax(q kᵀ) v, with the factors in any order."""
     if node.target in ops.DATA_OPS:
         return "qkv"[operand] if operand in (0, 1, 2) else ""
     factors = _factors(node)
@@ -110,7 +110,7 @@ def _is_softmax(value: object) -> bool:
 
 
 def _factor_of_keys(node: fx.Node) -> int | None:
-    """Which factor has the axis that a softmax of their product sums over: the keys'."""
+    """The factor with the axis that a softmax of the product sums over: the factor of the keys."""
     softmax = _softmax_behind(node)
     if softmax is None:
         return None
@@ -138,7 +138,7 @@ def _softmax_behind(node: fx.Node) -> fx.Node | None:
 
 
 def _factor_with_axis(node: fx.Node, axis: int) -> int | None:
-    """Which factor of a product has one of the last two axes of the result."""
+    """The factor of a product that has one of the last two axes of the result."""
     if node.target is not aten.einsum.default:
         return 1 if axis == -1 else 0
     ranks = [ops.n_axes(factor) for factor in _factors(node)]

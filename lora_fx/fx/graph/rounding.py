@@ -1,4 +1,4 @@
-"""A graph in fp64, and one with weights moved by half a unit: what rounding does to its numbers."""
+"""Run a graph in fp64, or with weights moved by half a unit, to see the effect of rounding."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Wide(fx.Interpreter):
         return self.read(super().call_function(target, args, kwargs))
 
     def read(self, x: Any) -> Any:
-        """See widened."""
+        """Implement `Wide.read`; see `widened`."""
         return widened(x)
 
 
 def widened(x: Any) -> Any:
-    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
+    """A float as fp64, and a float dtype as fp64; anything else unchanged."""
     if isinstance(x, torch.dtype):
         return torch.float64 if x.is_floating_point else x
     if isinstance(x, torch.Tensor) and x.is_floating_point():
@@ -47,7 +47,7 @@ def widened(x: Any) -> Any:
 
 
 def nearby(x: Any, generator: torch.Generator) -> Any:
-    """A tensor with its floats moved by up to a unit of their last place, by lot.
+    """A tensor with its floats moved at random by up to a unit of their last place.
 
     In 32 bits half of them stay, as 1 + ε/2 is 1, and half move: more than rounding alone would.
     """

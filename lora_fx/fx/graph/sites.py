@@ -29,7 +29,7 @@ from lora_fx.ir.view import View
 
 aten = torch.ops.aten
 Bodies = Mapping[str, fx.GraphModule]
-"""What higher-order ops call, by the name that a graph reads."""
+"""The functions that higher-order ops call, by the name that a graph reads."""
 
 
 FxUse = tuple[Site, fx.Node, FxWeight]
@@ -108,7 +108,7 @@ def _site(
 
 
 def _result(node: fx.Node) -> fx.Node:
-    """What the rest of the graph reads: the node, or the sum with its branches."""
+    """The node that the rest of the graph reads: the site's node, or its sum with the branches."""
     for user in node.users:
         if is_marked(user) and user.target is aten.add.Tensor and user.args[0] is node:
             return _result(user)
@@ -118,7 +118,7 @@ def _result(node: fx.Node) -> fx.Node:
 def body_uses(
     node: fx.Node, weights: Mapping[fx.Node, FxWeight], bodies_by_name: Bodies
 ) -> Iterator[ops.FxOperand]:
-    """Uses of a higher-order op's operands as weights, by what its bodies do with them.
+    """Uses of a higher-order op's operands as weights, found in its bodies.
 
     The ops are cond, while_loop, map. The parameter is an operand of the op, and the body says what
     it is for. An update goes to the operand, W + s·b·a, so the body does not change.
@@ -141,7 +141,7 @@ def body_uses(
 def body_operands(
     node: fx.Node, bodies_by_name: Bodies
 ) -> tuple[list[fx.GraphModule], list[ops.Path]]:
-    """The bodies of a higher-order op, and the paths to what their placeholders stand for."""
+    """The bodies of a higher-order op, and the paths to the operands of their placeholders."""
     if not isinstance(node.target, HigherOrderOperator):
         return [], []
     bodies: list[fx.GraphModule] = []

@@ -31,7 +31,7 @@ def static_shape(shape: Shape | None) -> tuple[int, ...] | None:
 
 
 Rule = Callable[[Node, tuple[int, ...]], list[Step] | None]
-"""The steps of a view from its node and the shape of what it views; None where it is no view."""
+"""The steps of a view, from its node and the shape of its operand; None if it is not a view."""
 
 
 def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Rule:

@@ -1,1 +1,1 @@
-"""Where a module comes from: factories, Hugging Face folders, timm and torchvision, the demo."""
+"""Load modules: from factories, Hugging Face folders, timm, torchvision, and the demo."""

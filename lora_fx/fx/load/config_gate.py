@@ -32,11 +32,11 @@ ORIGINS = {
 """Fields that say where a model comes from or what its outputs mean. lora-fx reads those that it
 uses itself, and takes from the config what a constructor would follow."""
 TIMM = {"architecture", "backbone"}
-"""Fields that may hold a name of timm, whose tag stands behind a dot."""
+"""Fields that may hold a name of timm with its tag after a dot."""
 PLACES = re.compile(
     r"(?:^|_)(?:paths?|files?|filename|dir|folder|urls?|uri|checkpoints?|repo|repo_id|hub_id)$"
 )
-"""Fields that name a place, whatever stands in them."""
+"""Fields that always name a place, whatever their value."""
 DEEPEST = 32
 """Objects and lists in each other. Real configs have up to 6."""
 LARGEST = 2**53
@@ -47,9 +47,9 @@ LAYERS = re.compile(
 )
 """Fields that say how often something is built."""
 MOST_LAYERS = 1024
-"""Where there are no weights. The deepest models of transformers have some 200."""
+"""The limit for a folder without weights. The deepest models of transformers have about 200."""
 SHARED_LAYERS = 64
-"""Layers that may share their tensors, as those of ALBERT do, where there are fewer tensors."""
+"""The limit of layers that may share tensors, as in ALBERT, if there are fewer tensors."""
 LABELS = re.compile(r"(?:^|_)num_(?:labels|classes)$")
 MOST_LABELS = 1 << 17
 SIDES = re.compile(r"(?:^|_)(?:image|img|input)_size$")
@@ -60,7 +60,7 @@ _ENDS = (
 )
 _NAMES = {
     "an address": re.compile(r"[A-Za-z][\w+.-]*://.*", re.S),
-    "another model": re.compile(
+    "the name of another model": re.compile(
         r"(?:hf|hf[-_]hub|timm|torchvision|local[-_]dir|file)\s*:.*|[\w.-]+/[\w.-]+(?:@.*)?", re.S
     ),
     "a path": re.compile(rf"\.\.?|~.*|(?=.*\w).*[/\\].*|.*\.(?:{_ENDS})", re.S | re.I),
@@ -69,11 +69,11 @@ _NAMES = {
         r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?::\w+)?|[A-Za-z_]\w*:[A-Za-z_]\w*)"
     ),
 }
-"""What a text can name beyond the config."""
+"""The kinds of things outside the config that a text can name."""
 
 
 def named_by(text: str, *, timm: bool = False) -> str:
-    """What a text names beyond the config; empty where it names nothing.
+    """The kind of thing outside the config that a text names; empty if it names nothing.
 
     >>> named_by("hf-hub:org/model"), named_by("gelu")
     ('another model', '')
@@ -108,8 +108,8 @@ def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors 
                 kind = "a path"
             if kind:
                 raise LoraFxError(
-                    f"{file}: {place} is {one_line(repr(value), 80)}, {kind}; a config says "
-                    "nothing but what its own model is like",
+                    f"{file}: {place} is {one_line(repr(value), 80)}, {kind}; a config may only "
+                    "describe its own model",
                     _hint(key),
                 )
         if isinstance(value, (int, float)):
@@ -117,7 +117,7 @@ def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors 
 
 
 def _limits(tensors: Tensors | None) -> dict[re.Pattern[str], int]:
-    """Fields of sizes → the most that each may be, beside the tensors of the weights."""
+    """Fields of sizes → the largest value of each, given the tensors of the weights."""
     if not tensors:
         return {LAYERS: MOST_LAYERS, LABELS: MOST_LABELS, SIDES: LONGEST_SIDE}
     longest_dimension = max(max(tensor.shape, default=0) for tensor in tensors.values())
@@ -140,7 +140,7 @@ def backbones(raw: JsonView) -> str:
 def _hint(key: str) -> str:
     if key in TIMM:
         return "write its backbone_config in its place, or give file.py:FACTORY"
-    return "take it out, or give file.py:FACTORY, which may load what it likes"
+    return "remove this field, or give file.py:FACTORY, which may load anything"
 
 
 def _check_number(
@@ -150,12 +150,12 @@ def _check_number(
     # A whole number of more than 64 bits is read as a float; the largest floats are masks.
     is_long = isinstance(value, float) and value.is_integer() and 2.0**64 <= value < 1e38
     if is_long or (isinstance(value, int) and abs(value) > LARGEST):
-        raise LoraFxError(f"{where} is {shown}; at most 2^53 is read", "is the file damaged?")
+        raise LoraFxError(f"{where} is {shown}; expected at most 2^53", "is the file damaged?")
     for form, most in limits.items():
         if form.search(key) and value > most:
             raise LoraFxError(
                 f"{where} is {shown}; expected at most {most}",
-                "is config.json that of its weights?",
+                "is config.json the config of these weights?",
             )
 
 
@@ -205,7 +205,7 @@ def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[s
 
 
 def _mentions(cls: type[object], key: str) -> bool:
-    """Whether what builds a model of these configs reads a field, as its source tells.
+    """Whether the source code that builds models from these configs reads a field.
 
     A field of a config is a name in its class, or a text there; a model has it from something
     called a config. Comments and variables have common words such as `source` or `language`, too.
@@ -223,14 +223,14 @@ def _mentions(cls: type[object], key: str) -> bool:
 
 @functools.cache
 def _sources(folder: Path) -> tuple[str, str]:
-    """The sources of a family and of what all share: of their configs, and of their models."""
+    """The sources of a family and of the shared code: of the configs, and of the models."""
     configs = _source(folder, "configuration", "configuration_utils")
     models = _source(folder, "modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
     return configs, models
 
 
 def _source(folder: Path, kind: str, *shared: str) -> str:
-    """The files of one kind in a family's folder, and those of all families, as one text."""
+    """The files of one kind in a family's folder and in the shared folder, as one text."""
     import transformers
 
     root = Path(transformers.__file__).parent
@@ -261,6 +261,6 @@ def check_tokenizer_config(folder: Path) -> None:
                 continue
             if folder.resolve() not in Path(leaf).resolve().parents:
                 raise LoraFxError(
-                    f"{file}: {place} is {one_line(repr(leaf), 80)}, a file beyond the folder",
-                    "copy it into the folder and write its name alone, or take the line out",
+                    f"{file}: {place} is {one_line(repr(leaf), 80)}, a file outside the folder",
+                    "copy the file into the folder and write only its name, or remove the line",
                 )

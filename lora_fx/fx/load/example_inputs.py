@@ -53,7 +53,7 @@ def examples(module: nn.Module) -> dict[str, torch.Tensor]:
     if main not in inputs:
         raise LoraFxError(
             f"no example inputs are known for {type(module).__name__} (its main input is {main!r})",
-            "give file.py:FACTORY, returning (module, args, kwargs)",
+            "give file.py:FACTORY, which returns (module, args, kwargs)",
         )
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _ids(config, _decoder_vocabulary(config), seed=1)
@@ -93,7 +93,7 @@ def config_field(config: PreTrainedConfig | None, name: str) -> Any:
 
 
 def _vocabulary(module: PreTrainedModel) -> int:
-    """The number of ids that a model takes: rows of its embedding, else what its config says."""
+    """The number of ids that a model takes: the rows of its embedding, else from its config."""
     rows: int | None = None
     with contextlib.suppress(NotImplementedError, AttributeError):
         rows = getattr(module.get_input_embeddings(), "num_embeddings", None)
@@ -120,7 +120,7 @@ def _ids(config: PreTrainedConfig, rows: int, seed: int) -> torch.Tensor:
 
 
 def _needs_image(config: PreTrainedConfig) -> bool:
-    """True for text-image pairs (CLIP); false where images stand for tokens of the text."""
+    """True for text-image pairs (CLIP); false if images replace tokens of the text."""
     if getattr(config, "vision_config", None) is None:
         return False
     names = ("image_token_id", "image_token_index")

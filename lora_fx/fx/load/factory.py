@@ -51,7 +51,10 @@ def load_function(spec: str) -> Any:
     """
     with _named_by(spec) as function:
         if not callable(function):
-            raise LoraFxError(f"{spec} is a {type(function).__name__}, not a function", "name one")
+            raise LoraFxError(
+                f"{spec} is a {type(function).__name__}, not a function",
+                "name a function, such as a loss",
+            )
 
         @functools.wraps(function)
         def run(*args: object) -> Any:
@@ -61,18 +64,20 @@ def load_function(spec: str) -> Any:
 
 
 def call_function(spec: str) -> object:
-    """What such a function returns when it is called without arguments."""
+    """Call such a function without arguments, and return its result."""
     with _named_by(spec) as function:
         return _run(spec, function)
 
 
 @contextlib.contextmanager
 def _named_by(spec: str) -> Iterator[Any]:
-    """A block with what a spec names, in which the modules of its folder can be imported."""
+    """A block with the object that a spec names; in it, modules of its folder can be imported."""
     where, _, name = spec.rpartition(":")
     is_file = where.endswith(".py")
     if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
-        raise LoraFxError(f"{spec!r} names no factory", "package.module:FACTORY or file.py:FACTORY")
+        raise LoraFxError(
+            f"{spec!r} names no factory", "give package.module:FACTORY or file.py:FACTORY"
+        )
     path = Path(where).absolute()
     if is_file and not path.is_file():
         raise LoraFxError(f"{where}: no such file", near_path(where))
@@ -86,7 +91,7 @@ def _named_by(spec: str) -> Iterator[Any]:
 
 
 def _attribute(module: object, path: str, where: str) -> object:
-    """What a dotted path names in a module.
+    """The attribute of a module that a dotted path names.
 
     Raises:
         LoraFxError: The module, or what it names on the way, has no such attribute.
@@ -117,12 +122,12 @@ def _from_name(name: str, folder: str) -> ModuleType:
         return _from_file(file)
     raise LoraFxError(
         f"{name}: {package} has the name of a module that Python or lora-fx needs",
-        "give it another name, or give path/file.py:FACTORY",
+        "rename it, or give path/file.py:FACTORY",
     )
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Run a file as a module of its own name under a prefix, so that it shadows no other."""
+    """Run a file as a module whose name has a prefix, so that it hides no other module."""
     name = f"lora_fx_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -137,7 +142,7 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _run(what: str, call: Callable[[], object]) -> object:
-    """Call the user's code; what it raises becomes one line with file and line."""
+    """Call the user's code; its error becomes one line with file name and line number."""
     try:
         return call()
     except LoraFxError:
@@ -177,7 +182,7 @@ def _line_of(error: BaseException) -> str:
 
 
 def _unpack(spec: str, result: object) -> Result:
-    """The model and the example inputs that a factory returned; what it left out is empty.
+    """The model and the example inputs that a factory returned; missing ones are empty.
 
     Raises:
         LoraFxError: It returned something else, or no inputs.

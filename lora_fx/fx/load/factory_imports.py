@@ -1,4 +1,4 @@
-"""Modules beside a user's factory, which never take the place of lora-fx's own imports.
+"""Import modules from the folder of a user's factory; they never replace lora-fx's imports.
 
 The folder of a factory is importable while the factory is imported and called. A module there that
 has the name of one of Python's own, or of a library that lora-fx needs, is passed over: what is
@@ -45,7 +45,7 @@ class _FolderFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module of the folder; None for what is not there, or has a name that is reserved."""
+        """The module of the folder; None if it does not exist or has a reserved name."""
         if path is not None:  # a module inside a package
             return None
         spec = PathFinder.find_spec(name, [self.folder])
@@ -64,7 +64,7 @@ def is_reserved(name: str, folder: str) -> bool:
 
 
 def _is_elsewhere(name: str, folder: str) -> bool:
-    """Whether a module of this name is found without the folder, and is not that of the folder."""
+    """Whether a module of this name exists outside the folder."""
     entries = [entry for entry in sys.path if entry and Path(entry).absolute() != Path(folder)]
     specs = [PathFinder.find_spec(name, entries)]
     for finder in sys.meta_path:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def float_model(
     cls: type[PreTrainedModel], config: PreTrainedConfig, path: Path, meta: bool, *, strict: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model of a class with the weights of a folder or file, and what has to be said.
+    """The model of a class with the weights of a folder or file, and notes.
 
     Args:
         cls: The class.
@@ -48,7 +48,7 @@ def float_model(
         raise LoraFxError(
             f"{config.name_or_path}: {cls.__name__} cannot be built: "
             f"{type(e).__name__}: {one_line(e, 200)}",
-            "is config.json that of this model?",
+            "is config.json the config of this model?",
         ) from e
     return module, judge(module, info, path, strict=strict)
 
@@ -72,12 +72,12 @@ def _first_floating_dtype(stored: Tensors) -> torch.dtype | None:
 
 @unsealed()
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors; memory-mapped, so that only what the model keeps is read."""
+    """All tensors, memory-mapped, so that only tensors that the model keeps are read."""
     from safetensors.torch import load_file
 
     infos = tensors(path)
     if not infos:
-        raise LoraFxError(f"{path}: holds no tensor", "is the download complete?")
+        raise LoraFxError(f"{path}: holds no tensors", "is the download complete?")
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(info.file for info in infos.values()):
         if is_pickle(first_bytes(file)):
@@ -119,13 +119,14 @@ def judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) 
     notes = []
     if missing:
         notes.append(
-            f"random weights: {len(missing)} tensors are not in {path}: {some(missing, 4)}"
+            f"{len(missing)} tensors have random values, since they are not in {path}: "
+            f"{some(missing, 4)}"
         )
     if unexpected:
-        notes.append(f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}")
+        notes.append(f"{len(unexpected)} tensors of {path} are not used: {some(unexpected, 4)}")
     return tuple(notes)
 
 
 def misfit(what: str) -> LoraFxError:
     """An error about weights that do not fit their model."""
-    return LoraFxError(what, "is config.json that of these weights?")
+    return LoraFxError(what, "is config.json the config of these weights?")

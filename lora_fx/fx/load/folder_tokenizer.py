@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: offline, and no foreign code."""
+"""The tokenizer of a Hugging Face folder, loaded offline and without running its code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as e:  # tokenizers raise whatever their files make them raise
         raise LoraFxError(
             f"{folder}: its tokenizer cannot be read: {one_line(f'{type(e).__name__}: {e}', 200)}",
-            "copy tokenizer.json and tokenizer_config.json of the model into it",
+            "copy tokenizer.json and tokenizer_config.json of the model into the folder",
         ) from e
 
 

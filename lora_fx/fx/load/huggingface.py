@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a module with example inputs: offline, and no foreign code.
+"""Load a Hugging Face folder as a module with example inputs, offline and without its code.
 
 transformers builds the class that config.json names; this file reads the weights itself, so that
 nothing in the folder decides which files are opened (adapters, pickles, kernels, Python code).
@@ -35,12 +35,14 @@ TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-FACTORY = "a factory can build it: give file.py:FACTORY, returning (module, args, kwargs)"
+FACTORY = (
+    "build the model with a factory: give file.py:FACTORY, which returns (module, args, kwargs)"
+)
 _IMPLEMENTATIONS = {
     "_attn_implementation": ("sdpa",),
     "_experts_implementation": ("batched_mm", "grouped_mm"),
 }
-"""Fields of a config → what they may name beside eager."""
+"""Fields of a config → the values other than eager that they may have."""
 
 
 def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> LoadedModel:
@@ -124,7 +126,8 @@ def _config_json(folder: Path) -> Json:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise LoraFxError(
-                f"{folder}: an adapter, not a model", "give the folder of its base model"
+                f"{folder}: the folder holds an adapter, not a model",
+                "give the folder of its base model",
             )
         if (folder / "model_index.json").exists():
             raise LoraFxError(f"{folder}: a diffusers pipeline, not one model", FACTORY)
@@ -214,11 +217,12 @@ def _by_weights(
 def _settle(
     config: PreTrainedConfig, folder: Path, raw: JsonView, cls: type[PreTrainedModel]
 ) -> tuple[str, ...]:
-    """Take from the config what would run foreign code or trace badly; say so."""
+    """Remove settings from the config that would run foreign code or trace badly, with notes."""
     notes = []
     if "auto_map" in raw:
         notes.append(
-            f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
+            f"{folder}: its own code (auto_map) is not run; the model is built as transformers' "
+            f"{cls.__name__}"
         )
     for inner in nested_configs(config):
         for name, implementations in _IMPLEMENTATIONS.items():
@@ -253,12 +257,12 @@ def _settle_padding(module: PreTrainedModel) -> tuple[str, ...]:
         config.pad_token_id = end_token[0]
     else:
         config.pad_token_id = end_token or 0
-    return (f"config.json has no pad_token_id: {config.pad_token_id} is taken",)
+    return (f"config.json has no pad_token_id: {config.pad_token_id} is used",)
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A block without logs, bars or warnings of transformers; what matters becomes a note."""
+    """A block without logs, bars or warnings of transformers; important ones become notes."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

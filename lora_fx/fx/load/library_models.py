@@ -1,4 +1,4 @@
-"""Models of timm and torchvision by their names, with random weights or those of a file."""
+"""Load models of timm and torchvision by name, with random weights or weights from a file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def library_model(text: str, library: str, name: str, file: Path | None, meta: b
     if file is not None:
         notes = read_weights(module, file)
     elif not meta:
-        notes = (f"random weights: {text} was built without weights (--weights FILE.safetensors)",)
+        notes = (
+            (
+                f"random weights: {text} was built without weights; give them with --weights "
+                "FILE.safetensors"
+            ),
+        )
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return LoadedModel(module, (example,), {}, text, notes)
 
@@ -75,7 +80,7 @@ def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[i
     if group in ("detection", "optical_flow", "quantization"):
         raise LoraFxError(
             f"torchvision:{name}: no example inputs are known for {group} models",
-            "give file.py:FACTORY, returning (module, args, kwargs)",
+            "give file.py:FACTORY, which returns (module, args, kwargs)",
         )
     options = inspect.signature(builder).parameters
     # the default of a backbone downloads

@@ -34,4 +34,4 @@ FORMS = (
     "MODEL is a Hugging Face folder, hf:ORG/NAME, package.module:FACTORY, path/file.py:FACTORY, "
     "timm:NAME or torchvision:NAME"
 )
-"""What a user can give as a model, for hints."""
+"""The forms in which a user can give a model, for hints."""

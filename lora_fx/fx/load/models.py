@@ -1,4 +1,4 @@
-"""From what a user names on the command line to a module with example inputs.
+"""Load the MODEL that a user names on the command line: a module with example inputs.
 
 Nothing is downloaded but what the prefix hf: names, pickles are read where they are trusted, as
 tensors alone, and no code is run but the user's own factory.
@@ -39,7 +39,7 @@ def load_model(
             and returns (module, args, kwargs).
         weights: A safetensors file (or folder); every name and shape must fit.
         meta: Weights are not needed: folders and reserved names are built on the meta device
-            (then `device` has no say); a factory is called as it is.
+            (then `device` has no effect); a factory is called as it is.
         trust: Read pickled weights, by torch's unpickler that runs no code.
         device: Where module and inputs go, as torch names it.
 
@@ -76,7 +76,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
             hint = near_path(text, hint)
         raise LoraFxError(f"{text}: {why}", hint)
     if path.is_file() and path.suffix != ".py":
-        raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
+        raise LoraFxError(f"{text}: unknown kind of file", FORMS)
     if ":" in text:
         module, args, kwargs = call_factory(text)
         notes: tuple[str, ...] = ()
@@ -85,25 +85,25 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
         return LoadedModel(module, args, kwargs, text, notes)
     if path.suffix == ".py":
         raise LoraFxError(f"{text}: which factory?", f"name it: {text}:FACTORY")
-    raise LoraFxError(f"{text!r} is no model: no such file or folder", near_path(text, FORMS))
+    raise LoraFxError(f"{text!r} is not a model: no such file or folder", near_path(text, FORMS))
 
 
 _BARE = "holds tensors but no code to run them"
 _BESIDE = "give the model, and the file as its weights: MODEL --weights {file}"
 REFUSED = {
     ".pt2": (
-        "a .pt2 file is a program without a module",
-        "every verb takes its path; lora_fx.capture(path) opens it",
+        "a .pt2 file is a program, not a torch module",
+        "pass its path to the verb; lora_fx.capture(path) opens it",
     ),
     ".onnx": (
         "an .onnx file cannot be opened as a torch model in this version",
-        "export, merge and verify take its path; lora-fx targets and insert take it too",
+        "pass its path to export, merge or verify; lora-fx targets and insert take it too",
     ),
     ".safetensors": (_BARE, _BESIDE),
     **dict.fromkeys(PICKLES, (_BARE, _BESIDE)),
     **dict.fromkeys((".npz", ".csv", ".jsonl"), ("data, not a model", "the model comes first")),
 }
-"""How a file's name ends → why it is no model, and what to do."""
+"""The ending of a file's name → the reason why it is not a model, and the hint."""
 
 
 def check_device(device: str | None) -> torch.device:
@@ -113,6 +113,7 @@ def check_device(device: str | None) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise LoraFxError(
-            f"device {device!r} cannot be used: {one_line(e, 120)}", "cpu is always there"
+            f"device {device!r} cannot be used: {one_line(e, 120)}",
+            "use cpu, which is always there",
         ) from e
     return place

@@ -57,7 +57,8 @@ def quantised_model(
         weights, model_names = _as_loaded(stored, quantised_weights(stored, raw), raw)
     if not weights and not meta:
         raise LoraFxError(
-            f"{path}: quantised weights ({one_line(method, 60)}), none of which is read",
+            f"{path}: it has quantised weights ({one_line(method, 60)}) in a format that lora-fx "
+            "does not read",
             "use the checkpoint that it was quantised from",
         )
 
@@ -82,12 +83,12 @@ def quantised_model(
 
     notes = []
     for format_name, count in Counter(weight.format for weight in weights.values()).items():
-        notes.append(f"{path}: {count} weights are read as codes: {format_name}")
+        notes.append(f"{path}: {count} quantised weights are read as codes: {format_name}")
     if not weights:
-        notes.append(f"{path}: its weights are quantised; shapes are those from before")
+        notes.append(f"{path}: its weights are quantised; the shapes are those before quantisation")
     unused = _unused_names(stored, weights, model_names, plain_names)
     if unused:
-        notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
+        notes.append(f"{len(unused)} tensors of {path} are not used: {some(unused, 4)}")
     return module, tuple(notes)
 
 
@@ -155,15 +156,17 @@ def _is_conv1d(module: nn.Module, name: str) -> bool:
 def _check_codes(
     name: str, weight: QuantisedWeight, parameter: nn.Parameter, is_transposed: bool, path: Path
 ) -> None:
-    """Refuse codes of another shape than the parameter's, where their file tells the shape."""
+    """Refuse codes whose shape differs from the parameter's, if the file has the shape."""
     shape = parameter.shape
     expected = tuple(shape[::-1]) if is_transposed else tuple(shape)
     if weight.bits and weight.shape != expected:
-        raise misfit(f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}")
+        raise misfit(
+            f"{path}: tensor {name!r} has codes of {list(weight.shape)}, expected {list(shape)}"
+        )
 
 
 def _kind_of_codes(weight: QuantisedWeight) -> str:
-    """What the codes of a weight are, as `LEVELS` names them; int4 … for whole numbers."""
+    """The kind of the codes of a weight, as in `LEVELS`; int4 … for whole numbers."""
     kind = weight.format.rpartition(" ")[2]
     if kind in LEVELS:
         return kind
@@ -223,7 +226,7 @@ def _as_loaded(
 
 
 def _read_stacked(name: str, members: Sequence[QuantisedWeight]) -> Quantised:
-    """The codes of a stack: those of its members, one below the other."""
+    """The codes of a stack: the codes of its members, concatenated."""
     return below(name, [member.read() for member in members])
 
 

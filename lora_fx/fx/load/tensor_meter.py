@@ -1,4 +1,4 @@
-"""How many tensors, and how many bytes, the building of a model may ask for."""
+"""Limit the number and the bytes of the tensors that building a model may ask for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MOST_CALLS = 100_000
 """Tensors that are made while a model without weights is built."""
 SPARE_CALLS = 4000
 SPARE_BYTES = 1 << 27
-"""What a model may have beside the tensors of its file: tables of positions, masks."""
+"""Calls and bytes for tensors that are not in the file, such as tables of positions or masks."""
 _CONSTRUCTORS = frozenset({
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint,
     torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tril_indices,
     torch.triu_indices,
 })  # fmt: skip
-"""What makes a tensor of a size that it is given."""
+"""The functions that make a tensor of a given size."""
 FEW = 4096
 """Elements of operands whose result is not looked at: a product of two has some millions."""
 
@@ -104,7 +104,7 @@ class Metered(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Count what a constructor of tensors is about to make; look at what else is large."""
+        """Count the tensors that a constructor is about to make, and other large results."""
         keywords = dict(kwargs or {})
         if func in _CONSTRUCTORS:
             self._count(func, args, keywords)
@@ -136,7 +136,7 @@ class Metered(TorchFunctionMode):
         if self.calls > self.most_calls:
             raise LoraFxError(
                 f"{self.where} asks for more than {self.most_calls} tensors",
-                "is config.json that of its weights?",
+                "is config.json the config of these weights?",
             )
         on_meta = {**keywords, "device": "meta"}
         on_meta.pop("generator", None)
@@ -149,5 +149,5 @@ class Metered(TorchFunctionMode):
         if size > self.most_bytes:
             raise LoraFxError(
                 f"{self.where} asks for tensors of more than {human(self.most_bytes)}B",
-                "is config.json that of its weights?",
+                "is config.json the config of these weights?",
             )

@@ -40,14 +40,14 @@ Block = Callable[[], contextlib.AbstractContextManager[None]]
 PLAIN = "MODEL_MAPPING_NAMES"
 SEQUENCE = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 BUFFERS = r"(^|\.)(masked_bias|inv_freq|position_ids)$"
-"""What older versions of transformers wrote beside the weights."""
+"""The names of buffers that older versions of transformers wrote with the weights."""
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MASKED = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the weights of a folder fit a class.
+    """The fit of a folder's weights to a class.
 
     Attributes:
         cls: The class.
@@ -96,7 +96,7 @@ def class_of_weights(
     if not stored:  # rule 1
         if not plain:
             return None, ""
-        return plain[0], _note(file, plain[0], "as no weights tell more")
+        return plain[0], _note(file, plain[0], "since the file has no weights to choose by")
 
     fits = _fits(classes_by_table, config, _shapes(stored, raw), counted)
     if not fits:
@@ -113,13 +113,13 @@ def class_of_weights(
     exact_heads = [fit for fit in heads if fit.is_exact]
     if body is not None and not body.prefixed and (body.is_exact or not exact_heads):
         # rule 2
-        why = "whose weights they are"
+        why = "which has exactly these weights"
         if exact_heads:
             names = " and ".join(fit.cls.__name__ for fit in exact_heads)
             why += f"; {names} would fit too"
         return body.cls, _note(file, body.cls, why)
     if body is not None and not exact_heads:  # rule 4: there is no class for rule 3
-        return body.cls, _note(file, body.cls, "as no weights are those of a head")
+        return body.cls, _note(file, body.cls, "since none of the weights belongs to a head")
     return _with_head(file, exact_heads or heads, bodies)  # rules 3 and 5
 
 
@@ -129,7 +129,7 @@ def _fits(
     shapes: Shapes,
     counted: Block,
 ) -> list[Fit]:
-    """How the weights fit each class that can be built of the config."""
+    """The fit of the weights to each class that can be built from the config."""
     classes: dict[type[PreTrainedModel], None] = {}
     for table_classes in classes_by_table.values():
         classes.update(dict.fromkeys(table_classes))
@@ -153,23 +153,23 @@ def _with_head(
         name = nearest.cls.__name__
         raise LoraFxError(
             f"{file} names no architectures, and no class of transformers for its model_type has "
-            f"all of its weights: {name} leaves out {some(nearest.unused, 4)}",
-            f'"architectures": ["{name}"] in config.json builds it without them',
+            f"all of its weights: {name} lacks {some(nearest.unused, 4)}",
+            f'add "architectures": ["{name}"] to config.json to build it without them',
         )
     fewest = min(len(fit.missing) for fit in candidates)
     best = [fit for fit in candidates if len(fit.missing) == fewest]
     if len(best) > 1:
         names = [fit.cls.__name__ for fit in best]
         raise LoraFxError(
-            f"{file} names no architectures, and its weights fit {some(names, 4)} alike",
-            f'add "architectures": ["{names[0]}"] to config.json, or another of these',
+            f"{file} names no architectures, and its weights fit several classes: {some(names, 4)}",
+            f'add "architectures": ["{names[0]}"] to config.json, or another of these classes',
         )
     cls = best[0].cls
-    return cls, _note(file, cls, "whose weights they are")
+    return cls, _note(file, cls, "which has these weights")
 
 
 def _distance(fit: Fit) -> tuple[int, int, int]:
-    """How far weights are from a class: those left over count most, those missing least."""
+    """The distance of weights from a class: unused weights count most, missing ones least."""
     return len(fit.unused), len(fit.misshapen), len(fit.missing)
 
 
@@ -234,7 +234,7 @@ def _not_ruled_out(
 
 
 def _shapes(stored: Tensors, raw: JsonView) -> Shapes:
-    """Name in the loaded model → shape; empty where codes stand for it in another one."""
+    """Name in the loaded model → shape; empty if the tensor is stored as codes of another shape."""
     with unsealed():
         quantised = quantised_weights(stored, raw)
     quantised_layers = tuple(name.removesuffix("weight") for name in quantised)
@@ -293,7 +293,7 @@ def _fit(module: PreTrainedModel, shapes: Shapes) -> Fit:
 
 
 def _without_strangers(fits: Sequence[Fit]) -> list[Fit]:
-    """The fits without what transformers lets pass.
+    """The fits without weights that transformers ignores.
 
     A weight that another class of the family uses does not pass: T5's encoder leaves out a decoder.
     """

@@ -43,8 +43,9 @@ def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
         filled_from = filled.setdefault(ties[name], name)
         if filled_from != name and not torch.equal(value, target):
             raise LoraFxError(
-                f"{path}: {filled_from!r} and {name!r} differ, but are one tensor of the model",
-                "untie them in the model, or leave one out of the file",
+                f"{path}: {filled_from!r} and {name!r} differ, but the model has one tensor for "
+                "both",
+                "untie them in the model, or leave one of them out of the file",
             )
         with torch.no_grad():
             target.copy_(value)
@@ -122,8 +123,8 @@ def _some(names: list[str]) -> str:
 
 
 def _hint(file_names: set[str], expected: Mapping[str, object]) -> str:
-    """What to do, with the prefix that would make the names fit, if there is one."""
+    """The hint, with the prefix that would make the names fit, if there is one."""
     verb, prefix = lead_between(expected, file_names)
     if not verb:
-        return "is it the state_dict of this very model?"
+        return "is it the state_dict of this model?"
     return f"the file's names {verb} the prefix {prefix!r}"

@@ -1,1 +1,1 @@
-"""Lowering: what one node holds as nodes of its own, for passes and in an exporter's operators."""
+"""Lowering: replace one node by several simpler nodes, for passes and for the exporter."""

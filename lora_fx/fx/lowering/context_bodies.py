@@ -75,7 +75,7 @@ def _inline(
 
 
 def without_grad_modes(graph: fx.Graph) -> None:
-    """Write out what a recorded run did between two switches of the gradient as detach.
+    """Replace the switches of the gradient in a recorded run by detach.
 
     Left in the graph, a switch would act on whatever runs after it, the user's code too.
     """

@@ -30,7 +30,7 @@ from lora_fx.text import by_key
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
-"""Operator → what it is made of; what is not in it stays."""
+"""Operator → its decomposition; operators that are not in it stay."""
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CHECKS = {
     aten._assert_scalar.default,
@@ -73,7 +73,7 @@ def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
 
 
 def stands_alone(node: fx.Node) -> bool:
-    """Whether what a node gives depends on nothing but what it reads."""
+    """Whether the result of a node depends only on its operands."""
     if node.op != "call_function" or node.target in CHECKS:
         return True
     target: Any = node.target
@@ -142,7 +142,7 @@ class _Decomposition:
 def _decompositions(
     nodes: Sequence[fx.Node], program: ExportedProgram, table: Table
 ) -> list[_Decomposition]:
-    """Decompose one program that has these nodes side by side, each with inputs of its own."""
+    """Decompose one program that has these nodes next to each other, each with its own inputs."""
     graph = fx.Graph()
     operands_of = [read_nodes(node) for node in nodes]
     placeholders_of: list[list[fx.Node]] = []
@@ -167,7 +167,7 @@ def _decompositions(
 
 
 def _cut(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[_Decomposition]:
-    """Cut a decomposed graph, which has all nodes side by side, into what became of each."""
+    """Cut a decomposed graph, which has all nodes next to each other, into the parts of each."""
     inputs = iter(graph.find_nodes(op="placeholder"))
     results: Any = graph.output_node().args[0]
     outputs = iter(results)
@@ -209,7 +209,7 @@ def _between(
 
 
 def _replace(graph: fx.Graph, decompositions: Mapping[fx.Node, _Decomposition]) -> None:
-    """Put what every node becomes into its place."""
+    """Replace every node by its decomposition."""
     sizes: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         decomposition = decompositions.get(node)

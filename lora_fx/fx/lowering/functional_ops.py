@@ -32,7 +32,7 @@ def without_writes(graph: fx.Graph) -> None:
 
 
 def _is_last_reader(node: fx.Node, written: fx.Node, writes: Writes) -> bool:
-    """Whether nothing reads what a node writes into afterwards, and the graph itself made it."""
+    """Whether a node writes into a tensor that the graph made and that nothing reads later."""
     storage = writes.storage[written]
     position = writes.order[node]
     if not all(isinstance(owner, fx.Node) and owner.op == "call_function" for owner in storage):
@@ -46,13 +46,13 @@ def _is_last_reader(node: fx.Node, written: fx.Node, writes: Writes) -> bool:
 
 
 def _rounds(node: fx.Node) -> bool:
-    """Whether tensors of several dtypes meet, and the result has that of the one written into."""
+    """Whether operands have several dtypes, so that the result must be cast to the written one."""
     values = map(value, read_nodes(node))
     return len({val.dtype for val in values if isinstance(val, torch.Tensor)}) != 1
 
 
 def _functional(target: Any) -> OpOverload | None:
-    """The op that gives what another writes: aten.relu.default for aten.relu_.default."""
+    """The functional form of an in-place op: aten.relu.default for aten.relu_.default."""
     name = getattr(target, "_opname", "")
     if not name.endswith("_") or name.endswith("__"):
         return None

@@ -52,7 +52,7 @@ def program_of(
 
 
 def _has_values_of_one_trace(graph: fx.Graph) -> bool:
-    """Whether every node has the value that one trace gave it, and depends on what it reads."""
+    """Whether every node has the value of one trace, and depends only on its operands."""
     if not all(map(_has_value, graph.nodes)):
         return False
     leaves = tree_leaves([value(node) for node in graph.nodes])
@@ -101,7 +101,7 @@ def _has_value(node: fx.Node) -> bool:
 
 
 def _stands_for(val: object, tensor: torch.Tensor, free: Collection[int] | None) -> bool:
-    """Whether a node stands for tensors such as this; other sizes only where they are free."""
+    """Whether a node can have a tensor like this as value; other sizes only if they are free."""
     if not isinstance(val, torch.Tensor) or val.dtype != tensor.dtype or val.dim() != tensor.dim():
         return False
     for axis, (expected, size) in enumerate(zip(val.shape, tensor.shape, strict=True)):

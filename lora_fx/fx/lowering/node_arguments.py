@@ -11,7 +11,7 @@ from lora_fx.fx.trees import tree_leaves, tree_map_only
 
 
 def read_nodes(node: fx.Node) -> list[fx.Node]:
-    """The nodes among the arguments, as often as they stand there."""
+    """The nodes among the arguments, repeated as often as they occur."""
     leaves = tree_leaves((node.args, node.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 

@@ -34,7 +34,7 @@ def without_vmap(graph: fx.Graph) -> None:
 
 
 def _replace_by_plain(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
-    """Trace the nodes of one vmap again, below its levels, and put what it runs in their place."""
+    """Trace the nodes of one vmap again below its levels, and replace them by the result."""
     operands: dict[fx.Node, None] = {}
     for node in body:
         operands |= dict.fromkeys(node.all_input_nodes)

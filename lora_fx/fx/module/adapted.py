@@ -83,7 +83,7 @@ class AdaptedModule(CapturedModule):
         return update_tensors(self, self._updates)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups of what trains, for an optimizer: one for each learning rate of the variant.
+        """The trained tensors as groups for an optimizer: one for each learning rate.
 
         Args:
             lr: The rate of a, and of tensors trained whole; LoRA+ trains b faster.
@@ -131,7 +131,7 @@ class AdaptedModule(CapturedModule):
 
     @property
     def active(self) -> Mapping[str, float]:
-        """Name → weight of what the branches hold; empty for the base."""
+        """Name → weight of the adapters in the branches; empty for the base."""
         return dict(self._active)
 
     def load_adapter(self, adapter: AdapterLike, name: str | None = None) -> None:
@@ -151,8 +151,8 @@ class AdaptedModule(CapturedModule):
             return
         if len(self._active) != 1:
             raise LoraFxError(
-                "a mix, or none, is active: there is no one adapter to replace",
-                "give the adapter a name: load_adapter(adapter, name=…)",
+                "no adapter or a mix is active: there is no single adapter to replace",
+                "give the new adapter a name: load_adapter(adapter, name=…)",
             )
         self._put(bound)
         self._sampled.check(adapter.metadata, self)
@@ -231,7 +231,7 @@ class AdaptedModule(CapturedModule):
         self._graph(False, self._programs.captured.named)
 
     def report(self) -> AdaptedReport:
-        """Report what is adapted, what is trained, and what had to be said."""
+        """Report what is adapted, what is trained, and all notes."""
         captured = self._programs.captured
         notes = (*self._notes, *self._sampled.said, *captured.notes)
         report = adapted_report(self, self._updates, self._found, self._also, notes)

@@ -90,22 +90,26 @@ class Recomputing:
         options = dict(activation_checkpointing_kwargs or gradient_checkpointing_kwargs or {})
         if options.pop("use_reentrant", False):
             raise LoraFxError(
-                "reentrant checkpointing gives the adapters no gradients: no input of a frozen "
-                "model's first block requires one",
-                "use_reentrant=False, the default here",
+                "with reentrant checkpointing the adapters get no gradients: no input of a "
+                "frozen model's first block requires one",
+                "leave use_reentrant at its default here, False",
             )
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise LoraFxError(
-                f"checkpointing has no option {', '.join(unknown)}", f"known: {', '.join(OPTIONS)}"
+                f"checkpointing has no option {', '.join(unknown)}", f"use {', '.join(OPTIONS)}"
             )
         if every_n_layers < 1:
-            raise LoraFxError(f"every_n_layers is {every_n_layers}", "1 or more")
+            raise LoraFxError(
+                f"every_n_layers is {every_n_layers}; expected 1 or more",
+                "leave it out to recompute every block",
+            )
         blocks = self._blocks()
         if not blocks:
             raise LoraFxError(
-                f"{type(self).__name__} has no blocks that could be recomputed",
-                "blocks are the children of a ModuleList or Sequential",
+                f"{type(self).__name__} has no blocks to recompute: no children of a ModuleList "
+                "or Sequential",
+                "train without recomputation",
             )
         chosen = dict(list(blocks.items())[::every_n_layers])
         refuse_inlined(chosen, self.__dict__["_programs"].inlined)
@@ -135,5 +139,5 @@ def refuse_inlined(blocks: Named, inlined: set[str]) -> None:
     if stuck:
         raise LoraFxError(
             f"cannot recompute {', '.join(stuck)}: other parts of the model run in between",
-            "train without recomputation, or leave them out by every_n_layers",
+            "train without recomputation, or leave these blocks out with every_n_layers",
         )

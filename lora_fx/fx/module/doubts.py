@@ -1,4 +1,4 @@
-"""What kernels asked of sizes while a model was captured, decided by a run."""
+"""Decide by a run the questions about sizes that kernels asked while a model was captured."""
 
 from __future__ import annotations
 

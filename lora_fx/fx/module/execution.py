@@ -1,4 +1,4 @@
-"""How lora-fx itself runs a captured module, and what it asks of it; its user needs none of this.
+"""Run a captured module inside lora-fx; its user needs none of this.
 
 These are no members of the module: there they would be attributes of the user's model.
 """
@@ -41,7 +41,7 @@ class Execution:
 
     @property
     def norm_stats(self) -> str:
-        """What batch norms do in train mode: frozen or update."""
+        """The behaviour of batch norms in train mode: frozen or update."""
         return self._module._norm_stats
 
     @property

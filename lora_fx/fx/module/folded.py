@@ -42,6 +42,6 @@ class FoldedModule(CapturedModule):
     def train(self, mode: bool = True) -> FoldedModule:
         """A folded model has no train mode."""
         if mode:
-            raise LoraFxError("a folded model is for inference", "insert again to train")
+            raise LoraFxError("a folded model is for inference only", "insert again to train")
         super().train(False)
         return self

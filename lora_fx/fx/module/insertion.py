@@ -1,4 +1,4 @@
-"""What insert put into a module, as passes, proofs and files ask for it; its user needs none of it.
+"""The record of what insert added to a module, for passes, proofs and files, not for its user.
 
 These are no members of the module: there they would be attributes of the user's model.
 """
@@ -21,7 +21,7 @@ from lora_fx.targets.found import Found
 
 
 class Insertion:
-    """The branches of an adapted module, and what is known of them."""
+    """The branches of an adapted module, and the facts about them."""
 
     def __init__(self, module: AdaptedModule) -> None:
         self._module = module
@@ -81,5 +81,5 @@ class Insertion:
 
 
 def insertion_of(module: AdaptedModule) -> Insertion:
-    """What insert put into the module."""
+    """The record of what insert added to the module."""
     return Insertion(module)

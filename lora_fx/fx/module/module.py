@@ -43,9 +43,9 @@ from lora_fx.patching import patched
 
 Rewriter = Callable[[FxGraph], object]
 Program = tuple[str, Traced]
-"""The name of its code, and what it was made from: the sizes that it takes, its outputs' tree."""
+"""The name of its code, and its origin: the sizes that it takes, the tree of its outputs."""
 Speedups = Callable[[Sequence[str], bool], list[Rewriter]]
-"""The passes that make programs cheaper, for the paths of a module's blocks and a mode."""
+"""The passes that make programs cheaper, for the paths of a module's blocks and for a mode."""
 
 
 # The weightless copy holds the model's code: the user's module with every tensor faked. Captures
@@ -70,7 +70,7 @@ class Scope(nn.Module):
         programs: Any = getattr(self, "_programs", None)
         if programs is None:
             raise LoraFxError(
-                f"{type(self).__name__} is a part of a captured model and cannot be called",
+                f"{type(self).__name__} is a part of a captured model and cannot be called alone",
                 "call the whole model; its parts hold the tensors",
             )
         code = programs.codes[program, self._path]
@@ -107,9 +107,10 @@ def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
     for name in dict.fromkeys(tensor.partition(".")[0] for tensor in tensors):
         if hasattr(root, name) or (name == "self" and name in tensors):
             raise LoraFxError(
-                f"{type(module).__name__}.{name} holds weights, and {name} is taken in the module "
-                "that insert returns",
-                "rename it; lora_fx.attach, which adapts your own module, takes methods' names",
+                f"{type(module).__name__}.{name} holds weights, but the module that insert "
+                f"returns uses the name {name} itself",
+                "rename it; or use lora_fx.attach, which adapts your own module and keeps such "
+                "names",
             )
 
 
@@ -168,7 +169,7 @@ class CapturedModule(Recomputing, Scope):
         if quantised:
             raise LoraFxError(
                 f"{quantised[0]} is quantised, and cannot be trained whole",
-                "leave it out of also_train: a branch beside it trains",
+                "leave it out of also_train: it can be trained by a branch",
             )
         _check_free(tree, type(self))
         trained = {
@@ -272,7 +273,7 @@ class CapturedModule(Recomputing, Scope):
                 continue
             if is_fake(tensor):
                 raise LoraFxError(
-                    f"the tensor {name!r} that forward makes has no value outside the capture",
+                    f"forward makes the tensor {name!r}, which has no value outside the capture",
                     "register it as a buffer of the module",
                 )
             buffer_names[name] = self._constant(tensor)
@@ -332,7 +333,7 @@ class CapturedModule(Recomputing, Scope):
         return result
 
     def _buffers_of_codes(self) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
-        """(module, name, buffer) of the scales, zeros and orders beside quantised parameters."""
+        """(module, name, buffer) of the scales, zeros and orders of quantised parameters."""
         for module in self.modules():
             for leaf in module.__dict__.get(codes.HELD, ()):
                 for part in codes.PARTS:
@@ -351,7 +352,7 @@ class CapturedModule(Recomputing, Scope):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def conditions(self, training: bool = False) -> tuple[Condition, ...]:
-        """What sizes have to satisfy for the graph of the example to be the model."""
+        """The conditions on sizes under which the graph of the example is the model."""
         captured = self._programs.captured
         return captured.traced(training, captured.named, self._dtype).door.conditions
 
@@ -392,7 +393,7 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
 
 
 def _face(model: nn.Module) -> dict[str, object]:
-    """What trainers ask a transformers model for, where the user's class has it: no other module.
+    """The members that trainers read from a transformers model, if the user's class has them.
 
     Device and dtype are those of the parameters now; the config is the user's own object.
     """
@@ -414,6 +415,6 @@ def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:
     raise LoraFxError(
         f"this {type(self).__name__} runs captured graphs, which have no key-value cache to "
         "generate with",
-        "your own model generates: adapter = module.adapter(); "
-        "lora_fx.attach(model, args, kwargs, adapter=adapter); model.generate(…)",
+        "generate with your own model: adapter = module.adapter(); lora_fx.attach(model, args, "
+        "kwargs, adapter=adapter); model.generate(…)",
     )

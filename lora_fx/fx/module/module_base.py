@@ -93,15 +93,18 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
 
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
-    """The name, the shape, and both ends of a parameter; of codes, what they stand for."""
+    """The name, the shape, and both ends of a parameter; for codes, of their numbers."""
     tensor: torch.Tensor = parameter_of(root, name)
     if is_sharded(tensor):
         raise LoraFxError(
-            f"{name!r} is sharded: every process would have to gather it", "gather it before"
+            f"{name!r} is sharded: every process would have to gather it",
+            "gather it before this call",
         )
     tensor = numbers(root, name)
     if dtype_name(tensor.dtype) not in FLOATING or is_wrapper(tensor.data):
-        raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
+        raise LoraFxError(
+            f"{name!r} is {tensor.dtype}, not a plain weight", "cast it before this call"
+        )
     return name, tuple(tensor.shape), both_ends(tensor)
 
 

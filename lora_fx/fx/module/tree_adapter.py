@@ -1,4 +1,4 @@
-"""An adapter as the tensors of a tree of modules, be it a module of ours or the user's own."""
+"""An adapter as tensors in a tree of modules, of lora-fx or of the user."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def bound_for_loading(
 def write_full_tensors(
     root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write the tensors that are trained whole; what an adapter lacks is the model's own again."""
+    """Write the whole tensors of an adapter; tensors that it lacks get the model's own values."""
     first_names, _ = named_tensors(root)
     values = {first_names[key]: from_numpy(entry.value) for key, entry in adapter.full.items()}
     for name, original in originals.items():

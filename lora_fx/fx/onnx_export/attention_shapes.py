@@ -34,7 +34,7 @@ def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any)
 def attention_of_unlike_heads(
     q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **named: Any
 ) -> Tensor:
-    """Attention whose heads of keys and of values are repeated, each as often as it has to be."""
+    """Attention with key heads and value heads repeated as often as each needs."""
     k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
     return attention_in_four(q, k, v, *rest, **named)

@@ -1,4 +1,4 @@
-"""The exporter does once what is the same for many nodes."""
+"""Let the exporter do work that is equal for many nodes only once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHORTCUTS = (
 
 @contextlib.contextmanager
 def repeating() -> Iterator[None]:
-    """A block in which the exporter does once, to the same graph, what it would for every node."""
+    """A block in which the exporter does once what it would do for every node."""
     with table_read_once(), contextlib.ExitStack() as shortcuts:
         for shortcut in SHORTCUTS:
             # what a version of torch or onnxscript lacks goes the long way

@@ -61,7 +61,7 @@ def rewrite_rsub(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def erase_checks(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase the asserts that a check of values leads to; what they read is then dead."""
+    """Erase the asserts of a check of values, so that their operands become dead."""
     dependents = list(reached([node], lambda n: n.users))
     numbers = (bool, int, torch.SymBool, torch.SymInt)
     for dependent in dependents:

@@ -1,4 +1,4 @@
-"""Views by strides of storage that lies in another order than its dimensions.
+"""Views by strides of storage whose order differs from the order of its dimensions.
 
 The exporter takes storage to be in the order of the dimensions: of a transposed tensor it reads
 other numbers. So the dimensions are put into the order of the storage first.
@@ -62,6 +62,6 @@ def _dense_order(stored: Tensor) -> list[int] | None:
 def in_storage(
     x: Tensor, order: Sequence[int], size: Sequence[int], stride: Sequence[int], first: int
 ) -> Tensor:
-    """A view by strides of a tensor whose dimensions lie in this order in its storage."""
+    """A view by strides of a tensor whose dimensions have this order in its storage."""
     stored: Tensor = x.permute(*order).clone(memory_format=torch.contiguous_format)
     return torch.as_strided(stored, list(size), list(stride), first)

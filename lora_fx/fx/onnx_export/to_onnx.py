@@ -90,7 +90,7 @@ def _refuse_random_ops(graph: FxGraph) -> None:
     drawing = random_ops(graph.graph)
     if drawing:
         raise LoraFxError(
-            f"the model draws random numbers in eval mode, ONNX Runtime others: "
+            "the model draws random numbers in eval mode, and ONNX Runtime would draw others: "
             f"{', '.join(drawing)}",
             "let forward take the numbers as an input",
         )
@@ -134,7 +134,7 @@ def _lifted(graph: FxGraph, target: Target) -> Tensor:
 
 
 def _store_lifted(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
-    """Make initialisers of the last inputs, which stand for lifted weights."""
+    """Make initialisers of the last inputs, which are lifted weights."""
     import onnx_ir as ir
 
     graph = model.graph

@@ -72,7 +72,7 @@ def translated(
             reason = one_line(_innermost(e), 200)
             raise LoraFxError(
                 f"torch's ONNX exporter refused the model: {reason}",
-                "-v prints all that it says",
+                "run with -v for the exporter's whole message",
             ) from e
     assert onnx is not None
     return onnx.model

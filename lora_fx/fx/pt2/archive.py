@@ -30,7 +30,7 @@ BROKEN = "the file is damaged or was not written by torch.export.save"
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in an archive.
+    """The place of a tensor in an archive.
 
     Attributes:
         member: The member that holds its bytes.
@@ -98,7 +98,7 @@ class Archive:
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as e:
             raise self.bad(f"{member} cannot be read: {one_line(e, 120)}") from e
         if len(data) != info.file_size:
-            raise self.bad(f"{member} is cut: {len(data)} of {info.file_size} bytes")
+            raise self.bad(f"{member} is truncated: {len(data)} of {info.file_size} bytes")
         return data
 
     def json(self, member: str) -> Json:
@@ -125,7 +125,7 @@ class Archive:
                 result[name] = self._tensor(folder, name, row)
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
                 raise self.bad(
-                    f"{member}: {name!r} is described wrongly: {one_line(e, 120)}"
+                    f"{member}: the entry of {name!r} is wrong: {one_line(e, 120)}"
                 ) from e
         return result
 
@@ -133,13 +133,13 @@ class Archive:
         """The tensor that a row of a program's table describes."""
         file = row["path_name"]
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):
-            raise self.bad(f"{name!r} lies in {file!r}, which is no name of a member")
+            raise self.bad(f"{name!r} is in {file!r}, which cannot be the name of a member")
         member = folder + file
         meta = row.get("tensor_meta")
         if meta is None:
             raise self.bad(
                 f"{member} ({name!r}) is a pickled Python object and is never read",
-                "a program of tensors only can be opened",
+                "save a program that holds only tensors",
             )
         is_parameter = bool(row.get("is_param"))
         if row.get("use_pickle"):
@@ -168,7 +168,7 @@ class Archive:
         strides = place.strides
         dtype = place.dtype
         if len(sizes) != len(strides):
-            raise self.bad(f"{name!r} has {len(sizes)} sizes and {len(strides)} strides")
+            raise self.bad(f"{name!r} has {len(sizes)} sizes but {len(strides)} strides")
 
         end = 0  # the first element of the member behind the tensor
         if math.prod(sizes):
@@ -180,8 +180,8 @@ class Archive:
             raise self.bad(f"the member {place.member} ({name!r}) is missing") from e
         if end * dtype.itemsize > stored_bytes or stored_bytes % dtype.itemsize:
             raise self.bad(
-                f"{place.member} has {stored_bytes} bytes; {name!r}, {dtype} of {list(sizes)}, "
-                f"needs {end * dtype.itemsize}"
+                f"{place.member} has {stored_bytes} bytes, but {name!r}, {dtype} of "
+                f"{list(sizes)}, needs {end * dtype.itemsize}"
             )
 
         if self.meta:
@@ -219,7 +219,7 @@ def _whole_number(value: Any) -> int:
     """The whole number of {"as_int": n}; anything else is refused."""
     number = value["as_int"]
     if type(number) is not int or not 0 <= number < 1 << 62:
-        raise ValueError(f"{number!r} is no size")
+        raise ValueError(f"{number!r} is not a size")
     return number
 
 
@@ -251,25 +251,29 @@ def _open_zip(path: str) -> zipfile.ZipFile:
         weakref.finalize(opened, file.close)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
         file.close()
-        raise LoraFxError(f"{path}: no .pt2 file, or a cut one: {one_line(e, 120)}", BROKEN) from e
+        raise LoraFxError(
+            f"{path}: not a .pt2 file, or a truncated one: {one_line(e, 120)}", BROKEN
+        ) from e
     return opened
 
 
 def _check_members(archive: Archive) -> None:
-    """Refuse a zip whose members are not those of a .pt2 archive: one folder, nothing packed."""
+    """Refuse a zip that is not a .pt2 archive: one folder, no compressed members."""
     infos = archive.zip.infolist()
     members = [info.filename for info in infos]
     if "serialized_exported_program.json" in members:
         raise archive.bad("an archive of an older torch", f"{AGAIN}, with torch 2.9 or newer")
     is_below_root = all(member.startswith(archive.root) for member in members)
     if not is_below_root or "archive_format" not in archive.members:
-        raise archive.bad("a zip, but no .pt2 archive")
+        raise archive.bad("a zip file, but not a .pt2 archive")
     if len(set(members)) != len(members):
         repeated = next(member for member in members if members.count(member) > 1)
         raise archive.bad(f"the member {repeated} is there twice")
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED:
-            raise archive.bad(f"{info.filename} is compressed; torch stores members as they are")
+            raise archive.bad(
+                f"{info.filename} is compressed, but torch stores members uncompressed"
+            )
 
 
 def _check_format(archive: Archive) -> None:
@@ -279,11 +283,11 @@ def _check_format(archive: Archive) -> None:
     """
     members = archive.members
     if bytes(archive.read("archive_format")) != b"pt2":
-        raise archive.bad("a zip, but no .pt2 archive")
+        raise archive.bad("a zip file, but not a .pt2 archive")
     version = b"0"
     if "archive_version" in members:
         version = bytes(archive.read("archive_version"))
     if version != b"0":
-        raise archive.bad(f"archive version {one_line(version, 20)}, not 0", AGAIN)
+        raise archive.bad(f"archive version {one_line(version, 20)}; expected 0", AGAIN)
     if "byteorder" in members and bytes(archive.read("byteorder")) != b"little":
         raise archive.bad("written on a big-endian machine", AGAIN)

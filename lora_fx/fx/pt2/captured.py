@@ -1,4 +1,4 @@
-"""A model that is only a file: a Captured whose programs are what a .pt2 holds.
+"""A model that is only a file: a Captured whose programs come from a .pt2 file.
 
 It has no source, so no other mode, dtype or set of arguments can be traced. Where a file of ours
 has branches, the graphs here are those of the model without them, and `adapter` is what they held.
@@ -49,11 +49,14 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.text import JsonView
 
-LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
+LATER = (
+    "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the model that it "
+    "was made from"
+)
 
 
 class FileCaptured(Captured):
-    """See the module's docstring.
+    """The capture that a .pt2 file holds; see the module's docstring.
 
     Attributes:
         path: The file.
@@ -102,8 +105,8 @@ class FileCaptured(Captured):
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
         if manifest.get("recorded"):
             self.notes.append(
-                f"{self.path} holds one recorded run, and not the live model: that it holds for "
-                "other weights cannot be proven"
+                f"{self.path} holds one recorded run, not the live model: it cannot be proven "
+                "that it is valid for other weights"
             )
         self._read_call(manifest)
         self._read_tensors(manifest)
@@ -127,7 +130,10 @@ class FileCaptured(Captured):
         else:
             self.programs = _programs_by_operators(programs)
             if any(_has_branches(loaded) for loaded in programs.values()):
-                self.notes.append(f"{self.path}: branches without a manifest are part of the model")
+                self.notes.append(
+                    f"{self.path}: it has branches but no manifest, so they count as part of the "
+                    "model"
+                )
         self.signature = FileSignature(self.path, signature)
         self.named = {
             name: argument for name, argument in named.items() if not is_constant(argument)
@@ -161,7 +167,7 @@ class FileCaptured(Captured):
         self.base_dtype = base_dtype(self.model)
 
     def _describe(self, manifest: JsonView, dynamic: Dynamic | None, static: Sequence[str]) -> None:
-        """Take from the manifest and the programs which sizes are free, and what they satisfy.
+        """Read from the manifest and the programs which sizes are free, and their conditions.
 
         Raises:
             LoraFxError: `dynamic` names a dimension that the programs fix.
@@ -181,7 +187,8 @@ class FileCaptured(Captured):
             for dimension in dimensions:
                 if dimension not in free.get(name, {}):
                     raise LoraFxError(
-                        f"{self.path} fixes {name} dimension {dimension}", "export it as dynamic"
+                        f"{self.path} fixes dimension {dimension} of {name}",
+                        "export the model again with this dimension dynamic",
                     )
         self.inputs = self.inputs.with_dims(self.requested)
 
@@ -223,7 +230,7 @@ class FileCaptured(Captured):
         return free
 
     def allows(self, training: bool, norm_stats: str = "frozen") -> None:
-        """See Captured.allows."""
+        """Implement `Captured.allows`."""
         if training in self.programs:
             return
         graph = self._trace_of(self.programs[not training][0]).graph
@@ -238,10 +245,10 @@ class FileCaptured(Captured):
         if training:
             has = "eval"
             lacks = "train"
-            hint = f"{LATER}; model.eval() can be trained too, without dropout"
+            hint = f"{LATER}; or train it after model.eval(), without dropout"
         raise LoraFxError(
-            f"{self.path} holds the {has} graph only; "
-            f"in {lacks} mode these behave otherwise: {modals_text(modals) or 'unknown'}",
+            f"{self.path} holds only the {has} graph; in {lacks} mode these ops behave "
+            f"differently: {modals_text(modals) or 'unknown'}",
             hint,
         )
 
@@ -256,13 +263,14 @@ class FileCaptured(Captured):
         """The file's graph for a mode and sizes, or one of the other mode: see `allows`."""
         if portable:
             raise LoraFxError(
-                f"{self.path} holds a grouped product of experts, which ONNX has no operator for",
-                "export from the source: its experts are switched for that",
+                f"{self.path} holds a grouped product of experts, for which ONNX has no operator",
+                "export the model that it was made from, whose experts are then traced in "
+                "another form",
             )
         if dtype is not None and dtype != self.base_dtype:
             raise LoraFxError(
                 f"{self.path} was exported in {self.base_dtype} and cannot be run in {dtype}",
-                "export it in that dtype, or insert from the source",
+                "export it in that dtype, or insert into the model that it was made from",
             )
         self._expect_same_call(named)
         names = self.programs.get(training) or self.programs[not training]
@@ -281,8 +289,8 @@ class FileCaptured(Captured):
         key = program_key(named, tree_leaves(dict(named)))
         if key != example_key:
             raise LoraFxError(
-                f"{self.path} holds the program for {call_text(self.named)}, "
-                f"not for {call_text(named)}",
+                f"{self.path} holds the program for {call_text(self.named)}, not for "
+                f"{call_text(named)}",
                 NO_SOURCE,
             )
 
@@ -308,7 +316,7 @@ class FileCaptured(Captured):
 
     @property
     def recorded(self) -> bool:
-        """False: there is no live model to run beside it, as the notes say."""
+        """False: there is no live model to compare it with, as the notes say."""
         return False
 
     def plain(self) -> FileCaptured:
@@ -330,7 +338,7 @@ def _programs_by_manifest(
 
 
 def _programs_by_operators(programs: Mapping[str, LoadedProgram]) -> dict[bool, list[str]]:
-    """{training: names of its programs}, as the operators of their graphs tell."""
+    """{training: names of its programs}, found from the operators of their graphs."""
     modes = {name: mode_of(loaded.program.graph_module.graph) for name, loaded in programs.items()}
     return {training: [name] for training, name in pick_programs(modes).items()}
 
@@ -360,7 +368,7 @@ def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileC
 
 
 def strip_branches(graph: fx.Graph) -> None:
-    """Take out what insert put in: a marked sum of a value and a branch is that value again."""
+    """Remove the branches of insert: a marked sum of a value and a branch becomes that value."""
     sums = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
     for node in filter(is_marked, sums):
         output, branch = node.args[:2]

@@ -28,11 +28,11 @@ from lora_fx.text import Json, JsonView
 FORMAT = 2
 """That of a file with several programs of one mode, of which sizes choose; others have 1."""
 MODES = {False: "eval", True: "train"}
-"""Training or not → what a manifest calls the mode."""
+"""Training or not → the name of the mode in a manifest."""
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
-    """What a reader needs beside the programs.
+    """Make the manifest: everything that a reader needs in addition to the programs.
 
     Args:
         module: What is saved.
@@ -115,7 +115,8 @@ def read_adapter(
         update = with_values(from_json(bare(values, row), row), values)
         if update.rank != row["rank"]:
             raise LoraFxError(
-                f"the manifest says rank {row['rank']} of {key!r}, its tensors {update.rank}",
+                f"the manifest gives {key!r} rank {row['rank']}, but its tensors have rank "
+                f"{update.rank}",
                 "the file is damaged",
             )
         entries[key] = update

@@ -13,7 +13,9 @@ from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.pt2.file_manifest import is_constant
 from lora_fx.text import Json, JsonView
 
-NO_SOURCE = "a file has no source to trace other arguments; insert from the source"
+NO_SOURCE = (
+    "a file cannot be traced for other arguments: insert into the model that it was made from"
+)
 
 
 class FileSignature(Signature):
@@ -38,7 +40,7 @@ class FileSignature(Signature):
 
 
 def plain_signature(named: JsonView) -> inspect.Signature:
-    """The signature of a call that only its arguments tell."""
+    """The signature of a call, from its arguments only."""
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in named
     ]
@@ -83,7 +85,7 @@ def _parameter(name: str, kind: Any, argument: object) -> inspect.Parameter:
 
 
 def call_text(named: JsonView) -> str:
-    """A call in words: `(ids: int64 of 2 dimensions, scale=2.0)`."""
+    """A call as text: `(ids: int64 of 2 dimensions, scale=2.0)`."""
     texts = []
     for name, argument in named.items():
         if isinstance(argument, torch.Tensor):

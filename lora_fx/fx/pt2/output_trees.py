@@ -20,7 +20,10 @@ def plain_tree(text: str, fields: Mapping[str, list[str]], where: str) -> str:
     """
     version, tree = json.loads(text)
     if version != 1:
-        raise LoraFxError(f"{where}: trees of version {version!r}, not 1", "another torch wrote it")
+        raise LoraFxError(
+            f"{where}: trees of version {version!r}; expected 1",
+            "write the file again with a torch of the version that reads it",
+        )
     return json.dumps([1, _plain(tree, fields, where)])
 
 
@@ -35,7 +38,7 @@ def _plain(tree: JsonView, fields: Mapping[str, list[str]], where: str) -> Any:
     container = named_children(_child_names(kind, context, fields), children)
     if container is None:
         raise LoraFxError(
-            f"{where}: the structure {str(kind)[:80]!r} is not known",
+            f"{where}: unknown structure {str(kind)[:80]!r}",
             "export a model that takes and returns tensors, tuples, lists and dicts",
         )
     return container
@@ -61,7 +64,7 @@ def _child_names(kind: str, context: Any, fields: Mapping[str, list[str]]) -> An
 
 
 def named_children(names: Any, children: Sequence[Json]) -> Json | None:
-    """A container as a dict of its children; None where what its type keeps is no names of them."""
+    """A container as a dict of its children; None if its type stores no names of children."""
     if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
         names = names[0]  # a dataclass: its fields, and those that are None
     if not isinstance(names, (list, tuple)) or len(names) != len(children):

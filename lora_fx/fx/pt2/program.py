@@ -53,7 +53,7 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
         outputs = len(signature.user_outputs)
         leaves = program.call_spec.out_spec.num_leaves
         if leaves != outputs:
-            raise archive.bad(f"{member} has {outputs} outputs and a tree of {leaves}")
+            raise archive.bad(f"{member} has {outputs} outputs, but a tree of {leaves} outputs")
         named = _example(program, data)
     except LoraFxError:
         raise
@@ -62,7 +62,7 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
         raise LoraFxError(
             f"{archive.path}: {member} cannot be read by torch {torch.__version__}: "
             f"{one_line(f'{type(e).__name__}: {lines[-1]}', 200)}",
-            "a file of another torch may have to be written again: torch.export.save",
+            "write the file again with this torch: torch.export.save",
         ) from e
     return LoadedProgram(program, state, named)
 
@@ -80,8 +80,8 @@ def _example(program: ExportedProgram, data: JsonView) -> Json:
             leaf = value(placeholders.get(row.arg.name))
         if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             raise LoraFxError(
-                f"the argument {row.arg.name!r} is a number that varies",
-                "export with numbers as constants, or as tensors",
+                f"the argument {row.arg.name!r} is a number that is not constant",
+                "export with numbers as constants or as tensors",
             )
         if isinstance(leaf, torch.Tensor):
             leaf = example_of(leaf)

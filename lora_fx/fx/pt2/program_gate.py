@@ -45,7 +45,7 @@ KEPT = ("nn_module_stack", "custom", "stack_trace")
 
 
 def clean_program(data: Json, where: str) -> Json:
-    """The program's JSON with what torch would evaluate checked or taken out; edits `data`.
+    """Check or remove the texts in a program's JSON that torch would evaluate; edits `data`.
 
     Args:
         data: models/NAME.json.
@@ -77,7 +77,7 @@ def clean_program(data: Json, where: str) -> Json:
         _check_values(data, where)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise LoraFxError(
-            f"{where} is no exported program: {type(e).__name__} {e}", "write the file again"
+            f"{where} is not an exported program: {type(e).__name__} {e}", "write the file again"
         ) from e
     except RecursionError as e:
         raise LoraFxError(f"{where} is nested too deeply", "write the file again") from e
@@ -101,7 +101,7 @@ def _check_values(value: object, where: str) -> None:
 
 
 def _texts_of_metadata(metadata: Json) -> Json:
-    """The texts of a node's metadata that are read; torch would import what others name."""
+    """The texts of a node's metadata that are read; torch would import modules named by others."""
     texts = {}
     for key, value in metadata.items():
         if key in KEPT and isinstance(value, str):
@@ -138,8 +138,9 @@ def check_operator(target: object, where: str) -> None:
     if isinstance(target, str) and _is_aten(target):
         return
     raise LoraFxError(
-        f"{where} calls {str(target)[:80]!r}, which is no operator of aten",
-        "programs with custom operators cannot be opened; insert from the source",
+        f"{where} calls {str(target)[:80]!r}, which is not an operator of aten",
+        "insert into the model that the file was made from: programs with custom operators are "
+        "not opened",
     )
 
 

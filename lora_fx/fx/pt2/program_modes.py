@@ -1,4 +1,4 @@
-"""Which mode a graph was exported in: the operators that behave otherwise in training."""
+"""Find the mode that a graph was exported in, from ops that behave differently in training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def modal_nodes(graph: fx.Graph) -> list[Modal]:
 
 
 def _modal(node: fx.Node, operator: OpOverload) -> Modal | None:
-    """How a node depends on the mode; None for one that does not."""
+    """The way in which a node depends on the mode; None if it does not."""
     name = operator._schema.name.partition("::")[2].rstrip("_")
     if name == "bernoulli":
         return Modal(name, scope_of(node)[0], training=True)

@@ -49,7 +49,7 @@ def program_of_json(
 
 
 def table_of(tensors: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> Json:
-    """The table that says where and how each tensor lies in an archive.
+    """The table with the place and form of each tensor in an archive.
 
     Args:
         tensors: The tensors by name.
@@ -69,7 +69,7 @@ def table_of(tensors: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> J
 
 
 def dtype_of_code(code: Any) -> torch.dtype:
-    """The dtype that a table's number stands for.
+    """The dtype for a number in a table.
 
     Raises:
         KeyError, TypeError: It stands for none.

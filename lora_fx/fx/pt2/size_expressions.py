@@ -26,7 +26,7 @@ TEXTS = {
     "Integer": re.compile(r"-?\d{1,20}"),
     "Float": re.compile(r"-?\d{0,40}\.?\d{0,40}(e[+-]?\d{1,3})?"),  # an exponent is written out
 }
-"""Functions that take a text → what it may be."""
+"""Functions that take a text → the texts that are allowed."""
 MOST_TERMS = 2_000
 """Monomials of a size whose products and powers are multiplied out, as torch does to compare it.
 `(s0 + … + s200)**64` would have 10^60 of them."""
@@ -44,7 +44,7 @@ def refused_text(where: str, what: str) -> LoraFxError:
     """An error about a text that could run code."""
     return LoraFxError(
         f"{where} holds {what}, which could run code and is not opened",
-        "open only files whose origin you know; a program that torch.export.save wrote passes",
+        "open only files that you trust; a program that torch.export.save wrote is accepted",
     )
 
 
@@ -70,8 +70,9 @@ def check_expression(text: object, where: str) -> None:
         _multiplied_out(tree.body)
     except (_TooLarge, RecursionError) as e:
         raise LoraFxError(
-            f"{where}: the size {one_line(text, 60)} is too large, multiplied out: {one_line(e)}",
-            "a program that torch.export.save wrote has smaller ones; write it again",
+            f"{where}: the size {one_line(text, 60)} is too large when multiplied out: "
+            f"{one_line(e)}",
+            "write the program again with torch.export.save",
         ) from e
 
 
@@ -133,7 +134,7 @@ def _multiplied_out(node: ast.expr) -> tuple[int, int]:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         bits = _bits_of_number(node.value)
     elif operation in ("Add", "Sub", "USub"):
-        terms = sum(operand_terms)
+        terms = max(1, sum(operand_terms))  # `Add()` is 0, a term as well
         bits += len(operands)
     elif operation in ("Mult", "Mul"):
         terms = math.prod(operand_terms)
@@ -165,7 +166,7 @@ def _bits_of_number(number: float) -> int:
 
 
 def _operation(node: ast.expr) -> tuple[str, list[ast.expr]]:
-    """The name of what an expression computes, and its operands."""
+    """The name of the operation of an expression, and its operands."""
     match node:
         case ast.BinOp(left, operator, right):
             return type(operator).__name__, [left, right]

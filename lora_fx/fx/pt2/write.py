@@ -33,11 +33,11 @@ Paths = Sequence[tuple[Named, Traced]]
 """The paths of the model's code in a mode, each with a call that takes it; the example's first."""
 NAMES = {False: "model", True: "train"}
 ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
-"""What torch records as the class of a graph's root; files name the user's own class."""
+"""The class that torch records for a graph's root; files name the user's own class instead."""
 
 
 def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Paths]) -> None:
-    """Write the programs of a module: for each mode (training or not) those of its paths."""
+    """Write the programs of a module: for each mode (training or not) one for each path."""
     traced_programs: dict[str, tuple[bool, Traced]] = {}
     exported_programs: dict[str, tuple[ExportedProgram, str]] = {}
     for training, paths in modes.items():

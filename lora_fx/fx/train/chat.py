@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of its own with limits on time, memory and text.
+"""Chat templates, rendered in a separate process with limits on time, memory and text.
 
 A template is a program in a language with loops: how long it runs and how much it writes no
 arithmetic on its text tells. transformers' sandbox lets it reach nothing of the machine, and gives
@@ -30,13 +30,13 @@ MAX_TEMPLATE = 1 << 17
 SECONDS = 0.8
 """Processor time for all lines; a template takes less than 50 ms to compile."""
 OF_A_LINE = 0.02
-"""Processor time for each line beside it; a line takes a millisecond."""
+"""Additional CPU seconds for each line; a line takes a millisecond."""
 MEGABYTES = 128
-"""Memory that rendering may take beside that of the libraries."""
+"""Memory that rendering may take in addition to the libraries."""
 CHARACTERS = 1 << 20
-"""Characters that a line may be rendered to, beside a multiple of its own."""
+"""Characters that a line may be rendered to, in addition to a multiple of its own length."""
 TIMES = 20
-"""How many times its own characters a line may be rendered to."""
+"""The factor by which a rendered line may be longer than its characters."""
 _HINT = "write the turns as the model's chat template wants them"
 
 
@@ -97,7 +97,7 @@ class ChatTemplate:
         for where, answer in zip(lines, process.stdout.splitlines(), strict=False):
             conversation = json_object(answer, where)
             if "error" in conversation:
-                why = f"the chat template refuses it: {conversation['error']}"
+                why = f"the chat template refuses this line: {conversation['error']}"
                 raise LoraFxError(f"{where}: {why}", _HINT)
             spans = [(start, end) for start, end in conversation["spans"]]
             rendered[where] = Rendered(conversation["text"], spans)
@@ -109,10 +109,12 @@ class ChatTemplate:
     def _killed(self, where: str, code: int, err: str) -> LoraFxError:
         """The error for a process that ended before a line was rendered."""
         if code == -signal.SIGALRM:
-            why = f"takes more than {SECONDS} s of processor time"
+            why = f"takes more than {SECONDS} s of CPU time"
         else:
             lines = err.strip().splitlines() or [f"exit code {code}"]
-            why = f"ended its process, of {MEGABYTES} MB: {one_line(lines[-1], 200)}"
+            why = (
+                f"ended its process, which is limited to {MEGABYTES} MB: {one_line(lines[-1], 200)}"
+            )
         what = f"{where}: the chat template of {self.folder} {why}"
         return LoraFxError(what, "is it the template of this model?")
 

@@ -42,7 +42,7 @@ def products(x: Tensor, dim: int, **_: object) -> Tensor:
 def bags(
     w: Tensor, ids: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *options: Any
 ) -> tuple[Tensor, None, None, None]:
-    """The sums, means or maxima of the rows of bags: each from where it starts to the next.
+    """The sums, means or maxima of the rows of bags; a bag ends where the next one starts.
 
     The options are aten's: sparse, per_sample_weights, include_last_offset, padding_idx.
     """
@@ -69,12 +69,12 @@ def bags(
 
 
 def adaptive_maxima(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, None]:
-    """The maxima of as many windows as asked for, one axis after the other; no places."""
+    """The maxima of the given number of windows, one axis after the other; no indices."""
     return _by_axes(lambda part, axis: part.max(axis)[0], x, sizes), None
 
 
 def _by_axes(reduce: Callable[[Tensor, int], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Reduce as many windows as `sizes` asks for, one axis after the other."""
+    """Reduce the number of windows in `sizes`, one axis after the other."""
     for axis, count in enumerate(sizes, x.dim() - len(sizes)):
         length = x.shape[axis]
         windows = []
@@ -94,7 +94,7 @@ def pooled(
     padding: Sequence[int] = (0,),
     *options: Any,
 ) -> Tensor:
-    """Windows of three axes as those of two, and then of the third.
+    """Pool windows of three axes as windows of two, and then of the third.
 
     The options are what the pool of two axes takes: the dilation of a maximum goes by axes as well,
     and a divisor is one of the whole window.
@@ -122,12 +122,12 @@ def pooled(
 
 
 def _three(values: Sequence[int]) -> list[int]:
-    """A number for each of three axes; one number is that of all."""
+    """A number for each of three axes; a single number is used for all."""
     return [*values] * (3 // len(values))
 
 
 def samples(x: Tensor, *options: Any) -> Tensor:
-    """The samples of planes; those of volumes stay one operator."""
+    """The samples of planes; samples of volumes stay one operator."""
     sample: Any = aten.grid_sampler
     if x.dim() == 4:
         sample = decomposition_table[aten.grid_sampler_2d.default]
@@ -172,4 +172,4 @@ DIFFERENTIABLE: Table = {
     **dict.fromkeys(aten_ops("prod prod.dim_int"), product),
     **dict.fromkeys(aten_ops("embedding_bag embedding_bag.padding_idx"), bags),
 }
-"""Operator → what it is made of for autograd: its gradient is an operator that stays one."""
+"""Operator → its decomposition for autograd, since its gradient has no decomposition."""

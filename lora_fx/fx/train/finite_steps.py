@@ -29,17 +29,19 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
         return
     gradients = list(_gradients(model))
     infinite = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
-    where = "every gradient is finite, their norm or the loss is not"
+    where = "every gradient is finite, but their norm or the loss is not"
     if infinite:
         count = f"{len(infinite)} of {len(gradients)}"
-        where = f"first not finite: the gradient of {infinite[0]} ({count} are not)"
+        where = (
+            f"the first one that is not finite is the gradient of {infinite[0]} ({count} are not)"
+        )
     if not math.isfinite(loss):
         raise not_finite(step, "loss", loss, where)
     raise not_finite(step, "norm of the gradients", norm, where)
 
 
 def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
-    """(its name in words, gradient): A and B of every target, then tensors trained whole."""
+    """(its name as text, gradient): A and B of every target, then tensors trained whole."""
     factors: set[int] = set()
     for key, pair in insertion_of(model).slots().items():
         for side, parameter in zip("AB", pair, strict=True):
@@ -55,6 +57,6 @@ def not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
     """The error of a run that was stopped."""
     return LoraFxError(
         f"step {step}: the {what} is {value}; {where}",
-        "a lower --lr, or look at the data",
+        "lower --lr, or check the data",
         exit_code=1,
     )

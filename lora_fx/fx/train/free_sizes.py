@@ -47,6 +47,6 @@ def _fixed_size(name: str, axis: int, graph: fx.Graph) -> LoraFxError:
     recurrences = sorted({str(node.target) for node in graph.nodes if node.target in UNROLLED})
     operators = ", ".join(recurrences) or "an operator's gradient"
     return LoraFxError(
-        f"{name!r}: dimension {axis} is free, and {operators} has a step for one size only",
-        f"--static {name}:{axis}; in Python capture(…, static=['{name}:{axis}'])",
+        f"{name!r}: dimension {axis} is dynamic, but {operators} can train at one size only",
+        f"fix it with --static {name}:{axis}; in Python with capture(…, static=['{name}:{axis}'])",
     )

@@ -112,4 +112,4 @@ OWN: Table = {
     aten.convolution_backward.default: convolution_backward,
     aten.avg_pool2d_backward.default: average_backward,
 }
-"""Operator → what it is made of: the exporter has no such operator, or a wrong one."""
+"""Operator → its decomposition: the exporter has no such operator, or a wrong one."""

@@ -48,8 +48,9 @@ class AdapterCheckpoints:
         if [id(p) for p in adapted.parameters()] != before:
             raise LoraFxError(
                 f"{resume_from_checkpoint} holds other targets or ranks than the model, whose "
-                "tensors the optimizer has already",
-                "make the model with insert(…, adapter=load_adapter(checkpoint)), then Trainer",
+                "tensors the optimizer already has",
+                "make the model with insert(…, adapter=load_adapter(checkpoint)) before you make "
+                "the Trainer",
             )
 
     def _load_best_model(self) -> None:
@@ -60,6 +61,6 @@ class AdapterCheckpoints:
         if not hasattr(found, "load_adapter") or not hasattr(found, "report"):
             raise LoraFxError(
                 f"a {type(found).__name__} holds no adapter of lora-fx",
-                "give Trainer what lora_fx.insert or lora_fx.attach returns",
+                "give Trainer a model that lora_fx.insert or lora_fx.attach returned",
             )
         return found

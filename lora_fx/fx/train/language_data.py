@@ -32,7 +32,7 @@ from lora_fx.fx.load.folder_tokenizer import read_tokenizer
 from lora_fx.fx.train.line_forms import FORMS, form_of, in_words
 from lora_fx.fx.train.line_tokens import encoder
 from lora_fx.fx.train.loss import IGNORED
-from lora_fx.fx.train.run_defaults import CAUSAL
+from lora_fx.run_defaults import CAUSAL
 from lora_fx.text import JsonView, some
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def language_table(
     path: str, module: nn.Module, folder: Path, max_length: int | None
 ) -> tuple[Table, list[str]] | None:
-    """The table of a .jsonl file, padded on the right, and what has to be said of it.
+    """The table of a .jsonl file, padded on the right, and notes.
 
     Args:
         path: The file.
@@ -77,7 +77,7 @@ def language_table(
         with _no_panic(where, folder):
             ids, trained = encode(where, row, merged)
         if not any(trained[1:]):  # the first token is predicted from nothing
-            raise LoraFxError(f"{where}: no token is trained on", "leave the line out")
+            raise LoraFxError(f"{where}: it has no token to train on", "leave the line out")
         if size:
             _refuse_unknown_token(where, ids, size, tokenizer, folder)
         lines.append(_Line(where, ids, trained))
@@ -85,20 +85,22 @@ def language_table(
     table, notes = _padded(path, lines, _longest(module, max_length), what)
     if merged:
         notes.append(
-            f"{path}: of {len(merged)} lines the last tokens of the prompt differ when the "
-            f"completion follows, and are trained on with it: {_lines(merged)}"
+            f"{path}: in {len(merged)} lines the last tokens of the prompt change when the "
+            f"completion follows, so they are trained on too: {_lines(merged)}"
         )
     used = {*form, "tools"} if form == ("messages",) else set(form)
     columns: set[str] = set().union(*(row for _, row in rows))
     ignored = sorted(columns - used)
     if ignored:
-        notes.append(f"{path}: ignored: {some([repr(name) for name in ignored], 8)}")
+        notes.append(
+            f"{path}: these columns are ignored: {some([repr(name) for name in ignored], 8)}"
+        )
     return table, notes
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of the file: where it stands, its ids, and which of them are trained on."""
+    """A line of the file: its place, its ids, and which of them are trained on."""
 
     where: str
     ids: list[int]
@@ -121,7 +123,7 @@ def _refuse_other_form(where: str, form: tuple[str, ...], first: tuple[str, ...]
         words = in_words(form) or "none of the forms"
         raise LoraFxError(
             f"{where} has {words}; the first line has {in_words(first)}",
-            "a file has lines of one form",
+            "use one form in the whole file",
         )
 
 
@@ -160,7 +162,7 @@ def _no_panic(where: str, folder: Path) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise LoraFxError(
-            f"{where}: the tokenizer in {folder} fails: {one_line(error, 160)}",
+            f"{where}: the tokenizer in {folder} failed: {one_line(error, 160)}",
             "is it the tokenizer of this model?",
         ) from error
 
@@ -192,13 +194,13 @@ def _is_causal(module: nn.Module, folder: Path, path: str, row: JsonView) -> boo
     if not config.architectures and causal_class:
         raise LoraFxError(
             f"{folder}/config.json names no architectures, so the model is {kind}, which predicts "
-            f"no token, and {path} has {in_words(form)}",
+            f"no next token, but {path} has {in_words(form)}",
             f'add "architectures": ["{causal_class}"] to config.json',
         )
     if form != ("text",):
         raise LoraFxError(
-            f"{path} has {in_words(form)}, and {kind} is no causal language model",
-            "such data trains a folder whose architecture is a ...ForCausalLM",
+            f"{path} has {in_words(form)}, but {kind} is not a causal language model",
+            "use such data for a folder whose architecture is a ...ForCausalLM",
         )
     return False
 
@@ -208,8 +210,8 @@ def _padded(path: str, lines: list[_Line], longest: int, what: str) -> tuple[Tab
     labelled = [line for line in lines if any(line.trained[1:longest])]
     if not labelled:
         raise LoraFxError(
-            f"{path}: no line has a token that is trained on among its first {longest}",
-            "a larger --max-length",
+            f"{path}: no line has a token to train on among its first {longest}",
+            "raise --max-length",
         )
     width = max(min(longest, len(line.ids)) for line in labelled)
     ids = np.zeros((len(labelled), width), np.int64)

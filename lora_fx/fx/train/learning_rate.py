@@ -47,5 +47,5 @@ def factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> fl
 
 
 def _done(step: int, rise: int, steps: int) -> float:
-    """The share of the steps after the warm-up that lie before this one."""
+    """The share of the steps after the warm-up that come before this step."""
     return (step - rise) / max(1, steps - rise)

@@ -13,7 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def form_of(where: str, row: JsonView) -> tuple[str, ...]:
-    """The form of a line; empty where it has none. One that is whole stands before parts.
+    """The form of a line; empty if it has none. A complete form is preferred to a part of one.
 
     Tables of several forms have null for what a row lacks, and some keep a conversation's first
     turn as its prompt.
@@ -26,7 +26,8 @@ def form_of(where: str, row: JsonView) -> tuple[str, ...]:
         return ()
     if len(forms) > 1:
         raise LoraFxError(
-            f"{where} has {' and '.join(map(in_words, forms))}; expected one form", "leave one out"
+            f"{where} has {' and '.join(map(in_words, forms))}; expected one form",
+            "leave one of them out",
         )
     missing = [name for name in forms[0] if name not in row]
     if missing:
@@ -48,19 +49,22 @@ def text_of(row: Mapping[str, object], name: str, where: str) -> str:
     value = row.get(name)
     if isinstance(value, str):
         return value
-    hint = "a text in quotes"
+    hint = "write the text in quotes"
     if isinstance(value, list) and name != "content":
-        hint = "put turns under 'messages'"
+        hint = "put the turns under 'messages'"
     shown = one_line(json.dumps(value, ensure_ascii=False), 60)
     raise LoraFxError(f"{where}: {name!r} is {shown}, expected a text", hint)
 
 
 def conversation_of(where: str, row: JsonView) -> Json:
-    """The turns of a line and its tools, checked; of a turn what is null is left out."""
+    """The checked turns of a line and its tools; null values of a turn are left out."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
         shown = one_line(json.dumps(turns, ensure_ascii=False), 60)
-        raise LoraFxError(f"{where}: 'messages' is {shown}, expected turns", "a list of objects")
+        raise LoraFxError(
+            f"{where}: 'messages' is {shown}, expected turns",
+            "write a list of objects, one for each turn",
+        )
     for number, turn in enumerate(turns, 1):
         _check_turn(f"{where}: message {number}", turn)
     messages = [

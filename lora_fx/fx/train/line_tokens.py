@@ -26,7 +26,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 Encode = Callable[[str, JsonView, list[str]], Encoded]
-"""Encodes a line: (where it stands, the line, the places of lines with merged tokens)."""
+"""Encodes a line: (its place, the line, the places of lines with merged tokens)."""
 
 
 def encoder(
@@ -36,18 +36,18 @@ def encoder(
     path: str,
     rows: Sequence[tuple[str, JsonView]],
 ) -> tuple[Encode, str]:
-    """The function that encodes a line, and what it trains on, in words."""
+    """The function that encodes a line, and a text on which tokens it trains."""
     if form != ("messages",):
         what = "every token" if form == ("text",) else "the completions' tokens"
         end = tokenizer.eos_token or ""
         if not end:
-            what += " (the tokenizer has no end-of-sequence token, and none is added)"
+            what += " (the tokenizer has no end-of-sequence token, so none is added)"
         return partial(_plain, tokenizer, end), what
     try:
         template = tokenizer.get_chat_template()
     except ValueError as e:
         raise LoraFxError(
-            f"{folder}: the tokenizer has no chat template, and {path} has 'messages'",
+            f"{folder}: the tokenizer has no chat template, but {path} has 'messages'",
             f"put a chat_template.jinja into {folder}, or write 'prompt' and 'completion'",
         ) from e
     is_marked = GENERATION.search(template) is not None
@@ -102,9 +102,9 @@ def _chat(
         return ids, [True] * len(ids)
     if not out.encodings:
         raise LoraFxError(
-            f"{where}: the tokenizer does not tell which characters a token is of, and its chat "
-            "template marks what the assistant generates",
-            "a tokenizer with a tokenizer.json does",
+            f"{where}: the chat template marks what the assistant generates, but the tokenizer "
+            "does not report which characters a token covers",
+            "use a tokenizer with a tokenizer.json",
         )
     spans = rendered[where].spans
     trained = []

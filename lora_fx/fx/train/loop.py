@@ -35,7 +35,7 @@ NO_VALIDATION = (
 Progress = Callable[[int, int, float], None]
 """A function that is called with the step, the steps in all, and the loss."""
 APART = 1_000_003
-"""How far the seeds of two processes lie apart, whose dropout must differ."""
+"""The distance of the seeds of two processes, whose dropout must differ."""
 
 
 def fit(
@@ -102,8 +102,8 @@ def fit(
     report.warnings += warnings
     if report.before is not None and not trail.best < report.before:
         report.warnings.append(
-            f"the lowest validation loss is {trail.best:.4f}, before training it was "
-            f"{report.before:.4f}: the adapter makes the model no better"
+            f"the lowest validation loss is {trail.best:.4f}, but before training it was "
+            f"{report.before:.4f}: the adapter does not improve the model"
         )
     model.eval()
     return report
@@ -113,7 +113,8 @@ def _refuse_patience(settings: Settings) -> None:
     """Raise where patience waits for validations that do not take place."""
     if settings.patience is not None:
         raise LoraFxError(
-            f"patience {settings.patience}, but no example is held out", "--validation 0.1 is usual"
+            f"patience {settings.patience} needs held-out examples, but there are none",
+            "pass --validation 0.1, for example",
         )
 
 
@@ -125,12 +126,12 @@ def _refuse_moving_statistics(model: AdaptedModule, saving: Saving, parts: int) 
         raise LoraFxError(
             "norm_stats='update': running statistics would depend on how a batch is cut up, and no "
             "state keeps them",
-            "norm_stats='frozen', or one process, one part and no state",
+            "use norm_stats='frozen', or one process, one part and no state",
         )
 
 
 def part_rows(model: AdaptedModule, batch_size: int, parts: int) -> int:
-    """How many rows run at a time in a step, which is what a user's memory is enough for.
+    """The number of rows that run at the same time in a step, which the user's memory must hold.
 
     Args:
         model: The model.
@@ -148,7 +149,7 @@ def _least_rows(model: AdaptedModule) -> int:
 
 @dataclass(frozen=True)
 class _Run:
-    """The loop; what moves is in a Trail and in the model."""
+    """The training loop; the state that changes is in a Trail and in the model."""
 
     objective: Objective
     optimizer: Optimizer
@@ -159,7 +160,7 @@ class _Run:
     rows: int  # of held-out examples that run at a time
 
     def start(self) -> Trail:
-        """Where the run begins: at the state that it goes on from, or before its first step."""
+        """The start of the run: the state that it resumes, or the time before its first step."""
         if self.saving.resume:
             trail = state.load(self.saving.resume, self.optimizer, self.facts, self.world)
             trail.report.resumed = trail.step
@@ -189,7 +190,7 @@ class _Run:
             trail.at = 0
 
     def _validate_and_save(self, trail: Trail) -> bool:
-        """Do what is due after a step; returns whether the run ends with it."""
+        """Validate and save if this step requires it; returns whether the run ends with it."""
         steps = self.optimizer.steps
         checks = self.optimizer.settings.checks
         is_last = trail.step == steps
@@ -214,7 +215,7 @@ class _Run:
         value = self.objective.mean(held_out, self.rows, self.world)
         report.validation[trail.step] = value
         if not math.isfinite(value):
-            raise not_finite(trail.step, "validation loss", value, "look at the held-out examples")
+            raise not_finite(trail.step, "validation loss", value, "check the held-out examples")
         trail.waited += 1
         if value < trail.best:
             trail.best = value

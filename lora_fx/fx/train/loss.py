@@ -25,7 +25,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
     """
     if callable(name):
         return name, ""
-    expect_name(name, ("ce", "mse"), "no loss", "ce, mse or module:function")
+    expect_name(name, ("ce", "mse"), "unknown loss", "use ce, mse or module:function")
     labels_argument = label if label and accepts(label) else ""
 
     def loss(out: object, labels: torch.Tensor | None) -> torch.Tensor:
@@ -45,8 +45,8 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
 def _squared_error(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if scores.squeeze(-1).shape != labels.squeeze(-1).shape:
         raise LoraFxError(
-            f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}",
-            "mse needs a label for every output",
+            f"the model gives {list(scores.shape)}, but the labels are {list(labels.shape)}",
+            "give a label for every output, as mse needs",
         )
     return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
 
@@ -93,11 +93,11 @@ def classes_last(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     axis = class_axis(scores, labels)
     if axis is None:
         raise LoraFxError(
-            f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}: it is not "
-            "known which axis has the classes",
-            "ce takes labels [rows] for [rows, classes], [rows, tokens] for [rows, tokens, "
-            "classes], [rows, height, width] for [rows, classes, height, width]; a loss function "
-            "takes any",
+            f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}: the axis "
+            "of the classes is unknown",
+            "for ce give labels [rows] for [rows, classes], [rows, tokens] for [rows, tokens, "
+            "classes], [rows, height, width] for [rows, classes, height, width]; or use a loss "
+            "function of your own",
         )
     return scores.movedim(axis, -1)
 
@@ -113,7 +113,7 @@ def scores_of(out: object) -> torch.Tensor:
         scores = next(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
     if not scores.dim():
         raise LoraFxError(
-            "the model gives a number first, and no scores",
+            "the model's first output is a single number, not scores",
             "let forward return {'loss': …, 'logits': …}",
         )
     return scores
@@ -131,12 +131,12 @@ def check_whole(labels: torch.Tensor) -> None:
     if labels.is_floating_point() and has_values(labels):
         raise LoraFxError(
             f"the labels are fractions such as {float(labels.flatten()[0]):g}; ce needs classes",
-            "--loss mse fits numbers",
+            "use --loss mse to fit numbers",
         )
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
-    """Refuse labels that are no class of the model; -100 stands for "ignore"."""
+    """Refuse labels that are not classes of the model; -100 means "ignore"."""
     if not has_values(labels):
         return
     check_whole(labels)
@@ -144,5 +144,5 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
     if wrong.numel():
         raise LoraFxError(
             f"label {int(wrong.max())}, but the model scores {classes} classes, 0 to {classes - 1}",
-            f"build the model with as many labels as the data has; {IGNORED} stands for no label",
+            f"build the model with as many labels as the data has; {IGNORED} means no label",
         )

@@ -1,4 +1,4 @@
-"""The loss of a batch, in parts: what each part weighs, so that their sum is that of the whole."""
+"""The loss of a batch in parts: the weight of each part, so that their sum is the batch's loss."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 UNKNOWN = (
-    "the model's own loss is no cross entropy over its labels: the parts of a batch count by their "
-    "examples"
+    "the model's own loss is not a cross entropy over its labels: each part of a batch is "
+    "weighted by its number of examples"
 )
 
 
@@ -136,7 +136,8 @@ def _refuse_unknown_columns(model: AdaptedModule, training: Table | Buckets) -> 
     for name in training.columns:
         if name != training.label and name not in arguments and not signature.open:
             raise LoraFxError(
-                f"the model takes no argument {name!r}", f"it takes {', '.join(sorted(arguments))}"
+                f"the model has no argument {name!r}",
+                f"its arguments are {', '.join(sorted(arguments))}",
             )
 
 

@@ -51,7 +51,7 @@ class Optimizer:
 
     @property
     def moved(self) -> list[str]:
-        """Names of what has moments: all but what never had a gradient."""
+        """Names of the tensors with moments: all that ever had a gradient."""
         return [name for name, p in self.named.items() if self._inner.state.get(p)]
 
     def moments(self) -> dict[str, torch.Tensor]:

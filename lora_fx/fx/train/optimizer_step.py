@@ -14,7 +14,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import variant_of
 
 STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
-"""Optimizer → what it keeps beside a tensor."""
+"""Optimizer → the state that it keeps for a tensor."""
 
 
 BETAS = (0.9, 0.999)

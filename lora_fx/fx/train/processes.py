@@ -20,7 +20,7 @@ from lora_fx.errors import LoraFxError, one_line
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""Variables of torchrun, then those of MPI, which accelerate uses on CPUs."""
+"""Environment variables of torchrun, then of MPI, which accelerate uses on CPUs."""
 
 
 class Elsewhere(LoraFxError):
@@ -29,7 +29,7 @@ class Elsewhere(LoraFxError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run, and what they tell each other."""
+    """This process among the processes of the run, and their communication."""
 
     rank: int = 0
     size: int = 1
@@ -51,7 +51,9 @@ class Processes:
         codes, a, b = self._message(0, a, b)
         for rank, code in enumerate(codes):
             if code:
-                raise Elsewhere(f"process {rank} failed", "see its error", exit_code=code)
+                raise Elsewhere(
+                    f"process {rank} failed", "read the error of that process", exit_code=code
+                )
         return a, b
 
     def _message(self, code: int, a: float, b: float) -> tuple[list[int], float, float]:
@@ -108,8 +110,8 @@ class Processes:
             for name, a, b in zip(what, mine, theirs, strict=True):
                 if not torch.equal(a, b):
                     raise LoraFxError(
-                        f"process {rank} has other {name} than process {self.rank}",
-                        "what builds the model and reads the data must do the same in each",
+                        f"process {rank} and process {self.rank} have different {name}",
+                        "build the model and read the data in the same way in each process",
                     )
 
 
@@ -121,7 +123,7 @@ def _together(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
     except RuntimeError as e:
         raise LoraFxError(
-            f"another process of this run ended without a word ({one_line(e, 120)})",
+            f"another process of this run ended without an error message ({one_line(e, 120)})",
             "was it killed, or out of memory?",
         ) from e
 
@@ -132,7 +134,10 @@ def found_processes(environ: Mapping[str, str]) -> Processes:
     def number(names: Sequence[str], default: int) -> int:
         for name in filter(environ.__contains__, names):
             if not environ[name].isdecimal():
-                raise LoraFxError(f"{name} is {environ[name]!r}, no number", "torchrun sets it")
+                raise LoraFxError(
+                    f"{name} is {environ[name]!r}; expected a number",
+                    "start the run with torchrun, which sets it",
+                )
             return int(environ[name])
         return default
 
@@ -142,17 +147,20 @@ def found_processes(environ: Mapping[str, str]) -> Processes:
     rank = number(RANK, -1)
     if not 0 <= rank < size:
         raise LoraFxError(
-            f"a run of {size} processes, and this one's rank is not in 0 to {size - 1}",
+            f"a run of {size} processes, but the rank of this process is not in 0 to {size - 1}",
             "start it with torchrun, or with accelerate launch",
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in environ:
-            raise LoraFxError(f"a run of {size} processes, but {name} is not set", "see torchrun")
+            raise LoraFxError(
+                f"a run of {size} processes, but {name} is not set",
+                "start the run with torchrun, which sets it",
+            )
     return Processes(rank, size, number(LOCAL, rank))
 
 
 def one_by_accelerate() -> bool:
-    """Whether accelerate was asked for several processes and, without MPI, started this one."""
+    """Whether accelerate started one process, without MPI, although several were requested."""
     return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ
 
 
@@ -179,7 +187,7 @@ def processes(cuda: bool = False) -> Iterator[Processes]:
     except (RuntimeError, ValueError) as e:
         raise LoraFxError(
             f"process {world.rank} of {world.size} cannot reach the others: {one_line(e)}",
-            "MASTER_ADDR and MASTER_PORT say where they meet",
+            "check MASTER_ADDR and MASTER_PORT, the address where they meet",
         ) from e
     try:
         yield world
@@ -189,7 +197,9 @@ def processes(cuda: bool = False) -> Iterator[Processes]:
     except Exception as e:
         rank, code = world.failed(getattr(e, "exit_code", 2))
         if rank != world.rank:
-            raise Elsewhere(f"process {rank} failed", "see its error", exit_code=code) from e
+            raise Elsewhere(
+                f"process {rank} failed", "read the error of that process", exit_code=code
+            ) from e
         raise
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Which mean a model's own loss is, found out by asking it two rows of 16 tokens.
+"""Find which mean a model's own loss is, by running it on two rows of 16 tokens.
 
     loss = Σ w[row, token] · CE(scores[row, token], label[row, token])
 
@@ -29,9 +29,9 @@ ROWS = 2
 TOKENS = 16
 """Tokens of a row that it takes."""
 VALUE_GATE = 1e-3
-"""How far a loss may be from an answer's, relative; models in bfloat16 round it so far."""
+"""The largest relative error of a loss that counts as equal; models in bfloat16 round it so far."""
 GRADIENT_GATE = 2e-2
-"""How far its gradient may be, relative to the largest; two answers differ by 10 % or more."""
+"""The same for its gradient, relative to the largest; two answers differ by 10 % or more."""
 
 
 def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, object]:

@@ -85,7 +85,7 @@ def _task(classes: Mapping[str, Sequence[str]], name: str) -> str | None:
 
 
 def _way_on(task: str, classifiers: Sequence[str], folder: Path | None) -> str:
-    """How to go on: data for what the model does, or a head for the data."""
+    """The hint: data for what the model does, or a head for the data."""
     hints = []
     if task == "CAUSAL_LM":
         hints.append('leave --label out, and give .jsonl with "text", or "prompt" and "completion"')
@@ -93,5 +93,5 @@ def _way_on(task: str, classifiers: Sequence[str], folder: Path | None) -> str:
         architecture = f'"architectures": ["{classifiers[0]}"]'
         hints.append(f"{architecture} in {folder}/config.json gives it such a head")
     if not hints:
-        hints.append("give a model with such a head, or --loss file.py:FUNCTION")
+        hints.append("give a model with a classification head, or --loss file.py:FUNCTION")
     return "; or ".join(hints)

@@ -94,7 +94,7 @@ def _difference(state: Any, run: Any) -> str:
     if isinstance(state, str) and isinstance(run, str) and len(state) == len(run) == 64:
         return "another"
     before, now = ("none" if fact is None else str(fact) for fact in (state, run))
-    return f"{before} there, {now} here"
+    return f"{before} in the state, {now} now"
 
 
 def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:

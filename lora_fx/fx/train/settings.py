@@ -56,12 +56,12 @@ class Settings:
 
 def _expect(kind: str, name: str, names: list[str]) -> None:
     if name not in names:
-        raise LoraFxError(f"no {kind} {name!r}", f"one of {', '.join(names)}")
+        raise LoraFxError(f"unknown {kind} {name!r}", f"use {', '.join(names)}")
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run keeps its state, and from where it goes on.
+    """The folder where a run keeps its state, and the state that it resumes.
 
     Args:
         folder: The folder that is written, and replaced; None for none.

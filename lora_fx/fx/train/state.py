@@ -1,4 +1,4 @@
-"""How far a run is, and the state from which another one goes on.
+"""Save how far a run is, and resume another run from this state.
 
 A state is all that a later run needs to go on as if nothing had happened:
 
@@ -39,7 +39,7 @@ from lora_fx.fx.train.train_report import TrainReport
 
 @dataclass
 class Trail:
-    """How far a run is, beside its weights.
+    """The progress of a run, without its weights.
 
     Args:
         step: Steps that are done.
@@ -157,7 +157,9 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
     try:
         trail = _trail(words, tensors, optimizer)
     except (LookupError, TypeError, ValueError) as e:
-        raise LoraFxError(f"{folder}/{WORDS}: damaged: {e!r}", "start anew") from e
+        raise LoraFxError(
+            f"{folder}/{WORDS}: damaged: {e!r}", "start the run again without this state"
+        ) from e
 
     where = f"{folder}/{TENSORS}"
     named = optimizer.named
@@ -187,7 +189,7 @@ def _refuse_other_run(folder: str, state: object, run: Facts) -> None:
     more = f"; {len(lines) - 1} more differences" if len(lines) > 1 else ""
     raise LoraFxError(
         f"{folder} is the state of another run: {lines[0]}{more}",
-        "a run goes on with the model, data and settings that it began with",
+        "resume it with the model, data and settings that it began with",
     )
 
 
@@ -201,7 +203,7 @@ def _set_random_state(optimizer: Optimizer, state: torch.Tensor) -> None:
 
 
 def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimizer) -> Trail:
-    """How far the run of a state is; what is trained has its values of now.
+    """The progress of the run of a state; trained tensors keep their current values.
 
     Raises:
         LookupError, TypeError, ValueError: The state is damaged.
@@ -233,12 +235,14 @@ def _like(name: str, like: torch.Tensor, tensors: dict[str, Array], where: str) 
         raise LoraFxError(
             f"{where}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; expected "
             f"{like.dtype} {list(like.shape)}",
-            "the state is damaged: start anew",
+            "the state is damaged: start the run again without it",
         )
     return tensor.to(like.device)
 
 
 def _tensor(name: str, tensors: dict[str, Array], where: str) -> torch.Tensor:
     if name not in tensors:
-        raise LoraFxError(f"{where}: no tensor {name!r}", "the state is damaged: start anew")
+        raise LoraFxError(
+            f"{where}: no tensor {name!r}", "the state is damaged: start the run again without it"
+        )
     return from_numpy(tensors[name])

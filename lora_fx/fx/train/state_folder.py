@@ -36,11 +36,16 @@ def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | No
     several = checkpoints(path)
     if several and not (limit and own):
         hint = f"choose another folder, or --resume {folder} --save-total-limit N"
-        raise LoraFxError(f"{folder} holds states of a run, the last {several[-1].name}", hint)
+        raise LoraFxError(
+            f"{folder} already holds states of a run, the last is {several[-1].name}", hint
+        )
     if not several:
         check_output(folder, force=force, own=own, names=(WORDS, TENSORS))
     if (path / WORDS).exists() and (limit or STEP.fullmatch(path.name)):
-        raise LoraFxError(f"{folder} is one state, and is kept", "--save-state DIR, another one")
+        raise LoraFxError(
+            f"{folder} is a single state, which is not overwritten",
+            "pass another folder with --save-state DIR",
+        )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -68,8 +73,8 @@ def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
     path = [Path(folder), *checkpoints(Path(folder))][-1]
     if not (path / WORDS).is_file() or not (path / TENSORS).is_file():
         raise LoraFxError(
-            f"{folder}: no training state: {WORDS} and {TENSORS} are not both there",
-            "train --save-state writes one",
+            f"{folder} is not a training state: it needs both {WORDS} and {TENSORS}",
+            "name a folder that train --save-state wrote",
         )
     words = read_json(path / WORDS, hint="start anew")
     check_format(words, str(path / WORDS))

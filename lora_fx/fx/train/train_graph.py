@@ -88,9 +88,9 @@ def train_graph(
     drawing = random_ops(flat.graph)
     if drawing:
         raise LoraFxError(
-            f"the model draws random numbers in training that no file can repeat: "
+            "the model draws random numbers in training that a file cannot repeat: "
             f"{', '.join(drawing)}",
-            "turn that off in the model; dropout itself is drawn from the input seed",
+            "turn this off in the model; dropout itself works, drawn from the input seed",
         )
     if seeded:
         names = [*names, "seed"]

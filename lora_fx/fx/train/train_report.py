@@ -37,13 +37,13 @@ class TrainReport:
         return f"{line}; patience ended at step {self.stopped}"
 
     def __str__(self) -> str:
-        """Which step was kept, from where the run went on, and the verdict."""
+        """The step that was kept, the step at which the run was resumed, and the verdict."""
         best = self.validation.get(self.best_step)
         text = f"kept step {self.best_step} of {len(self.losses)}"
         if best is not None:
             text += f", validation loss {best:.4f}"
         if self.resumed is not None:
-            text += f" (went on from step {self.resumed})"
+            text += f" (resumed at step {self.resumed})"
         return f"{text}\n{self.verdict}"
 
     def to_json(self) -> Json:

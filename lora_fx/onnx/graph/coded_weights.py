@@ -1,4 +1,4 @@
-"""Quantised weights in an ONNX graph: their codes, and where a branch beside one reads and adds.
+"""Quantised weights in an ONNX graph: their codes, and the places where a branch reads and adds.
 
     x → MatMulNBits → y                                          and its kin
     x → MatMul(·, DequantizeLinear(codes)) → y                   Gemm, Conv, Gather …
@@ -23,14 +23,14 @@ import onnx_ir as ir
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.quantised import no_fold
 
-UNSCALED = "its scale is not applied where the weight is used, nor right behind"
-FOREIGN = "it is multiplied with codes that no DynamicQuantizeLinear made"
+UNSCALED = "its scale is not applied where the weight is used, nor right after"
+FOREIGN = "it is multiplied with codes that do not come from a DynamicQuantizeLinear"
 NO_PLACE = "the weight is quantised, and {} leaves no place to add a branch to its product"
 
 
 @dataclass(frozen=True)
 class Codes:
-    """What the integers of a weight are.
+    """The meaning of the integers of a weight.
 
     Attributes:
         format: The operator that decodes them, or `int8 cast` and its like.
@@ -44,12 +44,12 @@ class Codes:
 
     @property
     def no_fold(self) -> str:
-        """Why nothing can be stored into the weight."""
+        """The reason why nothing can be stored into the weight."""
         return no_fold(f"{self.format}, {self.bits} bits")
 
 
 QUANTISER = re.compile(r"(_DQ)?_Q[248]$|_Bnb4$|_quantized$")
-"""What ONNX Runtime's quantisers add to the name of a tensor."""
+"""The endings that ONNX Runtime's quantisers add to the name of a tensor."""
 
 
 def may_weigh(tensor: ir.TensorProtocol) -> bool:
@@ -227,7 +227,7 @@ class _Unscaled:
 def scaled(
     value: ir.Value, x_scale: ir.Value | None, stored: Callable[[ir.Value], bool]
 ) -> ir.Value | None:
-    """What a product of codes is once it has its scales; None where something else reads it first.
+    """The value of a product of codes with its scales; None if something else reads it before that.
 
     Args:
         value: The product, or looked-up codes.

@@ -48,7 +48,7 @@ PLAIN = {
 
 
 class EmittingGraph(Protocol):
-    """What an emitter needs of the OnnxGraph that it inserts into."""
+    """The methods that an emitter needs of the OnnxGraph that it inserts into."""
 
     model: ir.Model
 
@@ -56,7 +56,7 @@ class EmittingGraph(Protocol):
         """A name that no value has."""
 
     def changed(self) -> None:
-        """Drop what is known of the graph as it was."""
+        """Drop all analyses of the graph from before an edit."""
 
 
 @dataclass(eq=False, repr=False)
@@ -80,7 +80,7 @@ class OnnxEmitter:
     viewing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        """Let the first node stand beside the site's, and every other after the one before it."""
+        """Place the first node next to the site's, and each other one after the node before it."""
         self.last = self.node
 
     def call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
@@ -167,7 +167,7 @@ class OnnxEmitter:
         return self.call("ReduceL2", x, self._ints(-1), keepdims=1)
 
     def _repeat(self, x: ir.Value, times: int) -> ir.Value:
-        """Every element of the last axis `times` times, one beside the other."""
+        """Repeat every element of the last axis `times` times, next to each other."""
         shape = [int(size) for size in shape_of(x) or ()]
         column_shape = self._ints(*shape, 1)
         repeated_shape = self._ints(*shape, times)
@@ -182,8 +182,9 @@ class OnnxEmitter:
             return self._cast(x, dtype)
         if self._opset < 15:
             raise LoraFxError(
-                f"the dtype of {model.name!r} is unknown, and opset 15 is needed to ask for it",
-                "onnx.shape_inference.infer_shapes(model) writes dtypes into the file",
+                f"the dtype of {model.name!r} is unknown, and the graph needs opset 15 to ask for "
+                "it",
+                "write the dtypes into the file with onnx.shape_inference.infer_shapes(model)",
             )
         return self.call("CastLike", x, model)
 

@@ -105,7 +105,7 @@ class OnnxWeightUse:
 
 @dataclass
 class OnnxFlow:
-    """What one walk over a model finds.
+    """The result of one walk over a model.
 
     Attributes:
         stores: The value of every stored tensor, an initialiser's or a Constant's, by name; the
@@ -148,7 +148,7 @@ class OnnxFlow:
             value.const_value = tensor
 
     def parameters(self) -> list[Parameter]:
-        """Floating tensors that no pass added, codes of weights, and what may be such codes."""
+        """Floating tensors that no pass added, codes of weights, and tensors that may be codes."""
         coded_uses = {use.site.parameter: use for use in self.uses if use.codes is not None}
         parameters = []
         for name, value in self.stores.items():
@@ -214,7 +214,7 @@ def _note_stored(flow: OnnxFlow, value: ir.Value) -> None:
 
 
 def _visit(flow: OnnxFlow, node: ir.Node) -> None:
-    """Note what a node does with weights.
+    """Record how a node uses weights.
 
     The first of these that applies decides:
     1. a Constant is a stored tensor;
@@ -268,7 +268,7 @@ def _note_added(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> None:
 
 
 def _add_flops(flow: OnnxFlow, node: ir.Node) -> None:
-    """Add a product's FLOPs to those of the tensor that its operand is picked from, or of data."""
+    """Add a product's FLOPs to the tensor that its operand is picked from, or to data."""
     flops = flops_of_data(node)
     for value in node.inputs:
         if value is not None and value in flow.gathered:
@@ -279,7 +279,7 @@ def _add_flops(flow: OnnxFlow, node: ir.Node) -> None:
 
 
 def _note_gathered(flow: OnnxFlow, node: ir.Node) -> None:
-    """Note what a node picks from a stored tensor, where it reads floats of that tensor alone."""
+    """Record rows that a node picks from a stored tensor, if it reads only that tensor's floats."""
     names = set()
     for value in node.inputs:
         if value is None or (value.dtype is not None and not value.dtype.is_floating_point()):
@@ -296,11 +296,11 @@ def _note_gathered(flow: OnnxFlow, node: ir.Node) -> None:
 
 
 NORMS = ("LayerNormalization", "RMSNormalization")
-"""What these make of a table of positions is data, which layers read: no weight is made by them."""
+"""Ops whose result from a table of positions is data that layers read: they make no weight."""
 
 
 def _note_computed(flow: OnnxFlow, node: ir.Node) -> bool:
-    """Note what a node makes of stored tensors alone, and what the body of a loop gets of them.
+    """Record values computed from stored tensors alone, and the ones that the body of a loop gets.
 
     True where all its operands are made of stored tensors, so that the node computes a weight.
     """
@@ -328,7 +328,7 @@ def _note_computed(flow: OnnxFlow, node: ir.Node) -> bool:
 
 
 def _why_computed(node: ir.Node, weights: list[OnnxWeight], names: tuple[str, ...]) -> str:
-    """How a weight is computed: what the first of its operands says, or by this node."""
+    """The reason why a weight counts as computed: from its first operand, or this node."""
     for weight in weights:
         if weight.computed:
             return weight.computed
@@ -357,7 +357,7 @@ def _note_carried(flow: OnnxFlow, node: ir.Node, weights: dict[ir.Value, OnnxWei
 
 
 def _copied_value(value: ir.Value | None) -> ir.Value | None:
-    """The value that a chain of Identity nodes copies; the value itself where there is none."""
+    """The value that a chain of Identity nodes copies; the value itself if there is no chain."""
     if value is None:
         return None
     node = value.producer()
@@ -367,7 +367,7 @@ def _copied_value(value: ir.Value | None) -> ir.Value | None:
 
 
 def _note_view(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
-    """Note what a node makes of a weight that it only views, decodes or makes codes of.
+    """Record the result of a node that only views, decodes or quantises a weight.
 
     False for a node that does none of these.
     """
@@ -405,7 +405,7 @@ SCALING = {"Mul": True, "Div": True, "Sub": False, "Add": False}
 
 
 def _note_scaling(flow: OnnxFlow, node: ir.Node) -> bool:
-    """Note what a node makes of codes that were cast, with scales or zero points.
+    """Record the result of a node that applies scales or zero points to cast codes.
 
     False for a node that does not apply any to such codes.
     """
@@ -426,7 +426,7 @@ def _size(weight: OnnxWeight) -> int:
 
 
 def _names_behind(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
-    """The names of the stored tensors that values are, or that lie behind them, each once."""
+    """The names of the stored tensors that values are or are computed from, each once."""
     names: dict[str, None] = {}
     for weight in weights:
         if weight is not None:
@@ -481,7 +481,7 @@ def _use_of(
 
 
 def _codes_of(flow: OnnxFlow, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> Codes | None:
-    """What a weight's integers are where an op reads it; None for floats."""
+    """The codes of a weight where an op reads it; None for floats."""
     codes = use.codes or weight.codes
     tensor = flow.tensor(weight.name)
     if codes is None and row.op == "embedding" and narrow(tensor):
@@ -490,7 +490,7 @@ def _codes_of(flow: OnnxFlow, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight)
 
 
 def _in_own_slot(use: OnnxWeightUse) -> OnnxWeightUse:
-    """The use under an id of its own: each weight of a node has a branch of its own."""
+    """The use with a separate id, since each weight of a node has a separate branch."""
     site = replace(use.site, id=f"{use.site.id}:{use.use.weight}")
     return replace(use, site=site)
 
@@ -498,7 +498,7 @@ def _in_own_slot(use: OnnxWeightUse) -> OnnxWeightUse:
 def _coded_use(
     flow: OnnxFlow, node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight, codes: Codes
 ) -> OnnxWeightUse:
-    """A use of a quantised weight: what its branch reads and adds to, or why it has none."""
+    """A use of a quantised weight: the values that its branch reads and adds to, or its refusal."""
     y = node.outputs[0]
     source = None
     why = ""

@@ -29,7 +29,7 @@ OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
 
 
-UNKNOWN_SHAPES = "some shapes are unknown: FLOPs are too low"
+UNKNOWN_SHAPES = "some shapes are unknown, so the FLOPs are too low"
 
 
 class OnnxGraph(Analysed):
@@ -51,8 +51,8 @@ class OnnxGraph(Analysed):
         opset = model.opset_imports.get("", OLDEST)
         if opset < OLDEST:
             raise LoraFxError(
-                f"the model is of opset {opset}; expected {OLDEST} or later",
-                "onnx.version_converter.convert_version(model, 18) rewrites it",
+                f"the model has opset {opset}; expected {OLDEST} or later",
+                "rewrite it with onnx.version_converter.convert_version(model, 18)",
             )
         if model.functions:
             self.notes.append(f"{len(model.functions)} model functions were inlined")
@@ -97,7 +97,7 @@ class OnnxGraph(Analysed):
         return [use.site for use in self.flow.uses]
 
     def gathered_flops(self) -> dict[str, int]:
-        """See Graph; a symbolic size counts once."""
+        """Implement `Graph.gathered_flops`; a symbolic size counts once."""
         return self.flow.gathered_flops
 
     def data_flops(self) -> int:
@@ -105,7 +105,7 @@ class OnnxGraph(Analysed):
         return self.flow.data_flops
 
     def adapted(self) -> frozenset[str]:
-        """The ids of sites whose branch stands in the graph."""
+        """The ids of sites whose branch is in the graph."""
         marks = (node.metadata_props.get(MARK) for node in self.model.graph.all_nodes())
         return frozenset(mark for mark in marks if mark)
 
@@ -165,7 +165,7 @@ class OnnxGraph(Analysed):
         return OnnxEmitter(self, node, site.id, use, before=before)
 
     def emit_first(self, mark: str) -> OnnxEmitter:
-        """An emitter before all nodes, for what is computed of initialisers."""
+        """An emitter before all nodes, for values that are computed from initialisers."""
         return OnnxEmitter(self, self.model.graph[0], mark, before=True)
 
     def replace_output(self, site: Site, y: ir.Value) -> None:
@@ -196,15 +196,16 @@ class OnnxGraph(Analysed):
         return None
 
     def rebase(self, site: Site, w: ir.Value) -> None:
-        """Let the site read w through a view of its own.
+        """Let the site read w through a separate view.
 
         Raises:
             LoraFxError: The site reads codes.
         """
         if site.no_fold:
             raise LoraFxError(
-                f"{site.parameter!r}: {site.no_fold}: this update has no branch there, only W + ΔW",
-                "plain LoRA has one: --mode switch or batch",
+                f"{site.parameter!r}: {site.no_fold}: this update cannot be a branch there, only "
+                "W + ΔW",
+                "use plain LoRA with --mode switch or batch",
             )
         emitter = self.emit(site, before=True)
         emitter.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
@@ -216,7 +217,7 @@ class OnnxGraph(Analysed):
         self.changed()
 
     def picked(self, site: Site, e: Emitter[ir.Value]) -> ir.Value:
-        """What the last Gather on the weight's way takes, as a list."""
+        """The indices of the last Gather on the way from the weight to the site, in a list."""
         value = self.at(site).node.inputs[site.slot[0]]
         while value is not None:
             node = value.producer()
@@ -227,7 +228,7 @@ class OnnxGraph(Analysed):
                 ids.shape = ir.Shape([None])  # by which the walk knows a list of them
                 return ids
             value = node.inputs[0]
-        raise AssertionError(f"no data picks what {site.id} reads")
+        raise AssertionError(f"no input data selects the rows that {site.id} reads")
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the views before them, read the tensor."""
@@ -240,7 +241,7 @@ class OnnxGraph(Analysed):
     def _readers_beside(
         self, value: ir.Value, slots_of_sites: Collection[tuple[int, int]]
     ) -> list[str]:
-        """What reads a weight in other slots than these, and is no view of it.
+        """The readers of a weight in other slots than these that are not views of it.
 
         Args:
             value: The weight.
@@ -260,7 +261,7 @@ class OnnxGraph(Analysed):
         return readers
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """What reads a stored tensor beside its sites."""
+        """The readers of a stored tensor other than its sites."""
         slots = set()
         for use in self.flow.uses:
             if not use.site.refusal or use.site.allowed:
@@ -273,12 +274,12 @@ class OnnxGraph(Analysed):
         return readers
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
-        """Let sites read another stored tensor through views of their own."""
+        """Let sites read another stored tensor through separate views."""
         for site in sites:
             self.rebase(site, self.flow.stores[stored])
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """Let sites read a value; a constant of their own is called `NAME_folded[_1]`."""
+        """Let sites read a value; a separate constant for them is called `NAME_folded[_1]`."""
         if self.covers(name, sites):
             tensor = as_tensor(value, str(self.flow.tensor(name).name))
             self.flow.put(name, tensor)  # the flow stays what it is: nothing to drop
@@ -350,7 +351,7 @@ class OnnxGraph(Analysed):
 
 
 def _remove_stored(value: ir.Value) -> None:
-    """Remove an initialiser or a Constant from the graph that it stands in."""
+    """Remove an initialiser or a Constant from its graph."""
     producer = value.producer()
     graph = value.graph
     assert isinstance(graph, ir.Graph)
@@ -367,8 +368,8 @@ def _lint(graph: ir.Graph, outer_values: set[ir.Value]) -> None:
         for value in node.inputs:
             if value is not None and value not in values:
                 raise LoraFxError(
-                    f"{node.op_type} {site_name(node)} reads {value.name!r} too early",
-                    "onnx.checker says where the order of its nodes is wrong",
+                    f"{node.op_type} {site_name(node)} reads {value.name!r} before it is computed",
+                    "sort the nodes of the file; onnx.checker names the first that is out of order",
                 )
         for body in bodies_of(node):
             _lint(body, values)
@@ -379,7 +380,7 @@ def _lint(graph: ir.Graph, outer_values: set[ir.Value]) -> None:
 
 
 class ManagedOnnxPass(ir.passes.InPlacePass):
-    """A pass of ours on an onnx_ir model.
+    """A pass of lora-fx on an onnx_ir model.
 
     Args:
         rewrite: Insert, Fold or any other pass of lora_fx.passes.

@@ -1,4 +1,4 @@
-"""How far the integers of an input may go: up to the rows of the table that it indexes.
+"""Limit the integers of an input to the rows of the table that it indexes.
 
 A sample or a user's number above them would be refused by the runtime.
 """

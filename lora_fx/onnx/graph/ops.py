@@ -20,7 +20,10 @@ from lora_fx.onnx.graph.coded_weights import NO_PLACE, Codes, check_blocks, chec
 
 MS = "com.microsoft"
 """The domain of the ops of ONNX Runtime's own."""
-INTEGERS = "the weight is quantised, and {} makes codes of its product: no float to add a branch to"
+INTEGERS = (
+    "the weight is quantised, and {} gives codes as its product: there is no float to add a "
+    "branch to"
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ LINEAR_IN_OUT = WeightForm("linear", Axes((), (1,), (0,)))
 LINEAR_OUT_IN = WeightForm("linear", Axes((), (0,), (1,)))
 """W + ΔW of a matrix [out, in]."""
 ANY_RANK = (0,) * 9
-"""The shape that stands for an unknown one: of more dimensions than any weight's."""
+"""The shape in place of an unknown one: it has more dimensions than any weight."""
 
 
 def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -183,10 +186,10 @@ def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _refusal_of_lookup(table: Shape, axis: int) -> str:
-    """Why a lookup cannot be adapted; empty for one of the rows of a matrix."""
+    """The reason why a lookup cannot be adapted; empty for a lookup of rows of a matrix."""
     if axis == 0 and len(table) == 2:
         return ""
-    return "a lookup along another axis than the first"
+    return "a lookup along an axis that is not the first"
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -214,7 +217,7 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _unknown_rank(shapes: list[Shape | None]) -> Iterator[OnnxOperand]:
-    """The operands of an einsum whose letters are unknown, since an ellipsis may stand for any."""
+    """The operands of an einsum whose letters are unknown, since an ellipsis may be any letters."""
     for slot, shape in enumerate(shapes):
         if shape:
             yield OnnxOperand(slot, 0, einsum.linear(), "the rank of an operand is unknown")

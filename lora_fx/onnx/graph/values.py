@@ -1,4 +1,4 @@
-"""What an ONNX model says of its values and nodes: shapes, dtypes, constants, operands."""
+"""Read the values and nodes of an ONNX model: shapes, dtypes, constants, operands."""
 
 from __future__ import annotations
 

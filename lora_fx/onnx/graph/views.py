@@ -1,4 +1,4 @@
-"""The ONNX ops that may stand between a weight and its use, as View steps."""
+"""The ONNX ops that may come between a weight and its use, as View steps."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) ->
 
 
 def _swaps(context: object, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
-    """Whether the bias is a constant, and delta a chain of products of what the product reads."""
+    """Whether the bias is a constant, and delta a chain of products of the product's input."""
     matmul = made_by(product, "MatMul")
     if matmul is None or bias.const_value is None:
         return False

@@ -36,7 +36,7 @@ class GemmToMatMul(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _FlatGemm:
-    """A Gemm of an activation that was flattened before it, and what takes its place.
+    """A Gemm of an activation that was flattened before it, and its replacement.
 
     Attributes:
         gemm: The node.

@@ -35,7 +35,9 @@ class ToHalf(ir.passes.InPlacePass):
     """
 
     islands: Collection[str] = ()
-    _casts: dict[tuple[int, ir.DataType], ir.Value] = field(default_factory=dict, compare=False)
+    _casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = field(
+        default_factory=dict, compare=False
+    )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place.
@@ -82,9 +84,9 @@ class ToHalf(ir.passes.InPlacePass):
         return any(value.dtype == FULL for value in values)
 
     def _cast(self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """A value in another dtype: a converted initialiser, or one cast of its own."""
-        if (id(value), dtype) in self._casts:
-            return self._casts[id(value), dtype]
+        """A value in another dtype: a converted initialiser, or the result of one cast."""
+        if (value, dtype) in self._casts:
+            return self._casts[value, dtype]
 
         stem = "half" if dtype == HALF else "full"
         name = f"{value.name}_{stem}"
@@ -103,7 +105,7 @@ class ToHalf(ir.passes.InPlacePass):
                 graph[0].prepend(node)
             else:
                 producer.append(node)
-        self._casts[id(value), dtype] = cast
+        self._casts[value, dtype] = cast
         return cast
 
     def _restore_output(self, graph: ir.Graph, value: ir.Value) -> None:

@@ -228,17 +228,17 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     # the base is of another model
     "llama onto bert": (
         other_base("llama", "q_proj", base_model_name_or_path="org/llama-x"),
-        ("an adapter of org/llama-x; the base is a bert",),
+        ("the adapter is for org/llama-x; the base is a bert",),
     ),
     "bert onto llama": (
         other_base(
             "bert", "query", onto="llama",
             auto_mapping={"parent_library": "transformers.models.bert.modeling_bert"},
         ),
-        ("an adapter of a bert; the base is a llama",),
+        ("the adapter is for a bert; the base is a llama",),
     ),
     "gpt2 onto bert": (other_base("gpt2", "c_attn"), ("transformer.h.0.attn.c_attn", "is a bert")),
-    "another width": (wide_llama, ("an adapter of big-llama; the base is a llama", "32 × 32")),
+    "another width": (wide_llama, ("the adapter is for big-llama; the base is a llama", "32 × 32")),
     "another width of a unet": (
         image({f"{TO_Q}.lora_down.weight": normal(2, 9), f"{TO_Q}.lora_up.weight": normal(8, 2)}),
         (f"; the base has {ATTN1}.to_q.weight: tensor [8, 6]", "8 × 9"),
@@ -341,7 +341,7 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     # names of a tensor that the file stores once
     "one use of a tensor": (
         sound.one_file("alias.weight", replace(NARROW, use="tied.weight")),
-        ("tied weights", "'alias.weight' means one use of 'tied.weight'", "which the base stores"),
+        ("tied weights", "'alias.weight' is for one use of 'tied.weight'", "the base stores one"),
     ),
     "another shape than the twin's": (
         sound.one_file("alias.weight", replace(WIDE, origin=Origin(twins=("tied.weight",)))),

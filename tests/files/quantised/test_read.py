@@ -148,7 +148,7 @@ def ones(*shape: int, dtype: Any = np.int32) -> Array:
 QZ = {"qweight": ones(4, 32), "qzeros": ones(2, 4), "scales": ones(2, 32, dtype=np.float16)}
 FP8 = {"weight": ones(8, 4, dtype=ml_dtypes.float8_e4m3fn)}
 UNREAD: dict[str, tuple[dict[str, Array], Any, str]] = {
-    "no config": (QZ, None, "GPTQ or AWQ.*config.json does not say"),
+    "no config": (QZ, None, "GPTQ or AWQ.*config.json does not give its layout"),
     "GPTQ for Marlin": (QZ, GPTQ | {"checkpoint_format": "marlin"}, "GPTQ or AWQ"),
     "AWQ for GEMV": (QZ, AWQ | {"version": "gemv"}, "GPTQ or AWQ"),
     "AutoRound's own": (QZ, {"quant_method": "auto-round"}, "GPTQ or AWQ"),

@@ -338,7 +338,7 @@ def test_a_stack_that_has_the_name_of_a_module(tmp_path: Path, same: Same, rank:
     stack = LowRank(a, b, 5.0, layout)
     adapter = Adapter({"h.weight": stack, "h.weight.weight": plain, "fc.weight": plain})
     notes = peft.write(adapter, tmp_path / "x")
-    assert any("h.weight'" in note and "PEFT will not see" in note for note in notes)
+    assert any("h.weight'" in note and "PEFT will not load" in note for note in notes)
     same(peft.read(tmp_path / "x"), adapter)
 
 

@@ -2,7 +2,7 @@
 
 PEFT adds `classifier` and `score` (or `qa_outputs`) to modules_to_save by the task type, and puts
 what is in no list into the model's own tensor. The oracle is PEFT's own reading of the same files.
-On 1358f462 they were refused: "is not a name that PEFT gives".
+On 1358f462 they were refused: "is not a name that PEFT writes".
 """
 
 from __future__ import annotations
@@ -170,5 +170,5 @@ def test_other_names_are_refused_as_before(task: str | None, tmp_path: Path) -> 
     bias = "base_model.model.bert.pooler.dense.bias"
     extra = {bias: tensors["base_model.model.classifier.bias"]}
     write_tensors(tmp_path / ours.WEIGHTS, {**tensors, **extra}, header)
-    with pytest.raises(LoraFxError, match=r"pooler\.dense\.bias' is not a name that PEFT gives"):
+    with pytest.raises(LoraFxError, match=r"pooler\.dense\.bias' is not a name that PEFT writes"):
         load_adapter(tmp_path)

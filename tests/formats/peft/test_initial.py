@@ -189,9 +189,12 @@ def test_blocks_that_do_not_divide_a_factor(tmp_path: Path, nblocks: Any) -> Non
 @pytest.mark.parametrize(
     ("field", "word"),
     [
-        ({"kasa_config": {"beta": 1e-4}}, "has no lora_diag beside it"),
+        ({"kasa_config": {"beta": 1e-4}}, "has no lora_diag; expected one"),
         ({"kasa_config": {}, "init_lora_weights": "pissa"}, ""),
-        ({"kasa_config": {"beta": 1e-4}, "init_lora_weights": "pissa"}, "beside kasa_config"),
+        (
+            {"kasa_config": {"beta": 1e-4}, "init_lora_weights": "pissa"},
+            "together with kasa_config",
+        ),
     ],
 )
 def test_kasa_in_the_config_alone(tmp_path: Path, field: Any, word: str) -> None:

@@ -41,12 +41,12 @@ REFUSED: dict[str, Case] = {
     "half the prefix": ({}, renamed(LEAD, "base_model."), ("'base_model.m.fc",), f"name is '{A}'"),
     "all keys renamed": ({}, renamed("lora_", "adapter_"), ("adapter_A", "not a name"), ""),
     "adapter name left in": ({}, renamed(".weight", ".default.weight"), ("lora_A.default",), ""),
-    "extra adapter tensors": ({}, {A2: WIDE, B2: TALL}, (A2, "leaves out"), "target_modules"),
+    "extra adapter tensors": ({}, {A2: WIDE, B2: TALL}, (A2, "does not name"), "target_modules"),
     "extra other tensors": ({}, {f"{LEAD}m.scale": WIDE}, ("m.scale", "not a name"), ""),
     "target_modules narrower": (
         {"target_modules": ["up"]},
         {A2: WIDE, B2: TALL},
-        (A, "leaves out", "PEFT would drop it"),
+        (A, "does not name", "PEFT would drop it"),
         "target_modules",
     ),
     "r differs from the file": ({"r": 8}, {}, ("rank 4", "expected 8"), "rank_pattern"),
@@ -112,8 +112,8 @@ NOTED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown config key": ({"new_field": 1}, "'new_field'"),
     "rank_pattern typo": ({"rank_pattern": {"fd": 4}}, "'fd' matches no module"),
     "alpha_pattern typo": ({"alpha_pattern": {"fd": 4}}, "did you mean fc?"),
-    "target_modules wider": (BOTH, "'up', of which the file has no tensor"),
-    "target_parameters wider": ({"target_parameters": ["e.up"]}, "'e.up', of which"),
+    "target_modules wider": (BOTH, "'up', but the file has no tensor for them"),
+    "target_parameters wider": ({"target_parameters": ["e.up"]}, "'e.up', but the file"),
 }
 
 

@@ -52,7 +52,7 @@ def refused(path: Path, *words: str) -> LoraFxError:
         ("megatron_config", {"x": 1}, "Megatron"),
         ("bias", "some", "'lora_only'"),
         ("init_lora_weights", "pissa_niter_16", "random numbers"),
-        ("init_lora_weights", "corda", "the data"),
+        ("init_lora_weights", "corda", "training data"),
         ("init_lora_weights", "lora_ga", "gradients"),
         ("init_lora_weights", "loftq", "quantised"),
         ("init_lora_weights", "newest", "may change the base"),
@@ -83,7 +83,7 @@ def test_starts_that_keep_the_base_are_read(plain: Write, init: Any) -> None:
 @pytest.mark.parametrize("field", ["target_modules", "r"])
 def test_config_that_contradicts_the_tensors(plain: Write, field: str) -> None:
     value, words = {
-        "target_modules": (["other"], ("leaves out", A)),
+        "target_modules": (["other"], ("does not name", A)),
         "r": (8, ("rank 4", "expected 8", A)),
     }[field]
     refused(plain({field: value}), *words)
@@ -169,7 +169,7 @@ def test_missing_or_broken_config(plain: Write) -> None:
     (folder / peft.CONFIG).write_text("[]")
     refused(folder, peft.CONFIG, "not an object")
     (folder / peft.CONFIG).unlink()
-    assert "beside" in refused(folder, peft.WEIGHTS, "no config in its metadata").hint
+    assert "next to the file" in refused(folder, peft.WEIGHTS, "no config in its metadata").hint
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_pattern_without_end_is_refused_in_a_second(monkeypatch: pytest.Monkey
     start = time.monotonic()
     with pytest.raises(LoraFxError, match=r"takes longer than 0\.2 s"):
         target_modules.wanted_by({"target_modules": endless}, name)
-    with pytest.raises(LoraFxError, match="alone or with the others"):
+    with pytest.raises(LoraFxError, match="alone or with the other patterns"):
         target_modules.wanted_by({"target_modules": endless}, f"{name}.lora")
     assert time.monotonic() - start < 5
     regexes.begin()
@@ -253,11 +253,11 @@ def test_many_patterns_are_compiled_once() -> None:
 
 
 def test_groups_that_are_wider_than_a_layer(plain: Write) -> None:
-    refused(plain({"use_qalora": True, "qalora_group_size": 1 << 20}), "16777216 elements at most")
+    refused(plain({"use_qalora": True, "qalora_group_size": 1 << 20}), "at most 16777216 elements")
 
 
 def test_a_target_that_is_no_pattern(plain: Write) -> None:
-    refused(plain({"target_modules": "("}), "target_modules leaves out")
+    refused(plain({"target_modules": "("}), "that target_modules does not name")
 
 
 @pytest.mark.parametrize(

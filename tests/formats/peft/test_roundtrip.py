@@ -122,7 +122,7 @@ def test_stacks_are_written_as_they_were_read(
     adapter = Adapter(entries)
     notes = peft.write(adapter, tmp_path)
     same_entries(peft.read(tmp_path), adapter)
-    assert any("PEFT will not see" in n for n in notes) != seen
+    assert any("PEFT will not load" in n for n in notes) != seen
 
 
 def test_what_is_no_lora_is_refused_by_name(tmp_path: Path) -> None:

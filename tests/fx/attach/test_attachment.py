@@ -272,10 +272,16 @@ class Measured(nn.Module):
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (Aliased, "lin.weight: the attached model's 'output' .* does not change with it"),
-        (Twice, "lin.weight: the attached model's 'output' .* changes with it in another way"),
-        (Scaled, "lin.weight: the attached model's 'output' .* its numbers decide"),
-        (Both, "the adapter: the attached model's 'output' .* each update is right alone"),
+        (
+            Aliased,
+            "lin.weight: the attached model's 'output' .* update does not change the live model",
+        ),
+        (
+            Twice,
+            "lin.weight: the attached model's 'output' .* changes the live model in another way",
+        ),
+        (Scaled, "lin.weight: the attached model's 'output' .* the weight's numbers decide"),
+        (Both, "the adapter: the attached model's 'output' .* each update is right by itself"),
         (Measured, "w: read by linalg_vector_norm too"),
     ],
 )
@@ -306,7 +312,9 @@ def test_a_pickle_of_the_whole_is_refused_and_the_hint_leads_on(save: Any, tmp_p
     with torch.no_grad():
         for a_and_b in attachment(attached).slots().values():
             a_and_b[1].normal_()
-    with pytest.raises(LoraFxError, match="with an adapter attached is not pickled whole") as told:
+    with pytest.raises(
+        LoraFxError, match="with an attached adapter cannot be pickled whole"
+    ) as told:
         save(attached)
     assert "save_adapter" in str(told.value.hint) and "detach" in str(told.value.hint)
     copied = copy.deepcopy(attached)

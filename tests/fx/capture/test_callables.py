@@ -167,7 +167,7 @@ class Remembers(nn.Module):
 def test_a_cache_is_no_output(name: str) -> None:
     model = Remembers(caches()[name]).eval()
     captured = lora_fx.capture(model, (torch.randn(3, 6),))
-    assert [n for n in captured.notes if "a key-value cache is no tensor" in n]
+    assert [n for n in captured.notes if "a key-value cache is not a tensor" in n]
     (out,) = lora_fx.insert(model, (torch.randn(3, 6),), rank=2)(torch.ones(2, 6))
     assert out.shape == (2, 4)
 

@@ -86,6 +86,17 @@ def test_conditions_are_learnt(forward: Callable[..., Any], texts: list[Any]) ->
         assert forward.__name__ == "<lambda>" or f"in {forward.__name__}" in condition.line
 
 
+def test_a_folder_whose_name_begins_as_torchs_is_not_torch() -> None:
+    """Code of torchvision asks as a user's code does, and its line is named."""
+    path = torch.__file__.replace("/torch/__init__.py", "/torchvision/net.py")
+    names: dict[str, Any] = {}
+    source = "def short(x, y):\n    return x + 1 if x.shape[0] < 8 else x - y.sum()\n"
+    exec(compile(source, path, "exec"), names)
+    learnt, _ = learnt_of(names["short"])
+    (condition,) = learnt.conditions
+    assert condition.line.startswith(f"{path}, line 2, in short") and not condition.demanded
+
+
 def test_a_size_that_an_equation_leaves_no_choice_is_fixed() -> None:
     def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.shape[1] * 3 == 12 else y

@@ -321,7 +321,7 @@ def test_a_users_subclass_of_a_layer_is_known() -> None:
         return bnb.nn.Linear4bit.forward(self, x) * 2
 
     model.up.__class__ = type("Doubled", (Mine,), {"__module__": "users", "forward": forward})
-    with pytest.raises(LoraFxError, match="up: this quantised Doubled has a forward of its own"):
+    with pytest.raises(LoraFxError, match="up: this quantised Doubled has a custom forward"):
         lora_fx.find(model, (ids(),))
 
 

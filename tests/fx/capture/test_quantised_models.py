@@ -99,7 +99,7 @@ def test_a_forward_of_its_own_is_refused(kind: str) -> None:
     layer = packed((Doubled if kind == "class" else nn.Linear)(64, 8))
     if kind == "instance":
         layer.forward = lambda x: x * 2
-    with pytest.raises(LoraFxError, match=r"0: this quantised .* has a forward of its own"):
+    with pytest.raises(LoraFxError, match=r"0: this quantised .* has a custom forward"):
         lora_fx.find(nn.Sequential(layer), (torch.randn(3, 64),))
 
 

@@ -39,12 +39,12 @@ def test_what_cannot_be_captured_names_the_line() -> None:
     ("options", "message"),
     [
         ({"rank": 0}, "rank 0 is not a positive"),
-        ({"rank": 99}, "rank 99 is above the smaller side of every target; the largest is 6"),
+        ({"rank": 99}, "rank 99 is larger than the smaller side of every target; the largest is 6"),
         ({"include": "blokcs"}, "selector 'blokcs' matches no target"),
         ({"include": "class:Conv2d"}, "selector 'class:Conv2d' matches no target"),
         ({"exclude": "*"}, "no target is left"),
         ({"also_train": "haed"}, "also_train 'haed' matches no parameter"),
-        ({"variant": "nope"}, "no variant 'nope'"),
+        ({"variant": "nope"}, "unknown variant 'nope'"),
         ({"dropout": 1.0}, "dropout 1.0"),
     ],
 )
@@ -66,7 +66,7 @@ def test_wrong_inputs_and_adapters(net: Net) -> None:
     with pytest.raises(LoraFxError, match="no example input is a tensor"):
         lora_fx.find(nn.ReLU(), (1,))
     other = lora_fx.insert(nn.Sequential(nn.Linear(6, 3)), (x,), rank=2).adapter()
-    with pytest.raises(LoraFxError, match=r"adapter key '0.weight' is no target"):
+    with pytest.raises(LoraFxError, match=r"adapter key '0.weight' is not a target"):
         lora_fx.insert(net, (x,), adapter=other)
     moved = Adapter({"head.weight": other.entries["0.weight"]})
     with pytest.raises(LoraFxError, match=r"needs A \[2, 6\] and B \[4, 2\]"):
@@ -87,7 +87,7 @@ def test_plan_by_key(net: Net) -> None:
     )
     got = {k: (u.rank, u.alpha) for k, u in m.updates.items()}
     assert got == {"head.weight": (3, 1.5), "blocks.0.0.weight": (1, 2.0)}
-    with pytest.raises(LoraFxError, match="above its smaller side 4"):
+    with pytest.raises(LoraFxError, match="larger than its smaller side 4"):
         lora_fx.insert(net, (torch.randn(3, 6),), plan={"head.weight": 5})
 
 
@@ -119,5 +119,7 @@ def test_a_weight_under_a_name_that_is_taken_is_named() -> None:
     assert lora_fx.insert(named("fold"), (x,), rank=2)(x).shape == (2, 6)
     with pytest.raises(lora_fx.LoraFxError, match=r"Sequential\.adapter holds weights"):
         lora_fx.insert(named("adapter"), (x,), rank=2)
-    with pytest.raises(CaptureError, match=r"torch\.fx has a use .* such as graph"):
+    with pytest.raises(
+        CaptureError, match=r"torch\.fx itself uses the name of a module .* such as graph"
+    ):
         lora_fx.find(named("graph"), (x,))

@@ -161,7 +161,10 @@ def test_missing_tensors_are_said_and_the_same_each_time(tmp_path: Path) -> None
     before = torch.random.get_rng_state()
     one, two = load_model(tmp_path), load_model(tmp_path)
     assert torch.equal(before, torch.random.get_rng_state())
-    note = f"random weights: 2 tensors are not in {tmp_path}: classifier.bias, classifier.weight"
+    note = (
+        f"2 tensors have random values, since they are not in {tmp_path}: "
+        "classifier.bias, classifier.weight"
+    )
     assert one.notes == (note,)
     assert torch.equal(net(one).classifier.weight, net(two).classifier.weight)
     save_file({"classifier.bias": torch.zeros(10)}, tmp_path / "model.safetensors")
@@ -173,7 +176,7 @@ def test_causal_classifier_gets_a_padding_token(tmp_path: Path) -> None:
 
     saved(GPT2ForSequenceClassification(gpt2().config), tmp_path)
     loaded = load_model(tmp_path)
-    assert loaded.notes == ("config.json has no pad_token_id: 2 is taken",)
+    assert loaded.notes == ("config.json has no pad_token_id: 2 is used",)
     assert found(loaded).targets
 
 
@@ -221,7 +224,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "no .safetensors file")
     edit(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     (tmp_path / "model.safetensors").write_bytes(weights)
-    refused(tmp_path, "quantised weights (gptq), none of which is read")
+    refused(tmp_path, "it has quantised weights (gptq) in a format that lora-fx does not read")
     edit(tmp_path, quantization_config=None, vocab_size="many")
     refused(tmp_path, "config.json")
     (tmp_path / "config.json").write_bytes(LFS)

@@ -27,7 +27,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reserved_names_have_random_weights(spec: str, shape: tuple[int, ...]) -> None:
     loaded, again = load_model(spec), load_model(spec)
     assert loaded.notes == (
-        f"random weights: {spec} was built without weights (--weights FILE.safetensors)",
+        f"random weights: {spec} was built without weights; give them with "
+        "--weights FILE.safetensors",
     )
     assert loaded.args[0].shape == shape and torch.equal(loaded.args[0], again.args[0])
     pairs = zip(loaded.module.parameters(), again.module.parameters(), strict=True)
@@ -103,7 +104,7 @@ def test_weights_are_strict(tmp_path: Path) -> None:
         ({"norm.extra": torch.ones(2)}, "1 unexpected: norm.extra"),
         ({"norm.bias": torch.ones(4)}, "norm.bias [4] (expected [3])"),
         ({"norm.bias": torch.ones(3).int()}, "norm.bias int32 (expected float32)"),
-        ({"head.weight": torch.ones(7, 3)}, "are one tensor of the model"),
+        ({"head.weight": torch.ones(7, 3)}, "the model has one tensor for both"),
     )
     for changes, text in misfits:
         with pytest.raises(LoraFxError, match=r"w\.safetensors") as caught:
@@ -134,7 +135,7 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("model.pt2", "a program without a module"),
+        ("model.pt2", "a program, not a torch module"),
         ("model.onnx", "in this version"),
         ("w.safetensors", "MODEL weights='w.safetensors'"),
         ("pytorch_model.bin", "MODEL weights='pytorch_model.bin'"),

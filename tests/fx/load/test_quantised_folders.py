@@ -117,8 +117,8 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
     "another model": (
         "packed", {"weight_shape": np.array([7, 32], np.int64)}, "gate_proj",
     ),
-    "a scale that is no number": (
-        "fp8", {"weight_scale": np.full((9, 1), np.nan, np.float32)}, "no number",
+    "a scale that is not finite": (
+        "fp8", {"weight_scale": np.full((9, 1), np.nan, np.float32)}, "not finite",
     ),
 }  # fmt: skip
 

@@ -79,7 +79,7 @@ def test_the_class_whose_weights_they_are(name: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, name, TOLD[name])
     loaded = load_model(folder)
     assert type(loaded.module).__name__ == name
-    assert f"names no architectures: {name} is built, whose weights they are" in loaded.notes[0]
+    assert f"names no architectures: {name} is built, which has these weights" in loaded.notes[0]
     assert not any("unused" in note or "random" in note for note in loaded.notes)
     assert type(load_model(folder, meta=True).module).__name__ == name
 
@@ -102,7 +102,10 @@ def test_a_tied_head_that_the_file_does_not_have(tmp_path: Path) -> None:
 def test_another_class_that_would_fit_is_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "T5ForConditionalGeneration", T5)
     (note,) = load_model(folder).notes
-    assert "T5Model is built, whose weights they are; T5ForConditionalGeneration would fit" in note
+    assert (
+        "T5Model is built, which has exactly these weights; T5ForConditionalGeneration would fit"
+        in note
+    )
 
 
 def test_a_body_without_its_pooler_is_the_body(tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def test_a_body_without_its_pooler_is_the_body(tmp_path: Path) -> None:
 
     loaded = load_model(folder_of(tmp_path, "BertModel", BERT, edit))
     assert type(loaded.module).__name__ == "BertModel"
-    assert any("random weights: 2 tensors" in note for note in loaded.notes)
+    assert any("2 tensors have random values" in note for note in loaded.notes)
 
 
 def test_an_old_buffer_is_no_weight(tmp_path: Path) -> None:
@@ -164,7 +167,10 @@ def test_the_hint_works(tmp_path: Path) -> None:
         json.dumps({**config, "architectures": ["BertForMaskedLM"]})
     )
     loaded = load_model(folder)
-    assert any("unused: 1 tensors" in n and "my_head.weight" in n for n in loaded.notes)
+    assert any(
+        "1 tensors of " in n and "are not used: " in n and "my_head.weight" in n
+        for n in loaded.notes
+    )
 
 
 def test_a_problem_type_tells_a_classifier_with_one_row(tmp_path: Path) -> None:
@@ -178,7 +184,7 @@ def test_without_weights_it_is_the_plain_model(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     loaded = load_model(folder, meta=True)
     assert type(loaded.module).__name__ == "BertModel"
-    assert "BertModel is built, as no weights tell more" in loaded.notes[0]
+    assert "BertModel is built, since the file has no weights to choose by" in loaded.notes[0]
 
 
 def test_a_block_finds_the_folder_of_temporary_files_before(

@@ -97,5 +97,8 @@ def test_a_public_name_is_still_taken(name: str) -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return getattr(self, name)(x)
 
-    with pytest.raises(lora_fx.LoraFxError, match=f"{name} is taken in the module"):
+    with pytest.raises(
+        lora_fx.LoraFxError,
+        match=f"{name} holds weights, but the module that insert returns uses the name",
+    ):
         lora_fx.insert(Holder().eval(), (X,), rank=2)

@@ -189,8 +189,8 @@ def test_mixes_that_cannot_be() -> None:
     whole = lora_fx.insert(base, (X,), rank=2, also_train="2").adapter()
     for parts, how, rank, words in (
         ([(one, 1.0), (two, 1.0)], "linear", None, "equal ranks"),
-        ([(one, 1.0)], "mean", None, "no mix 'mean'"),
-        ([(one, 1.0)], "cat", 3, "no rank to choose"),
+        ([(one, 1.0)], "mean", None, "unknown mix 'mean'"),
+        ([(one, 1.0)], "cat", 3, "does not take a rank"),
         ([(one, 1.0), (whole, 0.5)], "cat", None, "whole tensor"),
     ):
         with pytest.raises(LoraFxError, match=words):

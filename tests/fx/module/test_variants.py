@@ -237,9 +237,9 @@ def test_truncate_brings_the_rank_back() -> None:
 
 
 def test_options_that_are_refused() -> None:
-    with pytest.raises(LoraFxError, match="no variant 'vera'"):
+    with pytest.raises(LoraFxError, match="unknown variant 'vera'"):
         lora_fx.insert(shared(), variant="vera")
-    with pytest.raises(LoraFxError, match="no init 'svd'"):
+    with pytest.raises(LoraFxError, match="unknown init 'svd'"):
         lora_fx.attach(shared(), init="svd")
     with pytest.raises(LoraFxError, match="starts from data"):
         lora_fx.insert(shared(), init="eva")

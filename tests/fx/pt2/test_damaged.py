@@ -45,17 +45,17 @@ def unread(config: dict[str, Any]) -> None:
     [
         ({CONFIG: lambda _: None}, "is missing"),
         ({CONFIG: in_json(resized)}, "needs 19200"),
-        ({CONFIG: in_json(outside)}, "no name of a member"),
-        ({CONFIG: in_json(negative)}, "described wrongly"),
+        ({CONFIG: in_json(outside)}, "cannot be the name of a member"),
+        ({CONFIG: in_json(negative)}, "the entry of '0.weight' is wrong"),
         ({CONFIG: in_json(unread)}, "2.bias is not in the state dict"),
         ({CONFIG: lambda _: b"[]"}, "not an object"),
         ({"data/weights/weight_0": cut}, "needs"),
         ({"data/weights/weight_0": lambda _: None}, "is missing"),
         ({JSON: lambda _: None}, "holds no program"),
-        ({JSON: lambda _: b"{}"}, "is no exported program"),
+        ({JSON: lambda _: b"{}"}, "is not an exported program"),
         ({JSON: cut}, "not valid JSON"),
         ({"archive_version": lambda _: b"9"}, "archive version"),
-        ({"archive_format": lambda _: b"pt3"}, "no .pt2 archive"),
+        ({"archive_format": lambda _: b"pt3"}, "not a .pt2 archive"),
     ],
 )
 def test_bad_members(
@@ -73,16 +73,16 @@ def test_bad_files(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     path = tmp_path / "x.pt2"
     assert "no such file" in refused(path, capsys)
     path.write_bytes(clean.read_bytes()[:-300])
-    assert "no .pt2 archive" in refused(path, capsys)  # a zip inside ends there
+    assert "not a .pt2 archive" in refused(path, capsys)  # a zip inside ends there
     path.write_bytes(clean.read_bytes()[:200])
     assert "cut" in refused(path, capsys)
     path.write_bytes(b"nothing")
-    assert "no .pt2 file" in refused(path, capsys)
+    assert "not a .pt2 file" in refused(path, capsys)
     path.write_bytes(b"")
-    assert "no .pt2 file" in refused(path, capsys)
+    assert "not a .pt2 file" in refused(path, capsys)
     with zipfile.ZipFile(path, "w") as z:
         z.writestr("a/b", "c")
-    assert "no .pt2 archive" in refused(path, capsys)
+    assert "not a .pt2 archive" in refused(path, capsys)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, zipfile.ZipFile(clean) as old:
         for name in old.namelist():
             z.writestr(name, old.read(name))

@@ -186,7 +186,7 @@ def test_a_prompt_that_merges_with_its_completion(tmp_path: Path, model: LlamaFo
     found, notes = table(tmp_path, model, lines)
     labels = found.columns["labels"][0]
     assert WORDS.decode(labels[labels != -100]) == " sees</s>"
-    assert "of 1 lines the last tokens of the prompt differ" in notes[1] and "line 1" in notes[1]
+    assert "in 1 lines the last tokens of the prompt change" in notes[1] and "line 1" in notes[1]
 
 
 ROW = {"text": "the cat"}
@@ -194,7 +194,7 @@ TURN = {"role": "user", "content": "the"}
 REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"text": "a"', "not valid JSON"),
     "a list": ("[1]", "a JSON list, not an object"),
-    "a key twice": ('{"text": "a", "text": "b"}', "'text' is there twice"),
+    "a key twice": ('{"text": "a", "text": "b"}', "'text' appears twice"),
     "half a pair": ('{"text": "\\ud800"}', "not valid JSON"),
     "two forms": ({"text": "a", "messages": [TURN]}, "has 'text' and 'messages'; expected one"),
     "another form": ({"prompt": "a", "completion": "b"}, "the first line has 'text'"),
@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a number": ({"text": 3}, "'text' is 3, expected a text"),
     "null": ({"text": None}, "'text' is null, expected a text"),
     "empty": ({"text": ""}, "the text is empty"),
-    "only its end": ({"text": "</s>"}, "no token is trained on"),
+    "only its end": ({"text": "</s>"}, "it has no token to train on"),
 }
 FIRST: dict[str, tuple[Any, str]] = {
     "empty completion": ({"prompt": "a", "completion": ""}, "the completion is empty"),
@@ -220,7 +220,7 @@ FIRST: dict[str, tuple[Any, str]] = {
         "message 1: 'content' is [{",
     ),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: 'content' is null"),
-    "no assistant": ({"messages": [TURN]}, "no token is trained on"),
+    "no assistant": ({"messages": [TURN]}, "it has no token to train on"),
     "no form at all": (
         {"instruction": "a", "conversations": [TURN]},
         "has 'instruction', 'conversations'; expected 'text', or 'prompt' with 'completion', or",
@@ -252,7 +252,7 @@ def test_malformed_lines(tmp_path: Path, model: LlamaForCausalLM) -> None:
         path.write_text(text)
         assert language_table(str(path), model, folder, None) is None, "columns, if any"
     path.write_text("\n")
-    with pytest.raises(LoraFxError, match=f"{path}: no rows"):
+    with pytest.raises(LoraFxError, match=f"{path}: the data has no rows"):
         read_table(str(path))
     write(path, [{"text": "the old roofs <|system|>"}])
     small = LlamaForCausalLM(config()).resize_token_embeddings(40)
@@ -260,7 +260,7 @@ def test_malformed_lines(tmp_path: Path, model: LlamaForCausalLM) -> None:
     model_of_40.set_input_embeddings(small)
     assert "expected ids below 40" in refused(path, model_of_40, folder)
     write(path, [{"prompt": "the cat sees a small dog", "completion": " runs"}])
-    with pytest.raises(LoraFxError, match="no line has a token that is trained on among its first"):
+    with pytest.raises(LoraFxError, match="no line has a token to train on among its first"):
         language_table(str(path), model, folder, 3)
 
 
@@ -268,7 +268,7 @@ def test_a_template_that_raises(tmp_path: Path, model: LlamaForCausalLM) -> None
     template = "{{ raise_exception('system comes first') }}"
     write(tmp_path / "d.jsonl", [{"messages": [TURN]}])
     said = refused(tmp_path / "d.jsonl", model, words_in(tmp_path / "folder", template))
-    assert "line 1: the chat template refuses it: TemplateError: system comes first" in said
+    assert "line 1: the chat template refuses this line: TemplateError: system comes first" in said
 
 
 def test_a_tokenizer_without_a_template(tmp_path: Path, model: LlamaForCausalLM) -> None:
@@ -297,7 +297,7 @@ def test_models_that_predict_no_token(tmp_path: Path) -> None:
     bert.config.architectures = ["BertForSequenceClassification"]
     assert language_table(str(path), bert, folder, None) is None, "texts that it reads its own way"
     write(path, rows("prompt", 2))
-    assert "BertForSequenceClassification is no causal language model" in refused(
+    assert "BertForSequenceClassification is not a causal language model" in refused(
         path, bert, folder
     )
 

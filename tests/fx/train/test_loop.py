@@ -72,7 +72,7 @@ def test_an_adapter_that_makes_the_model_no_better_is_said() -> None:
     )
     report = fit(adapted(), wrong, validation, settings=Settings(steps=40, lr=3e-2, checks=2))
     assert report.before is not None and min(report.validation.values()) >= report.before
-    (said,) = [w for w in report.warnings if "no better" in w]
+    (said,) = [w for w in report.warnings if "does not improve the model" in w]
     assert f"before training it was {report.before:.4f}" in said
 
 
@@ -198,12 +198,12 @@ def test_what_it_says() -> None:
         "no validation data: overfitting would not be seen, and the last adapter is kept, "
         "not the best"
     ]
-    with pytest.raises(LoraFxError, match="takes no argument 'z'"):
+    with pytest.raises(LoraFxError, match="has no argument 'z'"):
         fit(adapted(), Table({"z": np.zeros((4, 8), np.float32)}, ""))
     high = Table({"x": table().columns["x"], "y": np.full(200, 7)}, "y")
     with pytest.raises(LoraFxError, match="label 7, but the model scores 3 classes"):
         fit(adapted(), high)
-    with pytest.raises(LoraFxError, match="no loss 'odd'"):
+    with pytest.raises(LoraFxError, match="unknown loss 'odd'"):
         fit(adapted(), table(), loss="odd")
     with pytest.raises(LoraFxError, match="no label column"):
         fit(adapted(), Table({"x": table().columns["x"]}, ""))
@@ -247,8 +247,8 @@ def test_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "label", "message"),
     [
-        ("d.txt", "x", "", "unknown kind '.txt'"),
-        ("d.csv", "a,b\n1,2\n", "c", "no column 'c'"),
+        ("d.txt", "x", "", "unknown data format '.txt'"),
+        ("d.csv", "a,b\n1,2\n", "c", "there is no column 'c'"),
         ("d.csv", "a,b\n1,2\n1\n", "", "line 3 has 1 fields, the header has 2"),
         ("d.csv", "a,b\n", "", "no rows"),
         ("d.csv", "a,b\nx,2\n", "b", "column 'a' is text"),

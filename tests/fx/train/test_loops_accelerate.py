@@ -123,4 +123,4 @@ def test_the_sample_in_two_processes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "the state: adapter, optimizer.bin, random_states_0.pkl, random_states_1" in done.stdout
-    assert "resumed in the middle, the same adapter: True" in done.stdout
+    assert "the resumed run gives the same adapter: True" in done.stdout

@@ -141,4 +141,4 @@ def test_the_sample(tmp_path: Path) -> None:
     )
     assert plain.startswith("ddp trained in 2 processes: loss 0.")
     assert sharded.startswith(plain.strip().replace("ddp", "fsdp")), "the same loss"
-    assert "resumed in the middle, the same adapter: True" in sharded
+    assert "the resumed run gives the same adapter: True" in sharded

@@ -90,8 +90,8 @@ def test_a_run_goes_on_and_keeps_the_last_states(name: str, tmp_path: Path) -> N
 
 
 def test_a_name_that_is_not_known() -> None:
-    with pytest.raises(LoraFxError, match="no schedule 'cosin'") as info:
+    with pytest.raises(LoraFxError, match="unknown schedule 'cosin'") as info:
         Settings(schedule="cosin")
-    assert info.value.hint.startswith("one of cosine, linear")
-    with pytest.raises(LoraFxError, match="no optimizer 'adam'"):
+    assert info.value.hint.startswith("use cosine, linear")
+    with pytest.raises(LoraFxError, match="unknown optimizer 'adam'"):
         Settings(optimizer="adam")

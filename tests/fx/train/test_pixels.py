@@ -47,12 +47,16 @@ def test_the_axis_of_the_classes(
 
 
 REFUSED = [
-    ((3, 4, 6, 8), (3, 12, 16), "which axis"),  # scores of a quarter of the pixels
-    ((3, 4, 6, 8), (3,), "which axis"),
-    ((3, 5, 5, 5), (3, 5, 5), "which axis"),
-    ((6, 5), (7,), "which axis"),
-    ((3, 7, 5), (3, 8), "which axis"),
-    ((3, 4, 6, 8), (3, 8, 6), "which axis"),
+    (
+        (3, 4, 6, 8),
+        (3, 12, 16),
+        "the axis of the classes is unknown",
+    ),  # scores of a quarter of the pixels
+    ((3, 4, 6, 8), (3,), "the axis of the classes is unknown"),
+    ((3, 5, 5, 5), (3, 5, 5), "the axis of the classes is unknown"),
+    ((6, 5), (7,), "the axis of the classes is unknown"),
+    ((3, 7, 5), (3, 8), "the axis of the classes is unknown"),
+    ((3, 4, 6, 8), (3, 8, 6), "the axis of the classes is unknown"),
 ]
 
 

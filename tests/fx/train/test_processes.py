@@ -84,15 +84,18 @@ def test_the_one_that_fails_says_so_alone(both: list[dict[str, Any]]) -> None:
     assert second["second refuses"]["error"].startswith("LoraFxError: no such thing")
     assert "step 3: the loss is nan" in first["all nan"]["error"]
     assert second["all nan"] == {"elsewhere": "process 0 failed", "code": 1}
-    assert "process 1 has other data than process 0" in first["other data"]["error"]
+    assert "process 1 and process 0 have different data" in first["other data"]["error"]
     assert second["other data"] == {"elsewhere": "process 0 failed", "code": 2}
-    assert "process 1 has other initial values than process 0" in first["other start"]["error"]
+    assert "process 1 and process 0 have different initial values" in first["other start"]["error"]
     assert first["first fails at the end"]["error"] == "OSError: disk full"
     assert second["first fails at the end"] == {"elsewhere": "process 0 failed", "code": 2}
 
 
 def test_the_one_that_is_killed_is_missed(both: list[dict[str, Any]]) -> None:
-    assert "another process of this run ended without a word" in both[0]["second dies"]["error"]
+    assert (
+        "another process of this run ended without an error message"
+        in both[0]["second dies"]["error"]
+    )
     assert both[0]["second dies"]["code"] == 2 and "second dies" not in both[1]
 
 
@@ -103,8 +106,8 @@ def test_what_launchers_set() -> None:
     assert found_processes(given) == Processes(3, 4, 1)
     assert found_processes({"PMI_RANK": "1", "PMI_SIZE": "2", **where}) == Processes(1, 2, 1)
     for odd, said in (
-        ({"WORLD_SIZE": "2", **where}, "rank is not in 0 to 1"),
-        ({"WORLD_SIZE": "2", "RANK": "2", **where}, "rank is not in 0 to 1"),
+        ({"WORLD_SIZE": "2", **where}, "rank of this process is not in 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **where}, "rank of this process is not in 0 to 1"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', no number"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
     ):

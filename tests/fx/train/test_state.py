@@ -154,7 +154,7 @@ def test_damaged_states(state: Path, tmp_path: Path) -> None:
     a = "now/fc1.lora_A.weight"
     cases: list[tuple[Any, Any, str]] = [
         (lambda w: w.pop("epoch") and None, None, "damaged: KeyError('epoch')"),
-        (lambda w: w.update(format=2), None, "format 2; this lora-fx knows formats up to 1"),
+        (lambda w: w.update(format=2), None, "format 2; this lora-fx reads formats up to 1"),
         (lambda w: w.update(facts=None), None, "is the state of another run"),
         (lambda w: w.update(step=3), None, "4 losses of 3 steps"),
         (lambda w: [w], None, "a JSON list, not an object"),
@@ -172,7 +172,7 @@ def test_damaged_states(state: Path, tmp_path: Path) -> None:
     (tmp_path / "0" / "state.json").write_text("{")
     with pytest.raises(LoraFxError, match="damaged"):
         go_on(tmp_path / "0")
-    with pytest.raises(LoraFxError, match="no training state"):
+    with pytest.raises(LoraFxError, match="is not a training state"):
         go_on(tmp_path / "gone")
 
 

@@ -126,7 +126,7 @@ def test_patience_that_does_not_run_out_changes_nothing() -> None:
 
 
 def test_patience_without_validation_is_refused() -> None:
-    with pytest.raises(LoraFxError, match="patience 2, but no example is held out"):
+    with pytest.raises(LoraFxError, match="patience 2 needs held-out examples, but there are none"):
         fit(adapted(), table(), settings=Settings(steps=2, patience=2))
 
 

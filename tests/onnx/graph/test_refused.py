@@ -70,7 +70,7 @@ def test_beside_a_quantised_weight_but_not_into_it(made: Any) -> None:
     update = {"w": LowRank(a, b, 1.0, target.layout)}
     with pytest.raises(LoraFxError, match=r"'w': the weight is quantised \(.*round") as error:
         Fold(update)(graph)
-    assert "export --mode switch" in error.value.hint
+    assert "--mode switch" in error.value.hint
     assert Insert(update)(graph).modified
     assert rel(run(whole, X), base + 0.5 * X @ (b @ a).T) < 1e-6
 
@@ -84,7 +84,7 @@ INTEGERS = {
         "g = Add(f, b) t = Mul(s, k) y = Mul(g, t)", "its scale is not applied"),
     "codes of a known range": (
         "q = QuantizeLinear(x, k, o) i = MatMulInteger(q, w) f = Cast<to = 1>(i) y = Mul(f, k)",
-        "no DynamicQuantizeLinear made"),
+        "do not come from a DynamicQuantizeLinear"),
     "QLinearMatMul": (
         "q = QuantizeLinear(x, k, o) i = QLinearMatMul(q, k, o, w, k, p, k, o) "
         "y = DequantizeLinear(i, k, o)", "no float to add a branch to"),

@@ -198,7 +198,7 @@ def test_one_use_of_a_tied_tensor_is_seen_alone() -> None:
     both = calibrate(cap, {"table.weight": ""}, [b])
     whole = model.head.weight.grad + model.table.weight.grad
     np.testing.assert_allclose(both.moments["table.weight"].gradient, whole, atol=1e-7)
-    assert any("embedding reads it in other axes" in n for n in both.notes)
+    assert any("embedding reads the weight in other axes" in n for n in both.notes)
 
 
 def test_a_part_of_a_fused_weight_has_its_own_rows() -> None:
@@ -237,7 +237,7 @@ def test_what_cannot_run_is_one_error() -> None:
     broken = [{**batches(1)[0], "x": torch.full((5, 3, 7, 6), torch.nan)}]
     with pytest.raises(LoraFxError, match="the loss of batch 1 is nan"):
         calibrate(cap, use, broken)
-    with pytest.raises(LoraFxError, match="no statistic 'mean'"):
+    with pytest.raises(LoraFxError, match="unknown statistic 'mean'"):
         calibrate(cap, use, batches(), "ce", ("mean",))
     with pytest.raises(LoraFxError, match="calibration could not read this target"):
         row = next(r for r in ROWS if r.name == "gru")

@@ -119,9 +119,9 @@ def test_inputs_replace_the_example_of_a_loaded_model(folder: Path) -> None:
 def test_a_capture_is_returned_and_has_its_sizes(folder: Path) -> None:
     cap, _ = of_kind(folder, "a Captured")
     assert lora_fx.capture(cap) is cap and captured_of(cap) is cap
-    with pytest.raises(LoraFxError, match="dynamic has no say beside a captured model"):
+    with pytest.raises(LoraFxError, match="dynamic has no effect with a captured model"):
         lora_fx.capture(cap, dynamic={"x": {0: "rows"}})
-    with pytest.raises(LoraFxError, match="static has no say beside a captured model"):
+    with pytest.raises(LoraFxError, match="static has no effect with a captured model"):
         lora_fx.capture(cap, static=["x"])
 
 
@@ -146,11 +146,11 @@ def test_a_program_with_branches(folder: Path) -> None:
 
 def test_no_model(folder: Path) -> None:
     wrong: list[tuple[Any, str]] = [
-        ("nothing", "'nothing' is no model: no such file or folder"),
+        ("nothing", "'nothing' is not a model: no such file or folder"),
         (f"{folder}/net.py", "which factory"),
         (f"{folder}/net.py:bild", "has no 'bild'"),
         ("net.onnx", "an .onnx file cannot be opened as a torch model"),
-        (3, "a int is no model"),
+        (3, "a int is not a model"),
     ]
     for model, text in wrong:
         for verb in (lora_fx.capture, lora_fx.insert, lora_fx.plan, captured_of):
@@ -171,7 +171,7 @@ def test_what_loading_says_comes_before_the_capture() -> None:
     options = CaptureOptions(static=("nothing",), tell=lambda *notes: told.extend(notes))
     with pytest.raises(LoraFxError, match="nothing"):
         captured_of("timm:resnet18", options)
-    assert "random weights" in told[0]
+    assert "have random values" in told[0]
 
 
 def test_no_other_file_of_a_verb_or_a_command_opens_a_model() -> None:

@@ -67,14 +67,16 @@ def test_numbers_that_are_not_finite_are_refused(number: float, tmp_path: Path) 
     plan = {"weight": {"rank": 2, "alpha": number}}
     for verb in (lora_fx.insert, lora_fx.attach):
         for given in ({"rank": 2, "alpha": number}, {"plan": plan}):
-            with pytest.raises(LoraFxError, match=f"alpha {number} of weight is no finite number"):
+            with pytest.raises(
+                LoraFxError, match=f"alpha {number} of weight is not a finite number"
+            ):
                 verb(net, (x,), **given)
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(LoraFxError, match=f"tol is {number}; expected a finite number, 0 or more"):
         lora_fx.verify(tmp_path / "a.safetensors", tmp_path / "a.safetensors", tol=number)
 
 
-# An option that is given and has no say is an error, whatever its value: the default's too.
+# An option that is given and has no effect is an error, whatever its value: the default's too.
 
 
 def net() -> torch.nn.Module:
@@ -90,7 +92,7 @@ PARTS = {"0.weight": 2, "1.weight": {"alpha": 4.0}}
 BATCH = [{"input": np.ones((2, 4), "f4"), "labels": np.zeros(2, "i8")}]
 
 BRANCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    # what has no say, beside what, and another value of it
+    # what has no effect, beside what, and another value of it
     *(
         (name, {"adapter": GIVEN}, {name: value})
         for name, values in {
@@ -115,7 +117,7 @@ BRANCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_an_option_without_a_say(
     verb: Any, name: str, beside: dict[str, Any], given: dict[str, Any]
 ) -> None:
-    with pytest.raises(LoraFxError, match=f"{name} has no say|so {name} has no say"):
+    with pytest.raises(LoraFxError, match=f"{name} has no effect|so {name} has no effect"):
         verb(net(), (X,), **beside, **given)
 
 
@@ -145,7 +147,7 @@ def test_the_variant_of_an_adapter_is_no_contradiction() -> None:
     for variant, others in (("dora", "lora"), ("qalora:2", "qalora:4"), ("lora+", "lora")):
         made = lora_fx.insert(net(), (X,), rank=2, variant=variant).adapter()
         assert lora_fx.insert(net(), (X,), adapter=made, variant=variant).adapter().lowrank
-        with pytest.raises(LoraFxError, match="variant has no say beside an adapter"):
+        with pytest.raises(LoraFxError, match="variant has no effect with an adapter"):
             lora_fx.insert(net(), (X,), adapter=made, variant=others)
 
 
@@ -203,7 +205,7 @@ def test_an_option_of_zero_beside_a_mode(
     tmp_path: Path, mode: Any, given: dict[str, Any], name: str
 ) -> None:
     """It is one that was given, and is not passed over."""
-    with pytest.raises(LoraFxError, match=f"^{name}= beside mode=lora_fx"):
+    with pytest.raises(LoraFxError, match=f"^{name}= with mode=lora_fx"):
         lora_fx.export(net(), tmp_path / "x.onnx", (X,), mode=mode, **given)
 
 
@@ -227,7 +229,7 @@ def test_dimensions_beside_a_captured_model(tmp_path: Path) -> None:
         (lambda **g: lora_fx.export(cap, tmp_path / "x.onnx", **g), {}),
     ]
     for call, more in calls:
-        with pytest.raises(LoraFxError, match="dynamic has no say beside a captured model"):
+        with pytest.raises(LoraFxError, match="dynamic has no effect with a captured model"):
             call(dynamic={"input": {0: "rows"}}, **more)
     assert not list(tmp_path.iterdir())
     assert lora_fx.fold(module, (X,)) and lora_fx.find(cap, (X,))  # the inputs that it has
@@ -243,30 +245,30 @@ def test_files_and_their_options(tmp_path: Path) -> None:
         ("rank", {"rank": 4}), ("rank", {"rank": 4, "how": "linear"}), ("link", {"link": True}),
     ]  # fmt: skip
     for name, given in merge:
-        with pytest.raises(LoraFxError, match=f"{name} has no say"):
+        with pytest.raises(LoraFxError, match=f"{name} has no effect"):
             lora_fx.merge(base, [tmp_path / "a"], out, **given)
     assert not out.exists()
     tensors = [("inputs", {"inputs": {"x": np.ones(2)}}), ("provider", {"provider": "auto"}),
                ("rows", {"rows": None})]  # fmt: skip
     for name, more in tensors:
-        with pytest.raises(LoraFxError, match=f"{name} has no say"):
+        with pytest.raises(LoraFxError, match=f"{name} has no effect"):
             lora_fx.verify(base, base, **more)
     fits = [*tensors, ("tol", {"tol": 0.1}), ("adapter", {"adapter": ONE})]
     for name, more in fits:
-        with pytest.raises(LoraFxError, match=f"{name} has no say"):
+        with pytest.raises(LoraFxError, match=f"{name} has no effect"):
             lora_fx.verify(base, tmp_path / "a", **more)
     assert lora_fx.verify(base, tmp_path / "a")
-    with pytest.raises(LoraFxError, match="provider has no say"):
+    with pytest.raises(LoraFxError, match="provider has no effect"):
         lora_fx.verify(lora_fx.capture(net(), (X,)), lora_fx.capture(net(), (X,)), provider="cpu")
 
 
 @pytest.mark.parametrize("given", [{"loss": "ce"}, {"method": "eva", "data": BATCH, "loss": "ce"}])
 def test_a_plan_that_reads_no_gradient(given: dict[str, Any]) -> None:
-    with pytest.raises(LoraFxError, match="loss has no say for method"):
+    with pytest.raises(LoraFxError, match="loss has no effect for method"):
         lora_fx.plan(net(), (X,), budget="uniform:2", **given)
 
 
 def test_a_plan_that_reads_no_data_says_so() -> None:
     made = lora_fx.plan(net(), (X,), budget="uniform:2", data=BATCH)
-    assert made.notes == ("data decides nothing: method 'uniform' reads none",)
+    assert made.notes == ("data has no effect: method 'uniform' reads none",)
     assert made.rows == lora_fx.plan(net(), (X,), budget="uniform:2").rows

@@ -161,7 +161,7 @@ def test_what_a_method_cannot_read_gets_the_rank_of_uniform() -> None:
     data = [{"x": x}]
     made = plan(Model(row), (x,), data=data, budget="uniform:2", method="kfac", loss=_square)
     assert [r.rank for r in made.rows] == [2, 2]
-    assert any("w: kfac has nothing to read there" in n for n in made.notes)
+    assert any("w: method kfac finds no data for it" in n for n in made.notes)
     seen = plan(Model(row), (x,), data=data, budget="uniform:2", method="importance", loss=_square)
     assert seen.used <= seen.limit and not seen.notes
 
@@ -212,7 +212,7 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path.write_text('{"targets": {"head.weight": 6}}')
     with pytest.raises(LoraFxError, match=r"plan\.json: rank 6 of 'head.weight' is above"):
         lora_fx.insert(net(), (X[:2],), plan=str(path))
-    with pytest.raises(LoraFxError, match="include has no say"):
+    with pytest.raises(LoraFxError, match="include has no effect"):
         lora_fx.insert(net(), (X[:2],), plan={"head.weight": 2}, include="head")
     for wrong in ({"method": "gora"}, {"budget": "rank:2"}, {"method": "kfac"}, {"scale": 0.0}):
         with pytest.raises(LoraFxError):
@@ -253,12 +253,12 @@ def test_on_the_command_line(
         assert {k: u.rank for k, u in low.items()} == {r.key: r.rank for r in want.rows if r.rank}
     capsys.readouterr()
     assert run("insert", "model.py:build", "-o", "x", "--plan", "plan.json", "--rank", "4") == 2
-    assert "--rank has no say beside --plan plan.json" in capsys.readouterr().err
+    assert "--rank has no effect with --plan plan.json" in capsys.readouterr().err
     assert run("plan", "model.py:build", "-o", "other.json", "--method", "eva") == 2
     assert run("plan", "model.py:build", "-o", "other.json") == 0
     capsys.readouterr()
     assert run("plan", "model.py:build", "data.npz", "-o", "with_data.json") == 0
-    assert "data decides nothing: method 'uniform' reads none" in capsys.readouterr().err
+    assert "data has no effect: method 'uniform' reads none" in capsys.readouterr().err
     assert read_plan("with_data.json") == read_plan("other.json")
     assert run(*args) == 2, "plan.json exists"
 

@@ -103,7 +103,7 @@ def test_trained_folded_exported(group: int, tmp_path: Path) -> None:
     out = tmp_path / "o.onnx"
     report = lora_fx.export(model, out, provider="cpu")
     assert all(p.rel < TOL for p in report.parity)
-    assert any("weights of codes have floats for zero points" in w for w in report.warnings)
+    assert any("quantised weights have zero points in floating point" in w for w in report.warnings)
     assert rel(open_session(out, "cpu").run({"x": X.numpy()})["output"], y) < TOL
     assert Counter(n.op_type for n in onnx.load(out).graph.node) == {
         "MatMulNBits": 2, "Relu": 1, "Add": 1}  # fmt: skip
@@ -175,11 +175,17 @@ def test_what_cannot_be_folded(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"variant": "qalora:36"}, "'up.weight': 96 inputs are no whole groups of 36"),
-        ({"variant": "qalora:0"}, "no variant 'qalora:0'"),
-        ({"variant": "qalora:-2"}, "no variant 'qalora:-2'"),
-        ({"variant": "qalora", "init": "pissa"}, "init 'pissa' gives every input a column"),
-        ({"variant": "qalora", "init": "gaussian"}, "init 'gaussian' gives every input a column"),
+        ({"variant": "qalora:36"}, "'up.weight': 96 inputs cannot be divided into groups of 36"),
+        ({"variant": "qalora:0"}, "unknown variant 'qalora:0'"),
+        ({"variant": "qalora:-2"}, "unknown variant 'qalora:-2'"),
+        (
+            {"variant": "qalora", "init": "pissa"},
+            "init 'pissa' needs one column of A for each input",
+        ),
+        (
+            {"variant": "qalora", "init": "gaussian"},
+            "init 'gaussian' needs one column of A for each input",
+        ),
     ],
     ids=str,
 )
@@ -202,7 +208,7 @@ def test_a_folder_of_gptq(tmp_path: Path) -> None:
     save_adapter(Adapter({f"{Q}.weight": low}), tmp_path / "a")
     with pytest.raises(LoraFxError) as caught:
         lora_fx.merge(tmp_path / "m", [tmp_path / "a"], tmp_path / "o")
-    assert caught.value.hint.startswith("lora-fx export puts QA-LoRA into zero points, without")
+    assert caught.value.hint.startswith("lora-fx export folds QA-LoRA into the zero points without")
     assert "--dequantise" in caught.value.hint
     with torch.no_grad():
         before = plain(input_ids=IDS).logits.numpy()

@@ -83,7 +83,7 @@ def test_losses_are_those_of_explicit_weights() -> None:
         )
     assert len({row.loss for row in result.rows}) == 5
     assert any(row.spread_error < 0.9 * row.error for row in result.rows)
-    assert result.rows[-1].error < 1e-6 and "lowest of 150 examples" in str(result)
+    assert result.rows[-1].error < 1e-6 and "lowest loss on 150 examples" in str(result)
 
 
 def test_on_the_command_line(
@@ -109,7 +109,7 @@ def test_on_the_command_line(
     before = sorted(tmp_path.iterdir())
     for wrong in (["-o", "b"], ["--rank", "2"]):
         assert run(*told, *wrong) == 2
-        assert "has no say beside --table" in capsys.readouterr().err
+        assert "has no effect with --table" in capsys.readouterr().err
     assert run("--table", "data.npz") == 2 and "--model MODEL" in capsys.readouterr().err
     assert run("--rank", "2") == 2 and "nothing to write to" in capsys.readouterr().err
     assert run("--rank", "2", "-o", "b", "--model", "model.py:build") == 2
