@@ -8,8 +8,8 @@ from collections.abc import Callable
 TENTHS = 10
 """Lines of a run, beside those of its first steps."""
 EARLY = 4
-"""The step of this run after which the time of a step is told, the first one left out: it compiles
-what the others run."""
+"""The step of this run after which the time of a step is told. Times begin with the line of the
+second: the first step compiles what the others run, and is followed by a validation."""
 
 
 class StepLines:
@@ -30,14 +30,14 @@ class StepLines:
         """
         now = time.monotonic()
         self._taken += 1
-        if self._taken == 1:
+        if self._taken == 2:
             self._began = now
         is_tenth = step % max(1, steps // TENTHS) == 0
         if not is_tenth and step != steps and self._taken not in (1, EARLY):
             return
         line = f"step {step}/{steps}: loss {loss:.4f}"
         if self._taken >= EARLY:
-            seconds = (now - self._began) / (self._taken - 1)
+            seconds = (now - self._began) / (self._taken - 2)
             left = seconds * (steps - step)
             line += f", {seconds:.2g} s a step"
             if left >= 1:

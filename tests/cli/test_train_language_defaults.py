@@ -138,7 +138,7 @@ def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> No
         tell(step, 40, 2.0)
     assert lines[:2] == [
         "step 1/40: loss 2.0000",
-        "step 4/40: loss 2.0000, 8.3 s a step, 5 min left",
+        "step 4/40: loss 2.0000, 5 s a step, 3 min left",
     ]
     assert len(lines) == 1 + 10
-    assert lines[-1] == "step 40/40: loss 2.0000, 5.3 s a step"
+    assert lines[-1] == "step 40/40: loss 2.0000, 5 s a step"

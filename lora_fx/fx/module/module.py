@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, NoMemberError
 from lora_fx.fx import codes, dotted_names, quantised_parameters, tensors
 from lora_fx.fx.capture.call import leaves_of, program_key
 from lora_fx.fx.capture.capture import Captured
@@ -407,7 +407,26 @@ def _face(model: nn.Module) -> dict[str, object]:
         names["config"] = property(lambda self: self._programs.captured.model.config)
     if callable(getattr(own, "generate", None)):
         names["generate"] = _generate
+        names["__getattr__"] = _attribute
     return names
+
+
+def _attribute(self: CapturedModule, name: str) -> object:
+    """Get a parameter, buffer or submodule; a hint for what TRL's trainers ask for first.
+
+    They write to the config of generation, and go on to members that no graph has.
+
+    Raises:
+        AttributeError: There is none of this name.
+    """
+    if name == "generation_config":
+        raise NoMemberError(
+            f"this {type(self).__name__} runs captured graphs and has no generation_config, which "
+            "TRL's trainers need",
+            "give them your own model: lora_fx.attach(model, args, kwargs, rank=…) adapts it in "
+            "place",
+        )
+    return nn.Module.__getattr__(self, name)
 
 
 def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:
