@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.train.loss import Loss
+    from lora_fx.run_defaults import RunDefaults
 
 
 BATCH = 32
@@ -37,6 +38,7 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
     from lora_fx.fx.load.folder_tokenizer import tokenizer_of
     from lora_fx.fx.train.language_data import language_table
     from lora_fx.passes.verbs.open import user_module
+    from lora_fx.run_defaults import OTHERS
 
     folder = cap.tokenizer_folder
     if max_length and folder is None:
@@ -52,7 +54,7 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
 
     tokenizer = None
     if folder is not None:
-        tokenizer = Texts(tokenizer_of(folder, max_length or 128))
+        tokenizer = Texts(tokenizer_of(folder, max_length or OTHERS.longest))
     table = training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
     if max_length and tokenizer is not None and not tokenizer.seen:
         raise LoraFxError(
@@ -83,7 +85,9 @@ class Texts:
         return self.tokenizer(texts)
 
 
-def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> tuple[Table, Table]:
+def tables_of(
+    data: str, cap: Captured, options: ExampleOptions, seed: int, defaults: RunDefaults
+) -> tuple[Table, Table]:
     """Read the training examples and the held-out examples.
 
     Args:
@@ -91,6 +95,7 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
         cap: The model.
         options: The held-out examples and the names of columns.
         seed: The seed by which held-out examples are drawn.
+        defaults: The share that is held out if the options name none.
     """
     from lora_fx.held_out import alike, repeated, split
 
@@ -101,7 +106,10 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
         note(f"labels: {some(labels, 8)}")
     path = options.eval_data
     if not path:
-        return split(table, options.validation, seed)
+        share = options.validation
+        if share is None:
+            share = defaults.share_of(len(table))
+        return split(table, share, seed)
 
     read = training_data(path, cap, options.label, options.max_length)
     held_out = alike(read, table, path, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fx.cli.data_arguments import load_npz
@@ -23,6 +24,7 @@ def captured(
     meta: bool = False,
     cache: bool = False,
     check: Callable[[Any], object] | None = None,
+    later: bool = False,
 ) -> Captured:
     """Capture a MODEL argument, and print the notes of the capture.
 
@@ -32,6 +34,7 @@ def captured(
         meta: True to read no weights.
         cache: True to capture a decoder with its key-value cache.
         check: For a decoder: called with its config before the capture; it may raise.
+        later: True to leave the trace, and its notes, to `trace_example`.
     """
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
@@ -50,11 +53,29 @@ def captured(
         trust=options.trust,
         tell=note,
         check=check,
+        later=later,
     )
     cap = captured_of(model, capture_options)
+    if not later:
+        trace_example(cap)
+    return cap
+
+
+def trace_example(cap: Captured) -> None:
+    """Trace the eval graph where that was not done yet, and print what is to be said of it."""
+    cap.traced(False, cap.named)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {condition}" for condition in cap.ranges))
-    return cap
+
+
+def is_causal_folder(model: str, cap: Captured) -> bool:
+    """Whether a MODEL argument is the folder of a causal language model."""
+    from lora_fx.files.hub import PREFIX
+    from lora_fx.fx.train.language_data import is_causal
+    from lora_fx.passes.verbs.open import user_module
+
+    is_folder = model.startswith(PREFIX) or Path(model).is_dir()
+    return is_folder and is_causal(user_module(cap))
 
 
 def module_with_adapter(cap: Captured) -> AdaptedModule:

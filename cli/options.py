@@ -28,6 +28,7 @@ from click.core import ParameterSource
 
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError, NoSay
+from lora_fx.run_defaults import CAUSAL, OTHERS
 from lora_fx.spellings import under_either_name
 from lora_fx.text import JsonView
 
@@ -85,10 +86,13 @@ def loss_option() -> Any:
 
 def max_length_option() -> Any:
     """A field of a group: the number of tokens that are read of a text."""
-    return count_option(
-        "--max-length",
-        "Cut texts to this many tokens.  [default: 128; 1024 for causal language models]",
-    )
+    return count_option("--max-length", f"Cut texts to this many tokens.  {run_default('longest')}")
+
+
+def run_default(name: str) -> str:
+    """The text of a default that is another one for folders of causal language models."""
+    number = getattr(OTHERS, name)
+    return f"[default: {number:g}; {getattr(CAUSAL, name):g} for causal language models]"
 
 
 def quantise_option() -> Any:

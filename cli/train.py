@@ -10,12 +10,19 @@ from lora_fx.cli.branch_options import PLANNED, TargetOptions
 from lora_fx.cli.data_arguments import BATCH, batches_of, loss_of, tables_of
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.interrupted_state import stateful
-from lora_fx.cli.model_argument import captured, module_with_adapter
+from lora_fx.cli.model_argument import (
+    captured,
+    is_causal_folder,
+    module_with_adapter,
+    trace_example,
+)
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.parallel_run import together
-from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions
+from lora_fx.cli.step_lines import StepLines
+from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions, defaults_taken
+from lora_fx.run_defaults import CAUSAL, OTHERS
 
 
 @click.command("train", cls=ReportCommand, no_say=(*PLANNED, *TRAINED, *PROGRAM))
@@ -52,10 +59,12 @@ def command(
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
     from lora_fx.adapter.starts import OF_DATA
-    from lora_fx.files.atomic import check_output, replacing
+    from lora_fx.files.atomic import check_output
     from lora_fx.files.run_files import inputs_are_in_memory
     from lora_fx.formats.io import FORMATS, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
+    from lora_fx.fx.pt2.captured import FileCaptured
+    from lora_fx.fx.train.labelled_example import label_example
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert_into
@@ -64,11 +73,19 @@ def command(
         check_output(output, force=force, names=FORMATS.default.folder_files)
         check_device(device)
         examples.check(loop.patience)
-        settings = loop.settings(targets.seed)
+        loop.settings(targets.seed)  # which refuses a name that is not known, before any work
         saving = loop.saving(force=force)
-        cap = captured(model, capture)
-        training, validation = tables_of(data, cap, examples, targets.seed)
+        cap = captured(model, capture, later=True)
+        defaults = OTHERS
+        if is_causal_folder(model, cap):
+            defaults = CAUSAL
+            note(*defaults_taken(examples, loop))
+        settings = loop.settings(targets.seed, defaults)
+        training, validation = tables_of(data, cap, examples, targets.seed, defaults)
         loss = loss_of(examples.loss)
+        if not isinstance(cap, FileCaptured):
+            label_example(cap, training, loss)
+        trace_example(cap)
         if cap.adapter is not None:
             module = module_with_adapter(cap)
         elif targets.init in OF_DATA:
@@ -84,14 +101,10 @@ def command(
             module.activation_checkpointing_enable()
 
         inputs_are_in_memory()
-
-        def progress(step: int, steps: int, value: float) -> None:
-            if step == steps or step % max(1, steps // 10) == 0:
-                say(f"step {step}/{steps}: loss {value:.4f}")
-
+        lines = StepLines(say)
         with stateful(saving):
             report = fit(
-                module, training, validation, loss, settings, progress, saving=saving, world=world
+                module, training, validation, loss, settings, lines, saving=saving, world=world
             )
         if not world.first:
             return
@@ -100,8 +113,6 @@ def command(
         outputs = [output]
         if loop.curve:
             outputs.append(loop.curve)
-            with replacing(loop.curve, force=force) as temporary:
-                temporary.write_text(report.to_csv(), encoding="utf-8")
         made = module.report()
         counts = {"training": len(training), "validation": len(validation)}
         fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}

@@ -17,8 +17,10 @@ from lora_fx.cli.options import (
     loss_option,
     max_length_option,
     option,
+    run_default,
 )
 from lora_fx.errors import LoraFxError, NoSay
+from lora_fx.run_defaults import CAUSAL, OTHERS, RunDefaults
 from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
@@ -31,8 +33,11 @@ class ExampleOptions:
 
     label: str = label_option("Name the column to predict.")
     loss: str = loss_option()
-    validation: float = option(
-        "--validation", type=float, default=0.1, help="Hold out this share of DATA for validation."
+    validation: float | None = option(
+        "--validation",
+        type=float,
+        help=f"Hold out this share of DATA for validation.  [default: {OTHERS.held_out:g}; at most "
+        f"{CAUSAL.most_held_out} examples for causal language models]",
     )
     eval_data: str | None = option(
         "--eval-data",
@@ -43,12 +48,12 @@ class ExampleOptions:
 
     def check(self, patience: int | None) -> None:
         """Refuse, before any work, contradictory options of the held-out examples."""
-        if not 0 <= self.validation < 1:
+        share = OTHERS.held_out if self.validation is None else self.validation
+        if not 0 <= share < 1:
             raise LoraFxError(
-                f"--validation {self.validation} is not in [0, 1)",
-                "pass --validation 0.1, for example",
+                f"--validation {share} is not in [0, 1)", "pass --validation 0.1, for example"
             )
-        if patience and not (self.validation or self.eval_data):
+        if patience and not (share or self.eval_data):
             raise LoraFxError(
                 "--patience needs held-out examples", "pass --validation 0.1, for example"
             )
@@ -74,17 +79,19 @@ class LoopOptions:
     curve: str | None = option(
         "--curve",
         metavar="FILE.csv",
-        help="Write the losses to a CSV file: step, loss, validation.",
+        help="Write the losses to a CSV file during the run: step, loss, validation.",
     )
     device: str = option("--device", default="cpu", help="Train on cpu or cuda.")
     epochs: float = option(
         "--epochs", type=ABOVE_0, default=3.0, help="Set how often DATA is read through."
     )
     steps: int | None = count_option("--steps", "Set the number of steps, in place of --epochs.")
-    batch_size: int = option(
-        "--batch-size", type=FROM_1, default=32, help="Set how many examples a step reads."
+    batch_size: int | None = count_option(
+        "--batch-size", f"Set how many examples a batch has.  {run_default('batch_size')}"
     )
-    lr: float = option("--lr", type=ABOVE_0, default=1e-3, help="Set the highest learning rate.")
+    lr: float | None = option(
+        "--lr", type=ABOVE_0, help=f"Set the highest learning rate.  {run_default('lr')}"
+    )
     schedule: str = option(
         "--schedule",
         default="cosine",
@@ -128,10 +135,10 @@ class LoopOptions:
         envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
         help="Run every step in this many parts, one after another, to save memory.",
     )
-    gradient_accumulation_steps: int = count_option(
+    gradient_accumulation_steps: int | None = count_option(
         "--gradient-accumulation-steps",
-        "Sum the gradients of this many batches of --batch-size in every step.",
-        1,
+        "Sum the gradients of this many batches of --batch-size in every step.  "
+        f"{run_default('batches')}",
     )
     activation_checkpointing: bool = flag(
         "--activation-checkpointing", "Save memory: compute blocks again in the backward pass."
@@ -160,19 +167,26 @@ class LoopOptions:
         help="Continue from the state in this folder, and keep saving there.",
     )
 
-    def settings(self, seed: int) -> Settings:
+    def settings(self, seed: int, defaults: RunDefaults = OTHERS) -> Settings:
         """The settings of the loop.
 
         Batches that are accumulated are one larger batch that runs in as many more parts.
+
+        Args:
+            seed: That of the run.
+            defaults: The numbers of options that were not given.
         """
         from lora_fx.fx.train.settings import Settings
 
+        batch_size = self.batch_size or defaults.batch_size
         batches = self.gradient_accumulation_steps
+        if batches is None:
+            batches = defaults.batches if self._leaves_the_step_open() else 1
         return Settings(
             epochs=self.epochs,
             steps=self.steps,
-            batch_size=batches * self.batch_size,
-            lr=self.lr,
+            batch_size=batches * batch_size,
+            lr=defaults.lr if self.lr is None else self.lr,
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             clip=self.clip,
@@ -184,6 +198,13 @@ class LoopOptions:
             schedule=self.schedule,
             optimizer=self.optimizer,
         )
+
+    def _leaves_the_step_open(self) -> bool:
+        """Whether no option says how many examples a step has, and how they run.
+
+        A user's own --batch-size is what a step has, as it always was.
+        """
+        return self.batch_size is None and self.accumulate == 1
 
     def saving(self, *, force: bool) -> Saving:
         """Return the folder of saved states; raise, before any work, if it cannot be written."""
@@ -201,11 +222,30 @@ class LoopOptions:
             resume = self.resume
             again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
             check_folder(folder, force=force or again, own=again, limit=self.save_total_limit)
-        return Saving(folder, self.save_every, self.resume, self.save_total_limit)
+        return Saving(folder, self.save_every, self.resume, self.save_total_limit, curve=self.curve)
+
+
+def defaults_taken(examples: ExampleOptions, loop: LoopOptions) -> list[str]:
+    """The defaults of causal language models that hold for a run, as one line; none of it, none."""
+    settings = loop.settings(0, CAUSAL)
+    numbers = []
+    if loop.batch_size is None:
+        numbers.append(f"--batch-size {CAUSAL.batch_size}")
+    if loop.gradient_accumulation_steps is None and settings.accumulate > loop.accumulate:
+        numbers.append(f"--gradient-accumulation-steps {CAUSAL.batches}")
+    if loop.lr is None:
+        numbers.append(f"--lr {CAUSAL.lr:g}")
+    if examples.max_length is None:
+        numbers.append(f"at most {CAUSAL.longest} tokens of a line (--max-length)")
+    if examples.validation is None and not examples.eval_data:
+        numbers.append(f"at most {CAUSAL.most_held_out} examples held out (--validation)")
+    if not numbers:
+        return []
+    return [f"defaults of causal language models: {', '.join(numbers)}"]
 
 
 def _validates(asked: JsonView) -> bool:
-    return bool(asked["validation"] or asked["eval_data"])
+    return asked["validation"] != 0 or bool(asked["eval_data"])
 
 
 def _keeps_states(asked: JsonView) -> bool:

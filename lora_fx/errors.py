@@ -123,6 +123,10 @@ class DeadTargetError(NoEffectError):
     """No gradient reaches a target."""
 
 
+class NoMemberError(LoraFxError, AttributeError):
+    """An attribute that an object does not have: hasattr is False, and there is a hint."""
+
+
 class MisfitError(LoraFxError):
     """An adapter does not fit a model, most likely because it was made for another model."""
 

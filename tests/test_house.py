@@ -31,7 +31,7 @@ ORDER = (
     ("lora_fx.files",),
     ("lora_fx.data_files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
-    ("lora_fx.held_out",),
+    ("lora_fx.held_out", "lora_fx.run_defaults"),
     ("lora_fx.ir",),
     ("lora_fx.files.quantised",),
     ("lora_fx.targets",),

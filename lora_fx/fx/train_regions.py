@@ -118,7 +118,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.code = code
         ctx.formula = formula
         ctx.counts = counts
-        ctx.autocast = _autocast(x.device.type)
+        ctx.autocast = autocast_state(x.device.type)
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[3 + n_factors :]):
@@ -153,7 +153,7 @@ class _Recomputed(torch.autograd.Function):
         else:
             if not twice:
                 values = _leaves(values, values_need)
-            with torch.enable_grad(), _again(ctx.autocast):
+            with torch.enable_grad(), in_autocast(ctx.autocast):
                 results = ctx.code(*values)
             x = results[0] if twice else results[0].detach()
             d_values = _through(results, d_results, values, values_need, twice)
@@ -236,16 +236,16 @@ def _groups(flat: Sequence[torch.Tensor], counts: Sequence[int]) -> list[tuple[t
     return [tuple(islice(factors, count)) for count in counts]
 
 
-def _autocast(device: str) -> tuple[str, bool, torch.dtype | None]:
+def autocast_state(device: str) -> tuple[str, bool, torch.dtype | None]:
     """Return the device, whether autocast is on for it, and the autocast dtype."""
     if not torch.amp.is_autocast_available(device):
         return device, False, None
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _again(state: tuple[str, bool, torch.dtype | None]) -> AbstractContextManager[object]:
+def in_autocast(state: tuple[str, bool, torch.dtype | None]) -> AbstractContextManager[object]:
     """Return a block with the autocast state of forward, which backward does not keep."""
     device, enabled, dtype = state
-    if _autocast(device) == state or dtype is None:
+    if autocast_state(device) == state or dtype is None:
         return nullcontext()
     return torch.autocast(device, dtype=dtype, enabled=enabled)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +19,7 @@ from lora_fx.adapter.variant import named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.hub import origin
+from lora_fx.formats.peft.build_config import MODULES_OF_NAME
 from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.capture.capture import Captured
@@ -27,6 +31,8 @@ from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import to_numpy
+from lora_fx.fx.train.language_data import is_causal
+from lora_fx.passes.chunk import Chunk
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import exact
@@ -181,10 +187,25 @@ def _notes_on_folding(cap: Captured | None, found: Found, updates: Updates) -> l
     return notes
 
 
-def _origin_of(model: nn.Module) -> Mapping[str, str]:
-    """Return metadata that names the transformers model of an adapter, or no metadata."""
+def _origin_of(model: nn.Module) -> dict[str, Any]:
+    """The metadata that says which model of transformers an adapter is of, and its task.
+
+    By both PEFT's AutoPeftModelForCausalLM finds the base of an adapter by itself. Other tasks are
+    not said: for those PEFT saves heads whole that this adapter has not.
+    """
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return origin(name) if isinstance(name, str) and name else {}
+    if not isinstance(name, str) or not name:
+        return {}
+    metadata: dict[str, Any] = {**origin(name)}
+    if not metadata and Path(name).is_dir():
+        metadata["base_model_name_or_path"] = name
+    if not metadata:
+        return {}
+    if is_causal(model):
+        metadata["task_type"] = "CAUSAL_LM"
+    leaves = (module_name.rpartition(".")[2] for module_name, _ in model.named_modules())
+    metadata[MODULES_OF_NAME] = dict(Counter(leaves))
+    return metadata
 
 
 def adapted_module(
@@ -250,15 +271,24 @@ def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None
     )
 
 
-def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
-    """Return the passes that speed up train programs, in order."""
+def speedups(blocks: Sequence[str], training: bool) -> list[Callable[[FxGraph], object]]:
+    """The passes of programs, in order; most are about what training keeps."""
     paths = tuple(blocks)
-    return [Clean(), Share(paths, free=True), Fuse(True), Recompute(paths), RecomputeWeights()]
+    if not training:
+        return [Chunk(paths)]
+    return [
+        Clean(),
+        Chunk(paths),
+        Share(paths, free=True),
+        Fuse(True),
+        Recompute(paths),
+        RecomputeWeights(),
+    ]
 
 
-def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
+def plainly(blocks: Sequence[str], training: bool) -> list[Callable[[FxGraph], object]]:
     """Return the passes of an unoptimised program: only the recomputing of weights."""
-    return [RecomputeWeights()]
+    return [RecomputeWeights()] if training else []
 
 
 def module_of(captured: FileCaptured) -> CapturedModule:

@@ -156,7 +156,8 @@ def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()
         )
         if options.example_sizes:
             cap.fix_sizes()
-        cap.traced(False, cap.named)
+        if not options.later:
+            cap.traced(False, cap.named)
 
     cap.notes += notes
     if names:

@@ -61,6 +61,7 @@ class CaptureOptions:
         example_sizes: Trace at the sizes of the example alone.
         tell: Called with what loading has to say, before the capture begins; without it the
             capture has these among its notes.
+        later: Trace nothing yet: its caller has something to say of the example.
     """
 
     args: Sequence[object] = ()
@@ -77,6 +78,7 @@ class CaptureOptions:
     with_branches: bool = False
     example_sizes: bool = False
     tell: Callable[..., object] | None = None
+    later: bool = False
 
     def __post_init__(self) -> None:
         """Raise for inputs together with a cache, since a cache sets all inputs itself."""

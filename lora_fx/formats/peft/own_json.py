@@ -169,7 +169,8 @@ def _update_of_layer(
     config = reader.source.config
     # the end of its name may be that of another one's parameter: h.h.weight beside h.weight
     target_modules = config.get("target_modules")
-    is_listed = isinstance(target_modules, list) and group.module in target_modules
+    names = {group.module, group.module.rpartition(".")[2]}
+    is_listed = isinstance(target_modules, list) and not names.isdisjoint(target_modules)
     if not has_batch and (is_listed or "weight" not in candidates(config, group.module)):
         return reader.update(group, layers), group
 

@@ -139,6 +139,19 @@ class Captured:
         inputs = ", ".join(f"{row['name']}: {row['dtype']} {row['shape']}" for row in rows)
         return f"{type(self).__name__}({type(self.model).__name__}, {inputs})"
 
+    def extend_example(self, name: str, tensor: torch.Tensor, dims: Mapping[int, str]) -> None:
+        """Give the example one argument more, before anything is traced.
+
+        Args:
+            name: The argument.
+            tensor: Its value.
+            dims: Its free dimensions and the names of their sizes.
+        """
+        assert not self.tracings
+        self.named = self._bound((), {**self.named, name: tensor})
+        self.requested = {**self.requested, name: dict(dims)}
+        self.inputs = describe(self.named).with_dims(self.requested)
+
     def fix_sizes(self) -> None:
         """Trace at the example's sizes from now on, for callers that run no other sizes."""
         self.requested = {}

@@ -5,6 +5,7 @@ These are no members of the module: there they would be attributes of the user's
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.trees import tree_map_only
 from lora_fx.inputs import SIZES, Extents, Named
+from lora_fx.patching import patched
 
 
 class Execution:
@@ -73,6 +75,13 @@ class Execution:
     def run(self, named: Named) -> object:
         """Run the module on named arguments and return its outputs."""
         return self.captured.signature.call(self._module, named)
+
+    def loss_alone(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the model's own loss is all that its programs give.
+
+        What it gives beside a loss, its scores, need not be made whole then.
+        """
+        return patched(self._module, _loss_alone=True)
 
     def flat(self, named: Named) -> dict[str, Array]:
         """Run on copies of named arguments; return the output tensors as {name: array}."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, NoMemberError
 from lora_fx.fx import codes, dotted_names, quantised_parameters, tensors
 from lora_fx.fx.capture.call import leaves_of, program_key
 from lora_fx.fx.capture.capture import Captured
@@ -33,6 +33,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.block_checkpoints import Recomputing, checkpointer, refuse_inlined
 from lora_fx.fx.module.codegen import inlined_blocks
+from lora_fx.fx.module.loss_output import keep_loss
 from lora_fx.fx.module.norm_statistics import freeze_norms
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import to_numpy
@@ -43,8 +44,8 @@ from lora_fx.patching import patched
 Rewriter = Callable[[FxGraph], object]
 Program = tuple[str, Traced]
 """A program: the name of its code, and its trace with accepted sizes and output tree."""
-Speedups = Callable[[Sequence[str]], list[Rewriter]]
-"""A function from the paths of blocks to the passes that make train programs cheaper."""
+Speedups = Callable[[Sequence[str], bool], list[Rewriter]]
+"""The passes that make programs cheaper, for the paths of a module's blocks and for a mode."""
 
 
 # The weightless copy holds the model's code: the user's module with every tensor faked. Captures
@@ -144,6 +145,8 @@ class CapturedModule(Recomputing, Scope):
     """A captured model as a module with the original names, signature and output type."""
 
     _fast: Speedups | None = None
+    _loss_alone = False
+    """Whether programs give the model's loss and None for its other outputs."""
 
     def __init__(
         self,
@@ -186,7 +189,8 @@ class CapturedModule(Recomputing, Scope):
         # Nothing flips flags or dtypes in a graph: another mode, dtype or set of arguments is
         # another program, captured when it is first called for. So are sizes at which the model's
         # code takes another path.
-        key = (self.training, self._dtype, self._adapted, *program_key(named, leaves))
+        state = (self.training, self._dtype, self._adapted, self._loss_alone)
+        key = (*state, *program_key(named, leaves))
         for ident, traced in programs.compiled.get(key, ()):  # noqa: B007 - it is used behind
             if traced.door.admits(leaves):
                 break
@@ -231,9 +235,11 @@ class CapturedModule(Recomputing, Scope):
         traced = programs.captured.traced(self.training, named, self._dtype)
         traced.door.check(tree_leaves(named))
         graph = self._graph(self.training, named)
+        if self._loss_alone and keep_loss(graph.graph, traced.out_spec):
+            graph.changed()
         blocks = self._blocks() if programs.blocks else {}
-        if self._fast is not None and self.training and self._adapted:
-            for speedup in self._fast(tuple(blocks)):
+        if self._fast is not None and self._adapted:
+            for speedup in self._fast(tuple(blocks), self.training):
                 speedup(graph)
         graph.lint()
 
@@ -401,7 +407,26 @@ def _face(model: nn.Module) -> dict[str, object]:
         names["config"] = property(lambda self: self._programs.captured.model.config)
     if callable(getattr(own, "generate", None)):
         names["generate"] = _generate
+        names["__getattr__"] = _attribute
     return names
+
+
+def _attribute(self: CapturedModule, name: str) -> object:
+    """Get a parameter, buffer or submodule; a hint for what TRL's trainers ask for first.
+
+    They write to the config of generation, and go on to members that no graph has.
+
+    Raises:
+        AttributeError: There is none of this name.
+    """
+    if name == "generation_config":
+        raise NoMemberError(
+            f"this {type(self).__name__} runs captured graphs and has no generation_config, which "
+            "TRL's trainers need",
+            "give them your own model: lora_fx.attach(model, args, kwargs, rank=…) adapts it in "
+            "place",
+        )
+    return nn.Module.__getattr__(self, name)
 
 
 def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:

@@ -32,13 +32,11 @@ from lora_fx.fx.load.folder_tokenizer import read_tokenizer
 from lora_fx.fx.train.line_forms import FORMS, form_of, in_words
 from lora_fx.fx.train.line_tokens import encoder
 from lora_fx.fx.train.loss import IGNORED
+from lora_fx.run_defaults import CAUSAL
 from lora_fx.text import JsonView, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-LONGEST = 1024
-"""The most tokens of a line, by default."""
 
 
 def language_table(
@@ -146,7 +144,7 @@ def _longest(module: nn.Module, max_length: int | None) -> int:
     """Return the most tokens of a line: the option's or the default, within the model's limit."""
     config: PreTrainedConfig = module.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    longest = max_length or LONGEST
+    longest = max_length or CAUSAL.longest
     if limit > 0:  # Bloom and Mamba have none, XLNet -1
         return min(longest, limit)
     return longest
@@ -174,13 +172,20 @@ def _lines(wheres: list[str]) -> str:
     return f"line{'s' * (len(numbers) > 1)} {some(numbers, 5)}"
 
 
+def is_causal(module: nn.Module) -> bool:
+    """Whether this is a class of transformers that predicts next tokens."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return type(module).__name__ in NAMES.values()
+
+
 def _is_causal(module: nn.Module, folder: Path, path: str, row: JsonView) -> bool:
     """Whether the model predicts next tokens; raise if the data needs such a model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    kind = type(module).__name__
-    if kind in NAMES.values():
+    if is_causal(module):
         return True
+    kind = type(module).__name__
     form = next((form for form in FORMS if set(form) <= set(row)), None)
     if form is None or set(LABELS) & set(row):
         return False

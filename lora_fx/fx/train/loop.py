@@ -13,8 +13,10 @@ from torch import nn
 
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import replacing
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.tensors import device_of
 from lora_fx.fx.train import run_facts, state
 from lora_fx.fx.train.finite_steps import check_step, not_finite
 from lora_fx.fx.train.loss import Loss
@@ -25,6 +27,7 @@ from lora_fx.fx.train.run_facts import Facts
 from lora_fx.fx.train.settings import Saving, Settings
 from lora_fx.fx.train.state import Trail
 from lora_fx.fx.train.train_report import TrainReport
+from lora_fx.progress import stage
 
 __all__ = ["Saving", "Settings", "fit"]
 
@@ -91,8 +94,9 @@ def fit(
         world.same(run_facts.digests(model, facts))
 
     run = _Run(run_objective, optimizer, world, saving, facts, held_out, rows)
-    trail = run.start()
-    run.go(training, trail, progress)
+    with run_objective.alone():
+        trail = run.start()
+        run.go(training, trail, progress)
     report = trail.report
     if report.best_step and report.best_step != trail.step:
         state.set_trained(optimizer, trail.kept)
@@ -163,11 +167,8 @@ class _Run:
             trail = state.load(self.saving.resume, self.optimizer, self.facts, self.world)
             trail.report.resumed = trail.step
             return trail
-        trail = Trail()
-        if self.held_out is not None:
-            trail.report.before = self.objective.mean(self.held_out, self.rows, self.world)
         torch.manual_seed(self.optimizer.settings.seed + APART * self.world.rank)
-        return trail
+        return Trail()
 
     def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
         """Take the remaining steps."""
@@ -177,15 +178,32 @@ class _Run:
         while trail.step < steps and report.stopped is None:
             batches = training.batches(settings.batch_size, settings.seed + trail.epoch)
             for batch in itertools.islice(batches, trail.at, None):
-                report.losses.append(self._take(batch, trail.step + 1))
-                trail.step += 1
-                trail.at += 1
+                step = trail.step + 1
+                report.losses.append(self._loss_and_gradients(batch, step))
                 if progress is not None:
-                    progress(trail.step, steps, report.losses[-1])
+                    progress(step, steps, report.losses[-1])
+                if step == 1:
+                    self._validate_before_training(trail)
+                self.optimizer.take(step)
+                trail.step = step
+                trail.at += 1
                 if self._validate_and_save(trail):
                     return
             trail.epoch += 1
             trail.at = 0
+
+    def _validate_before_training(self, trail: Trail) -> None:
+        """Take the validation loss of the model as it was.
+
+        That is after the first loss, which shows a user what a step takes, and before any weight
+        moves. The random numbers of the steps are the same without it.
+        """
+        if self.held_out is None:
+            return
+        device = device_of(self.objective.model)
+        devices = [device] if device.type == "cuda" else []
+        with stage("validating before any weight moves"), torch.random.fork_rng(devices):
+            trail.report.before = self.objective.mean(self.held_out, self.rows, self.world)
 
     def _validate_and_save(self, trail: Trail) -> bool:
         """Validate and save if this step requires it; return whether the run ends here."""
@@ -201,6 +219,10 @@ class _Run:
             saves = trail.step % self.saving.every == 0
         if self.saving.folder and (saves or ends):
             state.save(self.saving, trail, self.optimizer, self.facts, self.world)
+        if self.saving.curve and (is_due or ends) and self.world.first:
+            # the run's own file, which it may replace: what a user had there was refused before
+            with replacing(self.saving.curve, force=True) as temporary:
+                temporary.write_text(trail.report.to_csv(), encoding="utf-8")
         return ends
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
@@ -220,8 +242,8 @@ class _Run:
         if is_out_of_patience and trail.step < self.optimizer.steps:
             report.stopped = trail.step
 
-    def _take(self, batch: Table, step: int) -> float:
-        """Take a step, counted from 1; return the batch's loss before the step.
+    def _loss_and_gradients(self, batch: Table, step: int) -> float:
+        """Compute the gradients of a step, counted from 1; return the batch's loss.
 
         The step is the same for any number of processes and parts, up to rounding. A part's loss
         is a mean over `objective.weight(part)` items, so its share of the batch's loss, and of its
@@ -248,7 +270,6 @@ class _Run:
         clip = self.optimizer.settings.clip
         if clip:
             nn.utils.clip_grads_with_norm_(trained, clip, norm)
-        self.optimizer.take(step)
         return value
 
     def _parts(self, batch: Table) -> Iterator[tuple[Table, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class Objective:
         own: The argument that carries the labels into the model; empty where the loss takes them.
         counts: Items of the mean: examples, labels, or next (labels but an example's first).
         half: Whether products run in bfloat16.
+        own_loss: Whether the loss is the model's own where it gives one.
     """
 
     model: AdaptedModule
@@ -51,6 +53,7 @@ class Objective:
     own: str = ""
     counts: str = "examples"
     half: bool = False
+    own_loss: bool = False
 
     def weight(self, batch: Table) -> int:
         """Return the number of items over which the loss of a batch is a mean."""
@@ -70,6 +73,12 @@ class Objective:
             if labels is None:
                 return self.compute(out, None)
             return self.compute(out, from_numpy(labels).to(device))
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the model need not give its scores where its own loss is taken."""
+        if self.own and self.own_loss:
+            return execution_of(self.model).loss_alone()
+        return contextlib.nullcontext()
 
     @torch.no_grad()
     def mean(self, table: Table, batch_size: int, world: Processes = ALONE) -> float:
@@ -107,7 +116,7 @@ def objective(
     _refuse_unknown_columns(model, training)
     compute, own = loss_function(loss, training.label, lambda name: name in arguments)
     labels = training.columns.get(training.label)
-    warnings = _heed_classes(model, training, rows) if loss == "ce" else []
+    warnings = _heed_classes(model, training, own, rows) if loss == "ce" else []
 
     counts = "examples"
     if loss == "ce" and labels is not None and labels.dtype.kind in "iu":
@@ -118,7 +127,7 @@ def objective(
     if not counts:
         warnings.append(UNKNOWN)
         counts = "examples"
-    return Objective(model, compute, own, counts, half), warnings
+    return Objective(model, compute, own, counts, half, loss == "ce"), warnings
 
 
 def _refuse_unknown_columns(model: AdaptedModule, training: Table | Buckets) -> None:
@@ -132,16 +141,23 @@ def _refuse_unknown_columns(model: AdaptedModule, training: Table | Buckets) -> 
             )
 
 
-def _heed_classes(model: AdaptedModule, training: Table | Buckets, rows: int) -> list[str]:
+def _heed_classes(
+    model: AdaptedModule, training: Table | Buckets, own: str, rows: int
+) -> list[str]:
     """Check one label per example against the model's scores before any step; return warnings."""
     tables = training.tables if isinstance(training, Buckets) else [training]
     needed = training.label in execution_of(model).captured.signature.required
     if needed or tables[0].columns.get(training.label, np.zeros(())).ndim != 1:
         return []
     labels = torch.cat([from_numpy(np.asarray(t.columns[training.label])) for t in tables])
+    question = question_rows(model, tables[0], rows)
+    inputs = inputs_of(model, question)
+    if own and not labels.is_floating_point():
+        # without labels it is another program, which would be captured for this question alone
+        inputs[own] = labels.new_zeros(len(question), device=device_of(model))
     model.eval()
     with torch.no_grad():
-        out = model(**inputs_of(model, question_rows(model, tables[0], rows)))
+        out = model(**inputs)
     scores = scores_of(out)
     if scores.dim() != 2 or scores.shape[1] < 2:
         return []

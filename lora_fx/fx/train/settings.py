@@ -69,9 +69,11 @@ class Saving:
         resume: The state of an earlier run to go on from.
         limit: How many states are kept, the last ones, as `checkpoint-STEP` in the folder; None
             for one, which is the folder itself.
+        curve: The .csv file of the losses so far, written at every validation.
     """
 
     folder: str | None = None
     every: int | None = None
     resume: str | None = None
     limit: int | None = None
+    curve: str | None = None

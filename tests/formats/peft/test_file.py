@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_config(mixed: Adapter, tmp_path: Path) -> None:
         assert any(repr(key) in note for note in notes), key
     assert any("lora_dropout is 0" in note for note in notes)
     assert not any("score" in note for note in notes)
+
+
+def test_a_name_stands_for_all_its_modules(tmp_path: Path) -> None:
+    """Where the model has more modules of a name than are adapted, each stands for itself."""
+    a, b = np.ones((2, 6), np.float32), np.ones((8, 2), np.float32)
+    low = LowRank(a, b, 2.0, plain_layout((8, 6)))
+    keys = ("head", "h.0.q", "h.1.q", "h.0.v", "h.2.head.x")
+    adapter = Adapter({f"{key}.weight": low for key in keys})
+    modules = {"modules_of_name": {"q": 2, "v": 2, "x": 1, "head": 2}}
+    peft.write(replace(adapter, metadata=modules), tmp_path)
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    assert config["target_modules"] == ["h.0.v", "head", "q", "x"]
+    assert not re.fullmatch(config["exclude_modules"], "h.2.head.x")
+    assert re.fullmatch(config["exclude_modules"], "h.2.head"), "which is not adapted"
+
+    got = peft.read(tmp_path)
+    assert set(got.entries) == set(adapter.entries)
+    fewer = {key: low for key in got.entries if not key.startswith("h.1")}
+    peft.write(replace(got, entries=fewer), tmp_path)
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    assert "q" not in config["target_modules"] and "h.0.q" in config["target_modules"]
 
 
 def test_fan_in_fan_out_when_every_linear_is_transposed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.errors import LoraFxError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -81,3 +82,18 @@ def test_sft(build: Any, tmp_path: Path) -> None:
     graph = lora_fx.insert(fresh.eval(), (), inputs, adapter=adapter)
     with torch.no_grad():
         assert float((graph(**inputs).logits - live).abs().max()) < 1e-4 * float(live.abs().max())
+
+
+def test_sft_refuses_a_captured_model(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    ids = torch.randint(4, 44, (2, 8))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    module = lora_fx.insert(llama(), (), inputs, rank=4)
+    with pytest.raises(LoraFxError, match=r"lora_fx\.attach"):
+        trl.SFTTrainer(
+            model=module,
+            args=trl.SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False),
+            train_dataset=datasets.Dataset.from_list([{"text": "w1 w2"}]),
+            processing_class=tokenizer(),
+        )

@@ -261,3 +261,18 @@ def test_hooks_fire_on_blocks_and_recompute_saves_nothing_else(net: Net) -> None
     m(x)["logits"].square().sum().backward()
     again = [p.grad for p in m.parameters() if p.grad is not None]
     assert all(torch.equal(g, h) for g, h in zip(grads, again, strict=True))
+
+
+def test_generation_config_is_refused_with_a_hint() -> None:
+    """TRL's trainers ask for it; others ask first whether it is there."""
+    model, _, _ = zoo("hf_llama/1")
+    ids = torch.randint(0, 9, (2, 5))
+    module = lora_fx.insert(model, (ids,), rank=2)
+    assert getattr(module, "generation_config", None) is None
+    with pytest.raises(AttributeError, match=r"lora_fx\.attach"):
+        _ = module.generation_config
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
+    logits = module(ids).logits
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(ids).logits, logits)

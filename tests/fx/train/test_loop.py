@@ -16,6 +16,7 @@ import lora_fx
 from lora_fx.data import Table, read_table, table_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
+from lora_fx.fx.train.objective import Objective
 from lora_fx.fx.train.settings import Settings
 from lora_fx.held_out import split
 from tests.zoo.shared import captured
@@ -63,6 +64,23 @@ def test_it_learns_and_keeps_the_best() -> None:
     logits = model(**held)["logits"]
     again = nn.functional.cross_entropy(logits, torch.from_numpy(validation.columns["labels"]))
     assert again.item() == pytest.approx(report.validation[report.best_step], abs=1e-5)
+
+
+def test_the_first_loss_is_told_before_any_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user sees what a step takes; held-out examples may take as long as many steps."""
+    told: list[object] = []
+    mean = Objective.mean
+
+    def counted(self: Objective, *args: Any) -> float:
+        told.append("validation")
+        return mean(self, *args)
+
+    monkeypatch.setattr(Objective, "mean", counted)
+    training, validation = split(table(), 0.2, 0)
+    settings = Settings(steps=3, checks=1)
+    fit(adapted(), training, validation, settings=settings, progress=lambda *row: told.append(row))
+    steps = [row[0] if isinstance(row, tuple) else row for row in told]
+    assert steps == [1, "validation", 2, 3, "validation"]
 
 
 def test_an_adapter_that_makes_the_model_no_better_is_said() -> None:
