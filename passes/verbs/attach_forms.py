@@ -253,8 +253,10 @@ class GraphPlanner(Planner):
                     form.stacks[leaf] = branch
             elif branch is not None and reach.is_alone and path not in by_weight:
                 form.output = branch
-                form.merged = (leaf, weight_form(reached))
-                form.sites = frozenset(site.id for site in reach.sites)
+                # A parameter with W + s·B·A would change what else reads it in the module.
+                if not any(target.other_readers for target, _ in group):
+                    form.merged = (leaf, weight_form(reached))
+                    form.sites = frozenset(site.id for site in reach.sites)
                 where = OUTSIDE
                 is_head = any(target.role == "head" for target, _ in group)
                 if reach.has_uses_outside or reach.is_lookup or not is_head:

@@ -184,7 +184,7 @@ class _Walk:
 
     def _product(self, node: fx.Node) -> list[fx.Node] | None:
         """A product of rows with a matrix: where scores begin."""
-        place = PRODUCTS[node.target]
+        place = PRODUCTS[node.target]  # type: ignore[index]
         rows = node.args[place]
         if node.kwargs or not isinstance(rows, fx.Node) or rows not in self.of_inputs:
             return None
