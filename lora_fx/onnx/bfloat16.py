@@ -98,10 +98,11 @@ def _when_read(compute: Callable[[], Array], tensor: ir.TensorProtocol) -> ir.Te
     tensor after the other.
     """
 
-    def computed() -> ir.Tensor:
+    def computed() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(compute()), name=tensor.name)
 
-    return ir.LazyTensor(computed, ir.DataType.FLOAT, tensor.shape, name=tensor.name)
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(computed, ir.DataType.FLOAT, shape, name=tensor.name)
 
 
 def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -101,6 +101,7 @@ class Branches:
                 return {path: to_numpy(forward())}
 
         changed = program(weight)
+        assert isinstance(changed, torch.Tensor)
         expected = with_weight(changed)
 
         def rounding() -> Iterator[Mapping[str, float]]:
