@@ -29,7 +29,7 @@ BY_ELEMENT = aten_ops(
     "mul.Tensor div.Tensor add.Tensor sub.Tensor"
 )
 """Ops whose every element is made of the elements at its place."""
-PRODUCTS = {aten.linear.default: 0, aten.matmul.default: 0, aten.mm.default: 0,
+PRODUCTS: dict[object, int] = {aten.linear.default: 0, aten.matmul.default: 0, aten.mm.default: 0,
             aten.addmm.default: 1}  # fmt: skip
 """Products of rows with a matrix → where the rows stand among its arguments."""
 _COPIES = aten_ops("contiguous clone alias")
