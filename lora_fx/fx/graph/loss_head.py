@@ -184,7 +184,7 @@ class _Walk:
 
     def _product(self, node: fx.Node) -> list[fx.Node] | None:
         """A product of rows with a matrix: where scores begin."""
-        place = PRODUCTS[node.target]  # type: ignore[index]
+        place = PRODUCTS[node.target]
         rows = node.args[place]
         if node.kwargs or not isinstance(rows, fx.Node) or rows not in self.of_inputs:
             return None
