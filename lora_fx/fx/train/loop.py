@@ -202,7 +202,7 @@ class _Run:
             return
         device = device_of(self.objective.model)
         devices = [device] if device.type == "cuda" else []
-        with stage("validating before any weight moves"), torch.random.fork_rng(devices):
+        with stage("validating before any weight changes"), torch.random.fork_rng(devices):
             trail.report.before = self.objective.mean(self.held_out, self.rows, self.world)
 
     def _validate_and_save(self, trail: Trail) -> bool:
