@@ -456,7 +456,7 @@ NODES = {
     "lora_fx.formats.peft": 24_000,
     "lora_fx.fx": 26_000,
     "lora_fx.fx.attach": 9_000,
-    "lora_fx.fx.capture": 37_000,
+    "lora_fx.fx.capture": 37_700,
     "lora_fx.fx.graph": 25_000,
     "lora_fx.fx.load": 17_000,
     "lora_fx.fx.lowering": 9_000,
