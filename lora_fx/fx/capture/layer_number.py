@@ -90,7 +90,7 @@ class LayerNumber:
         """A method or property of the number."""
         return getattr(self.number(), name)
 
-    @property
+    @property  # type: ignore[misc]  # mypy takes it for the class of every object
     def __class__(self) -> Any:
         """The class that isinstance finds."""
         return type(self.number())
