@@ -22,7 +22,11 @@ from tests.onnx.decoders import MODELS
 cache_utils = pytest.importorskip("transformers.cache_utils")
 
 
-class Fills(Block):
+AnyBlock: Any = Block
+"""Its forward takes no cache, and those of its subclasses do."""
+
+
+class Fills(AnyBlock):  # type: ignore[misc]
     """Puts what it computes behind what its layer has, and reads both."""
 
     def forward(self, x: Any, cache: Any) -> Any:
@@ -44,7 +48,7 @@ class ReadsOwn(Fills):
         return super().forward(x, cache) + cache.layers[self.index].keys.sum((1, 2))[:, None]
 
 
-class Around(Block):
+class Around(AnyBlock):  # type: ignore[misc]
     """A block with one in it that fills the layer; the number is that of the inner one."""
 
     def __init__(self, index: int) -> None:
