@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,9 +23,8 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.onnx.timing import interleave, timed
 from tests.benchmarks.capture import WORDS
-from tests.benchmarks.depth import table
+from tests.benchmarks.depth import least_times, table
 from tests.benchmarks.interleave import processor
 
 BASE = "export"
@@ -75,20 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"width {given.width}, the least of {given.rounds} rounds: seconds of CPU")
 
     rows = [row for row in ROWS if given.long or row != LONG]
-    times: dict[str, list[float]] = {row: [] for row in rows}
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "model.onnx"
-        for layers in (1, *given.layers):
-            runs = {
-                row: partial(timed, export(layers, given.width, path, ROWS[row])) for row in rows
-            }
-            rounds = given.rounds if layers > 1 else 1  # the first pays for what is imported
-            found = interleave(runs, rounds, warmup=0, before=gc.collect)
-            if layers > 1:
-                for row, samples in found.items():
-                    times[row].append(min(sample.cpu for sample in samples))
-                    print(f"{layers:3} {row:32} {times[row][-1]:8.2f}", flush=True)
-    print(table(given.layers, times))
+
+        def jobs(layers: int) -> dict[str, Callable[[], object]]:
+            return {row: export(layers, given.width, path, ROWS[row]) for row in rows}
+
+        print(table(given.layers, least_times(given.layers, given.rounds, jobs)))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,27 @@ def table(layers: Sequence[int], times: Mapping[str, Sequence[float]]) -> str:
     return "\n".join(lines)
 
 
+def least_times(
+    depths: Sequence[int], rounds: int, jobs: Callable[[int], Mapping[str, Callable[[], object]]]
+) -> dict[str, list[float]]:
+    """Run the jobs of each depth in turn, and print and return the least CPU seconds by row.
+
+    Args:
+        depths: The numbers of layers. A depth of 1 runs first and is not counted.
+        rounds: How often each job runs.
+        jobs: Called with a number of layers; returns the row's name → what is timed.
+    """
+    shallow = jobs(1)
+    interleave({row: partial(timed, job) for row, job in shallow.items()}, 1, warmup=0)
+    times: dict[str, list[float]] = {row: [] for row in shallow}
+    for layers in depths:
+        runs = {row: partial(timed, job) for row, job in jobs(layers).items()}
+        for row, samples in interleave(runs, rounds, warmup=0, before=gc.collect).items():
+            times[row].append(min(sample.cpu for sample in samples))
+            print(f"{layers:3} {row:32} {times[row][-1]:8.2f}", flush=True)
+    return times
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of all depths, and what is known of it after each."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.depth")
@@ -96,18 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{processor()}, torch {torch.__version__}, {datetime.date.today()}")
     print(f"width {given.width}, the least of {given.rounds} rounds: seconds of CPU")
     args = (torch.randint(0, WORDS, (2, LENGTH)),)
-    times: dict[str, list[float]] = {row: [] for row in given.rows or ROWS}
+    rows = given.rows or list(ROWS)
     with tempfile.TemporaryDirectory() as name:
-        for layers in (1, *given.layers):
+
+        def jobs(layers: int) -> dict[str, Callable[[], object]]:
             model = llama(layers, given.width)
-            runs = {r: partial(timed, partial(ROWS[r], model, args, Path(name))) for r in times}
-            rounds = given.rounds if layers > 1 else 1
-            found = interleave(runs, rounds, warmup=0, before=gc.collect)
-            if layers > 1:
-                for row, samples in found.items():
-                    times[row].append(min(s.cpu for s in samples))
-                    print(f"{layers:3} {row:32} {times[row][-1]:8.2f}", flush=True)
-    print(table(given.layers, times))
+            return {row: partial(ROWS[row], model, args, Path(name)) for row in rows}
+
+        print(table(given.layers, least_times(given.layers, given.rounds, jobs)))
 
 
 if __name__ == "__main__":
