@@ -91,7 +91,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
     epilog="MODEL is a Hugging Face folder, hf:ORG/NAME[@REVISION] of the Hub, a .safetensors, "
     ".onnx or .pt2 file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME. "
-    "See docs/ for one page a command.",
+    "docs/ has a page for each command.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and no progress.")

@@ -62,7 +62,7 @@ def captured(
 
 
 def trace_example(cap: Captured) -> None:
-    """Trace the eval graph where that was not done yet, and print what is to be said of it."""
+    """Trace the eval graph if it is not traced yet, and print the notes of the capture."""
     cap.traced(False, cap.named)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {condition}" for condition in cap.ranges))

@@ -90,7 +90,7 @@ def max_length_option() -> Any:
 
 
 def run_default(name: str) -> str:
-    """The text of a default that is another one for folders of causal language models."""
+    """Return the text of a default that differs for folders of causal language models."""
     number = getattr(OTHERS, name)
     return f"[default: {number:g}; {getattr(CAUSAL, name):g} for causal language models]"
 

@@ -1,4 +1,4 @@
-"""Ends the process of a command without the collections that Python makes at its end.
+"""End the process of a command without Python's garbage collections at exit.
 
 Python collects garbage three times there, through every object of every library that is imported:
 a fifth of the CPU time of `targets`. Frozen objects are in no collection. What has to happen at the
@@ -31,7 +31,7 @@ def _freeze() -> None:
 
 
 def _may_write_a_file() -> bool:
-    """Whether the process has a regular file open for writing, beside the standard streams.
+    """Whether the process has a regular file open for writing, besides the standard streams.
 
     To look at every object for one takes as long as half a collection.
     """
@@ -52,7 +52,7 @@ def _may_write_a_file() -> bool:
 
 
 def _flush_files() -> None:
-    """Flush open files, such as one that a module of the user's opened and never closes.
+    """Flush open files, such as one that the user's module opened and never closes.
 
     A collection would close it. `type` asks no object for its class, as isinstance may.
     """

@@ -1,4 +1,4 @@
-"""The lines that train prints of its steps."""
+"""The progress lines that train prints about its steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ second: the first step compiles what the others run, and is followed by a valida
 
 
 class StepLines:
-    """Prints the loss of a step, the seconds of a step so far, and the time that is left."""
+    """A printer of the loss, the seconds of a step so far, and the time that is left."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -21,7 +21,7 @@ class StepLines:
         self._began = 0.0
 
     def __call__(self, step: int, steps: int, loss: float) -> None:
-        """Tell of a step that was taken.
+        """Print a line about the first, fourth and last step, and at each tenth of the run.
 
         Args:
             step: Its number, from 1.
@@ -46,7 +46,7 @@ class StepLines:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that it is read in.
+    """Return a time as text, in seconds, minutes or hours.
 
     >>> [duration(number) for number in (7.4, 100, 5000)]
     ['7 s', '2 min', '1.4 h']

@@ -200,7 +200,7 @@ class LoopOptions:
         )
 
     def _leaves_the_step_open(self) -> bool:
-        """Whether no option says how many examples a step has, and how they run.
+        """Whether no option sets the number of examples in a step, or how they run.
 
         A user's own --batch-size is what a step has, as it always was.
         """
@@ -226,7 +226,7 @@ class LoopOptions:
 
 
 def defaults_taken(examples: ExampleOptions, loop: LoopOptions) -> list[str]:
-    """The defaults of causal language models that hold for a run, as one line; none of it, none."""
+    """Return one line with the defaults of causal language models that apply; empty if none do."""
     settings = loop.settings(0, CAUSAL)
     numbers = []
     if loop.batch_size is None:

@@ -87,7 +87,7 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 
 def _largest_but_masks(ours: Array, reference: Array, largest_differing: float) -> float:
-    """The largest finite number of a reference that is no number of a mask.
+    """Return the largest finite magnitude in a reference, without the fill values of masks.
 
     That of a mask, -1e9, is the same in both, and nothing is seen beside it.
 
@@ -112,7 +112,7 @@ NUMBERS_AT_ONCE = 1 << 18
 
 
 def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Consecutive numbers of arrays of one shape, in fp64."""
+    """Yield consecutive parts of arrays that have one shape, in fp64."""
     flat = [array.reshape(-1) for array in arrays]
     for start in range(0, flat[0].size, NUMBERS_AT_ONCE):
         yield tuple(widened(array[start : start + NUMBERS_AT_ONCE]) for array in flat)

@@ -124,7 +124,7 @@ class DeadTargetError(NoEffectError):
 
 
 class NoMemberError(LoraFxError, AttributeError):
-    """An attribute that an object does not have: hasattr is False, and there is a hint."""
+    """An AttributeError with a hint: the object lacks an attribute, so hasattr is False."""
 
 
 class MisfitError(LoraFxError):

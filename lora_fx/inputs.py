@@ -252,7 +252,7 @@ class Inputs:
 
     @cached_property
     def _places_by_demand(self) -> dict[Size, str]:
-        """The symbols of every size, where only demands make sizes equal."""
+        """Return the symbols of every size; only demanded conditions make sizes equal."""
         demands = tuple(other for other in self.conditions if other.demanded)
         return replace(self, conditions=demands)._places
 

@@ -1,4 +1,4 @@
-"""The numbers that train takes where its user gives none, in one place; --help reads them too."""
+"""The default numbers of train, which --help shows too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RunDefaults:
-    """The numbers of a run whose user gives none.
+    """The default numbers of a run.
 
     Attributes:
         batch_size: Examples of a batch.
@@ -26,7 +26,7 @@ class RunDefaults:
     most_held_out: int | None = None
 
     def share_of(self, examples: int) -> float:
-        """The share of so many examples that is held out."""
+        """Return the share of the examples that is held out."""
         if self.most_held_out is None or not examples:
             return self.held_out
         return min(self.held_out, self.most_held_out / examples)

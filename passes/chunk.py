@@ -1,4 +1,4 @@
-"""chunk: the scores of a wide head and their cross entropy are made some rows at a time.
+"""chunk: compute the scores of a wide head and their cross entropy a few rows at a time.
 
 s = f(x), L = CE(s, y)        becomes        L = chunked_loss(x; y)
 
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Chunk:
-    """Let no scores of a wide head be whole.
+    """Replace the scores of wide heads and their losses by losses in chunks.
 
     Attributes:
         blocks: Paths of modules that will be functions of their own; a loss stays in one.
@@ -50,7 +50,7 @@ class Chunk:
 
 
 def _replace(head: LossHead) -> None:
-    """Let one call make the loss."""
+    """Replace a head and its loss by one call."""
     node = head.loss
     loss = ChunkedLoss(
         _scores(head),
@@ -70,7 +70,7 @@ def _replace(head: LossHead) -> None:
 
 
 def _cut(graph: fx.Graph, x: fx.Node, head: LossHead) -> fx.Node:
-    """The rows of an input that have a score."""
+    """Return the rows of an input that have a score."""
     for cut in head.cuts:
         x = graph.call_function(aten.slice.Tensor, (x, *cut))
         x.meta["nn_module_stack"] = head.loss.meta.get("nn_module_stack", {})
@@ -78,7 +78,7 @@ def _cut(graph: fx.Graph, x: fx.Node, head: LossHead) -> fx.Node:
 
 
 def _scores(head: LossHead) -> Scores:
-    """The steps of a head as a function of rows [rows, n] and operands."""
+    """Return the steps of a head as a function of rows [rows, n] and operands."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in (*head.inputs, *head.operands)}
     for step in head.steps:

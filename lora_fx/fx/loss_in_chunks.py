@@ -1,4 +1,4 @@
-"""The cross entropy of a wide head, some rows at a time, so that its scores are never whole.
+"""The cross entropy of a wide head, computed a few rows at a time to save memory.
 
     L = w Σᵢ CE(f(xᵢ), yᵢ)        f = what lies between the last hidden state and the scores
 
@@ -45,7 +45,7 @@ class ChunkedLoss:
     smoothing: float = 0.0
 
     def of(self, inputs: Sequence[Tensor], operands: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """The loss.
+        """Return the loss; the scores of many rows are computed in chunks.
 
         Args:
             inputs: What each row is made of, [..., n] each.
@@ -63,11 +63,11 @@ class ChunkedLoss:
 
     @property
     def rows_of_chunk(self) -> int:
-        """The rows that are scored at a time."""
+        """The number of rows in one chunk."""
         return max(1, CHUNK // self.classes)
 
     def whole(self, rows: Sequence[Tensor], operands: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """The loss of all rows at a time."""
+        """Return the loss of all rows, computed at once."""
         scores = self.scores(*rows, *operands)
         return self._loss_of(scores, labels, "mean" if self.mean else "sum")
 
@@ -87,7 +87,7 @@ class ChunkedLoss:
         labels: Tensor,
         needs: Sequence[bool],
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss, and its gradients by the rows and operands that need one.
+        """Return the loss, and its gradients by the rows and operands that need one.
 
         Gradients of rows are put together, those of operands summed, in float32 at least.
         """
@@ -133,21 +133,21 @@ class ChunkedLoss:
         return total.to(dtype), [*of_rows, *summed]
 
     def _places(self, count: int) -> Iterator[slice]:
-        """The rows of each chunk, all of about one size."""
+        """Yield the rows of each chunk; all chunks have about the same size."""
         chunks = -(-count // self.rows_of_chunk)
         for i in range(chunks):
             yield slice(i * count // chunks, (i + 1) * count // chunks)
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    """The sum of gradients of an operand so far, in float32 at least."""
+    """Return the sum of an operand's gradients so far, in float32 or wider."""
     if total is None:
         return part.float() if part.dtype.itemsize < 4 else part
     return total.add_(part)
 
 
 class _Chunked(torch.autograd.Function):
-    """A loss whose gradients are made with it, chunk by chunk."""
+    """A loss that computes its gradients in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, loss: ChunkedLoss, count: int, labels: Tensor, *values: Any) -> Tensor:
@@ -182,7 +182,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def loss_in_chunks(loss: ChunkedLoss) -> Callable[..., Tensor]:
-    """A loss as a function of (inputs, operands, labels) for a program."""
+    """Return the loss as a function of (inputs, operands, labels) for a program."""
 
     def chunked_loss(
         inputs: Sequence[Tensor], operands: Sequence[Tensor], labels: Tensor

@@ -49,7 +49,7 @@ def ones_stay_free() -> contextlib.AbstractContextManager[None]:
 
 
 def equal_sizes_shared() -> contextlib.AbstractContextManager[None]:
-    """A block in which free dimensions of one size in the example have one symbol in an export.
+    """A block in which dimensions of equal example size share one symbol in an export.
 
     An export gives each a symbol of its own, and solves an equation wherever a model demands that
     two are equal. The block is for examples in which all sizes that need not be equal differ.

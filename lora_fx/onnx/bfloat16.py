@@ -74,7 +74,7 @@ def unround(
 
 
 def _unrounded(stored: Array, exact: Callable[[], Array]) -> Callable[[], Array] | None:
-    """What gives the exact numbers as they are stored; None where those are no rounding of them."""
+    """Return a function that gives the exact values as stored; None if they round to others."""
 
     def wide() -> Array:
         return exact().astype(np.float32, copy=False)
@@ -92,7 +92,7 @@ def _float32_when_read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _when_read(compute: Callable[[], Array], tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """A float32 tensor in the place of another one, computed each time that it is read.
+    """Return a float32 tensor that is computed each time it is read.
 
     Those of a whole model would be in memory beside it, in twice its bytes. A file is written one
     tensor after the other.

@@ -221,7 +221,7 @@ def open_session(
 
 
 def _threads_of_user() -> int:
-    """The first number of OMP_NUM_THREADS; 0 where it has none."""
+    """Return the first number in OMP_NUM_THREADS; 0 if there is none."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if not first.isdecimal():
         return 0

@@ -90,7 +90,7 @@ class InGraph:
         return Insert(updates, missing="skip", branched=self.branched)
 
     def put(self, updates: Updates) -> None:
-        """Take these updates from now on, of the same shapes, and the forms of the live model."""
+        """Load these updates, which have the same shapes, in the forms of the live model."""
         branched = self.state.branched_sites()
         if branched != self.branched:
             self.branched = branched
@@ -357,7 +357,7 @@ def _checked_in_its_forms(
 
 
 def _checked(state: Attachment, reference: InGraph | Explicit) -> tuple[Parity, set[str]]:
-    """The comparison of the outputs, or of a branch that is wrong, and the branches that ran."""
+    """Compare the outputs and the branches; return the first failure, and the branches that ran."""
     branches = Branches(state)
     with state.watched(branches):
         parity = reference.check()

@@ -1,4 +1,4 @@
-"""The branches of a live model, each beside its module's own forward with W + s·b·a for its weight.
+"""The comparison of each branch with its module's forward on the weight W + s·b·a.
 
     branch   y' = y + s·b(a x)
     own      y' = forward(x), while the parameter of the module holds W + s·b·a
@@ -38,7 +38,7 @@ TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}
 
 
 class Branches:
-    """Watches an attached model run, and compares each branch the first time that it tells.
+    """A watcher of an attached model that compares each branch once, at its first useful call.
 
     Args:
         state: The attached model.
@@ -77,7 +77,7 @@ class Branches:
             self._results[path] = parity
 
     def wrong(self) -> Parity | None:
-        """The comparison of a branch that exceeds its gate; None where there is none."""
+        """Return the comparison of a branch that exceeds its gate; None if there is none."""
         return next((parity for parity in self._results.values() if not parity.ok), None)
 
     def _compared(
@@ -88,7 +88,7 @@ class Branches:
         y: Array,
         branched: Array,
     ) -> Parity | None:
-        """The comparison of one call; None where no parameter can hold W + s·b·a."""
+        """Compare one call; return None if no parameter can hold W + s·b·a."""
         merged = self.state.merged(module)
         if merged is None:
             return None
@@ -116,7 +116,7 @@ class Branches:
 
 
 def _gate(dtype: str, y: Array, expected: Array) -> Gate:
-    """The gate of a module's result; see narrow_gate.
+    """Return the gate of a module's result; see narrow_gate.
 
     Args:
         dtype: That of the weight.

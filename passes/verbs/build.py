@@ -188,7 +188,7 @@ def _notes_on_folding(cap: Captured | None, found: Found, updates: Updates) -> l
 
 
 def _origin_of(model: nn.Module) -> dict[str, Any]:
-    """The metadata that says which model of transformers an adapter is of, and its task.
+    """Return metadata with the transformers model of an adapter, and its task.
 
     By both PEFT's AutoPeftModelForCausalLM finds the base of an adapter by itself. Other tasks are
     not said: for those PEFT saves heads whole that this adapter has not.
@@ -272,7 +272,7 @@ def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None
 
 
 def speedups(blocks: Sequence[str], training: bool) -> list[Callable[[FxGraph], object]]:
-    """The passes of programs, in order; most are about what training keeps."""
+    """Return the passes of eval or train programs, in order; most reduce what training keeps."""
     paths = tuple(blocks)
     if not training:
         return [Chunk(paths)]

@@ -209,11 +209,11 @@ class Attachment:
         return patched(self.switch, on=False)
 
     def watched(self, watcher: Watcher) -> contextlib.AbstractContextManager[None]:
-        """A block in which `watcher` is told of every forward with a branch."""
+        """Return a block in which `watcher` is called after every forward that has a branch."""
         return patched(self.switch, watcher=watcher)
 
     def branched_sites(self) -> frozenset[str]:
-        """Ids of the uses whose branch can be compared with W + s·B·A in their own parameter."""
+        """Return ids of uses whose branch can be compared with W + s·B·A in the parameter."""
         ids: set[str] = set()
         for path, form in self.forms.items():
             if self.merged(self.model.get_submodule(path)) is not None:
@@ -221,7 +221,7 @@ class Attachment:
         return frozenset(ids)
 
     def merged(self, module: nn.Module) -> tuple[str, Bound] | None:
-        """The leaf of a module with a branch, and the program of its W + s·B·A.
+        """Return the leaf of a module that has a branch, and the program of its W + s·B·A.
 
         None where it has no branch, or no plain tensor of floats that could hold W + s·B·A: what
         is sharded or made from codes has a type of its own.

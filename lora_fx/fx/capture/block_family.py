@@ -92,7 +92,7 @@ class BlockFamily:
 
     @cached_property
     def numbers(self) -> frozenset[Place]:
-        """The places where every block holds a whole number of its own."""
+        """Return the places where the blocks hold different whole numbers."""
         places: set[Place] = set()
         for path, name in self.differ - self.fixed:
             held = [block.modules[path].__dict__.get(name) for block in self.blocks]
@@ -134,7 +134,7 @@ class TracedCall:
         self.read |= self._differing_places_of(module, name)
 
     def _differing_places_of(self, module: nn.Module, name: str) -> set[Place]:
-        """The places of the family's differing ones that an attribute of a module is."""
+        """Return the family's differing places to which an attribute of a module belongs."""
         places: set[Place] = set()
         for path, differing_name in self.block.family.differ:
             is_of_block = self.block.modules[path].__dict__ is module.__dict__
@@ -143,7 +143,7 @@ class TracedCall:
         return places
 
     def knows_layer_by(self, module: nn.Module, name: str) -> bool:
-        """Whether an attribute of a module is the number of the layer that the call was given."""
+        """Whether an attribute of a module is the number of the layer that the call received."""
         if self.layer is None:
             return False
         return bool(self.layer.places & self._differing_places_of(module, name))

@@ -29,20 +29,20 @@ class CacheLayer:
 
     @property
     def layer(self) -> Any:
-        """The layer itself."""
+        """The layer of this number."""
         return self.layers[self.number]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by the names of its attributes."""
+        """Return the tensors of the layer by the names of its attributes."""
         attributes = vars(self.layer)
         return {name: x for name, x in attributes.items() if isinstance(x, torch.Tensor)}
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give it the tensors that a call puts there."""
+        """Store in the layer the tensors that a call puts there."""
         vars(self.layer).update(tensors)
 
     def kind(self, now: Snapshot) -> Token:
-        """The features, but for tensors, that are the same in calls that are alike."""
+        """Return the layer's state without tensors; calls that are alike have equal states."""
         tensors = self.tensors()
         attributes = vars(self.layer)
         settings = {name: x for name, x in attributes.items() if name not in tensors}
@@ -57,5 +57,5 @@ class CacheLayer:
         )
 
     def others(self, now: Snapshot) -> Token:
-        """The state of the other layers, which the call leaves as they are."""
+        """Return the state of the other layers, which the call must not change."""
         return now.token([layer for layer in self.layers if layer is not self.layer])

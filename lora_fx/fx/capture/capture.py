@@ -140,7 +140,7 @@ class Captured:
         return f"{type(self).__name__}({type(self.model).__name__}, {inputs})"
 
     def extend_example(self, name: str, tensor: torch.Tensor, dims: Mapping[int, str]) -> None:
-        """Give the example one argument more, before anything is traced.
+        """Add an argument to the example, before anything is traced.
 
         Args:
             name: The argument.

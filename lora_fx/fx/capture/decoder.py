@@ -75,7 +75,7 @@ class Cached:
 
 
 def _filled_cache(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """A cache that holds the keys and values of every layer, as they are.
+    """Return a cache that holds the given keys and values of every layer, without copies.
 
     Made from the pairs by its class, it would join each tensor to an empty one: four more traced
     ops a layer.

@@ -1,4 +1,4 @@
-"""The number of a layer: by it a block asks a key-value cache for the layer that it fills.
+"""The number of a layer, by which a block finds its layer in a key-value cache.
 
 A decoder gives the whole cache to each of its blocks. Calls of two blocks are alike where each
 asks for the layer of its own number, and does nothing else with the cache and with the number. So
@@ -23,7 +23,7 @@ _OF_EVERY_CLASS = {"__new__", "__getattribute__", "__doc__"}
 
 
 def layer_of(block: Block, leaves: Sequence[object]) -> CacheLayer | None:
-    """The layer of the cache among some arguments that a block fills.
+    """Return the layer that a block fills in the cache among its arguments.
 
     None without a cache, and where the block's numbers do not tell one layer.
     """
@@ -50,12 +50,12 @@ def layer_of(block: Block, leaves: Sequence[object]) -> CacheLayer | None:
 
 
 def _is_of_transformers(thing: object) -> bool:
-    """Whether a thing is of a class of transformers: a user's own may do as it likes."""
+    """Whether an object has a class of transformers; a user's class may behave in any way."""
     return type(thing).__module__.startswith("transformers.")
 
 
 class LayerNumber:
-    """A number that a block holds, while calls are traced that know it as that of their layer.
+    """A stand-in for the layer number that a block holds, while calls of that block are traced.
 
     As an index of WatchedLayers it tells the layer. Any other use is a read by these calls of what
     their block holds, but for comparisons that come out alike for the number of any layer.
@@ -72,13 +72,13 @@ class LayerNumber:
         self._held_as = module, name
 
     def number(self) -> int:
-        """The number, for a use that may tell it from others."""
+        """Return the number, for a use that may depend on its value."""
         for call in self.calls:
             call.reads(*self._held_as)
         return self.index
 
     def compared(self, compare: Callable[[object, object], object], other: object) -> object:
-        """How it compares with another thing."""
+        """Compare the number with another object."""
         if type(other) is int:
             counts = [len(call.layer.layers) for call in self.calls if call.layer is not None]
             answers = {compare(i, other) for i in range(max(counts))}
@@ -87,7 +87,7 @@ class LayerNumber:
         return compare(self.number(), other)
 
     def __getattr__(self, name: str) -> object:
-        """A method or property of the number."""
+        """Return a method or property of the number."""
         return getattr(self.number(), name)
 
     @property  # type: ignore[misc]
@@ -97,7 +97,7 @@ class LayerNumber:
 
 
 def _forwarded(name: str) -> Callable[..., object]:
-    """A special method of a number, which Python looks for in the class."""
+    """Return a special method that forwards to the number; Python looks for these in the class."""
     operation = vars(operator).get(name)
     reflected = vars(operator).get(name.replace("__r", "__", 1))
 
@@ -125,7 +125,7 @@ for _name, _method in vars(int).items():
 
 
 class WatchedLayers:
-    """The layers of a cache while a block is traced; what it lacks of a list ends the trace.
+    """The layers of a cache while a block is traced; list methods that it lacks end the trace.
 
     Args:
         layers: The layers.
@@ -137,16 +137,16 @@ class WatchedLayers:
         self._calls = calls
 
     def __len__(self) -> int:
-        """How many layers there are, which is the same for every block."""
+        """Return the number of layers, which is the same for every block."""
         return len(self.layers)
 
     def __iter__(self) -> Iterator[Any]:
-        """All layers."""
+        """Yield all layers."""
         self.asked_for_by(())
         return iter(self.layers)
 
     def __getitem__(self, index: Any) -> Any:
-        """The layer of a number; a plain number may be that of another block's layer."""
+        """Return the layer of a number; a plain number may belong to another block's layer."""
         if type(index) is not LayerNumber:
             self.asked_for_by(())
             return self.layers[index]
@@ -154,7 +154,7 @@ class WatchedLayers:
         return self.layers[index.index]
 
     def asked_for_by(self, calls: Sequence[TracedCall]) -> None:
-        """Note that all traced calls but these touch another layer than that of their number."""
+        """Record that all open calls except these use another layer than their own."""
         for call in self._calls:
             if call not in calls:
                 call.strays = True

@@ -170,7 +170,7 @@ class Repeats:
         return property(get, put, lambda module: module.__dict__.pop(name))
 
     def _open_with_layer(self, module: nn.Module, name: str) -> list[TracedCall]:
-        """The open calls that were given a layer whose number an attribute of a module is."""
+        """Return the open calls whose layer has the number in an attribute of a module."""
         return [pattern for pattern in self._open if pattern.knows_layer_by(module, name)]
 
     def _without_empty_cache(self, argument: Any) -> Any:
@@ -251,7 +251,7 @@ class Repeats:
         inputs: Sequence[torch.Tensor],
         layer: CacheLayer | None,
     ) -> object:
-        """The outputs of one opaque node, in the tree of the pattern's; the layer is filled."""
+        """Add one opaque node for a call, fill the layer, and return the outputs as a tree."""
         self.copies += 1
         for outer in self._open:
             for path, name in pattern.read:

@@ -1,4 +1,4 @@
-"""The head of a model whose scores a cross entropy alone reads, found backwards from the loss.
+"""The output head whose scores only a cross entropy reads, found backwards from the loss.
 
     x [..., n] → scores → casts, scales, a softcap → [rows, classes] → cross entropy
 
@@ -37,7 +37,7 @@ _COPIES = aten_ops("contiguous clone alias")
 
 @dataclass(frozen=True)
 class LossHead:
-    """A head and the loss that alone reads its scores.
+    """A head, and the loss that is the only reader of its scores.
 
     Attributes:
         loss: The cross entropy.
@@ -57,7 +57,7 @@ class LossHead:
 
 
 def loss_heads(graph: fx.Graph, blocks: Sequence[str] = ()) -> list[LossHead]:
-    """Every such head of a graph, where it is no part of one of these blocks."""
+    """Return the heads of a graph that are not parts of one of these blocks."""
     losses = list(graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default))
     if not losses:
         return []
@@ -68,7 +68,7 @@ def loss_heads(graph: fx.Graph, blocks: Sequence[str] = ()) -> list[LossHead]:
 
 
 def _made_of_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on the arguments of a call."""
+    """Return the nodes that depend on the inputs of the graph."""
     nodes: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or any(operand in nodes for operand in node.all_input_nodes):
@@ -82,7 +82,7 @@ def _head(
     of_inputs: Collection[fx.Node],
     blocks: Sequence[str],
 ) -> LossHead | None:
-    """The head behind a loss; None where its scores are read by others, or made by other ops."""
+    """Return the head of a loss; None if its scores have other readers or come from other ops."""
     scores: fx.Node = loss.args[0]  # type: ignore[assignment]
     shape = shape_of(scores) or ()
     if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < LEAST_CLASSES:
@@ -130,7 +130,7 @@ class _Walk:
     """Whether a value so far was made of two others, which a cut would have to be alike for."""
 
     def step(self, node: fx.Node) -> list[fx.Node] | None:
-        """The scores that scores are made of; None where they are no function of each row."""
+        """Return the scores that a node computes its scores from; None if it mixes rows."""
         if node.op != "call_function" or not self._is_wide(node):
             return None
         if node.target in SAME_ROWS or is_full_slice(node):
@@ -146,7 +146,7 @@ class _Walk:
         return None
 
     def _is_wide(self, node: fx.Node) -> bool:
-        """Whether a value has the scores of rows; those of a branch have no shape in the graph."""
+        """Whether a value holds scores of rows; values of a branch have no shape in the graph."""
         shape = shape_of(node)
         if shape is None:
             return is_marked(node)
@@ -158,7 +158,7 @@ class _Walk:
         return None
 
     def _cut(self, node: fx.Node) -> list[fx.Node] | None:
-        """A slice that leaves out rows."""
+        """Take a step through a slice that leaves out rows."""
         dim = argument(node, "dim")
         rank = len(shape_of(node) or ())
         if self.has_parts or dim % rank == rank - 1:
@@ -167,7 +167,7 @@ class _Walk:
         return self._wide(node.args[0])
 
     def _by_element(self, node: fx.Node) -> list[fx.Node] | None:
-        """An op of elements: its operands are scores, or the same for all rows."""
+        """Take a step through an elementwise op on scores and on what all rows share."""
         wide: list[fx.Node] = []
         for operand in node.all_input_nodes:
             if operand in self.of_inputs:
@@ -183,7 +183,7 @@ class _Walk:
         return wide
 
     def _product(self, node: fx.Node) -> list[fx.Node] | None:
-        """A product of rows with a matrix: where scores begin."""
+        """Take the last step: a product of rows with a matrix, which makes the scores."""
         place = PRODUCTS[node.target]
         rows = node.args[place]
         if node.kwargs or not isinstance(rows, fx.Node) or rows not in self.of_inputs:

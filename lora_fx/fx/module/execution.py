@@ -77,7 +77,7 @@ class Execution:
         return self.captured.signature.call(self._module, named)
 
     def loss_alone(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which the model's own loss is all that its programs give.
+        """Return a block in which programs return only the model's own loss.
 
         What it gives beside a loss, its scores, need not be made whole then.
         """

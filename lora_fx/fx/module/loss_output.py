@@ -1,4 +1,4 @@
-"""The loss among the outputs of a program, as the one that is kept."""
+"""Removal of every output of a program except the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.fx.trees import tree_unflatten
 
 
 def keep_loss(graph: fx.Graph, spec: Any) -> bool:
-    """Leave out every output but `loss`, which the model names so; False where it has none.
+    """Remove every output except the one named `loss`; return False if there is none.
 
     Args:
         graph: Of a program, whose outputs are flat; what made the others goes too.

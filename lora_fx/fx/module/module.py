@@ -412,7 +412,7 @@ def _face(model: nn.Module) -> dict[str, object]:
 
 
 def _attribute(self: CapturedModule, name: str) -> object:
-    """Get a parameter, buffer or submodule; a hint for what TRL's trainers ask for first.
+    """Return a parameter, buffer or submodule; raise with a hint for what TRL's trainers read.
 
     They write to the config of generation, and go on to members that no graph has.
 

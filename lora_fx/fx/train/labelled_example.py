@@ -1,4 +1,4 @@
-"""Labels for the example of a capture, so that it has the arguments of every batch.
+"""Labels in the example of a capture, so that it has the same arguments as every batch.
 
 A program is of one set of arguments. An example without the labels that every batch brings costs
 two captures more: one of each mode, which nothing runs afterwards.
@@ -16,7 +16,7 @@ from lora_fx.fx.train.loss import Loss, loss_function
 
 
 def label_example(cap: Captured, table: Table | Buckets, loss: str | Loss) -> None:
-    """Give the example of a capture that nothing was traced of the labels that batches will have.
+    """Add labels like those of the batches to the example, before anything is traced.
 
     They are zeros in the example's sizes, one a row, or one a token of an input of whole numbers:
     0 is a class of every model. Fractions, and labels of other shapes, are left to the first
@@ -37,7 +37,7 @@ def label_example(cap: Captured, table: Table | Buckets, loss: str | Loss) -> No
 
 
 def _input_of_labels(cap: Captured, table: Table | Buckets, labels: Array) -> str | None:
-    """The input of the example whose rows, or rows and tokens, have a label each."""
+    """Return the example's input that has a label for each row, or for each row and token."""
     for spec in cap.inputs.specs:
         column = table.columns.get(spec.name)
         if column is None or spec.name not in cap.named or not spec.shape:

@@ -173,7 +173,7 @@ def _lines(wheres: list[str]) -> str:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether this is a class of transformers that predicts next tokens."""
+    """Whether the model's class is one of transformers that predicts next tokens."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     return type(module).__name__ in NAMES.values()

@@ -193,7 +193,7 @@ class _Run:
             trail.at = 0
 
     def _validate_before_training(self, trail: Trail) -> None:
-        """Take the validation loss of the model as it was.
+        """Compute the validation loss of the untrained model.
 
         That is after the first loss, which shows a user what a step takes, and before any weight
         moves. The random numbers of the steps are the same without it.

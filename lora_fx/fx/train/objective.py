@@ -75,7 +75,7 @@ class Objective:
             return self.compute(out, from_numpy(labels).to(device))
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which the model need not give its scores where its own loss is taken."""
+        """Return a block in which the model may leave its scores out, if its own loss is used."""
         if self.own and self.own_loss:
             return execution_of(self.model).loss_alone()
         return contextlib.nullcontext()
