@@ -112,7 +112,7 @@ GROUPS = {
     **{
         name: f"""
         targets {name}
-        train {name} {name}.npz -o a -r 2 --steps 3 --batch-size 4 {loss}
+        train {name} {name}.npz -o a -r 2 --steps 3 --batch-size 4 --lr 0.001 {loss}
         merge {name} a -o merged
         verify merged {name} --adapter a
         doctor {name} a
