@@ -92,6 +92,19 @@ def long_name(name: str | None) -> str | None:
     return _SHORT.get(name or "", name)
 
 
+def all_finite(array: Array) -> bool:
+    """Whether a contiguous array of floats has no NaN and no infinity.
+
+    Their bits are the largest integers of each sign, so two maxima decide; `np.isfinite` of bf16
+    took ten times as long.
+    """
+    signed = array.view(f"i{array.itemsize}")
+    unsigned = array.view(f"u{array.itemsize}")
+    infinities = np.array([np.inf, -np.inf]).astype(array.dtype).view(unsigned.dtype)
+    positive, negative = (int(bits) for bits in infinities)
+    return int(signed.max(initial=0)) < positive and int(unsigned.max(initial=0)) < negative
+
+
 @functools.cache
 def values_of(dtype: NumpyDtype) -> Array:
     """Return the 256 values of an 8-bit dtype in fp32: a faster lookup than ml_dtypes' cast."""

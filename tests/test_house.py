@@ -448,7 +448,7 @@ def test_slow_tests_are_tests() -> None:
 NODES = {
     "lora_fx": 24_000,
     "lora_fx.adapter": 31_000,
-    "lora_fx.checkpoint": 62_000,
+    "lora_fx.checkpoint": 63_000,
     "lora_fx.cli": 26_000,
     "lora_fx.files": 20_000,
     "lora_fx.files.quantised": 13_000,

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lora_fx.checkpoint.companions import REPORTS, report_name
-from lora_fx.checkpoint.fold_stats import Stats
+from lora_fx.checkpoint.fold_stats import SAMPLED, Stats
 from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.checkpoint.requantise import in_all
 from lora_fx.compare import Report
 from lora_fx.files.checkpoint import PICKLES
-from lora_fx.text import Json, some, table
+from lora_fx.text import Json, counted, some, table
 
 GAIN = 0.95
 """The share of Δ below which a merge warns about rounding in the stored dtype."""
@@ -118,6 +118,12 @@ def lines(report: Report) -> str:
         rows.append(tuple(cells))
 
     text = table(rows)
+    estimated = [row for row in updated if row["measured"] is not None and row["measured"] < 1]
+    if estimated:
+        text.append(
+            f"‖W‖, unmoved and gain of {counted(len(estimated), 'tensor')} are estimated from one "
+            f"row in {SAMPLED}"
+        )
     dequantised = len(tensors) - len(updated)
     if dequantised:
         text.append(f"{dequantised} more weights were dequantised")

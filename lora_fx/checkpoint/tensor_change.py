@@ -103,6 +103,7 @@ class TensorChange:
             "ratio": None,
             "lost": None,
             "gain": None,
+            "measured": None,
             "int8": None,
             "requantised": None,
         }
@@ -113,6 +114,7 @@ class TensorChange:
             coarse = stats.coarse
             row["lost"] = stats.lost
             row["gain"] = stats.gain
+            row["measured"] = stats.share_measured
             if math.isfinite(stats.ratio):  # not of a tensor of zeros
                 row["ratio"] = stats.ratio
 
