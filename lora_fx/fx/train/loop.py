@@ -282,9 +282,13 @@ class _Run:
             return
         most = max(1, len(batch) // _least_rows(self.objective.model))
         first = self.world.rank * parts
+        if self.objective.ignores_padding:
+            batch = batch.by_length()
         indices = np.array_split(np.arange(len(batch)), min(count, most))
         for index in indices[first : first + parts]:
-            part = batch.rows(index)  # not trimmed: as in the whole batch
+            part = batch.rows(index)
+            if self.objective.ignores_padding:
+                part = part.trimmed()
             weight = self.objective.weight(part)
             if weight:
                 yield part, weight / batch_weight
