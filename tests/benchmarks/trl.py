@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = "the cat sees a small dog and it runs over green hills while rain falls on old roofs".split()
+WORDS = (
+    *("the", "cat", "sees", "a", "small", "dog", "and", "it", "runs", "over", "green", "hills"),
+    *("while", "rain", "falls", "on", "old", "roofs"),
+)
 BATCH, BATCHES, RATE, WARMUP, LONGEST = 4, 2, 2e-4, 0.05, 1024
 """The defaults of causal language models, as `lora-fx train` prints them."""
 
@@ -136,7 +139,9 @@ def commands(base: Path, folder: Path, steps: int) -> dict[str, list[str]]:
     ours = ["lora_fx.cli", "train", str(base), f"{folder}/ours.jsonl", "-o", f"{folder}/ours"]
     ours += ["--steps", str(steps), "--validation", "0", "--curve", f"{folder}/ours.csv", "--force"]
     theirs = [__spec__.name, "--trl", str(base), str(folder), str(steps)]
-    return {name: [sys.executable, "-m", *rest] for name, rest in (("TRL", theirs), ("lora-fx", ours))}
+    return {
+        name: [sys.executable, "-m", *rest] for name, rest in (("TRL", theirs), ("lora-fx", ours))
+    }
 
 
 def losses_of(folder: Path) -> tuple[list[float], list[float]]:

@@ -71,9 +71,7 @@ def fit(
     """
     settings = settings or Settings()
     saving = saving or Saving()
-    steps = settings.steps
-    if not steps:
-        steps = math.ceil(settings.epochs * training.count(settings.batch_size))
+    steps = settings.steps_on(training)
     optimizer = Optimizer(model, settings, steps)
     parts = world.size * settings.accumulate
     rows = part_rows(model, settings.batch_size, parts)
