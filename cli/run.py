@@ -18,6 +18,7 @@ from lora_fx.cli.termination import stopping
 from lora_fx.errors import LoraFxError, Terminated, explain, one_line
 from lora_fx.files.leftovers import sweep
 from lora_fx.files.run_files import Remembered, remembering
+from lora_fx.progress import collecting_less
 from lora_fx.text import near
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = flags_of_group + [word for word in words if word not in flags_of_group]
     files = Remembered()
     try:
-        with stopping(), remembering() as files:
+        with stopping(), collecting_less(), remembering() as files:
             code = group.main(argv, prog_name="lora-fx", standalone_mode=False, obj={"argv": words})
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as error:

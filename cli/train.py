@@ -21,7 +21,13 @@ from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.parallel_run import together
 from lora_fx.cli.step_lines import StepLines
-from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions, defaults_taken
+from lora_fx.cli.train_options import (
+    TRAINED,
+    ExampleOptions,
+    LoopOptions,
+    defaults_taken,
+    with_checks,
+)
 from lora_fx.run_defaults import CAUSAL, OTHERS
 
 
@@ -82,6 +88,8 @@ def command(
             note(*defaults_taken(examples, loop))
         settings = loop.settings(targets.seed, defaults)
         training, validation = tables_of(data, cap, examples, targets.seed, defaults)
+        settings, notes = with_checks(settings, loop, defaults, training, len(validation))
+        note(*notes)
         loss = loss_of(examples.loss)
         if not isinstance(cap, FileCaptured):
             label_example(cap, training, loss)

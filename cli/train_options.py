@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from lora_fx.run_defaults import CAUSAL, OTHERS, RunDefaults
 from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
+    from lora_fx.data import Table
     from lora_fx.fx.train.settings import Saving, Settings
 
 
@@ -120,8 +121,10 @@ class LoopOptions:
     clip: float = option(
         "--clip", type=FROM_0, default=1.0, help="Scale gradients down to this norm; 0 leaves them."
     )
-    checks: int = option(
-        "--checks", type=FROM_1, default=10, help="Validate this many times in the run."
+    checks: int | None = count_option(
+        "--checks",
+        f"Validate this many times in the run.  [default: {OTHERS.checks}; fewer in short runs of "
+        "causal language models]",
     )
     patience: int | None = count_option(
         "--patience", "Stop after this many validations without a better loss."
@@ -190,7 +193,7 @@ class LoopOptions:
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             clip=self.clip,
-            checks=self.checks,
+            checks=self.checks or defaults.checks,
             seed=seed,
             patience=self.patience,
             accumulate=batches * self.accumulate,
@@ -225,12 +228,40 @@ class LoopOptions:
         return Saving(folder, self.save_every, self.resume, self.save_total_limit, curve=self.curve)
 
 
+def with_checks(
+    settings: Settings, loop: LoopOptions, defaults: RunDefaults, training: Table, held_out: int
+) -> tuple[Settings, list[str]]:
+    """Return settings with the number of validations, and a line where it is a smaller default.
+
+    Args:
+        settings: Those of the run.
+        loop: The options; with a number of validations or a patience, nothing changes.
+        defaults: The default numbers.
+        training: The examples that are trained on.
+        held_out: The number of examples that are held out.
+    """
+    if loop.checks or loop.patience:  # which counts validations
+        return settings, []
+    trained = settings.steps_on(training) * settings.batch_size
+    checks = defaults.checks_of(trained, held_out)
+    if checks == settings.checks:
+        return settings, []
+    times = "once" if checks == 1 else f"{checks} times"
+    line = (
+        f"validated {times} in the run, not {settings.checks} times (--checks): it trains on "
+        f"{trained} examples, and {held_out} are held out"
+    )
+    return replace(settings, checks=checks), [line]
+
+
 def defaults_taken(examples: ExampleOptions, loop: LoopOptions) -> list[str]:
     """Return one line with the defaults of causal language models that apply; empty if none do."""
     settings = loop.settings(0, CAUSAL)
     numbers = []
     if loop.batch_size is None:
         numbers.append(f"--batch-size {CAUSAL.batch_size}")
+        if loop.accumulate > 1 and loop.gradient_accumulation_steps is None:
+            numbers.append(f"{settings.batch_size} examples a step in {loop.accumulate} parts")
     if loop.gradient_accumulation_steps is None and settings.accumulate > loop.accumulate:
         numbers.append(f"--gradient-accumulation-steps {CAUSAL.batches}")
     if loop.lr is None:

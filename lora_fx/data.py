@@ -45,10 +45,24 @@ class Table:
         columns = {name: array[np.asarray(index)] for name, array in self.columns.items()}
         return replace(self, columns=columns)
 
-    def trimmed(self) -> Table:
-        """Return the examples without padding columns that none needs (right padding only)."""
+    def _mask(self) -> Array | None:
+        """Return the mask [rows, tokens] that says which tokens are no padding."""
         mask = self.columns.get("attention_mask")
         if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub":
+            return None
+        return mask
+
+    def by_length(self) -> Table:
+        """Return the examples in the order of their lengths, so that batches have less padding."""
+        mask = self._mask()
+        if mask is None:
+            return self
+        return self.rows(np.argsort((mask != 0).sum(1), kind="stable"))
+
+    def trimmed(self) -> Table:
+        """Return the examples without padding columns that none needs (right padding only)."""
+        mask = self._mask()
+        if mask is None:
             return self
         width = int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1
         columns = dict(self.columns)

@@ -19,7 +19,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import progress
+from lora_fx.cli.group import group
 from lora_fx.cli.output import _Lines
+from lora_fx.cli.run import main
 from lora_fx.progress import stage, telling, told
 
 Told = Callable[[str], None]
@@ -122,6 +124,22 @@ def test_verbs_in_threads_leave_the_collector_as_it_was() -> None:
     for end, thread in zip(ends, threads, strict=True):
         end.set()
         thread.join()
+    assert gc.get_threshold() == before
+
+
+@pytest.mark.usefixtures("collector")
+def test_a_whole_command_looks_for_garbage_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its imports, and a training loop behind them, are no part of a verb."""
+    before = gc.get_threshold()
+    seen: list[int] = []
+
+    def command(*_: object, **__: object) -> None:
+        seen.append(gc.get_threshold()[0])
+
+    monkeypatch.setattr(group, "main", command)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert seen == [progress.YOUNG]
     assert gc.get_threshold() == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_fx
 from lora_fx.cli.step_lines import StepLines
-from lora_fx.cli.train_options import ExampleOptions, LoopOptions, defaults_taken
+from lora_fx.cli.train_options import ExampleOptions, LoopOptions, defaults_taken, with_checks
 from lora_fx.data import Table
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.held_out import split
@@ -117,9 +118,29 @@ def test_an_option_of_the_users_wins() -> None:
         "--lr 0.0002, at most 1024 tokens of a line (--max-length), at most 64 examples held out "
         "(--validation)"
     ]
+    parts = defaults_taken(ExampleOptions(), LoopOptions(accumulate=4))
+    assert "--batch-size 4, 4 examples a step in 4 parts, --lr 0.0002" in parts[0]
     examples = ExampleOptions(validation=0.2, max_length=64)
     loop = LoopOptions(batch_size=8, lr=1e-3)
     assert defaults_taken(examples, loop) == []
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(3, 1), (15, 1), (60, 7), (80, 10), (900, 10)])
+def test_a_short_run_validates_on_no_more_examples_than_it_trains_on(
+    steps: int, wanted: int
+) -> None:
+    table = Table({"input_ids": np.zeros((900, 3), np.int64)})
+    loop = LoopOptions(steps=steps)
+    settings, lines = with_checks(loop.settings(0, CAUSAL), loop, CAUSAL, table, 64)
+    assert settings.checks == wanted
+    assert settings == replace(loop.settings(0, CAUSAL), checks=wanted)
+    told = [f"not 10 times (--checks): it trains on {8 * steps} examples, and 64 are held out"]
+    assert [line.partition("run, ")[2] for line in lines] == (told if wanted < 10 else [])
+
+    for own in (LoopOptions(steps=steps, checks=12), LoopOptions(steps=steps, patience=2)):
+        assert with_checks(own.settings(0, CAUSAL), own, CAUSAL, table, 64)[1] == []
+    assert LoopOptions(checks=12).settings(0, CAUSAL).checks == 12
+    assert with_checks(loop.settings(0), loop, OTHERS, table, 64) == (loop.settings(0), [])
 
 
 def test_no_more_than_64_examples_are_held_out() -> None:

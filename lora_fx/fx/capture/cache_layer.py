@@ -55,7 +55,3 @@ class CacheLayer:
             now.token(settings),
             tuple(tensors),
         )
-
-    def others(self, now: Snapshot) -> Token:
-        """Return the state of the other layers, which the call must not change."""
-        return now.token([layer for layer in self.layers if layer is not self.layer])

@@ -294,7 +294,9 @@ class Repeats:
                 if layer is None or leaf is not layer.cache:
                     tokens.append(snapshot.token(leaf))
             if layer is not None:
-                tokens += [layer.kind(snapshot), layer.others(snapshot)]
+                # the other layers: WatchedLayers sees who asks the cache for them, and the
+                # snapshots of the blocks hold those that their code reaches in another way
+                tokens.append(layer.kind(snapshot))
             versions = [tensor._version for tensor in inputs]
             return versions, _count_of_unbacked_sizes(inputs), block.state(), tokens
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_arg
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
@@ -23,6 +22,7 @@ from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import (
     MARK,
     argument,
+    copy_into,
     dtype_name,
     is_marked,
     make_marked,
@@ -430,13 +430,7 @@ class FxGraph(Analysed):
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            copy = graph.create_node(node.op, node.target, None, None, node.name)
-            copies[node] = copy
-            # set afterwards: create_node looks for symbols among its arguments, a third of its time
-            copy.args = map_arg(node.args, copies.__getitem__)
-            copy.kwargs = map_arg(node.kwargs, copies.__getitem__)
-            copy.meta = dict(node.meta)
-            copy.type = node.type
+            copy = copy_into(graph, node, copies)
             if copy.name != node.name:
                 copy.name = node.name
         graph.set_codegen(self.graph._codegen)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.fx.graph.nodes import scopes_of
+from lora_fx.fx.graph.nodes import copy_into, scopes_of
 
 CALLS = ("call_function", "call_module")
 """The kinds of nodes that compute something."""
@@ -128,7 +128,7 @@ def _copied(
     for node in own_tensors:
         copies[node] = graph.get_attr(str(node.target).removeprefix(prefix))
     for node in body:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copy_into(graph, node, copies)
     results = tuple(copies[node] for node in outputs)
     graph.output(results[0] if len(results) == 1 else results)
     return graph

@@ -71,9 +71,7 @@ def fit(
     """
     settings = settings or Settings()
     saving = saving or Saving()
-    steps = settings.steps
-    if not steps:
-        steps = math.ceil(settings.epochs * training.count(settings.batch_size))
+    steps = settings.steps_on(training)
     optimizer = Optimizer(model, settings, steps)
     parts = world.size * settings.accumulate
     rows = part_rows(model, settings.batch_size, parts)
@@ -282,9 +280,13 @@ class _Run:
             return
         most = max(1, len(batch) // _least_rows(self.objective.model))
         first = self.world.rank * parts
+        if self.objective.ignores_padding:
+            batch = batch.by_length()
         indices = np.array_split(np.arange(len(batch)), min(count, most))
         for index in indices[first : first + parts]:
-            part = batch.rows(index)  # not trimmed: as in the whole batch
+            part = batch.rows(index)
+            if self.objective.ignores_padding:
+                part = part.trimmed()
             weight = self.objective.weight(part)
             if weight:
                 yield part, weight / batch_weight

@@ -64,6 +64,14 @@ class Objective:
             labels = labels[:, 1:]
         return int((labels != IGNORED).sum())
 
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether tokens behind a row's last one have no effect on the loss.
+
+        That is so where each token predicts the next one: none sees those behind it.
+        """
+        return self.counts == "next"
+
     def loss(self, batch: Table) -> torch.Tensor:
         """Return the mean loss of a batch, with its autograd graph, in the model's current mode."""
         labels = batch.columns.get(batch.label)
@@ -84,6 +92,8 @@ class Objective:
     def mean(self, table: Table, batch_size: int, world: Processes = ALONE) -> float:
         """Return the mean loss over a table, in eval mode; the processes share the batches."""
         self.model.eval()
+        if self.ignores_padding:
+            table = table.by_length()
         total = 0.0
         weight = 0.0
         for i, batch in enumerate(table.batches(batch_size)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.learning_rate import SCHEDULES
 from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
@@ -47,6 +49,10 @@ class Settings:
     mixed_precision: str = "no"
     schedule: str = "cosine"
     optimizer: str = "adamw_torch"
+
+    def steps_on(self, training: Table | Buckets) -> int:
+        """Return the number of steps of a run on some data."""
+        return self.steps or math.ceil(self.epochs * training.count(self.batch_size))
 
     def __post_init__(self) -> None:
         """Raise for an unknown schedule or optimizer."""

@@ -134,6 +134,18 @@ class WritesLayer(Fills):
         return super().forward(x, cache)
 
 
+FIRST: list[Any] = []
+"""The first layer of the present cache, as code beside a model may keep it."""
+
+
+class WritesFirst(Fills):
+    """Changes the first layer without asking the cache for it."""
+
+    def forward(self, x: Any, cache: Any) -> Any:
+        FIRST[0].keys = FIRST[0].keys + 1.0
+        return super().forward(x, cache)
+
+
 class TwoNumbers(Fills):
     """Two numbers in a block, of which one is that of its layer."""
 
@@ -160,6 +172,7 @@ class WithCache(nn.Module):
     def forward(self, x: Any) -> Any:
         past = x[:, None].tanh()
         cache = self.cache([(past + i, past * i) for i in range(len(self.blocks))])
+        FIRST[:] = cache.layers[:1]
         for block in self.blocks:
             x = block(x, cache)
         return x, [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
@@ -168,7 +181,7 @@ class WithCache(nn.Module):
 ALIKE = (Fills, IsInRange, ReadsOwn, Around, AroundByNumber)
 APART = (
     *(Scales, IsFirst, ByName, ByKind, ReadsFirst, ReadsBefore, ReadsAll, ReadsLength, Counts),
-    *(AddsLayer, MarksLayer, WritesLayer, TwoNumbers),
+    *(AddsLayer, MarksLayer, WritesLayer, WritesFirst, TwoNumbers),
 )
 
 

@@ -16,7 +16,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.train.learning_rate import factor
 from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.objective import UNKNOWN, objective
+from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
 from lora_fx.fx.train.settings import Saving, Settings
 from tests.fx.train.test_loop import Net, adapted, table
 from tests.fx.train.two_processes import Tokens, token_model, tokens
@@ -57,6 +57,49 @@ def test_labels_count_not_examples(loss: str) -> None:
     whole = fit(model, data, settings=replace(S, batch_size=6))
     report = fit(token_model(net), data, settings=replace(S, batch_size=6, accumulate=4))
     assert report.losses == pytest.approx(whole.losses, abs=1e-6)
+
+
+class Masked(Tokens):
+    """Takes a mask, as models of transformers do."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        return super().forward(input_ids, labels)
+
+
+def masked_model() -> Any:
+    ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.ones(3, 8, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+    return lora_fx.insert(Masked().eval(), (), inputs, rank=2, include="fc")
+
+
+def test_a_part_of_texts_is_as_long_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    mask = (np.arange(9) < np.array([9, 2, 5, 8, 3, 4, 7, 6])[:, None]).astype(np.int64)
+    ids = rng.integers(0, 9, mask.shape)
+    columns = {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)}
+    data = Table(columns, "labels")
+    shapes: list[tuple[int, ...]] = []
+    loss = Objective.loss
+
+    def counted(self: Objective, batch: Table) -> torch.Tensor:
+        shapes.append(batch.columns["input_ids"].shape)
+        return loss(self, batch)
+
+    monkeypatch.setattr(Objective, "loss", counted)
+    settings = replace(S, steps=3, batch_size=8, checks=1)
+    whole = fit(masked_model(), data, settings=settings)
+    assert set(shapes) == {(8, 9)}
+
+    shapes.clear()
+    parts = fit(masked_model(), data, data, settings=replace(settings, accumulate=4))
+    by_length = [(2, 3), (2, 5), (2, 7), (2, 9)]
+    assert shapes == by_length * 5, "the steps, and a validation before and behind them"
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-6)
 
 
 class Branch(Net):
