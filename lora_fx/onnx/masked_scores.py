@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.onnx.graph.emitter import add_initialiser
-from lora_fx.onnx.graph.values import constant, made_by
+from lora_fx.onnx.graph.values import constant, delete_unread, made_by
 
 LOWEST = -6e4
 """The upper bound of numbers that count as a mask: float16's least number is −65504."""
@@ -26,11 +26,13 @@ def mask_by_infinity(model: ir.Model) -> None:
             where = made_by(value, "Where")
             if where is None:
                 continue
-            low = constant(where.inputs[2])
+            least = where.inputs[2]
+            low = constant(least)
             if low is not None and low.size == 1 and low.item() < LOWEST:
                 name = f"{where.outputs[0].name}_left_out"
                 infinity = np.full(low.shape, -np.inf, low.dtype)
                 where.replace_input_with(2, add_initialiser(model.graph, name, infinity))
+                delete_unread(least)
 
 
 def _masked_sum(node: ir.Node) -> Sequence[ir.Value | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lora_fx.errors import LoraFxError
+from lora_fx.files.copying import reflink
 from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.load import data_names
 
@@ -27,6 +28,10 @@ class Place(Protocol):
 def copy_model(model: Path, folder: Path) -> list[str]:
     """Copy an .onnx file, as MODEL, and its data into a folder; return their names.
 
+    The copy of the data shares its blocks on disk with the original where the file system can. A
+    hard link would share them everywhere, but the onnx package and onnx_ir refuse data that has
+    two names, under both of them.
+
     Raises:
         LoraFxError: The data has the name of a file that is in the folder.
     """
@@ -39,5 +44,6 @@ def copy_model(model: Path, folder: Path) -> list[str]:
                 f"{model}: its data file cannot be called {name!r}", "rename the file"
             )
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.parent / name, copy)
+        if not reflink(model.parent / name, copy):
+            shutil.copyfile(model.parent / name, copy)
     return [MODEL, *names]

@@ -14,6 +14,7 @@ from lora_fx.ir.kinds import swap_last
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.marks import MARK
+from lora_fx.onnx.graph.values import delete_unread
 from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.targets.target import Target
 
@@ -82,7 +83,7 @@ def reread(graph: OnnxGraph, value: ir.Value, transposed: ir.Value, perm: tuple[
             factor = user.inputs[1 - slot]
             reread(graph, result, transposed, perm)
             body.remove(user, safe=True)
-            _delete_unread(graph, factor)
+            delete_unread(factor)
         elif user.op_type == "Transpose" and tuple(user.attributes["perm"].as_ints()) == perm:
             for reader, reader_slot in list(result.uses()):
                 reader.replace_input_with(reader_slot, transposed)
@@ -103,13 +104,6 @@ def reread(graph: OnnxGraph, value: ir.Value, transposed: ir.Value, perm: tuple[
 def _picks_matrices(node: ir.Node) -> bool:
     """Whether a node selects matrices of a stack, along its first axis."""
     return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
-
-
-def _delete_unread(graph: OnnxGraph, value: ir.Value | None) -> None:
-    """Delete an initialiser without readers."""
-    stored = graph.model.graph.initializers
-    if value is not None and not value.uses() and value.name in stored:
-        del stored[str(value.name)]
 
 
 def _is_one(value: ir.Value | None) -> bool:

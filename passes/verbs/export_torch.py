@@ -24,7 +24,7 @@ from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.options import ExportAdapters
-from lora_fx.passes.verbs.quantise import Wanted, quantised
+from lora_fx.passes.verbs.quantise import Wanted, quantised, said_of_large_floats
 from lora_fx.targets.target import Target
 
 WIDENED = (
@@ -91,6 +91,7 @@ def quantised_base(
     coded.notes.append(
         f"quantising changes the base's outputs by up to {difference:.1e} of the largest number"
     )
+    coded.notes += said_of_large_floats(coded, trained_whole)
 
     base = Base()
     for i, adapter in enumerate(adapters, 1):

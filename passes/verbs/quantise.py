@@ -6,12 +6,13 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.dotted_names import parameter_of
-from lora_fx.fx.quantised_parameters import occupied_name, tensors_of
+from lora_fx.fx.dotted_names import named_tensors, parameter_of
+from lora_fx.fx.quantised_parameters import forms, occupied_name, tensors_of
 from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
@@ -19,7 +20,7 @@ from lora_fx.passes.verbs.options import Selectors
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 from lora_fx.targets.target import Target
-from lora_fx.text import human
+from lora_fx.text import human, some
 
 KINDS = ("nf4", "int4", "int8")
 Wanted = str | Sequence[str] | Mapping[str, Selectors]
@@ -59,6 +60,41 @@ def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Cap
     )
     coded.notes = [*cap.notes, note, *notes]
     return coded
+
+
+def said_of_large_floats(coded: Captured, leave: Collection[str] = ()) -> list[str]:
+    """Return a line if weights that could be codes, but are floats, are most of a file's bytes.
+
+    The default plan leaves lookup tables and heads in float: of a small language model with a large
+    vocabulary, these are more than all layers as codes.
+
+    Args:
+        coded: A quantised capture. Its bfloat16 weights are float32 in a file.
+        leave: Parameters that are trained whole.
+    """
+    targets = find(coded.fx_graph())
+    stored = forms(coded.model)
+    bytes_in_file = 0
+    large: dict[str, int] = {}
+    for name in dict.fromkeys(named_tensors(coded.model)[0].values()):
+        if name in stored:
+            bytes_in_file += sum(tensor.nbytes for tensor in tensors_of(coded.model, name))
+            continue
+        parameter = parameter_of(coded.model, name)
+        size = parameter.nbytes * (2 if parameter.dtype is torch.bfloat16 else 1)
+        bytes_in_file += size
+        if _targets_of(targets, name) and not _why_not(coded.model, targets, name, leave):
+            large[name] = size
+
+    bytes_of_floats = sum(large.values())
+    if bytes_of_floats <= bytes_in_file / 2:
+        return []
+    selectors = ",".join(name.removesuffix(".weight") for name in large)
+    sizes = f"{human(bytes_of_floats)}B as floats, of {human(bytes_in_file)}B in all"
+    return [
+        f"{some([*large])}: {sizes}; to store them in 8 bits, add int8={selectors} to what is "
+        "quantised"
+    ]
 
 
 def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:

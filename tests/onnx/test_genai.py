@@ -182,6 +182,33 @@ def test_a_folder_is_replaced_where_lora_fx_made_it(source: Path) -> None:
         genai_folder("model", Path("m.onnx"), settings(), force=True)
 
 
+@pytest.mark.parametrize("clones", [True, False])
+def test_data_is_cloned_where_the_file_system_can(
+    clones: bool, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never linked: onnx and onnx_ir refuse data of two names, and either file could change."""
+    cloned: list[str] = []
+
+    def clone(original: Path, copy: Path) -> bool:
+        cloned.append(original.name)
+        if clones:
+            copy.write_bytes(b"cloned" + original.read_bytes()[6:])
+        return clones
+
+    write_decoder(Path("m.onnx"), data="m.onnx.data")
+    monkeypatch.setattr("lora_fx.onnx.place.reflink", clone)
+    place(genai_folder("genai", Path("m.onnx"), settings(), force=False), Path("m.onnx"))
+    assert cloned == ["m.onnx.data"]
+
+    data = Path("genai/m.onnx.data")
+    original = Path("m.onnx.data").read_bytes()
+    assert data.read_bytes() == (b"cloned" + original[6:] if clones else original)
+    for path in (data, Path("m.onnx.data")):
+        assert path.stat().st_nlink == 1
+    onnx.load("m.onnx")
+    onnx.load("genai/model.onnx")
+
+
 def test_uneven_caches_are_refused(source: Path) -> None:
     write_decoder(Path("m.onnx"), (8, 6))
     made = genai_folder("genai", Path("m.onnx"), settings(), force=False)

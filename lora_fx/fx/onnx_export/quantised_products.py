@@ -1,7 +1,8 @@
 """Products with quantised weights as operators of ONNX Runtime, with the same bytes of codes.
 
-MatMulNBits takes integer codes, MatMulBnb4 codes that are places of a table. Whatever else reads
-such a weight gets numbers by plain ops.
+MatMulNBits takes integer codes, MatMulBnb4 codes that are places of a table. A lookup takes the
+codes of its rows, and dequantises these by plain ops: a run would make floats of a whole table
+otherwise. Whatever else reads such a weight gets numbers by plain ops.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def rewrite_dequantise(graph: fx.Graph, node: fx.Node) -> None:
     args: Any = node.args
     codes, scale, zero, order, shape, kind, block, turned, _ = args
     node.target = dequantised
+    if kind not in LEVELS and not turned and len(shape) == 2:
+        for lookup in [user for user in node.users if user.target is aten.embedding.default]:
+            lookup.target = rows_of_codes
+            lookup.args = (lookup.args[1], *node.args)
+            lookup.kwargs = {}
     if order is not None or not _has_product(kind, shape, block):
         return
     sizes = tuple(shape[::-1]) if turned else tuple(shape)
@@ -73,6 +79,31 @@ def _takes_codes(product: fx.Node, weight: fx.Node, is_in_out: bool) -> bool:
         return False
     factor = float(argument(product, "alpha", 1)) * float(argument(product, "beta", 1))
     return bias_at != 0 or factor == 1.0
+
+
+def rows_of_codes(
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    order: Tensor | None,
+    shape: Sequence[int],
+    *form: Any,
+) -> Tensor:
+    """Dequantise the rows `ids` of a table whose blocks end with its rows; see `dequantised`."""
+    places = ids.reshape(-1)
+    zero_of_rows = None
+    if zero is not None:
+        zero_of_rows = zero.reshape(scale.shape[0], -1).index_select(0, places)
+    rows = dequantised(
+        codes.index_select(0, places),
+        scale.index_select(0, places),
+        zero_of_rows,
+        order,
+        [places.shape[0], shape[1]],
+        *form,
+    )
+    return rows.reshape([*ids.shape, shape[1]])
 
 
 def product_of_codes(

@@ -74,6 +74,14 @@ def remove_unread(node: ir.Node | None) -> None:
         remove_unread(producer)
 
 
+def delete_unread(value: ir.Value | None) -> None:
+    """Delete an initialiser without readers, about which ONNX Runtime warns at every load."""
+    if value is None or not value.is_initializer():
+        return
+    if not value.uses() and not value.is_graph_output() and value.graph is not None:
+        del value.graph.initializers[str(value.name)]
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """Return the array of an initialiser or a Constant; None for other values."""
     # an initialiser that is an input too can be overridden in every run: no constant
