@@ -24,6 +24,7 @@ from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
 from lora_fx.fx.train.optimizer import Optimizer
 from lora_fx.fx.train.processes import ALONE, Processes
 from lora_fx.fx.train.run_facts import Facts
+from lora_fx.fx.train.run_memory import RunMemory, without_own_loss
 from lora_fx.fx.train.settings import Saving, Settings
 from lora_fx.fx.train.state import Trail
 from lora_fx.fx.train.train_report import TrainReport
@@ -95,6 +96,8 @@ def fit(
 
     run = _Run(run_objective, optimizer, world, saving, facts, held_out, rows)
     with run_objective.alone():
+        measured = run_objective if isinstance(loss, str) else without_own_loss(run_objective)
+        RunMemory(measured, optimizer, training, rows, parts).check()
         trail = run.start()
         run.go(training, trail, progress)
     report = trail.report
