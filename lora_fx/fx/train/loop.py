@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -182,7 +183,8 @@ class _Run:
             batches = training.batches(settings.batch_size, settings.seed + trail.epoch)
             for batch in itertools.islice(batches, trail.at, None):
                 step = trail.step + 1
-                report.losses.append(self._loss_and_gradients(batch, step))
+                with self._stage_of_step(report):
+                    report.losses.append(self._loss_and_gradients(batch, step))
                 if progress is not None:
                     progress(step, steps, report.losses[-1])
                 if step == 1:
@@ -194,6 +196,12 @@ class _Run:
                     return
             trail.epoch += 1
             trail.at = 0
+
+    def _stage_of_step(self, report: TrainReport) -> contextlib.AbstractContextManager[None]:
+        """Return the stage of this run's first step, which compiles what the others run."""
+        if report.losses:
+            return contextlib.nullcontext()
+        return stage("running the first step")
 
     def _validate_before_training(self, trail: Trail) -> None:
         """Compute the validation loss of the untrained model.
@@ -221,7 +229,8 @@ class _Run:
         if self.saving.every:
             saves = trail.step % self.saving.every == 0
         if self.saving.folder and (saves or ends):
-            state.save(self.saving, trail, self.optimizer, self.facts, self.world)
+            with stage("saving a state"):
+                state.save(self.saving, trail, self.optimizer, self.facts, self.world)
         if self.saving.curve and (is_due or ends) and self.world.first:
             # the run's own file, which it may replace: what a user had there was refused before
             with replacing(self.saving.curve, force=True) as temporary:
@@ -231,7 +240,8 @@ class _Run:
     def _validate(self, held_out: Table, trail: Trail) -> None:
         """Compute the validation loss, keep the adapter if it is the lowest, check patience."""
         report = trail.report
-        value = self.objective.mean(held_out, self.rows, self.world)
+        with stage("validating"):
+            value = self.objective.mean(held_out, self.rows, self.world)
         report.validation[trail.step] = value
         if not math.isfinite(value):
             raise not_finite(trail.step, "validation loss", value, "check the held-out examples")
