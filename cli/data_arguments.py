@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError
+from lora_fx.progress import stage
 from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def load_npz(path: str | None) -> Json:
     return read_npz(path)
 
 
+@stage("reading the data")
 def training_data(path: str, cap: Captured, label: str, max_length: int | None = None) -> Table:
     """Read DATA as inputs of a model; the model's own tokenizer tokenises texts."""
     from lora_fx.data import training_table

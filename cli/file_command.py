@@ -15,13 +15,14 @@ import click
 from lora_fx.cli.adapter_arguments import split_weight
 from lora_fx.cli.config_file import config_options, saving_config
 from lora_fx.cli.input_paths import MODELS, input_paths, texts_of
-from lora_fx.cli.options import FORCE, Rules, given_here, in_groups
+from lora_fx.cli.options import FORCE, NO_MEMORY_CHECK, Rules, given_here, in_groups
 from lora_fx.cli.output import note, result
 from lora_fx.cli.result_page import check_page, write_page
 from lora_fx.errors import LoraFxError, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import trusting
 from lora_fx.files.run_files import remember
+from lora_fx.peak_memory import refusing
 from lora_fx.progress import stage
 from lora_fx.text import JsonView, is_whole
 
@@ -29,6 +30,8 @@ WRITTEN = ("output", "out", "report", "curve", "save_state", "resume", "save_con
 """Options that name an output."""
 
 
+CHECKED = ("train", "export", "bench", "verify")
+"""Commands that refuse a job for which the memory does not suffice."""
 SHOWN = ("merge", "extract", "train")
 """Commands that draw a progress bar on a terminal, or print their steps."""
 
@@ -48,6 +51,10 @@ class FileCommand(click.Command):
         self.params += config_options()
         if "force" not in self.function_params:
             self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
+        if self.name in CHECKED:
+            self.params.append(
+                click.Option(["--no-memory-check"], is_flag=True, help=NO_MEMORY_CHECK)
+            )
         if self.reports:
             page_help = "Write the result as an HTML page."
             self.params.append(click.Option(["--report"], metavar="PAGE.html", help=page_help))
@@ -65,7 +72,8 @@ class FileCommand(click.Command):
 
         draws_a_bar = self.name in SHOWN and sys.stderr.isatty()
         work = contextlib.nullcontext() if draws_a_bar else stage(self.name or "working")
-        with trusting(bool(ctx.params.get("trust"))), saving_config(ctx), work:
+        limited = refusing(not ctx.params.get("no_memory_check"))
+        with trusting(bool(ctx.params.get("trust"))), saving_config(ctx), limited, work:
             self._download_models(ctx.params)
             remember(*input_paths(ctx.params))  # the folders in the cache
             ctx.find_root().ensure_object(dict)["json"] = ctx.params.get("as_json")

@@ -155,6 +155,7 @@ def output_option(metavar: str, text: str) -> Decorator:
     return click.option("-o", "--output", required=True, metavar=metavar, help=text)
 
 
+NO_MEMORY_CHECK = "Start a job that needs more memory than is free."
 TRUST = "Read pickled tensors (.bin), without running code from them."
 force_option = click.option("--force", is_flag=True, help=FORCE)
 trust_option = click.option("--trust", is_flag=True, help=TRUST)
@@ -216,7 +217,8 @@ GROUPS = {
     "States of a training": "save_state save_every save_total_limit resume",
     "Targets and ranks": "plan rank alpha energy max_rank params max_error max_abs_error include "
     "exclude also_train also_full whole variant init seed dropout quantise accuracy_level dead",
-    "What is accepted": "allow_unused allow_missing any_base other_readers untie add again",
+    "What is accepted": "allow_unused allow_missing any_base other_readers untie add again "
+    "no_memory_check",
     "Quantised weights": "dtype dequantise requantise lossy max_shard_size",
     "ONNX": "opset optimise precision tol cache genai names delta triton max_batch",
     "Model and its inputs": "model weights inputs_file dynamic static trust no_repeat",

@@ -156,6 +156,22 @@ def size_in_bytes(text: str) -> int:
     return int(float(number) * base**power)
 
 
+def sized(count: int) -> str:
+    """Return a number of bytes as text.
+
+    >>> sized(999), sized(12_345_678), sized(999_999)
+    ('999 B', '12.3 MB', '1 MB')
+    """
+    value = float(count)
+    if value < 999.5:
+        return f"{value:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+    return f"{value / 1000:.3g} TB"
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether the value is an int or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -28,6 +28,8 @@ ORDER = (
     ("lora_fx.regexes", "lora_fx.spellings", "lora_fx.patching"),
     ("lora_fx.comparisons",),
     ("lora_fx.conditions",),
+    ("lora_fx.free_memory",),
+    ("lora_fx.peak_memory",),
     ("lora_fx.files",),
     ("lora_fx.data_files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),

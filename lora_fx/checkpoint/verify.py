@@ -25,6 +25,7 @@ from lora_fx.errors import explained
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.run_files import check_unchanged, remembering
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
+from lora_fx.progress import stage
 from lora_fx.text import Json
 
 _SHOWN = 20
@@ -74,6 +75,7 @@ def verify_files(
     return report
 
 
+@stage("comparing the tensors")
 def _compare(first: Checkpoint, second: Checkpoint, tol: float) -> Report:
     """Return the report of two checkpoints that should be equal."""
     differences = list(unlike(first.tensors, second.tensors, tol))
@@ -84,6 +86,7 @@ def _compare(first: Checkpoint, second: Checkpoint, tol: float) -> Report:
     return Report("verify", not differences, details=details)
 
 
+@stage("merging again, and comparing the tensors")
 def _check_merged(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[WeightedAdapter], rows: int | None
 ) -> Report:

@@ -19,6 +19,7 @@ from lora_fx.onnx.load import checked
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.signature import signature
 from lora_fx.onnx.timing import Sample, interleave, summary, timed
+from lora_fx.progress import stage
 from lora_fx.text import Json
 
 SIZES = ((1, 8), (1, 32))
@@ -167,7 +168,9 @@ def time_sessions(
     base_seconds = max(seconds_of_a_run[0], 1e-7)
     repeats = max(1, math.ceil((seconds or SAMPLE_SECONDS) / base_seconds))
     measured = {name: partial(timed, run, repeats) for name, run in runs.items()}
-    return Timings(shapes, repeats, interleave(measured, rounds, warmup))
+    with stage(f"timing at {sizes_text(shapes)}"):
+        samples = interleave(measured, rounds, warmup)
+    return Timings(shapes, repeats, samples)
 
 
 def _shapes(feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:

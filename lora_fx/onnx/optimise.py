@@ -26,6 +26,7 @@ from lora_fx.onnx.rewrites.onnxscript_passes import FoldConstants, FuseForRuntim
 from lora_fx.onnx.rewrites.split_skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.onnx.session import RuntimeSession
+from lora_fx.progress import stage
 from lora_fx.text import Json
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]
@@ -104,7 +105,8 @@ def apply_stages(
     rows: list[RewriteStage] = []
     for name, rewrite in stages.items():
         candidate = model.clone()
-        trial = _try(rewrite, model, candidate, error, provider)
+        with stage(f"optimising: {name}"):
+            trial = _try(rewrite, model, candidate, error, provider)
         if trial is None:
             continue
         row = RewriteStage(

@@ -18,6 +18,7 @@ from lora_fx.files.atomic import EXISTS, replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, save
+from lora_fx.progress import stage
 
 
 @dataclass
@@ -56,14 +57,15 @@ class Output:
         delta: bool = False,
     ) -> None:
         """Write a model, replacing an earlier one; see save."""
-        files = save(
-            model,
-            self.path,
-            external_over=external_over,
-            data=self.data.name,
-            beside=beside,
-            delta=delta,
-        )
+        with stage("writing the file"):
+            files = save(
+                model,
+                self.path,
+                external_over=external_over,
+                data=self.data.name,
+                beside=beside,
+                delta=delta,
+            )
         self.external = len(files) > 1
         if delta:
             self._show()

@@ -25,6 +25,7 @@ from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.candidate_error import Feeds, WorstError, peaks
 from lora_fx.onnx.rewrites.to_half import ToHalf
 from lora_fx.onnx.save import weight_bytes
+from lora_fx.progress import stage
 
 PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": STEPS, "level 4": STEPS}
@@ -93,10 +94,11 @@ def narrow(
         )
     error = WorstError(model, feeds, provider)
     tol = tol or GATES[precision]
-    if precision == "int8":
-        narrowed = _to_int8(model, error, tol)
-    else:
-        narrowed = _to_float16(model, error, peaks(model, feeds, provider), tol)
+    with stage(f"converting to {precision}"):
+        if precision == "int8":
+            narrowed = _to_int8(model, error, tol)
+        else:
+            narrowed = _to_float16(model, error, peaks(model, feeds, provider), tol)
     narrowed.model.metadata_props[PRECISION] = precision  # the gate of whoever compares it later
     return narrowed
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from lora_fx.errors import visible
-from lora_fx.text import counted, is_number
+from lora_fx.text import counted, is_number, sized
 
 THIN = "\u202f"
 """A narrow non-breaking space between groups of three digits."""
@@ -90,14 +90,7 @@ def size(count: object) -> str:
     """
     if not isinstance(count, int):
         return "–"
-    value = float(count)
-    if value < 999.5:
-        return f"{value:.0f}\u00a0B"
-    for unit in ("kB", "MB", "GB"):
-        value /= 1000
-        if value < 999.5:
-            return f"{value:.3g}\u00a0{unit}"
-    return f"{value / 1000:.3g}\u00a0TB"
+    return sized(count).replace(" ", "\u00a0")
 
 
 def shape(dims: Sequence[object]) -> str:

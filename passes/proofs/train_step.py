@@ -123,11 +123,11 @@ def _compare(
             inputs[slot.name] = _drawn(slot, tensor, generator, draw)
         inputs |= _drawn_moments(step, inputs, generator, moments_are_zero)
 
-        expected = step(inputs)
         errors: dict[str, float] = {}
-        gates = {name: Gate(ORT_TOL, CEILING) for name in expected}
-        rounding = partial(step.rounding, inputs, expected, errors)
         with stage(f"comparing a step at {sizes_text(shapes)}"):
+            expected = step(inputs)
+            gates = {name: Gate(ORT_TOL, CEILING) for name in expected}
+            rounding = partial(step.rounding, inputs, expected, errors)
             parity = compare_fairly(run(inputs), expected, shapes, gates, rounding, of="step")
         if parity.ok or 4 * errors.get(parity.output, 0.0) < CEILING:
             break

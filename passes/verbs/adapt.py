@@ -41,7 +41,7 @@ from lora_fx.passes.verbs.options import (
     Selectors,
 )
 from lora_fx.passes.verbs.quantise import Wanted, quantised
-from lora_fx.progress import Listener, told
+from lora_fx.progress import Listener, stage, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Plan
 from lora_fx.targets.rank_plan import GivenRanks
@@ -241,7 +241,8 @@ def fold(
     bound = bind(with_base(opened_adapter, cap.model), find(cap))
     fold_pass = Fold(bound.lowrank)
     tree = model if isinstance(model, CapturedModule) else cap.model
-    module = FoldedModule(cap, tree, fold_pass, bound)
+    with stage("folding the adapter into the weights"):
+        module = FoldedModule(cap, tree, fold_pass, bound)
     module.folded = tuple(fold_pass.report)
     whole_tensors = {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
     module.unrounded = {**fold_pass.unrounded, **whole_tensors}

@@ -45,6 +45,7 @@ from lora_fx.passes.reread import RecomputeWeights
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.options import InsertOptions
+from lora_fx.progress import stage
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import own_use
 from lora_fx.targets.moments import Calibration, Moments
@@ -228,6 +229,7 @@ def adapted_module(
     )
 
 
+@stage("inserting branches")
 def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     """Build the module that insert returns, and prove that every target takes effect.
 

@@ -35,11 +35,13 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout
 from lora_fx.passes.insert import reached
+from lora_fx.progress import stage
 from lora_fx.targets.moments import STATISTICS, WIDE, Calibration, Moments, Sums
 from lora_fx.targets.regions import contains, relative
 from lora_fx.targets.target import Target
 
 
+@stage("running the data through the model")
 def calibrate(
     cap: Captured,
     uses: Mapping[str, str],

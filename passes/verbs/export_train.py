@@ -60,6 +60,7 @@ from lora_fx.passes.verbs.export_options import MODES, Companions, ExportOptions
 from lora_fx.passes.verbs.export_slots import base_of, torch_reference
 from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.progress import stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -258,12 +259,14 @@ class _Files:
         target = options.target
         names = {key: (slot.a, slot.b) for key, slot in manifest.slots.items()}
         slots = slots_in(self.updates, names)
-        plain = train_graph(self.module, self.named, self.labels.loss)
-        self._settle(plain)
-        model = self._model(manifest, slots, reference)
+        with stage("deriving the training step"):
+            plain = train_graph(self.module, self.named, self.labels.loss)
+            self._settle(plain)
+            model = self._model(manifest, slots, reference)
 
         path = output.path.with_name(target.name)
-        bytes_inside = save_beside(model, path, output.path)
+        with stage("writing the step"):
+            bytes_inside = save_beside(model, path, output.path)
         session = open_session(path, options.provider)
         parity = prove_step(
             session.run, plain, slots, self.update, self.labels.labelled, options.inputs

@@ -36,6 +36,7 @@ from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.merged_tensors import prove_merge
 from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
 from lora_fx.passes.verbs.merge_onnx_plan import OnnxMergeOptions, OnnxMergePlan, plan_onnx
+from lora_fx.progress import stage
 from lora_fx.text import Json, StrPath, counted, table
 
 
@@ -78,9 +79,10 @@ def merge_into_file(
         external_over = 0 if has_data_file else options.external_over
         file.save(graph.model, external_over, delta=options.delta)
         changed = {*fold.applied.values(), *plan.matched.whole}
-        written = prove_merge(
-            file.loadable, target, before, changed, plan.targets, plan.matched, fold
-        )
+        with stage("checking the merged tensors"):
+            written = prove_merge(
+                file.loadable, target, before, changed, plan.targets, plan.matched, fold
+            )
         _refuse_unchanged(target, written, before, changed)
         parity: list[Parity] = []
         notes = [*graph.notes]

@@ -24,6 +24,7 @@ from lora_fx.fx.untie import lone_names, untied
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.build import module_of
 from lora_fx.passes.verbs.options import CaptureOptions, ExportAdapters
+from lora_fx.progress import stage
 
 DEFAULTS = CaptureOptions()
 
@@ -60,9 +61,10 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
     if is_program(model):
         return _of_program(model, options)
     if isinstance(model, (str, PathLike)):
-        model = load_model(
-            fspath(model), weights=options.weights, meta=options.meta, trust=options.trust
-        )
+        with stage("loading the model"):
+            model = load_model(
+                fspath(model), weights=options.weights, meta=options.meta, trust=options.trust
+            )
         if options.tell is not None:
             options.tell(*model.notes)
             model = replace(model, notes=())
@@ -105,15 +107,16 @@ def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
         raise LoraFxError(
             f"{fspath(path)} holds its weights inside the file", "leave --weights out"
         )
-    program = open_program(
-        path,
-        options.args,
-        options.kwargs,
-        options.dynamic,
-        options.static,
-        trust=options.trust,
-        meta=options.meta,
-    )
+    with stage("loading the model"):
+        program = open_program(
+            path,
+            options.args,
+            options.kwargs,
+            options.dynamic,
+            options.static,
+            trust=options.trust,
+            meta=options.meta,
+        )
     if options.cache:
         return decoder(program)  # raises
     return apart(program, options.adapter)

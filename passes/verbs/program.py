@@ -34,8 +34,10 @@ from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.proof_inputs import is_real
 from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
 from lora_fx.passes.verbs.open import load_program
+from lora_fx.progress import stage
 
 
+@stage("writing and checking the program")
 def save_program(
     module: CapturedModule, path: str | PathLike[str], *, force: bool = False
 ) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.verbs.options import Selectors
+from lora_fx.progress import stage
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 from lora_fx.targets.target import Target
@@ -27,6 +28,7 @@ Wanted = str | Sequence[str] | Mapping[str, Selectors]
 """KIND for the default plan's weights, KIND=SELECTORS, several of these, or {kind: selectors}."""
 
 
+@stage("coding weights")
 def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Captured:
     """Return a copy of a capture in which some weights are stored as codes.
 

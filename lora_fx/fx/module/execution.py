@@ -18,7 +18,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.example import sample_call
 from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.module.module import CapturedModule, by_output
-from lora_fx.fx.trees import tree_map_only
+from lora_fx.fx.trees import tree_leaves, tree_map_only
 from lora_fx.inputs import SIZES, Extents, Named
 from lora_fx.patching import patched
 
@@ -75,6 +75,11 @@ class Execution:
     def run(self, named: Named) -> object:
         """Run the module on named arguments and return its outputs."""
         return self.captured.signature.call(self._module, named)
+
+    def prepare(self, named: Named) -> None:
+        """Capture the program that runs these arguments in the present mode, if there is none."""
+        bound = self.captured.signature.bind((), named)
+        self._module._program(bound, tree_leaves(bound))
 
     def loss_alone(self) -> contextlib.AbstractContextManager[None]:
         """Return a block in which programs return only the model's own loss.

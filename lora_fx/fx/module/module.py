@@ -186,18 +186,21 @@ class CapturedModule(Recomputing, Scope):
         programs = self._programs
         named = programs.captured.signature.bind(args, kwargs)
         leaves = tree_leaves(named)
+        ident, traced = self._program(named, leaves)
+        out = programs.codes[ident, ""](self, *leaves)
+        return tree_unflatten(list(out), traced.out_spec)
+
+    def _program(self, named: Named, leaves: Sequence[Any]) -> Program:
+        """Return the program for a call, which is captured if there is none."""
         # Nothing flips flags or dtypes in a graph: another mode, dtype or set of arguments is
         # another program, captured when it is first called for. So are sizes at which the model's
         # code takes another path.
         state = (self.training, self._dtype, self._adapted, self._loss_alone)
         key = (*state, *program_key(named, leaves))
-        for ident, traced in programs.compiled.get(key, ()):  # noqa: B007 - it is used behind
-            if traced.door.admits(leaves):
-                break
-        else:
-            ident, traced = self._capture(key, named)
-        out = programs.codes[ident, ""](self, *leaves)
-        return tree_unflatten(list(out), traced.out_spec)
+        for program in self._programs.compiled.get(key, ()):
+            if program[1].door.admits(leaves):
+                return program
+        return self._capture(key, named)
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
         """Turn a captured graph into this module's program."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
 from lora_fx.fx.train.optimizer import Optimizer
 from lora_fx.fx.train.processes import ALONE, Processes
 from lora_fx.fx.train.run_facts import Facts
+from lora_fx.fx.train.run_memory import RunMemory, without_own_loss
 from lora_fx.fx.train.settings import Saving, Settings
 from lora_fx.fx.train.state import Trail
 from lora_fx.fx.train.train_report import TrainReport
@@ -93,6 +95,8 @@ def fit(
 
     run = _Run(run_objective, optimizer, world, saving, facts, held_out, rows)
     with run_objective.alone():
+        measured = run_objective if isinstance(loss, str) else without_own_loss(run_objective)
+        RunMemory(measured, optimizer, training, rows, parts).check()
         trail = run.start()
         run.go(training, trail, progress)
     report = trail.report
@@ -177,7 +181,8 @@ class _Run:
             batches = training.batches(settings.batch_size, settings.seed + trail.epoch)
             for batch in itertools.islice(batches, trail.at, None):
                 step = trail.step + 1
-                report.losses.append(self._loss_and_gradients(batch, step))
+                with self._stage_of_step(report):
+                    report.losses.append(self._loss_and_gradients(batch, step))
                 if progress is not None:
                     progress(step, steps, report.losses[-1])
                 if step == 1:
@@ -189,6 +194,12 @@ class _Run:
                     return
             trail.epoch += 1
             trail.at = 0
+
+    def _stage_of_step(self, report: TrainReport) -> contextlib.AbstractContextManager[None]:
+        """Return the stage of this run's first step, which compiles what the others run."""
+        if report.losses:
+            return contextlib.nullcontext()
+        return stage("running the first step")
 
     def _validate_before_training(self, trail: Trail) -> None:
         """Compute the validation loss of the untrained model.
@@ -216,7 +227,8 @@ class _Run:
         if self.saving.every:
             saves = trail.step % self.saving.every == 0
         if self.saving.folder and (saves or ends):
-            state.save(self.saving, trail, self.optimizer, self.facts, self.world)
+            with stage("saving a state"):
+                state.save(self.saving, trail, self.optimizer, self.facts, self.world)
         if self.saving.curve and (is_due or ends) and self.world.first:
             # the run's own file, which it may replace: what a user had there was refused before
             with replacing(self.saving.curve, force=True) as temporary:
@@ -226,7 +238,8 @@ class _Run:
     def _validate(self, held_out: Table, trail: Trail) -> None:
         """Compute the validation loss, keep the adapter if it is the lowest, check patience."""
         report = trail.report
-        value = self.objective.mean(held_out, self.rows, self.world)
+        with stage("validating"):
+            value = self.objective.mean(held_out, self.rows, self.world)
         report.validation[trail.step] = value
         if not math.isfinite(value):
             raise not_finite(trail.step, "validation loss", value, "check the held-out examples")

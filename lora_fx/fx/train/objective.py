@@ -76,11 +76,17 @@ class Objective:
         """Return the mean loss of a batch, with its autograd graph, in the model's current mode."""
         labels = batch.columns.get(batch.label)
         device = device_of(self.model)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
+        with self._precision(device):
             out = self.model(**inputs_of(self.model, batch, self.own))
             if labels is None:
                 return self.compute(out, None)
             return self.compute(out, from_numpy(labels).to(device))
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """Return a block in which products run in the run's precision; the meta device has one."""
+        if device.type == "meta":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.half)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Return a block in which the model may leave its scores out, if its own loss is used."""

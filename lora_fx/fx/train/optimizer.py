@@ -38,6 +38,11 @@ class Optimizer:
         """The tensors that the optimizer updates."""
         return list(self.named.values())
 
+    @property
+    def moments_of_each(self) -> int:
+        """How many tensors of its own size the optimizer keeps for each trained tensor."""
+        return len(set(self.fields) - {"step"})
+
     def clear(self) -> None:
         """Set the gradients to None."""
         self._inner.zero_grad()
