@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -44,9 +45,36 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """The environment variables of each setting, by its name."""
+WIDEST = (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+"""Flags of /proc/cpuinfo and the instructions that they stand for, the widest first."""
 ENDED = re.compile(r"^=* ?(.*\b(?:passed|failed|error|errors|no tests ran)\b.* in .*?s\b.*?) ?=*$")
 """The last line that pytest prints, with or without -q."""
 ROOT = Path(__file__).parent.parent
+
+
+def family(cpuinfo: str | None = None) -> str:
+    """The family of this machine's processor, such as "AMD EPYC, family 26, AVX-512".
+
+    Times of one family are kept apart from those of another, because libraries choose their kernels
+    by the instructions that a processor has.
+
+    Args:
+        cpuinfo: The text of /proc/cpuinfo; None reads it.
+    """
+    if cpuinfo is None:
+        path = Path("/proc/cpuinfo")
+        cpuinfo = path.read_text() if path.exists() else ""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.machine()
+
+    brand = " ".join(fields["model name"].replace("(R)", "").split()[:2])
+    flags = fields["flags"].split()
+    widest = next((name for flag, name in WIDEST if flag in flags), "SSE")
+    return f"{brand}, family {fields['cpu family']}, {widest}"
 
 
 def environment(setting: str, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ import lora_fx
 from tests.benchmarks.capture import WORDS
 from tests.benchmarks.depth import least_times, table
 from tests.benchmarks.interleave import processor
+from tests.benchmarks.kept import add_keep, gated, report
 
 BASE = "export"
 LONG = "export --cache --no-repeat"
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="time the long way too")
+    add_keep(parser)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -79,7 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         def jobs(layers: int) -> dict[str, Callable[[], object]]:
             return {row: export(layers, given.width, path, ROWS[row]) for row in rows}
 
-        print(table(given.layers, least_times(given.layers, given.rounds, jobs)))
+        rows_by_depth = table(given.layers, least_times(given.layers, given.rounds, jobs))
+        deepest = given.layers[-1]
+        cached = rows_by_depth[1]
+        gate = gated({"what": "", "ratio": cached[f"ratio at {deepest}"]}, "1.30 × export", 1.3)
+        rows_by_depth[1] = {**cached, **{name: gate[name] for name in gate if name != "what"}}
+        report("cache", f"{deepest} layers at most: CPU seconds", rows_by_depth, given.keep)
 
 
 if __name__ == "__main__":

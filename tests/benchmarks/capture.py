@@ -27,8 +27,9 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.onnx.timing import Sample, interleave, summary, timed
+from lora_fx.onnx.timing import interleave, timed
 from tests.benchmarks.interleave import processor
+from tests.benchmarks.kept import add_keep, figures, report
 
 WORDS, LENGTH = 256, 16
 FREE = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
@@ -82,19 +83,6 @@ def export(model: nn.Module, args: tuple[Any, ...], folder: Path) -> dict[str, C
 GROUPS = {"insert": insert, "export": export}
 
 
-def table(name: str, samples: dict[str, list[Sample]]) -> str:
-    """Medians and minima in seconds of CPU, and their ratios to the first row's."""
-    base = [s.cpu for s in next(iter(samples.values()))]
-    lines = [f"\n{name:30} {'median':>8} {'min':>8} {'ratio':>6} {'min r':>6}"]
-    for label, mine in samples.items():
-        row = summary([s.cpu for s in mine], base)
-        lines.append(
-            f"{label:30} {row['median']:8.2f} {row['min']:8.2f} {row['ratio']:6.2f} "
-            f"{row['min_ratio']:6.2f}"
-        )
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print two tables for every number of layers."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.capture")
@@ -102,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    add_keep(parser)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -116,7 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 calls = GROUPS[group](llama(layers, given.width), args, Path(name))
                 runs = {k: partial(timed, f) for k, f in calls.items()}
                 found = interleave(runs, given.rounds, warmup=0, before=gc.collect)
-                print(table(f"{group}, {layers} layers", found), flush=True)
+                base = [sample.cpu for sample in next(iter(found.values()))]
+                rows = [
+                    figures(label, [sample.cpu for sample in samples], base)
+                    for label, samples in found.items()
+                ]
+                report("capture", f"{group}, {layers} layers: CPU seconds", rows, given.keep)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
 
 A random Llama of so many layers, with a free batch and length. A row is a line of ROWS. Of every
 row the least CPU time of some rounds is printed for each depth, its ratio to the first row's, and
-seconds = a + b·layers, by least squares: b is what a layer costs, and a residual says how far the
-times are from a line. CPU time of the process on one thread; all rows run in turn, A B C A B C ….
-What is imported on first use is paid for by a model of one layer, which is not counted.
+seconds = a + b·layers, by least squares: b is what a layer costs, and "off the line" is the largest
+residual as a part of the time. CPU time of the process on one thread; all rows run in turn,
+A B C A B C …. What is imported on first use is paid for by a model of one layer, which is not
+counted.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import lora_fx
 from lora_fx.onnx.timing import interleave, timed
 from tests.benchmarks.capture import FREE, LENGTH, WORDS, llama
 from tests.benchmarks.interleave import processor
+from tests.benchmarks.kept import Row, add_keep, report, rounded
 
 Args = tuple[Any, ...]
 
@@ -71,16 +73,19 @@ def line(layers: Sequence[int], seconds: Sequence[float]) -> tuple[float, float,
     return float(a), float(b), off
 
 
-def table(layers: Sequence[int], times: Mapping[str, Sequence[float]]) -> str:
-    """Seconds and ratios by depth, and the line, a row a line."""
-    heads = "".join(f"{n:>8} {'ratio':>5}" for n in layers)
-    lines = [f"{'layers':32}{heads} {'a':>7} {'b':>7} {'off':>5}"]
+def table(layers: Sequence[int], times: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Seconds and ratios to the first row by depth, and the line."""
     base = next(iter(times.values()))
+    rows: list[Row] = []
     for name, mine in times.items():
-        cells = "".join(f"{s:8.2f} {s / of:5.2f}" for s, of in zip(mine, base, strict=True))
-        a, b, off = line(layers, mine) if len(layers) > 1 else (0.0, mine[0] / layers[0], 0.0)
-        lines.append(f"{name:32}{cells} {a:7.2f} {b:7.3f} {off:5.0%}")
-    return "\n".join(lines)
+        row: Row = {"what": name}
+        for depth, seconds, base_seconds in zip(layers, mine, base, strict=True):
+            row[f"{depth} layers"] = rounded(seconds, 3)
+            row[f"ratio at {depth}"] = rounded(seconds / base_seconds, 3)
+        if len(layers) > 1:
+            _, row["each layer"], row["off the line"] = map(rounded, line(layers, mine))
+        rows.append(row)
+    return rows
 
 
 def least_times(
@@ -111,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=1)
+    add_keep(parser)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -124,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = llama(layers, given.width)
             return {row: partial(ROWS[row], model, args, Path(name)) for row in rows}
 
-        print(table(given.layers, least_times(given.layers, given.rounds, jobs)))
+        rows_by_depth = table(given.layers, least_times(given.layers, given.rounds, jobs))
+        report("depth", "CPU seconds", rows_by_depth, given.keep)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_fx.onnx.timing import Sample
+from tests.benchmarks.kept import Row, cores, figures
+from tests.processors import family
 
 
 @dataclass(frozen=True)
@@ -35,34 +36,21 @@ def run(argv: Sequence[str]) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, peak)
 
 
-def show(found: Mapping[str, Sequence[Run]]) -> str:
-    """Medians and minima, and their ratios to the first command's."""
+def rows(found: Mapping[str, Sequence[Run]]) -> list[Row]:
+    """Medians and minima of wall and CPU seconds, and ratios to the first command's.
+
+    `ratio` and `min ratio` are those of the clock.
+    """
     base = next(iter(found.values()))
-    lines = [
-        f"{'':28} {'wall med':>9} {'min':>7} {'ratio':>6} {'min r':>6}   "
-        f"{'cpu med':>8} {'min':>7} {'ratio':>6} {'min r':>6}   {'peak MB':>8}"
-    ]
+    made: list[Row] = []
     for name, runs in found.items():
-        row = f"{name:28}"
-        for pick in ("wall", "cpu"):
-            mine = [getattr(r, pick) for r in runs]
-            theirs = [getattr(r, pick) for r in base]
-            middle, low = statistics.median(mine), min(mine)
-            row += (
-                f" {middle:9.3f} {low:7.3f} {middle / statistics.median(theirs):6.2f}"
-                f" {low / min(theirs):6.2f}  "
-            )
-        lines.append(f"{row} {max(r.rss for r in runs):8.0f}")
-    return "\n".join(lines)
+        cpu = figures(name, [run.cpu for run in runs], [run.cpu for run in base])
+        wall = figures(name, [run.wall for run in runs], [run.wall for run in base])
+        in_cpu = {f"CPU {figure}": value for figure, value in cpu.items() if figure != "what"}
+        made.append({**wall, **in_cpu, "peak MB": round(max(run.rss for run in runs))})
+    return made
 
 
 def processor() -> str:
-    """The processor's name, and how many of it this process may use."""
-    name = ""
-    try:
-        with open("/proc/cpuinfo") as f:
-            name = next((x.split(":")[1].strip() for x in f if x.startswith("model name")), "")
-    except OSError:
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name or 'unknown processor'}, {cores} cores"
+    """The family of the processor, and how many cores this process may use."""
+    return f"{family()}, {cores()} cores"

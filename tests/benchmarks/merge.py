@@ -4,7 +4,8 @@
 
 A bf16 checkpoint shaped as a Llama (12 layers, 1.3 GB, 3 shards), rank 16 on all seven linears of a
 layer. `--folder` in tmpfs measures the page cache; with `--synced` on a disk `cp` is followed by
-an fsync of what it wrote, as our merge always is. `--large` merges a sparse 10 GB checkpoint too.
+an fsync of what it wrote, as our merge always is. The gate is 2.5 × `cp -r` by the clock. `--large`
+merges a sparse 10 GB checkpoint too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import numpy as np
 
 from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.onnx.timing import interleave
-from tests.benchmarks.interleave import processor, run, show
+from tests.benchmarks.interleave import processor, rows, run
+from tests.benchmarks.kept import add_keep, gated, report
 
 HIDDEN, FFN, VOCABULARY = 2048, 5632, 32000
 SHAPES = {
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--synced", action="store_true")
     parser.add_argument("--large", action="store_true")
+    add_keep(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         root = Path(scratch)
@@ -133,7 +136,10 @@ def main() -> None:
         found = interleave(
             runs, options.rounds, before=lambda: shutil.rmtree(out, ignore_errors=True)
         )
-        print(show(found))
+        table = rows(found)
+        table[2] = gated(table[2], "2.50 × cp -r", 2.5)
+        where = f"in {options.folder}{', synced' if options.synced else ''}"
+        report("merge", f"{where}: whole commands, seconds", table, options.keep)
         if options.large:
             shutil.rmtree(out, ignore_errors=True)
             checkpoint(root / "large", 108, 12, sparse=True)

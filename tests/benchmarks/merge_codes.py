@@ -22,7 +22,8 @@ import numpy as np
 
 from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.onnx.timing import interleave
-from tests.benchmarks.interleave import processor, run, show
+from tests.benchmarks.interleave import processor, rows, run
+from tests.benchmarks.kept import add_keep, report
 from tests.checkpoint.made import Array, checkpoint
 
 SIDE, LAYERS = 4096, 8
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--requantise", action="store_true")
+    add_keep(parser)
     options = parser.parse_args()
     way = ["--requantise", "--lossy"] if options.requantise else ["--dequantise"]
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -122,7 +124,8 @@ def main() -> None:
         found = interleave(
             commands, options.rounds, before=lambda: shutil.rmtree(out, ignore_errors=True)
         )
-        print(show(found))
+        what = f"{' '.join(way)}: whole commands, seconds"
+        report("merge_codes", what, rows(found), options.keep)
 
 
 if __name__ == "__main__":

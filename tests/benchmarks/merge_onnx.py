@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,8 @@ from onnx import TensorProto, helper
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.formats.io import save_adapter
+from tests.benchmarks.interleave import rows, run
+from tests.benchmarks.kept import add_keep, report
 
 ROWS, COLUMNS, RANK = 4096, 6144, 16
 PLAIN = (
@@ -58,31 +57,25 @@ def make(folder: Path, gigabytes: float) -> None:
     save_adapter(Adapter(dict(entries)), folder / "adapter")
 
 
-def timed(argv: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of a command."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return time.perf_counter() - start, cpu
-
-
 def main() -> None:
-    """Print a line each; the peak is of merge alone, which runs first."""
+    """Make the inputs, time, print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gigabytes", type=float, default=2.4)
     parser.add_argument("--folder")
+    add_keep(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         make(folder, options.gigabytes)
         base, out = str(folder / "base.onnx"), str(folder / "merged.onnx")
         merge = [sys.executable, "-m", "lora_fx.cli", "merge", base, str(folder / "adapter")]
-        wall, cpu = timed([*merge, "-o", out])
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"merge: {wall:.2f} s wall, {cpu:.2f} s CPU, peak {peak:.0f} MiB")
-        wall, cpu = timed([sys.executable, "-c", PLAIN, base, str(folder / "plain.onnx")])
-        print(f"onnx.load and save: {wall:.2f} s wall, {cpu:.2f} s CPU")
+        plain = [sys.executable, "-c", PLAIN, base, str(folder / "plain.onnx")]
+        found = {
+            "onnx.load and save": [run(plain)],
+            "lora-fx merge": [run([*merge, "-o", out])],
+        }
+        what = f"{options.gigabytes} GB of fp32: whole commands, seconds"
+        report("merge_onnx", what, rows(found), options.keep)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Latency of exported files, in ratios to the base model, with the gates that they are held to.
 
+A gate compares with another file of the same run; the ratio to torch's eager model is reported and
+has no gate, because it depends on the processor.
+
     python -m tests.benchmarks.onnx [GROUP ...] [--rounds 25] [--layers 2] [--width 256]
 
 One thread, CPU time of the process, rounds A B C A B C …, the base twice (the control). A ratio is
@@ -33,6 +36,7 @@ from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.timing import bounds
 from tests.benchmarks.interleave import processor
+from tests.benchmarks.kept import Row, add_keep, gated, report, rounded
 
 RANK, WORDS = 8, 1000
 COUNTS = (8, 64, 256)
@@ -146,35 +150,31 @@ def filled(adapter: Adapter, seed: int) -> Adapter:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A ratio to the first of its group, its bounds, and what it may be."""
+class Ratio:
+    """A ratio to the first of its group, and its bounds."""
 
     what: str
     seconds: float
     ratio: float
     lower: float
     upper: float
-    gate: float | None = None
 
-    @property
-    def ok(self) -> bool:
-        """False where all of the interval is above the gate."""
-        return self.gate is None or self.lower <= self.gate
+    def row(self) -> Row:
+        """A row of a table."""
+        row = {"what": self.what, "CPU ms": self.seconds * 1e3, "ratio": self.ratio}
+        bounds_of_95 = f"{self.lower:.3f} to {self.upper:.3f}"
+        return {**{name: rounded(value) for name, value in row.items()}, "95 %": bounds_of_95}
 
-    def __str__(self) -> str:
-        """A row of a Markdown table."""
-        said = "" if self.gate is None else f"{self.gate:.2f}{'' if self.ok else ' MISSED'}"
-        return (
-            f"| {self.what} | {self.seconds * 1e3:.2f} | {self.ratio:.3f} | "
-            f"{self.lower:.3f} to {self.upper:.3f} | {said} |"
-        )
+
+Limit = tuple[str, Callable[[Ratio], float]]
+"""What a limit is relative to, and the limit, given the control's ratio."""
 
 
 def measure(
     title: str,
     opened: Mapping[str, RuntimeSession],
     feeds: Mapping[str, Feeds],
-    gates: Mapping[str, Callable[[Row], float]],
+    gates: Mapping[str, Limit],
     rounds: int,
 ) -> list[Row]:
     """Time sessions in turn; the first is the baseline, the one named "… again" the control.
@@ -183,26 +183,27 @@ def measure(
         title: Of the group.
         opened: Sessions by name.
         feeds: Their inputs, by the same names.
-        gates: Name → the gate, given the control's row.
+        gates: Name → the gate.
         rounds: How many are counted.
     """
     found = time_sessions(opened, feeds, rounds, warmup=3, seconds=SECONDS).samples
     base = [s.cpu for s in found[next(iter(found))]]
-    rows: list[Row] = []
+    measured: dict[str, Ratio] = {}
     for name, samples in found.items():
         ratios = [s.cpu / b for s, b in zip(samples, base, strict=True)]
         lower, upper = bounds(ratios) or (0.0, 0.0)
-        row = Row(
+        measured[name] = Ratio(
             f"{title}: {name}", statistics.median(s.cpu for s in samples),
             statistics.median(ratios), lower, upper,
         )  # fmt: skip
+    control = next(ratio for name, ratio in measured.items() if name.endswith("again"))
+    rows: list[Row] = []
+    for name, ratio in measured.items():
+        row = ratio.row()
+        if name in gates:
+            relative_to, limit = gates[name]
+            row = gated(row, relative_to, limit(control), ratio.lower)
         rows.append(row)
-    control = next(r for r in rows if r.what.endswith("again"))
-    rows = [
-        Row(**{**vars(r), "gate": gates[n](control) if n in gates else None})
-        for n, r in zip(found, rows, strict=True)
-    ]
-    print("\n".join(map(str, rows)), flush=True)
     return rows
 
 
@@ -221,10 +222,10 @@ def modes(bert: Made, rounds: int) -> list[Row]:
     rows = []
     for size in ((1, 128), (1, 8)):
         feeds = {n: {"input_ids": tokens(*size)} for n in opened}
-        gates: dict[str, Callable[[Row], float]] = {}
+        gates: dict[str, Limit] = {}
         if size == (1, 128):
-            gates["switch, no adapter"] = lambda control: control.ratio + 0.03
-            gates["switch, an adapter"] = lambda control: 1.10
+            gates["switch, no adapter"] = "control + .03", lambda control: control.ratio + 0.03
+            gates["switch, an adapter"] = "1.10 × base", lambda control: 1.10
         rows += measure(f"BERT {size[0]}×{size[1]}", opened, feeds, gates, rounds)
     return rows
 
@@ -239,9 +240,9 @@ def codes(bert: Made, rounds: int) -> list[Row]:
     rows = []
     for size in ((1, 128), (1, 1)):
         feeds = {n: {"input_ids": tokens(*size)} for n in opened}
-        gates: dict[str, Callable[[Row], float]] = {}
+        gates: dict[str, Limit] = {}
         if size == (1, 128):
-            gates["switch over int4, an adapter"] = lambda control: 1.10
+            gates["switch over int4, an adapter"] = "1.10 × int4", lambda control: 1.10
         title = f"BERT, width {bert.width}, {size[0]}×{size[1]}"
         rows += measure(title, opened, feeds, gates, rounds)
     return rows
@@ -253,7 +254,7 @@ def batch(bert: Made, rounds: int) -> list[Row]:
     def group(size: tuple[int, int], distinct: Sequence[int], gate: float, upto: int) -> list[Row]:
         some = {n: bert.open("base") for n in ("base", "base again")}
         feeds: dict[str, Feeds] = {n: {"input_ids": tokens(*size)} for n in some}
-        gates: dict[str, Callable[[Row], float]] = {}
+        gates: dict[str, Limit] = {}
         for n in (n for n in COUNTS if n <= bert.most):
             for k in distinct:
                 name = f"{k} of {n} adapters"
@@ -261,36 +262,48 @@ def batch(bert: Made, rounds: int) -> list[Row]:
                 ids = 1 + np.arange(size[0]) % k * (n // k)
                 feeds[name] = {"input_ids": tokens(*size), "adapter_ids": ids}
                 if k <= upto:
-                    gates[name] = lambda control: gate
+                    gates[name] = f"{gate:.2f} × base", lambda control: gate
         return measure(f"BERT {size[0]}×{size[1]}", some, feeds, gates, rounds)
 
     return group((8, 128), (8,), 1.12, 8) + group((32, 1), (1, 2, 4, 8), 1.20, 4)
 
 
-def optimised(made: Made, eager: float, rounds: int) -> list[Row]:
-    """The optimised file beside the plain one, then beside torch at 1×8."""
+def optimised(made: Made, rounds: int) -> list[Row]:
+    """The optimised file beside the plain one, then both beside torch at 1×8."""
     plain, fast = made.open("merged"), made.open("optimised")
     rows, name = [], {"bert": "BERT", "gpt2": "GPT-2"}[made.name]
     opened = {"plain": plain, "plain again": made.open("merged"), "optimised": fast}
+    gates: dict[str, Limit] = {
+        "optimised": ("1.00 × plain", lambda control: max(1.0, control.upper))
+    }
     for size in ((1, 1), (1, 8), (1, 32), (1, 128), (8, 128)):
         feeds = {n: {"input_ids": tokens(*size)} for n in opened}
-        gates: dict[str, Callable[[Row], float]] = {"optimised": lambda c: max(1.0, c.upper)}
         rows += measure(f"{name} {size[0]}×{size[1]}", opened, feeds, gates, rounds)
     opened = {"torch": made.open("eager"), "plain": plain}  # torch warms its own code up
     opened |= {"torch again": made.open("eager"), "optimised": fast}
     feeds = {n: {"input_ids": tokens(1, 8)} for n in opened}
-    return rows + measure(f"{name} 1×8", opened, feeds, {"optimised": lambda c: eager}, rounds)
+    return rows + measure(f"{name} 1×8, to torch", opened, feeds, {}, rounds)
+
+
+GROUPS: Mapping[str, Callable[[Made, int], list[Row]]] = {
+    "modes": modes,
+    "codes": codes,
+    "batch": batch,
+    "bert": optimised,
+    "gpt2": optimised,
+}
+"""Name → what measures a group, given a model and the number of rounds."""
 
 
 def main() -> int:
     """Print a row for everything measured; 1 where a gate is missed."""
     parser = argparse.ArgumentParser()
-    groups = ("modes", "codes", "batch", "bert", "gpt2")
-    parser.add_argument("groups", nargs="*", choices=[[], *groups])
+    parser.add_argument("groups", nargs="*", choices=[[], *GROUPS])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--most", type=int, default=max(COUNTS), help="adapters of one file")
+    add_keep(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -299,18 +312,17 @@ def main() -> int:
         maker = partial(
             Made, folder=Path(folder), layers=options.layers, width=options.width, most=options.most
         )
-        chosen = options.groups or groups
+        chosen = options.groups or list(GROUPS)
         print(f"{processor()}, {datetime.date.today()}, {options.rounds} rounds\n")
-        print("| | CPU ms | ratio | 95 % | gate |\n|---|---|---|---|---|")
         bert = maker("bert") if set(chosen) - {"gpt2"} else None
-        if bert is not None:
-            rows += modes(bert, options.rounds) if "modes" in chosen else []
-            rows += codes(bert, options.rounds) if "codes" in chosen else []
-            rows += batch(bert, options.rounds) if "batch" in chosen else []
-            rows += optimised(bert, 0.50, options.rounds) if "bert" in chosen else []
-        if "gpt2" in chosen:
-            rows += optimised(maker("gpt2"), 0.30, options.rounds)
-    missed = [r.what for r in rows if not r.ok]
+        for group in chosen:
+            made = maker("gpt2") if group == "gpt2" else bert
+            assert made is not None
+            found = GROUPS[group](made, options.rounds)
+            what = f"{group}, {options.layers} layers of {options.width}: ratios of CPU time"
+            report("onnx", what, found, options.keep)
+            rows += found
+    missed = [row["what"] for row in rows if not row.get("held", True)]
     print(f"\n{len(missed)} gates missed" + "".join(f"\n  {m}" for m in missed))
     return bool(missed)
 

@@ -1,11 +1,12 @@
 """A training step in ONNX Runtime (mode train) beside torch's on the module that insert made.
 
-    python -m tests.benchmarks.step [bert gpt2] [--rounds 11]
+    python -m tests.benchmarks.step [bert gpt2] [--rounds 11] [--keep quiet]
 
 Trunks of two layers of width 768 with every linear layer adapted, AdamW, one thread. Each side is a
 process of its own, so that its peak of resident memory is its own; one step of each is timed in
 turn, A B C A B C …, torch twice (the control). Both start from the same adapter: their losses are
-compared after the last step. Peaks are those of the steps alone, and of the whole process.
+compared after the last step. Peaks are those of the steps alone, and of the whole process. The gate
+is the step in torch.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from lora_fx.dtypes import Array
-from lora_fx.onnx.timing import Sample, interleave, summary, timed
+from lora_fx.onnx.timing import Sample, interleave, timed
 from tests.benchmarks.interleave import processor
+from tests.benchmarks.kept import Row, add_keep, figures, gated, report
 
 SIZES = {"bert": (8, 128), "gpt2": (2, 256)}
 """(rows, tokens) of a batch"""
@@ -146,7 +148,7 @@ class Side:
         self.child.communicate()
 
 
-def table(name: str, folder: Path, rounds: int) -> None:
+def table(name: str, folder: Path, rounds: int, keep: str | None) -> None:
     """Export the step of a model, and time it beside torch's."""
     import lora_fx
 
@@ -159,15 +161,15 @@ def table(name: str, folder: Path, rounds: int) -> None:
     assert max(losses) - min(losses) < 1e-4 * abs(losses[0]), losses
     base = [s.cpu for s in next(iter(found.values()))]
     rows, tokens = SIZES[name]
-    print(f"\n{name} {rows} × {tokens}: loss {losses[0]:.6f} and {losses[-1]:.6f} at the end")
-    print(f"{'seconds of CPU':24} {'median':>8} {'min':>8} {'ratio':>6} {'min r':>6} "
-          f"{'MB steps':>9} {'whole':>6}")  # fmt: skip
+    print(f"\n{name}: loss {losses[0]:.6f} and {losses[-1]:.6f} at the end")
+    made: list[Row] = []
     for label, samples in found.items():
-        s = summary([x.cpu for x in samples], base)
-        steps, whole = opened[label].last[3:]
+        in_steps, whole = opened[label].last[3:]
         opened[label].close()
-        print(f"{label:24} {s['median']:8.4f} {s['min']:8.4f} {s['ratio']:6.2f} "
-              f"{s['min_ratio']:6.2f} {steps:9.0f} {whole:6.0f}", flush=True)  # fmt: skip
+        memory = {"MB of steps": round(in_steps), "MB": round(whole)}
+        made.append(figures(label, [sample.cpu for sample in samples], base, **memory))
+    made[-1] = gated(made[-1], "1.00 × torch", 1.0)
+    report("step", f"{name} {rows} × {tokens}: CPU seconds of a step", made, keep)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -175,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=11)
+    add_keep(parser)
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.serve:
@@ -189,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"{datetime.date.today()}, {given.rounds} rounds")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models:
-            table(name, Path(folder), given.rounds)
+            table(name, Path(folder), given.rounds, given.keep)
 
 
 if __name__ == "__main__":
