@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,18 @@ def together(device: str) -> Iterator[tuple[Processes, str]]:
 
     Yields (Processes, device). A process that ends because another one failed prints nothing.
     """
-    from lora_fx.fx.train.processes import Elsewhere, one_by_accelerate, processes
+    from lora_fx.fx.train.processes import (
+        Elsewhere,
+        one_by_accelerate,
+        processes,
+        refuse_sharded_launch,
+    )
 
     try:
         with processes(device.startswith("cuda")) as world:
             if not world.first:
                 click.get_current_context().find_root().obj["quiet"] = True
+            refuse_sharded_launch(os.environ)
             if world.size > 1:
                 note(f"{world.size} processes: each takes a share of every batch")
                 if device == "cuda":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from lora_fx.dtypes import Array
@@ -23,8 +26,44 @@ def reshard(root: nn.Module) -> None:
     The gathered tensors are copies, in the dtype of FSDP2's mixed precision.
     """
     for module in root.modules():
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        if _is_unit(module):
             module.reshard()  # type: ignore[operator]
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """True for a module that FSDP2's fully_shard was called on."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def uncalled_units(
+    module: nn.Module, is_called: Callable[[nn.Module], bool]
+) -> dict[nn.Module, None]:
+    """Return the units of FSDP2 below a module that no call runs, each once.
+
+    FSDP2 gathers a unit's tensors when the unit is called. A program reads the tensors of a norm or
+    a head without calling it.
+
+    Args:
+        module: The module whose function a program runs.
+        is_called: Whether a program calls a module; that call covers the units below it.
+    """
+    units: dict[nn.Module, None] = {}
+    if not (dist.is_available() and dist.is_initialized()):
+        return units
+    for child in module.children():
+        if is_called(child):
+            continue
+        if _is_unit(child):
+            units[child] = None
+        units |= uncalled_units(child, is_called)
+    return units
+
+
+def run_gathered(units: Iterable[nn.Module], run: Callable[[], Any]) -> Any:
+    """Run a function inside the calls of units, which gather their tensors and run it."""
+    for unit in units:
+        run = functools.partial(unit, run)
+    return run()
 
 
 def refuse_shards(root: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,10 @@ from lora_fx.text import some
 
 class AdapterTensors(nn.Module):
     """A module that holds factors of an update, below the module whose parameter is adapted."""
+
+    def forward(self, reads_them: Callable[[], Any]) -> Any:
+        """Run what reads the factors; FSDP2 gathers them for a call."""
+        return reads_them()
 
     def extra_repr(self) -> str:
         """Return the shapes of the tensors."""

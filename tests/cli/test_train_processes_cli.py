@@ -206,3 +206,13 @@ def test_accelerate_starts_one(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(capsys, *TRAIN, "-o", "c")[0] == 0
     a, b, c = (load_file(home / n / "adapter_model.safetensors") for n in "abc")
     assert all((a[k] == b[k]).all() and (a[k] != c[k]).any() for k in a) and a.keys() == c.keys()
+
+
+@pytest.mark.parametrize("option", ["--use_fsdp", "--use_deepspeed"])
+def test_a_launch_that_splits_the_model_is_refused(
+    option: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_{option[2:].upper()}", "true")
+    code, out, err = run(capsys, *TRAIN, "-o", "a")
+    assert code == 2 and out == "" and not (home / "a").exists()
+    assert err.count("Error: ") == 1 and f"accelerate launch {option} asks for" in err

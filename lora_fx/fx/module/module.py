@@ -35,6 +35,7 @@ from lora_fx.fx.module.block_checkpoints import Recomputing, checkpointer, refus
 from lora_fx.fx.module.codegen import inlined_blocks
 from lora_fx.fx.module.loss_output import keep_loss
 from lora_fx.fx.module.norm_statistics import freeze_norms
+from lora_fx.fx.shards import run_gathered, uncalled_units
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
@@ -65,8 +66,10 @@ class Scope(nn.Module):
             return self._modules[index]
         return list(self._modules.values())[index]
 
-    def forward(self, program: str, *args: object) -> Any:
-        """Run this block's part of a program."""
+    def forward(self, program: str | Callable[[], Any], *args: object) -> Any:
+        """Run this block's part of a program, or what reads the tensors of this module."""
+        if callable(program):
+            return program()
         programs: Any = getattr(self, "_programs", None)
         if programs is None:
             raise LoraFxError(
@@ -75,8 +78,9 @@ class Scope(nn.Module):
             )
         code = programs.codes[program, self._path]
         if self.recompute and self.training and torch.is_grad_enabled():
-            return self._again(code, self, *args)
-        return code(self, *args)
+            code = functools.partial(self._again, code)
+        units = uncalled_units(self, functools.partial(programs.calls, program))
+        return run_gathered(units, lambda: code(self, *args))
 
 
 @functools.cache
@@ -135,6 +139,10 @@ class Programs:
     few: bool = False
     inlined: set[str] = field(default_factory=set)
 
+    def calls(self, ident: str, module: nn.Module) -> bool:
+        """Whether a program calls a module, as a block with its own function."""
+        return (ident, module.__dict__.get("_path")) in self.codes
+
     def __deepcopy__(self, memo: dict[int, object]) -> Programs:
         """Copy the dictionaries, but not what they hold."""
         compiled = {k: list(v) for k, v in self.compiled.items()}
@@ -164,6 +172,7 @@ class CapturedModule(Recomputing, Scope):
         self._norm_stats = norm_stats
         self._adapted = True
         first_names, _ = dotted_names.named_tensors(tree)
+        self._ties = {name: first for name, first in first_names.items() if name != first}
         trained_names = {first_names[name] for name in own}
         quantised = sorted(trained_names & quantised_parameters.forms(tree).keys())
         if quantised:
@@ -187,7 +196,9 @@ class CapturedModule(Recomputing, Scope):
         named = programs.captured.signature.bind(args, kwargs)
         leaves = tree_leaves(named)
         ident, traced = self._program(named, leaves)
-        out = programs.codes[ident, ""](self, *leaves)
+        code = programs.codes[ident, ""]
+        units = uncalled_units(self, functools.partial(programs.calls, ident))
+        out = run_gathered(units, lambda: code(self, *leaves))
         return tree_unflatten(list(out), traced.out_spec)
 
     def _program(self, named: Named, leaves: Sequence[Any]) -> Program:
@@ -411,7 +422,20 @@ def _face(model: nn.Module) -> dict[str, object]:
     if callable(getattr(own, "generate", None)):
         names["generate"] = _generate
         names["__getattr__"] = _attribute
+    if callable(getattr(own, "tie_weights", None)):
+        names["tie_weights"] = _tie_weights
     return names
+
+
+def _tie_weights(self: CapturedModule, *_: object, **__: object) -> None:
+    """Let the names of a tied weight have one parameter again, as the same method of transformers.
+
+    accelerate calls it after it has put the weights of each name in place.
+    """
+    for name, first in self._ties.items():
+        module, leaf = dotted_names.owner(self, name)
+        if leaf in module._parameters:
+            module._parameters[leaf] = dotted_names.parameter_of(self, first)
 
 
 def _attribute(self: CapturedModule, name: str) -> object:

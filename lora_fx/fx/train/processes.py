@@ -164,6 +164,26 @@ def one_by_accelerate() -> bool:
     return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ
 
 
+SHARDED_LAUNCHES = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+}
+"""Variables of accelerate launch for runs that split the model, and their options."""
+
+
+def refuse_sharded_launch(environ: Mapping[str, str]) -> None:
+    """Raise if a launcher asks that processes share the model: here each has the whole of it."""
+    for variable, option in SHARDED_LAUNCHES.items():
+        if environ.get(variable, "").lower() in ("true", "1", "yes"):
+            raise LoraFxError(
+                f"accelerate launch {option} asks for a model that is split between processes, but "
+                "each process of train holds the whole model",
+                f"leave {option} out (accelerate's config file may set it); to split the model, "
+                "call fully_shard on the module of lora_fx.insert in your own program",
+            )
+
+
 @contextlib.contextmanager
 def processes(cuda: bool = False) -> Iterator[Processes]:
     """Connect the processes that a launcher started; yield ALONE for a single process.

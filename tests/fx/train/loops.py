@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -9,12 +10,15 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.fx.graph import loss_head
+from lora_fx.fx.loss_in_chunks import ChunkedLoss
 from tests.zoo.shared import zoo
 
 STEPS, ROWS = 20, 3
@@ -166,3 +170,24 @@ def peft_of(model: nn.Module, path: Path) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
+
+
+@contextlib.contextmanager
+def loss_of_chunks() -> Iterator[None]:
+    """Compute losses three rows at a time, of few classes too, and check that this is done."""
+    chunks: list[int] = []
+    in_chunks = ChunkedLoss.in_chunks
+
+    def counted(
+        loss: ChunkedLoss, rows: Any, operands: Any, labels: torch.Tensor, needs: Any
+    ) -> Any:
+        chunks.append(-(-len(labels) // loss.rows_of_chunk))
+        return in_chunks(loss, rows, operands, labels, needs)
+
+    with (
+        patch.object(loss_head, "LEAST_CLASSES", 8),
+        patch.object(ChunkedLoss, "rows_of_chunk", 3),
+        patch.object(ChunkedLoss, "in_chunks", counted),
+    ):
+        yield
+    assert chunks and min(chunks) > 1

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_fx
 from lora_fx.fx.module.execution import execution_of
 from tests.fx.attach.attached import adapter_gap
-from tests.fx.train.loops import still
+from tests.fx.train.loops import loss_of_chunks, still
 from tests.zoo.models import ZOO
 
 STEPS, ROWS, WORLD = 4, 4, 2
@@ -124,6 +124,22 @@ def take(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
     states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY)
 
 
+def parts_with_tensors(model: nn.Module) -> list[list[nn.Module]]:
+    """Return every module that holds tensors itself, inner ones first; tied ones are together."""
+    together: list[list[nn.Module]] = []
+    for module in reversed(list(model.modules())):
+        own = set(module.parameters(recurse=False))
+        if not own or module is model:
+            continue
+        for others in together:
+            if own & {p for other in others for p in other.parameters(recurse=False)}:
+                others.append(module)
+                break
+        else:
+            together.append([module])
+    return together
+
+
 class Run:
     """The ways, one method each; `start` is copied, so that it is inserted once."""
 
@@ -178,6 +194,25 @@ class Run:
             assert "a sharded model keeps the targets and ranks" in str(e)
         return losses
 
+    def ddp_chunks(self) -> list[float]:
+        model = copy.deepcopy(self.start)
+        with loss_of_chunks(), execution_of(model).loss_alone():
+            losses = train(DistributedDataParallel(model), range(STEPS), self.rank)
+        self.keep("ddp_chunks", model)
+        return losses
+
+    def fsdp_parts(self) -> list[float]:
+        """Shard each norm, product and table on its own, which no program calls; and recompute."""
+        model = copy.deepcopy(self.start)
+        model.activation_checkpointing_enable()
+        for parts in parts_with_tensors(model):
+            fully_shard(parts, mesh=self.mesh)  # type: ignore[call-overload]
+        self.shard(model)
+        with loss_of_chunks(), execution_of(model).loss_alone():
+            losses = train(model, range(STEPS), self.rank)
+        self.keep("fsdp_parts", model)
+        return losses
+
     def fsdp_again(self) -> list[float]:
         model = copy.deepcopy(self.start)
         model.activation_checkpointing_enable()
@@ -229,7 +264,18 @@ class Run:
         return losses
 
 
-WAYS = ("ddp", "ddp_again", "ddp_codes", "fsdp", "fsdp_again", "fsdp_bf16", "dcp", "fsdp1")
+WAYS = (
+    "ddp",
+    "ddp_again",
+    "ddp_chunks",
+    "ddp_codes",
+    "fsdp",
+    "fsdp_again",
+    "fsdp_parts",
+    "fsdp_bf16",
+    "dcp",
+    "fsdp1",
+)
 
 
 def every_way(name: str, folder: Path) -> None:

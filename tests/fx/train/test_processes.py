@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.train.processes import ALONE, Processes, found_processes
+from lora_fx.fx.train.processes import ALONE, Processes, found_processes, refuse_sharded_launch
 from tests.fx.train.two_processes import RUNS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,7 +48,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"out.{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["plain", "parts", "labels"])
+@pytest.mark.parametrize("name", ["plain", "parts", "labels", "chunks"])
 def test_two_are_as_one(both: list[dict[str, Any]], name: str) -> None:
     one, two = RUNS[name](ALONE), both[0][name]
     assert two == both[1][name]  # to the bit, and what they decide
@@ -113,3 +113,10 @@ def test_what_launchers_set() -> None:
     ):
         with pytest.raises(LoraFxError, match=said):
             found_processes(odd)
+
+
+def test_a_launch_that_splits_the_model_is_refused() -> None:
+    refuse_sharded_launch({"ACCELERATE_USE_FSDP": "false", "WORLD_SIZE": "2"})
+    with pytest.raises(LoraFxError, match="--use_fsdp asks for a model that is split") as refused:
+        refuse_sharded_launch({"ACCELERATE_USE_FSDP": "true"})
+    assert "call fully_shard on the module of lora_fx.insert" in str(refused.value.hint)

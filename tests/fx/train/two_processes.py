@@ -23,6 +23,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.processes import ALONE, Elsewhere, Processes, processes
 from lora_fx.fx.train.settings import Saving, Settings
+from tests.fx.train.loops import loss_of_chunks
 from tests.fx.train.test_loop import adapted, table
 from tests.zoo.shared import captured
 
@@ -93,6 +94,14 @@ def labels(world: Processes) -> dict[str, Any]:
     model = token_model()
     s = replace(S, steps=30, lr=0.05, batch_size=6, accumulate=2 if world.size > 1 else 1)
     return told(model, fit(model, tokens(), tokens(10), settings=s, world=world))
+
+
+def chunks(world: Processes) -> dict[str, Any]:
+    """The same, and the scores of three rows at a time."""
+    model = token_model()
+    s = replace(S, steps=30, lr=0.05, batch_size=6)
+    with loss_of_chunks():
+        return told(model, fit(model, tokens(), tokens(10), settings=s, world=world))
 
 
 def sums(world: Processes) -> dict[str, Any]:
@@ -177,6 +186,7 @@ RUNS: dict[str, Callable[[Processes], dict[str, Any]]] = {
     "plain": plain,
     "parts": parts,
     "labels": labels,
+    "chunks": chunks,
     "sums": sums,
     "resumed": resumed,
     "second fails": failing(1, 3, broken),
