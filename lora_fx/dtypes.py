@@ -100,9 +100,15 @@ def all_finite(array: Array) -> bool:
     """
     signed = array.view(f"i{array.itemsize}")
     unsigned = array.view(f"u{array.itemsize}")
-    infinities = np.array([np.inf, -np.inf]).astype(array.dtype).view(unsigned.dtype)
-    positive, negative = (int(bits) for bits in infinities)
+    positive, negative = _bits_of_infinities(array.dtype)
     return int(signed.max(initial=0)) < positive and int(unsigned.max(initial=0)) < negative
+
+
+@functools.cache
+def _bits_of_infinities(dtype: NumpyDtype) -> tuple[int, int]:
+    """Return the bits of inf and of -inf, as unsigned integers."""
+    positive, negative = np.array([np.inf, -np.inf]).astype(dtype).view(f"u{dtype.itemsize}")
+    return int(positive), int(negative)
 
 
 @functools.cache

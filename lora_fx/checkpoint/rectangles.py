@@ -11,6 +11,7 @@ group of a transposed convolution) has its ΔW computed whole.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ class Rectangle:
     batch: int = 0
     transposed: bool = False
 
-    @property
+    @functools.cached_property  # asked for every block
     def reads_weight(self) -> bool:
         """Whether rows of W + ΔW are rescaled by factors that depend on W, as in DoRA."""
         return isinstance(self.change, LowRank) and variant_of(self.change).reads_weight
