@@ -13,7 +13,9 @@ import importlib
 import json
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,6 +215,35 @@ class Run:
         self.keep("fsdp_parts", model)
         return losses
 
+    def accelerate(self) -> list[float]:
+        """Let accelerate shard: the last norm apart, all values from the first process.
+
+        An Accelerator calls its function on GPUs alone.
+        """
+        from accelerate.utils import FullyShardedDataParallelPlugin
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        model = copy.deepcopy(self.start)
+        blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[type(blocks[0]).__name__],
+            cpu_ram_efficient_loading=True,
+        )
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            mixed_precision="no",
+            is_main_process=self.rank == 0,
+            device=torch.device("cpu"),
+        )
+        model = fsdp2_prepare_model(accelerator, model)
+        if self.name != "tied":  # a model of transformers, whose names accelerate ties again
+            assert len(list(model.parameters())) == len(list(self.start.parameters()))
+        losses = train(model, range(STEPS), self.rank)
+        self.keep("accelerate", model)
+        return losses
+
     def fsdp_again(self) -> list[float]:
         model = copy.deepcopy(self.start)
         model.activation_checkpointing_enable()
@@ -272,6 +303,7 @@ WAYS = (
     "fsdp",
     "fsdp_again",
     "fsdp_parts",
+    *(["accelerate"] if find_spec("accelerate") else []),
     "fsdp_bf16",
     "dcp",
     "fsdp1",

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -42,13 +43,14 @@ def torchrun(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def two_processes(folder: Path, *command: str) -> None:
+def two_processes(folder: Path, *command: str, stdout: IO[str] | None = None) -> None:
     """Run in two processes without torchrun, which is a third one that imports torch."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     started = [
         subprocess.Popen(
             [sys.executable, *command],
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             cwd=SAMPLES.parent,
