@@ -142,6 +142,19 @@ def parts_with_tensors(model: nn.Module) -> list[list[nn.Module]]:
     return together
 
 
+def check_frozen_bytes(sharded: nn.Module, whole: nn.Module) -> None:
+    """Check that processes have each frozen byte once, and that this one holds about its share."""
+    frozen: list[Any] = [p for p in sharded.parameters() if not p.requires_grad]
+    parts = [p.to_local() for p in frozen]
+    everywhere = torch.tensor(sum(part.nbytes for part in parts))
+    dist.all_reduce(everywhere)
+    of_one = sum(p.nbytes for p in whole.parameters() if not p.requires_grad)
+    assert int(everywhere) == of_one
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in parts}
+    held = sum(storage.nbytes() for storage in storages.values())
+    assert 0.45 * of_one < held < 0.55 * of_one, f"{held} of {of_one} bytes"
+
+
 class Run:
     """The ways, one method each; `start` is copied, so that it is inserted once."""
 
@@ -182,7 +195,9 @@ class Run:
     def fsdp(self) -> list[float]:
         model = self.shard(copy.deepcopy(self.start))
         execution_of(model).captured.model.to("meta")  # the whole weights are not needed any more
+        check_frozen_bytes(model, self.start)
         losses = train(model, range(STEPS), self.rank)
+        check_frozen_bytes(model, self.start)
         self.keep("fsdp", model)
         mine = model.adapter()
         for adapter in (self.start.adapter(), mine):
@@ -216,7 +231,7 @@ class Run:
         return losses
 
     def accelerate(self) -> list[float]:
-        """Let accelerate shard: the last norm apart, all values from the first process.
+        """Let accelerate shard: all values come from the first process, and ties are made again.
 
         An Accelerator calls its function on GPUs alone.
         """

@@ -89,6 +89,7 @@ def check(run: Printed, alone: Printed, dtype: torch.dtype) -> None:
     assert max(run.peft_gap, alone.peft_gap) <= 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.slow  # loops_worker.py checks the bytes of smaller models
 def test_fsdp_keeps_half_of_the_frozen_bytes(alone: Printed, tmp_path: Path) -> None:
     with open(tmp_path / "printed.txt", "w") as out:
         two_processes(tmp_path, str(PROGRAM), "fsdp", stdout=out)
