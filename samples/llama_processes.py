@@ -170,7 +170,8 @@ def peft_logits(folder: Path) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(llama(), str(folder / "adapter"))
-    return model.eval()(input_ids=batch(), use_cache=False).logits
+    logits: torch.Tensor = model.eval()(input_ids=batch(), use_cache=False).logits
+    return logits
 
 
 def main(folder: Path) -> None:

@@ -223,7 +223,7 @@ class Run:
         model = copy.deepcopy(self.start)
         model.activation_checkpointing_enable()
         for parts in parts_with_tensors(model):
-            fully_shard(parts, mesh=self.mesh)  # type: ignore[call-overload]
+            fully_shard(parts, mesh=self.mesh)
         self.shard(model)
         with loss_of_chunks(), execution_of(model).loss_alone():
             losses = train(model, range(STEPS), self.rank)

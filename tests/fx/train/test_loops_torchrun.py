@@ -119,7 +119,7 @@ def by_order(adapter: lora_fx.Adapter, like: lora_fx.Adapter) -> lora_fx.Adapter
 
 
 def test_parts_that_another_tool_keeps_are_no_adapter() -> None:
-    """DeepSpeed's ZeRO-3 leaves tensors of size 0 behind, which would be saved as an adapter."""
+    """Some tools leave tensors of size 0 behind, which would be saved as an adapter."""
     model = worker.made("tied")
     held = model.blocks[1][3].lora_B.weight
     kept = held.data
