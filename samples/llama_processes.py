@@ -2,9 +2,9 @@
 
 Run `torchrun --nproc-per-node 2 samples/llama_processes.py fsdp`, or with ddp; with accelerate it
 is `accelerate launch --multi_gpu --num_processes 2 samples/llama_processes.py accelerate`. Plain
-python runs one process. It needs `pip install lora-fx transformers accelerate`. The weights are
-random: a small shape, or that of a Llama of a billion parameters with --billion, of which --layers
-says how many layers are built. --attach adapts the model in place, where insert makes a module.
+python runs one process. It needs `pip install lora-fx transformers accelerate peft`. The weights
+are random: a small shape, or with --billion that of a Llama of a billion parameters, with --layers
+of its layers. --attach adapts the model in place; insert makes a module of its own.
 
 Every process builds the model and takes its rows of each batch. Under FSDP2 it keeps its part of
 each weight. The state of the run is saved in shards and whole, and both are read back. The adapter
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,11 @@ def peft_logits(folder: Path) -> torch.Tensor:
     """Return the logits of PEFT's model with the saved adapter."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(llama(), str(folder / "adapter"))
-    return model.eval()(input_ids=batch(), use_cache=False).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(llama(), str(folder / "adapter"))
+    logits: torch.Tensor = model.eval()(input_ids=batch(), use_cache=False).logits
+    return logits
 
 
 def main(folder: Path) -> None:
@@ -194,13 +198,15 @@ def main(folder: Path) -> None:
     logits = model.eval()(input_ids=batch(), use_cache=False).logits.detach()
     if me == 0:
         gap = float((logits - peft_logits(folder)).abs().max())
-        print(f"logits of PEFT with the adapter: within {gap:.1e} of {float(logits.abs().max()):.2f}")
+        size = float(logits.abs().max())
+        print(f"logits of PEFT with the adapter: within {gap:.1e} of {size:.2f}")
     model.train()
     for is_whole in (False, True):
         again = resumed(model, folder, whole=is_whole, accelerator=accelerator)
         if me == 0:
             kind = "whole" if is_whole else "sharded"
-            print(f"resumed from the {kind} state: the same losses: {again == losses[SAVED_AFTER:]}")
+            same = again == losses[SAVED_AFTER:]
+            print(f"resumed from the {kind} state: the same losses: {same}")
 
 
 with tempfile.TemporaryDirectory() as own:

@@ -36,6 +36,8 @@ QUANTISED = {"quantised_vit": None, "qlora_smollm2": smollm2_file}
 """Samples over codes, and what finds the weights of one."""
 OTHERS = {"trl_sft_dpo": ("trl", "PEFT gives the same logits, which DPO has changed: True")}
 """Samples that need a library which no extra installs, and what they print."""
+IN_PROCESSES = ("llama_processes",)
+"""Samples that take a way to run; tests/fx/train/test_llama_processes.py runs them."""
 SHARED = ("beside_peft", "greedy", "sources")
 """What samples import of each other; no program."""
 
@@ -48,6 +50,7 @@ def test_every_sample_is_listed() -> None:
         *NOTHING_MISSING,
         *QUANTISED,
         *OTHERS,
+        *IN_PROCESSES,
         *SHARED,
     }
 

@@ -119,6 +119,5 @@ def _refuse_part(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None)
     raise LoraFxError(
         f"{name} has the shape {list(tensor.shape)} here{expected}: another tool keeps the rest "
         "of it",
-        "gather it first with FSDP.summon_full_params(model) or "
-        "deepspeed.zero.GatheredParameters(…)",
+        "gather it first: for FSDP1 inside FSDP.summon_full_params(model)",
     )

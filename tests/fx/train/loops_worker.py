@@ -13,7 +13,9 @@ import importlib
 import json
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,6 +142,19 @@ def parts_with_tensors(model: nn.Module) -> list[list[nn.Module]]:
     return together
 
 
+def check_frozen_bytes(sharded: nn.Module, whole: nn.Module) -> None:
+    """Check that processes have each frozen byte once, and that this one holds about its share."""
+    frozen: list[Any] = [p for p in sharded.parameters() if not p.requires_grad]
+    parts = [p.to_local() for p in frozen]
+    everywhere = torch.tensor(sum(part.nbytes for part in parts))
+    dist.all_reduce(everywhere)
+    of_one = sum(p.nbytes for p in whole.parameters() if not p.requires_grad)
+    assert int(everywhere) == of_one
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in parts}
+    held = sum(storage.nbytes() for storage in storages.values())
+    assert 0.45 * of_one < held < 0.55 * of_one, f"{held} of {of_one} bytes"
+
+
 class Run:
     """The ways, one method each; `start` is copied, so that it is inserted once."""
 
@@ -180,7 +195,9 @@ class Run:
     def fsdp(self) -> list[float]:
         model = self.shard(copy.deepcopy(self.start))
         execution_of(model).captured.model.to("meta")  # the whole weights are not needed any more
+        check_frozen_bytes(model, self.start)
         losses = train(model, range(STEPS), self.rank)
+        check_frozen_bytes(model, self.start)
         self.keep("fsdp", model)
         mine = model.adapter()
         for adapter in (self.start.adapter(), mine):
@@ -206,11 +223,40 @@ class Run:
         model = copy.deepcopy(self.start)
         model.activation_checkpointing_enable()
         for parts in parts_with_tensors(model):
-            fully_shard(parts, mesh=self.mesh)  # type: ignore[call-overload]
+            fully_shard(parts, mesh=self.mesh)
         self.shard(model)
         with loss_of_chunks(), execution_of(model).loss_alone():
             losses = train(model, range(STEPS), self.rank)
         self.keep("fsdp_parts", model)
+        return losses
+
+    def accelerate(self) -> list[float]:
+        """Let accelerate shard: all values come from the first process, and ties are made again.
+
+        An Accelerator calls its function on GPUs alone.
+        """
+        from accelerate.utils import FullyShardedDataParallelPlugin
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        model = copy.deepcopy(self.start)
+        blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[type(blocks[0]).__name__],
+            cpu_ram_efficient_loading=True,
+        )
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            mixed_precision="no",
+            is_main_process=self.rank == 0,
+            device=torch.device("cpu"),
+        )
+        model = fsdp2_prepare_model(accelerator, model)
+        if self.name != "tied":  # a model of transformers, whose names accelerate ties again
+            assert len(list(model.parameters())) == len(list(self.start.parameters()))
+        losses = train(model, range(STEPS), self.rank)
+        self.keep("accelerate", model)
         return losses
 
     def fsdp_again(self) -> list[float]:
@@ -272,6 +318,7 @@ WAYS = (
     "fsdp",
     "fsdp_again",
     "fsdp_parts",
+    *(["accelerate"] if find_spec("accelerate") else []),
     "fsdp_bf16",
     "dcp",
     "fsdp1",

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -42,13 +43,14 @@ def torchrun(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def two_processes(folder: Path, *command: str) -> None:
+def two_processes(folder: Path, *command: str, stdout: IO[str] | None = None) -> None:
     """Run in two processes without torchrun, which is a third one that imports torch."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     started = [
         subprocess.Popen(
             [sys.executable, *command],
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             cwd=SAMPLES.parent,
@@ -117,7 +119,7 @@ def by_order(adapter: lora_fx.Adapter, like: lora_fx.Adapter) -> lora_fx.Adapter
 
 
 def test_parts_that_another_tool_keeps_are_no_adapter() -> None:
-    """DeepSpeed's ZeRO-3 leaves tensors of size 0 behind, which would be saved as an adapter."""
+    """Some tools leave tensors of size 0 behind, which would be saved as an adapter."""
     model = worker.made("tied")
     held = model.blocks[1][3].lora_B.weight
     kept = held.data
