@@ -54,7 +54,7 @@ def in_our_order(rows: Sequence[Any]) -> list[Any]:
 
     order = np.arange(len(rows))
     np.random.default_rng(0).shuffle(order)
-    return [rows[number] for number in order]
+    return [rows[int(number)] for number in order]
 
 
 def build(folder: Path, layers: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fx
 from lora_fx.data_files import json_rows
@@ -19,7 +20,7 @@ from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.settings import Settings
 from tests.benchmarks import trl
 from tests.cli.test_cli import run
-from tests.fx.train.language_models import KINDS, PLAIN, folder, rows, write
+from tests.fx.train.language_models import KINDS, PLAIN, SIZES, folder, rows, tokenizer, write
 
 pytestmark = pytest.mark.slow
 STEPS, EACH, TOGETHER = 10, 3, 2
@@ -88,7 +89,11 @@ def test_a_command_at_its_defaults_equals_trl(
 ) -> None:
     """Losses of 60 steps, and A and B after them; tests/benchmarks/trl.py times the same runs."""
     pytest.importorskip("trl")
-    base = folder(tmp_path / "base")
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4096, tie_word_embeddings=False, **SIZES)
+    LlamaForCausalLM(config).save_pretrained(base)
+    tokenizer().save_pretrained(base)
     trl.write_data(tmp_path, trl.chat(500))
     trl.write_start(base, tmp_path / "start")
     trl.train_by_trl(str(base), str(tmp_path), 60)
