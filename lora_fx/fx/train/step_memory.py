@@ -82,21 +82,28 @@ def step_memory(objective: Objective, batch: Table) -> StepMemory:
     counted = _LiveBytes(tensors.values())
     attention = _Attention(device_of(model))
     with torch.random.fork_rng(devices=[]), attention, counted:
+        step = _Step(objective, batch, counted)
         names = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        torch.func.functional_call(_Step(objective, batch, counted), names, ())
+        torch.func.functional_call(step, names, (), tie_weights=False)
     return StepMemory(counted.kept, counted.peak, counted.largest)
 
 
 def _without_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a tensor of the meta device for each parameter and buffer; ties stay ties."""
+    """Return a tensor of the meta device for each parameter and buffer; ties stay ties.
+
+    Each place of a tensor is named once. One that is named twice, below two names of its module,
+    would be replaced twice, and put back once.
+    """
     tensors: dict[str, torch.Tensor] = {}
     by_identity: dict[int, torch.Tensor] = {}
-    parameters = model.named_parameters(remove_duplicate=False)
-    for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
-        if id(tensor) not in by_identity:
-            empty = torch.empty_like(tensor, device="meta")
-            by_identity[id(tensor)] = empty.requires_grad_(tensor.requires_grad)
-        tensors[name] = by_identity[id(tensor)]
+    for path, module in model.named_modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if id(tensor) not in by_identity:
+                empty = torch.empty_like(tensor, device="meta")
+                by_identity[id(tensor)] = empty.requires_grad_(tensor.requires_grad)
+            tensors[f"{path}.{leaf}".lstrip(".")] = by_identity[id(tensor)]
     return tensors
 
 
