@@ -73,7 +73,9 @@ def train(folder: Path) -> None:
     }
     table = Table(columns, "y")
     module = lora_fx.insert(Small().eval(), (X,), rank=2)
-    fit(module, table.rows(range(8)), table.rows(range(8, 12)), settings=Settings(steps=2, checks=1))
+    fit(
+        module, table.rows(range(8)), table.rows(range(8, 12)), settings=Settings(steps=2, checks=1)
+    )
 
 
 def bench(folder: Path) -> None:
@@ -130,7 +132,10 @@ VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "merged": (lambda folder: export("merged", folder), FILE),
     "int4": (lambda folder: export("merged", folder, quantise="int4"), ["coding weights", *FILE]),
     "int8": (lambda folder: export("merged", folder, precision="int8"), ["converting to int8"]),
-    "optimise": (lambda folder: export("merged", folder, optimise=True), ["optimising: dead nodes"]),
+    "optimise": (
+        lambda folder: export("merged", folder, optimise=True),
+        ["optimising: dead nodes"],
+    ),
     "switch": (lambda folder: export("switch", folder), FILE),
     "batch": (lambda folder: export("batch", folder), FILE),
     "training step": (

@@ -35,6 +35,7 @@ from lora_fx.fx.train.reduction import inputs_of
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import Named
 
+
 @dataclass(frozen=True)
 class StepMemory:
     """The bytes of a step's tensors.

@@ -171,7 +171,8 @@ def llama():
         num_attention_heads=4, num_key_value_heads=2, use_cache=False,
     )
     ids = np.random.default_rng(0).integers(0, 32000, (8, 384))
-    return LlamaForCausalLM(config), {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
+    columns = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
+    return LlamaForCausalLM(config), columns
 
 def vit():
     config = ViTConfig(
@@ -216,6 +217,8 @@ def test_measured_beside_estimated(name: str, blocks: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", PEAK, name, blocks]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     expected, least = map(float, done.stdout.split())
-    print(f"\n{name}, blocks {blocks}: measured {expected:.2f} of the estimate, {least:.2f} of least")
+    print(
+        f"\n{name}, blocks {blocks}: measured {expected:.2f} of the estimate, {least:.2f} of least"
+    )
     assert 0.6 < expected < 1.2
     assert least >= 0.98
