@@ -158,7 +158,7 @@ class _Attention(TorchFunctionMode):
         return result
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operators make, while each of them lives.
 
     Attributes:
@@ -169,7 +169,7 @@ class _LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.kept = 0
         self.peak = 0
@@ -183,7 +183,8 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run an operator on the meta device, and count what it makes."""
         keywords = dict(kwargs or {})
-        if func._schema.name.endswith("_"):
+        name = func._schema.name
+        if name.endswith("_") and not name.endswith("__"):  # add_, and not __and__
             return args[0]  # it changes its first argument, of which there is nothing to change
         if any(argument.name == "device" for argument in func._schema.arguments):
             keywords["device"] = torch.device("meta")
