@@ -5,6 +5,7 @@ A clock that never waits: every stage is told at once, however short it is on th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,28 @@ def program(folder: Path) -> None:
     lora_fx.capture(folder / "m.pt2")
 
 
+class Deep(nn.Module):
+    """Blocks that are equal, of which a capture traces one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        make = (nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.blocks = nn.ModuleList(copy.deepcopy(nn.Sequential(*make)) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
 INSERT = ["inserting branches", "proving that every target takes effect"]
 FILE = ["translating to ONNX", "writing the file", "loading the file in ONNX Runtime"]
 VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "capture": (
+        lambda folder: lora_fx.capture(Deep().eval(), (X,)),
+        ["capturing, eval mode", "comparing the graph with the model"],
+    ),
     "insert": (
         lambda folder: lora_fx.insert(Small().eval(), (X,), rank=2),
         ["capturing, eval mode", *INSERT],
@@ -115,7 +135,13 @@ VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "train": (
         train,
-        ["running the first step", "validating before any weight changes", "validating"],
+        [
+            "finding what the loss is a mean of",
+            "estimating the memory of a step",
+            "running the first step",
+            "validating before any weight changes",
+            "validating",
+        ],
     ),
     "attach": (
         lambda folder: lora_fx.attach(Small().eval(), (X,), rank=2),
