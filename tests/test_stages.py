@@ -115,7 +115,13 @@ class Deep(nn.Module):
 
 
 INSERT = ["inserting branches", "proving that every target takes effect"]
-FILE = ["translating to ONNX", "writing the file", "loading the file in ONNX Runtime"]
+FILE = [
+    "preparing the graph for ONNX",
+    "translating to ONNX",
+    "writing the file",
+    "loading the file in ONNX Runtime",
+]
+CODED = ["coding weights", "running the model with floats, and with codes"]
 VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "capture": (
         lambda folder: lora_fx.capture(Deep().eval(), (X,)),
@@ -146,6 +152,7 @@ VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "attach": (
         lambda folder: lora_fx.attach(Small().eval(), (X,), rank=2),
         [
+            "attaching branches",
             "capturing, eval mode",
             "comparing the live model with the graph",
             "proving that every target trains",
@@ -155,8 +162,8 @@ VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda folder: lora_fx.fold(Small().eval(), (X,), adapter=adapter_of()),
         ["folding the adapter into the weights"],
     ),
-    "merged": (lambda folder: export("merged", folder), FILE),
-    "int4": (lambda folder: export("merged", folder, quantise="int4"), ["coding weights", *FILE]),
+    "merged": (lambda folder: export("merged", folder), [*FILE, "running the model"]),
+    "int4": (lambda folder: export("merged", folder, quantise="int4"), [*CODED, *FILE]),
     "int8": (lambda folder: export("merged", folder, precision="int8"), ["converting to int8"]),
     "optimise": (
         lambda folder: export("merged", folder, optimise=True),
