@@ -68,6 +68,7 @@ def command(
     from lora_fx.files.atomic import check_output
     from lora_fx.files.run_files import inputs_are_in_memory
     from lora_fx.formats.io import FORMATS, check_real, save_adapter
+    from lora_fx.fx.device_memory import check_move
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.fx.train.labelled_example import label_example
@@ -104,6 +105,7 @@ def command(
         else:
             module = insert_into(cap, targets.insert(), targets.quantise)
         check_real(module.updates)  # before the training, and not at the file after it
+        check_move(module, check_device(device))
         module = module.to(device)
         if loop.activation_checkpointing:
             module.activation_checkpointing_enable()

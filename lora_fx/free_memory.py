@@ -74,7 +74,9 @@ def _left_of_limit(level: Path) -> int | None:
         if limit is None or usage is None:
             continue
         of_cgroup = _numbers(level / "memory.stat", " ")
-        files = of_cgroup.get(f"{prefix}inactive_file", 0) + of_cgroup.get(f"{prefix}active_file", 0)
+        files = of_cgroup.get(f"{prefix}inactive_file", 0) + of_cgroup.get(
+            f"{prefix}active_file", 0
+        )
         return limit - usage + files
     return None
 

@@ -13,7 +13,10 @@ from lora_fx.progress import telling
 
 GB = 10**9
 PEAK = PeakMemory(
-    "the job", (MemoryPart("kept", 4 * GB, 3 * GB), MemoryPart("scores", 2 * GB)), loaded=GB, detail="it is so"
+    "the job",
+    (MemoryPart("kept", 4 * GB, 3 * GB), MemoryPart("scores", 2 * GB)),
+    loaded=GB,
+    detail="it is so",
 )
 LINE = "memory: the job takes about 6 GB (kept 4 GB, scores 2 GB), beside weights of 1 GB; it is so"
 

@@ -5,6 +5,7 @@ A clock that never waits: every stage is told at once, however short it is on th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def train(folder: Path) -> None:
     }
     table = Table(columns, "y")
     module = lora_fx.insert(Small().eval(), (X,), rank=2)
-    fit(module, table.rows(range(8)), table.rows(range(8, 12)), settings=Settings(steps=2, checks=1))
+    fit(
+        module, table.rows(range(8)), table.rows(range(8, 12)), settings=Settings(steps=2, checks=1)
+    )
 
 
 def bench(folder: Path) -> None:
@@ -96,9 +99,34 @@ def program(folder: Path) -> None:
     lora_fx.capture(folder / "m.pt2")
 
 
+class Deep(nn.Module):
+    """Blocks that are equal, of which a capture traces one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        make = (nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.blocks = nn.ModuleList(copy.deepcopy(nn.Sequential(*make)) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
 INSERT = ["inserting branches", "proving that every target takes effect"]
-FILE = ["translating to ONNX", "writing the file", "loading the file in ONNX Runtime"]
+FILE = [
+    "preparing the graph for ONNX",
+    "translating to ONNX",
+    "writing the file",
+    "loading the file in ONNX Runtime",
+]
+CODED = ["coding weights", "running the model with floats, and with codes"]
 VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "capture": (
+        lambda folder: lora_fx.capture(Deep().eval(), (X,)),
+        ["capturing, eval mode", "comparing the graph with the model"],
+    ),
     "insert": (
         lambda folder: lora_fx.insert(Small().eval(), (X,), rank=2),
         ["capturing, eval mode", *INSERT],
@@ -113,11 +141,18 @@ VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "train": (
         train,
-        ["running the first step", "validating before any weight changes", "validating"],
+        [
+            "finding what the loss is a mean of",
+            "estimating the memory of a step",
+            "running the first step",
+            "validating before any weight changes",
+            "validating",
+        ],
     ),
     "attach": (
         lambda folder: lora_fx.attach(Small().eval(), (X,), rank=2),
         [
+            "attaching branches",
             "capturing, eval mode",
             "comparing the live model with the graph",
             "proving that every target trains",
@@ -127,10 +162,13 @@ VERBS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda folder: lora_fx.fold(Small().eval(), (X,), adapter=adapter_of()),
         ["folding the adapter into the weights"],
     ),
-    "merged": (lambda folder: export("merged", folder), FILE),
-    "int4": (lambda folder: export("merged", folder, quantise="int4"), ["coding weights", *FILE]),
+    "merged": (lambda folder: export("merged", folder), [*FILE, "running the model"]),
+    "int4": (lambda folder: export("merged", folder, quantise="int4"), [*CODED, *FILE]),
     "int8": (lambda folder: export("merged", folder, precision="int8"), ["converting to int8"]),
-    "optimise": (lambda folder: export("merged", folder, optimise=True), ["optimising: dead nodes"]),
+    "optimise": (
+        lambda folder: export("merged", folder, optimise=True),
+        ["optimising: dead nodes"],
+    ),
     "switch": (lambda folder: export("switch", folder), FILE),
     "batch": (lambda folder: export("batch", folder), FILE),
     "training step": (

@@ -21,6 +21,6 @@ def backward_in_modes(loss: torch.Tensor) -> None:
     """
     engine = torch.autograd.Variable._execution_engine
     gradient = torch.ones_like(loss)
-    engine.run_backward(  # type: ignore[attr-defined]
+    engine.run_backward(
         (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )

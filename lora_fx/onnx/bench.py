@@ -17,6 +17,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.load import checked
 from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.session_memory import check_sessions
 from lora_fx.onnx.signature import signature
 from lora_fx.onnx.timing import Sample, interleave, summary, timed
 from lora_fx.progress import stage
@@ -124,6 +125,7 @@ def bench(
         raise LoraFxError("no file to measure", "pass one or more files: bench A.onnx B.onnx")
     for file in files:
         checked(file)
+    check_sessions("timing", [files[0], *files], provider)
     sessions = _sessions([fspath(file) for file in files], provider, threads)
     if inputs is not None:
         sizes = sizes[:1]

@@ -91,7 +91,8 @@ def prove(
     for named, feeds, may_fail in feeds_of(reference, arrays, sizes):
         shapes = shapes_of(feeds)
         try:
-            expected = run(named)
+            with stage(f"running the model at {sizes_text(shapes)}"):
+                expected = run(named)
         except (IndexError, RuntimeError, ValueError) as e:
             where = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             _refuse_where_model_runs(reference, named, where, e)
@@ -106,9 +107,9 @@ def prove(
             ) from e
         execution_of(reference).captured.unproven.pop(str(shapes), None)
 
-        gates = _gates(reference, named, expected, tol, unadapted)
         choose = partial(choices_of, reference, named)
         with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
+            gates = _gates(reference, named, expected, tol, unadapted)
             parity, note = compared(ours, rerun, feeds, expected, gates, own, choose, of=of)
         results.append(parity)
         if note:

@@ -44,7 +44,7 @@ from lora_fx.passes.verbs.attach_forms import GraphPlanner
 from lora_fx.passes.verbs.build import Start, found_in, start_of
 from lora_fx.passes.verbs.open import captured_again, captured_of, user_module
 from lora_fx.passes.verbs.options import CaptureOptions, Dead, InsertOptions, NormStats, Selectors
-from lora_fx.progress import Listener, said, told
+from lora_fx.progress import Listener, said, stage, told
 from lora_fx.targets.plan import Plan
 from lora_fx.targets.rank_plan import GivenRanks
 
@@ -146,6 +146,7 @@ def _live_module(source: Captured | nn.Module) -> nn.Module:
     return _module(user_module(source))
 
 
+@stage("attaching branches")
 def _attached(
     source: Captured | nn.Module,
     example: CaptureOptions,

@@ -251,7 +251,9 @@ def _with_codes(
 def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -> Report:
     """Export a torch model; try again with eager attention if that may help."""
     from lora_fx.passes.verbs.eager_attention import eager, may_help
+    from lora_fx.passes.verbs.export_memory import check_export
 
+    check_export(model, options)
     run = _exporter(options.mode)
     try:
         report = run(model, options)

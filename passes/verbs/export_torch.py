@@ -25,6 +25,7 @@ from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.quantise import Wanted, quantised, said_of_large_floats
+from lora_fx.progress import stage
 from lora_fx.targets.target import Target
 
 WIDENED = (
@@ -84,7 +85,7 @@ def quantised_base(
     for adapter in adapters:
         trained_whole.update(adapter.full)
     coded = quantised(captured, wanted, trained_whole)
-    with torch.no_grad():
+    with torch.no_grad(), stage("running the model with floats, and with codes"):
         before = execution_of(plain(captured)).flat(captured.named)
         after = execution_of(plain(coded)).flat(coded.named)
     difference = compare(after, before, {}, 1.0).rel

@@ -45,6 +45,7 @@ class RunOptions:
 def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """Run two models on the same inputs, or fit an adapter to one; see `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
+    from lora_fx.onnx.session_memory import check_sessions
     from lora_fx.passes.proofs.onnx_reference import FileRerun
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
     from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
@@ -59,6 +60,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     file, other = (model, reference) if is_path(model) else (reference, model)
     gate = ORT_TOL
     if is_path(file):
+        check_sessions("comparing", [file], options.provider)
         session = open_session(file, options.provider)
         module = _module(other, adapter)
         run: Run = session.run

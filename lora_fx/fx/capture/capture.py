@@ -523,7 +523,9 @@ class Captured:
         if not traced.copies or not can_be_compared:
             return traced
         modes = (training, not training) if traced.modeless else (training,)
-        if all(self._is_the_model(traced, named, mode, requested) for mode in modes):
+        with stage("comparing the graph with the model"):
+            is_equal = all(self._is_the_model(traced, named, mode, requested) for mode in modes)
+        if is_equal:
             return traced
 
         traced = self._trace(source, training, named, requested)

@@ -211,7 +211,8 @@ class CapturedModule(Recomputing, Scope):
         for program in self._programs.compiled.get(key, ()):
             if program[1].door.admits(leaves):
                 return program
-        return self._capture(key, named)
+        captured: Program = self._capture(key, named)
+        return captured
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
         """Turn a captured graph into this module's program."""

@@ -26,6 +26,7 @@ from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.onnx.constant_folding import mark_data
 from lora_fx.onnx.names import give_own_names
+from lora_fx.progress import stage
 from lora_fx.targets.target import Target
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def to_onnx(
     _refuse_random_ops(graph)
 
     weights = {name: _lifted(graph, target) for name, target in (apart or {}).items()}
-    make_portable(graph.graph)
-    traced = captured.traced(False, captured.named, execution.base_dtype)
-    flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
+    with stage("preparing the graph for ONNX"):
+        make_portable(graph.graph)
+        traced = captured.traced(False, captured.named, execution.base_dtype)
+        flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
 
     free = traced.door.free(captured.requested)
     examples = [*_representative(module, free), *weights.values()]

@@ -78,7 +78,8 @@ def fit(
     parts = world.size * settings.accumulate
     rows = part_rows(model, settings.batch_size, parts)
     half = settings.mixed_precision == "bf16"
-    run_objective, warnings = objective(model, training, loss, half, rows)
+    with stage("finding what the loss is a mean of"):
+        run_objective, warnings = objective(model, training, loss, half, rows)
     if parts == 1:
         warnings = [warning for warning in warnings if warning != UNKNOWN]
 

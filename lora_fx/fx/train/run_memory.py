@@ -29,7 +29,7 @@ from lora_fx.fx.train.objective import Objective
 from lora_fx.fx.train.optimizer import Optimizer
 from lora_fx.fx.train.step_memory import StepMemory, largest_batch, step_memory
 from lora_fx.peak_memory import MemoryPart, PeakMemory, check_memory
-from lora_fx.progress import said
+from lora_fx.progress import said, stage
 from lora_fx.targets.keys import base_name
 from lora_fx.text import sized
 
@@ -65,7 +65,8 @@ class RunMemory:
         """
         batch = largest_batch(self.training, self.rows)
         try:
-            peak = self.peak_of(step_memory(self.objective, batch))
+            with stage("estimating the memory of a step"):
+                peak = self.peak_of(step_memory(self.objective, batch))
         except Exception as e:  # whatever a model does with tensors that have no values
             said(f"memory of a step: not known before it: {one_line(e, 120)}")
             return

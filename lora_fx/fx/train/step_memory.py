@@ -35,6 +35,7 @@ from lora_fx.fx.train.reduction import inputs_of
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import Named
 
+
 @dataclass(frozen=True)
 class StepMemory:
     """The bytes of a step's tensors.
@@ -82,21 +83,28 @@ def step_memory(objective: Objective, batch: Table) -> StepMemory:
     counted = _LiveBytes(tensors.values())
     attention = _Attention(device_of(model))
     with torch.random.fork_rng(devices=[]), attention, counted:
+        step = _Step(objective, batch, counted)
         names = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        torch.func.functional_call(_Step(objective, batch, counted), names, ())
+        torch.func.functional_call(step, names, (), tie_weights=False)
     return StepMemory(counted.kept, counted.peak, counted.largest)
 
 
 def _without_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a tensor of the meta device for each parameter and buffer; ties stay ties."""
+    """Return a tensor of the meta device for each parameter and buffer; ties stay ties.
+
+    Each place of a tensor is named once. One that is named twice, below two names of its module,
+    would be replaced twice, and put back once.
+    """
     tensors: dict[str, torch.Tensor] = {}
     by_identity: dict[int, torch.Tensor] = {}
-    parameters = model.named_parameters(remove_duplicate=False)
-    for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
-        if id(tensor) not in by_identity:
-            empty = torch.empty_like(tensor, device="meta")
-            by_identity[id(tensor)] = empty.requires_grad_(tensor.requires_grad)
-        tensors[name] = by_identity[id(tensor)]
+    for path, module in model.named_modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if id(tensor) not in by_identity:
+                empty = torch.empty_like(tensor, device="meta")
+                by_identity[id(tensor)] = empty.requires_grad_(tensor.requires_grad)
+            tensors[f"{path}.{leaf}".lstrip(".")] = by_identity[id(tensor)]
     return tensors
 
 
@@ -150,7 +158,7 @@ class _Attention(TorchFunctionMode):
         return result
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operators make, while each of them lives.
 
     Attributes:
@@ -161,7 +169,7 @@ class _LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.kept = 0
         self.peak = 0
@@ -175,7 +183,8 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run an operator on the meta device, and count what it makes."""
         keywords = dict(kwargs or {})
-        if func._schema.name.endswith("_"):
+        name = func._schema.name
+        if name.endswith("_") and not name.endswith("__"):  # add_, and not __and__
             return args[0]  # it changes its first argument, of which there is nothing to change
         if any(argument.name == "device" for argument in func._schema.arguments):
             keywords["device"] = torch.device("meta")
