@@ -18,20 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
 
-import torch
 from torch import fx
 
-from lora_fx.fx.gelu_tanh import gelu_tanh
 from lora_fx.fx.graph.branch_nodes import Projection, maker, projections
-from lora_fx.fx.graph.elementwise_chains import VIEWS, Chain, chain_of, differentiable_nodes
+from lora_fx.fx.graph.chain_formulas import formula_of
+from lora_fx.fx.graph.elementwise_chains import Chain, chain_of, differentiable_nodes
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import Writes
-from lora_fx.fx.graph.nodes import block_of, shape_of
+from lora_fx.fx.graph.nodes import block_of
 from lora_fx.fx.train_regions import code_of, region
 from lora_fx.passes.base import PassResult
 from lora_fx.text import by_key
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,7 @@ def _replace(
         tuple(emit(str(factor.target)) for factor in projection.factors) for projection in group
     ]
     code = code_of(chain.reads, chain.steps, results, f"recomputed {x.name}")
-    formula = None
-    if results == [x] and _is_gelu_tanh(chain):
-        formula = gelu_tanh
+    formula = formula_of(chain, flows) if results == [x] else None
     call = emit(region(code, formula), (factors, *chain.reads))
     flows[call] = True
 
@@ -129,12 +124,3 @@ def _nodes_of(projection: Projection) -> list[fx.Node]:
         inputs = reversed(nodes[-1].all_input_nodes)
         nodes.append(next(node for node in inputs if node is not projection.x))
     return [*projection.factors, *reversed(nodes[:-1])]
-
-
-def _is_gelu_tanh(chain: Chain) -> bool:
-    """True if the chain is exactly GELU by its tanh formula."""
-    ops = [(step.target, step.kwargs) for step in chain.steps if step.target not in VIEWS]
-    if ops != [(aten.gelu.default, {"approximate": "tanh"})]:
-        return False
-    # texts are compared: sizes would ask symbols
-    return str(shape_of(chain.reads[0])) == str(shape_of(chain.steps[-1]))

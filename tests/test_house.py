@@ -457,7 +457,7 @@ NODES = {
     "lora_fx.fx": 26_000,
     "lora_fx.fx.attach": 9_000,
     "lora_fx.fx.capture": 41_000,
-    "lora_fx.fx.graph": 25_000,
+    "lora_fx.fx.graph": 26_000,
     "lora_fx.fx.load": 17_000,
     "lora_fx.fx.lowering": 9_000,
     "lora_fx.fx.module": 12_000,

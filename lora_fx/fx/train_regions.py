@@ -32,8 +32,8 @@ def region(code: Code, formula: Code | None = None) -> Callable[..., tuple[torch
 
     Args:
         code: f: values → (x, …), pure, without random numbers.
-        formula: Where x is made of the first value v alone, in its shape: v → (x,), and
-            (v, ∂L/∂x) → (x, ∂L/∂v).
+        formula: Where the region returns x alone: (*values) → (x,), and (*values, dx=∂L/∂x) →
+            x and the gradients of the first values. The other values get none.
 
     Returns:
         (factors, *values) → (x, …, t₁ …). `factors` holds one tuple for each product: the a's
@@ -109,7 +109,7 @@ class _Recomputed(torch.autograd.Function):
         if formula is None:
             results = code(*values)
         else:
-            results = formula(values[0])
+            results = formula(*values)
         x = results[0]
 
         # tensors are saved so that autograd sees a change in place, and other arguments as they are
@@ -147,10 +147,10 @@ class _Recomputed(torch.autograd.Function):
 
         # where a graph of the gradients is made, f runs on the values themselves
         twice = torch.is_grad_enabled()
-        if ctx.formula is not None and d_results[0] is not None and not twice:
-            x, dv = ctx.formula(values[0], d_results[0])
-            d_values = [dv, *[None] * len(values[1:])]
-        else:
+        x, d_values = None, None
+        if not twice:
+            x, d_values = _by_formula(ctx.formula, values, d_results[0], values_need)
+        if d_values is None:
             if not twice:
                 values = _leaves(values, values_need)
             with torch.enable_grad(), in_autocast(ctx.autocast):
@@ -176,6 +176,18 @@ def _sum(
     rows_of_dx = dx.reshape(-1, dx.shape[-1])
     rows_of_dt = dt.reshape(-1, dt.shape[-1])
     return torch.addmm(rows_of_dx, rows_of_dt, a).view_as(dx)
+
+
+def _by_formula(
+    formula: Code | None, values: Sequence[Any], dx: torch.Tensor | None, needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None] | None]:
+    """Return x and the gradients of the values; (None, None) if no formula gives all of them."""
+    if formula is None or dx is None:
+        return None, None
+    x, *d_values = formula(*values, dx=dx)
+    if any(needs[len(d_values) :]):
+        return None, None  # a weight that was frozen when the region was made
+    return x, [*d_values, *[None] * (len(values) - len(d_values))]
 
 
 def _leaves(values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:

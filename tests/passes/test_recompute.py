@@ -14,7 +14,9 @@ from torch import nn
 import lora_fx
 from lora_fx.fx import gelu_tanh as gelu_tanh_module
 from lora_fx.fx.gelu_tanh import gelu_tanh
+from lora_fx.fx.graph import chain_formulas
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.region_formulas import gated_silu, rms_norm
 from lora_fx.passes import recompute
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
@@ -53,6 +55,24 @@ class Tanh(Net):
 
     def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return F.gelu(3 * u + g, approximate="tanh")
+
+
+class Rms(Net):
+    """The norm of Llama, as transformers writes it."""
+
+    def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        h = u + g
+        wide = h.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.norm.weight * wide.to(h.dtype)
+
+
+class Flat(Net):
+    """GELU on rows: the chain reads a size beside the value."""
+
+    def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        rows = (3 * u + g).flatten(0, -2)
+        return F.gelu(rows.view(-1, 16), approximate="tanh").view(*u.shape)
 
 
 class Residual(Net):
@@ -149,7 +169,9 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tol: float
         assert error <= tol, (name, error)
 
 
-@pytest.mark.parametrize("make", [Net, Gate, Tanh, Residual, Both, Relu], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make", [Net, Gate, Tanh, Flat, Residual, Both, Relu], ids=lambda m: m.__name__
+)
 def test_gradients(make: Callable[[], Net], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gelu_tanh_module, "PIECE", 100)  # several, the last of them shorter
     x = torch.randn(3, 7, 6)
@@ -158,7 +180,7 @@ def test_gradients(make: Callable[[], Net], monkeypatch: pytest.MonkeyPatch) -> 
     if make in (Net, Residual):
         assert "norm.weight" in want
     # two formulas of one function, each rounded in its own places
-    same(gradients(fast, x), want, 4e-6 if make is Tanh else 1e-6)
+    same(gradients(fast, x), want, 4e-6 if make in (Tanh, Flat) else 1e-6)
     kept = [saved_bytes(m, lambda m=m: m(x))[0] for m in (fast, plain)]  # type: ignore[misc]
     assert kept[0] < kept[1] or make is Relu
 
@@ -198,11 +220,76 @@ def test_the_formula_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(len(given))
         return gelu_tanh(*given)
 
-    monkeypatch.setattr(recompute, "gelu_tanh", seen)
+    monkeypatch.setattr(chain_formulas, "gelu_tanh", seen)
     x = torch.randn(3, 7, 6)
     fast, _ = pair(Tanh, x)
     gradients(fast, x)
     assert asked[-2:] == [1, 2], "x in forward, x and ∂L/∂x in backward"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [Gate, Rms], ids=lambda m: m.__name__)
+def test_backward_makes_no_graph_of_a_gate_or_an_rms_norm(
+    make: Callable[[], Net], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their gradients have formulas; autograd through the steps is asked for nothing."""
+    inner: list[int] = []
+    grad = torch.autograd.grad
+
+    def counted(*args: Any, **more: Any) -> Any:
+        inner.append(1)
+        return grad(*args, **more)
+
+    x = torch.randn(3, 7, 6).to(dtype)
+    by_formula, _ = pair(lambda: make().to(dtype), x)
+    monkeypatch.setattr(recompute, "formula_of", lambda *_: None)
+    by_steps, _ = pair(lambda: make().to(dtype), x)
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    got = gradients(by_formula, x)
+    assert not inner
+    want = gradients(by_steps, x)
+    assert inner
+    # autograd rounds the gradient of a norm in other places
+    same(got, want, 0.0 if make is Gate else 2 * torch.finfo(dtype).eps)
+
+
+def test_a_weight_of_a_norm_that_was_frozen_gets_its_gradient() -> None:
+    x = torch.randn(3, 7, 6).to(torch.bfloat16)
+    fast, plain = pair(lambda: Rms().to(torch.bfloat16), x)
+    for module in (fast, plain):
+        module.get_parameter("norm.weight").requires_grad_(True)
+    want = gradients(plain, x)
+    assert "norm.weight" in want
+    same(gradients(fast, x), want, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_gated_silu_is_autograd_s_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    gate, up, dx = (torch.randn(9, 33).to(torch.bfloat16) for _ in range(3))
+    leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    x = F.silu(leaves[0]) * leaves[1]
+    want = x.detach(), *torch.autograd.grad(x, leaves, dx)
+    assert all(torch.equal(a, b) for a, b in zip(gated_silu(gate, up, dx=dx), want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_is_the_exact_gradient_rounded(dtype: torch.dtype) -> None:
+    """Against autograd through the formula of the norm in 64 bits; forward is torch's own."""
+    torch.manual_seed(0)
+    v, dx = (torch.randn(5, 7, 48).to(dtype) for _ in range(2))
+    weight = (1 + 0.1 * torch.randn(48)).to(dtype)
+    x, dv = rms_norm(v, weight, dx=dx, eps=1e-5)
+    wide = v.float() * torch.rsqrt(v.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(x, weight * wide.to(dtype))
+    assert torch.equal(rms_norm(v, weight, eps=1e-5)[0], x)
+
+    exact = v.double().requires_grad_()
+    r = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-5)
+    (exact * r * weight.double()).backward(dx.double())
+    assert exact.grad is not None
+    error = (dv.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    assert dv.dtype == dtype
+    assert error <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
