@@ -21,9 +21,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lora_fx.onnx import TrainSession
-from lora_fx.onnx import session as sessions
 from lora_fx.onnx.runtime_log import quiet_options
 from tests.benchmarks.interleave import processor
 from tests.benchmarks.kept import Row, add_keep, report, rounded
@@ -58,9 +58,8 @@ def onnx_profile(name: str, file: str, steps: int) -> list[Spent]:
         options.profile_file_prefix = str(Path(file).with_suffix(""))
         return options
 
-    plain, sessions.quiet_options = sessions.quiet_options, profiled
-    training = TrainSession(file, LR, "cpu", 1)
-    sessions.quiet_options = plain
+    with mock.patch("lora_fx.onnx.session.quiet_options", profiled):
+        training = TrainSession(file, LR, "cpu", 1)
     for _ in range(steps):
         training.step(batch(name, SIZES[name]))
     events = json.loads(Path(training.session.end_profiling()).read_text())

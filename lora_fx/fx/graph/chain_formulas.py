@@ -86,12 +86,13 @@ def _eps_of_rms_norm(chain: Chain, differentiable: Mapping[fx.Node, bool]) -> fl
         return None
     v, weight = chain.reads
     eps = sum_.args[1]
+    if not isinstance(eps, float):
+        return None
     as_written = (
         wide.args == (v, torch.float32)
         and squares.args == (wide, 2)
         and mean.args == (squares, [-1], True)
         and sum_.args[0] is mean
-        and isinstance(eps, float)
         and r.args == (sum_,)
         and set(scaled.args) == {wide, r}
         and narrow.args == (scaled, dtype_of(v))
@@ -103,7 +104,7 @@ def _eps_of_rms_norm(chain: Chain, differentiable: Mapping[fx.Node, bool]) -> fl
         return None
     if differentiable.get(weight) or not _have_one_shape(v, x):
         return None
-    return float(eps)
+    return eps
 
 
 def _have_one_shape(first: fx.Node, second: fx.Node) -> bool:
