@@ -89,10 +89,9 @@ def times() -> str:
             for table in of_family:
                 rows[table.note][_millions(parts[table.what])] = table.rows[0][figure]
             blocks.append(markdown(heading, list(rows.values())))
-        about = dict.fromkeys(
-            f"{table.load}, {table.date}, lora-fx {table.commit}" for table in of_family
-        )
-        blocks.append(f"{family}, {of_family[0].cores} cores; {'; '.join(about)}.")
+        days = ", ".join(dict.fromkeys(f"{table.load}, {table.date}" for table in of_family))
+        commits = ", ".join(dict.fromkeys(table.commit.rstrip("+") for table in of_family))
+        blocks.append(f"{family}, {of_family[0].cores} cores, {days}; lora-fx {commits}.")
     return "\n\n".join(blocks)
 
 
