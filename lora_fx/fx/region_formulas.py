@@ -1,8 +1,8 @@
 """Gradients of a recomputed region by a formula, in place of autograd through its steps.
 
-A formula is called as formula(*values) and returns (x,), or as formula(*values, dx) and returns
-x and the gradients of the first values. Its results are those of the steps; autograd would build a
-graph of the steps in every backward pass, and walk it.
+formula(*values) returns (x,), and formula(*values, dx=∂L/∂x) returns x and the gradients of the
+first values. The results are those of the steps; autograd would build a graph of the steps in every
+backward pass, and walk it.
 """
 
 from __future__ import annotations

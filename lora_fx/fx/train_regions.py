@@ -32,8 +32,8 @@ def region(code: Code, formula: Code | None = None) -> Callable[..., tuple[torch
 
     Args:
         code: f: values → (x, …), pure, without random numbers.
-        formula: Where the region returns x alone: values → (x,), and (values, ∂L/∂x) → x and the
-            gradients of the first values. The other values get none.
+        formula: Where the region returns x alone: (*values) → (x,), and (*values, dx=∂L/∂x) →
+            x and the gradients of the first values. The other values get none.
 
     Returns:
         (factors, *values) → (x, …, t₁ …). `factors` holds one tuple for each product: the a's
@@ -147,10 +147,12 @@ class _Recomputed(torch.autograd.Function):
 
         # where a graph of the gradients is made, f runs on the values themselves
         twice = torch.is_grad_enabled()
-        x, d_values = None, None
+        by_formula = None
         if not twice:
-            x, d_values = _by_formula(ctx.formula, values, d_results[0], values_need)
-        if d_values is None:
+            by_formula = _by_formula(ctx.formula, values, d_results[0], values_need)
+        if by_formula is not None:
+            x, d_values = by_formula
+        else:
             if not twice:
                 values = _leaves(values, values_need)
             with torch.enable_grad(), in_autocast(ctx.autocast):
@@ -180,13 +182,13 @@ def _sum(
 
 def _by_formula(
     formula: Code | None, values: Sequence[Any], dx: torch.Tensor | None, needs: Sequence[bool]
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None] | None]:
-    """Return x and the gradients of the values; (None, None) if no formula gives all of them."""
+) -> tuple[torch.Tensor, list[torch.Tensor | None]] | None:
+    """Return x and the gradients of the values; None if no formula gives all of them."""
     if formula is None or dx is None:
-        return None, None
-    x, *d_values = formula(*values, dx)
+        return None
+    x, *d_values = formula(*values, dx=dx)
     if any(needs[len(d_values) :]):
-        return None, None  # a weight that was frozen when the region was made
+        return None  # a weight that was frozen when the region was made
     return x, [*d_values, *[None] * (len(values) - len(d_values))]
 
 

@@ -1,6 +1,6 @@
 """Randomised SVD of one weight's difference against numpy's full SVD, interleaved.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/extract.py [--side 2048] [--rank 16] [--rounds 7]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.extract [--side 2048] [--rank 16] [--rounds 7]
 
 The spectrum is σₖ ∝ 1/k of 256 components with 30 % of white noise. Every round runs full, sampled
 and sampled again (the A/A control); what is compared are ratios within a round, so that a machine
@@ -10,7 +10,6 @@ that slows down slows all three. The error is that of rank r relative to the opt
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from lora_fx.adapter.svd import leading
 from lora_fx.dtypes import Array
 from lora_fx.inputs import generator
+from tests.benchmarks.kept import add_keep, figures, report
 
 
 def spectrum(side: int, noise: float = 0.3) -> Array:
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    add_keep(parser)
     options = parser.parse_args()
     delta, k = spectrum(options.side), options.rank
 
@@ -62,16 +63,10 @@ def main() -> None:
             times[name].append(seconds)
     best = float(np.linalg.norm(s[k:]))
     got = float(np.linalg.norm(delta - (u * values) @ vt))
-    print(f"{options.side}², rank {k}, {options.rounds} rounds, CPU seconds (median, minimum)")
-    for name, row in times.items():
-        print(f"  {name:8} {statistics.median(row):.4f}  {min(row):.4f}")
-    for name, (a, b) in {
-        "full / sampled": ("full", "sampled"),
-        "A/A": ("again", "sampled"),
-    }.items():
-        ratios = [x / y for x, y in zip(times[a], times[b], strict=True)]
-        print(f"  {name:15} {statistics.median(ratios):.2f}  {min(ratios):.2f}")
-    print(f"  error over the optimum: {got / best - 1:+.4%}")
+    rows = [figures(name, seconds, times["full"]) for name, seconds in times.items()]
+    what = f"{options.side}², rank {k}: CPU seconds of an SVD"
+    report("extract", what, rows, options.keep)
+    print(f"error over the optimum: {got / best - 1:+.4%}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ A page has its prose, and for each benchmark two lines between which its tables 
     <!-- results: step -->
     <!-- end of results -->
 
-`results: capture insert` is for those tables of `capture` whose heading begins with "insert", and
-`results: gates` is the table of all gates by family of processors.
+`results: capture insert` is for those tables of `capture` whose heading begins with "insert".
+`results: gates` is the table of all gates by family of processors, and `results: times` shows the
+tables of `times`, which hold one command and one size each, side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from tests.benchmarks.kept import FOLDER, Row, Table, load, markdown, shown
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("numbers.md", "times.md")
 PLACE = re.compile(r"(<!-- results: (\w+)( [^\n]*)? -->\n).*?(<!-- end of results -->)", re.S)
-GATES = "gates"
 
 
 def origin(table: Table) -> str:
@@ -74,12 +74,39 @@ def gates() -> str:
     return markdown("row", rows)
 
 
+def times() -> str:
+    """What the commands take, a row for each command and a column for each size, by family."""
+    blocks: list[str] = []
+    found = load("times")
+    for family in dict.fromkeys(table.family for table in found):
+        of_family = [table for table in found if table.family == family]
+        parts = {table.what: table.rows[0]["parameters"] for table in of_family}
+        sizes = sorted(parts, key=lambda size: parts[size])
+        for figure, heading in (("CPU s", "seconds of CPU"), ("peak MB", "peak of memory, MB")):
+            rows: dict[str, Row] = {}
+            for name in dict.fromkeys(table.note for table in of_family):
+                rows[name] = {"what": f"`{name}`", **{_millions(parts[s]): "" for s in sizes}}
+            for table in of_family:
+                rows[table.note][_millions(parts[table.what])] = table.rows[0][figure]
+            blocks.append(markdown(heading, list(rows.values())))
+        days = ", ".join(dict.fromkeys(f"{table.load}, {table.date}" for table in of_family))
+        commits = ", ".join(dict.fromkeys(table.commit.rstrip("+") for table in of_family))
+        blocks.append(f"{family}, {of_family[0].cores} cores, {days}; lora-fx {commits}.")
+    return "\n\n".join(blocks)
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.3g} M" if parameters < 1e9 else f"{parameters / 1e9:.3g} B"
+
+
 def filled(page: str) -> str:
     """The text of a page with the tables that the data gives."""
 
+    made_by = {"gates": gates, "times": times}
+
     def fill(place: re.Match[str]) -> str:
         name = place[2]
-        made = gates() if name == GATES else tables(name, (place[3] or "").strip())
+        made = made_by[name]() if name in made_by else tables(name, (place[3] or "").strip())
         return f"{place[1]}\n{made}\n\n{place[4]}"
 
     return PLACE.sub(fill, page)

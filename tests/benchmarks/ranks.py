@@ -1,7 +1,7 @@
 """Which way of choosing ranks is worth it: adapters of one budget on digits that a net never saw.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/ranks.py [--seeds 100-115] [--uniform 1]
-    OMP_NUM_THREADS=1 python tests/benchmarks/ranks.py --cut-from 8   # one run, truncated
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.ranks [--seeds 100-115] [--uniform 1]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.ranks --cut-from 8   # one run, truncated
 
 scikit-learn's digits (8 × 8; it has to be installed). A net of three pre-norm transformer blocks
 (16 patches, D = 32, MLP 128, 18 target matmuls) learns classes 0 to 4; it is adapted to 5 to 9 with
@@ -35,6 +35,7 @@ from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.plan import plan
 from lora_fx.targets.budget import allocate
 from lora_fx.targets.rank_methods import METHODS
+from tests.benchmarks.kept import Row, add_keep, report
 
 CONTROL = "random"
 DIM, HEADS, WIDE, CLASSES = 32, 4, 128, 5
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="100-115")
     parser.add_argument("--uniform", type=int, default=1)
     parser.add_argument("--cut-from", type=int, help="Rank of a run that is cut, instead.")
+    add_keep(parser)
     parser.add_argument("--methods", default=f"{','.join(METHODS)},{CONTROL}")
     options = parser.parse_args()
     first, _, last = options.seeds.partition("-")
@@ -214,18 +216,19 @@ def main() -> None:
         runs.append(made)
         said = "  ".join(f"{m} {v[0]:.3f}/{v[1]:.3f}/{v[2]}" for m, v in runs[-1].items())
         print(f"seed {seed} ({time.time() - start:.0f} s): {said}", flush=True)
-    print(f"\n{len(runs)} seeds; mean (standard error); paired with uniform")
-    print(
-        "method      elements  accuracy       CE             Δ accuracy     Δ CE           better"
-    )
+    rows: list[Row] = []
     for m in runs[0]:
-        cells = [f"{statistics.mean(r[m][2] for r in runs):8.0f}"]
-        cells += [_mean([r[m][i] for r in runs]) for i in (0, 1)]
+        row: Row = {"what": m, "elements": round(statistics.mean(r[m][2] for r in runs))}
+        row["accuracy"], row["cross entropy"] = (_mean([r[m][i] for r in runs]) for i in (0, 1))
         if m not in ("uniform", "probe"):
             paired = [[r[m][i] - r["uniform"][i] for r in runs] for i in (0, 1)]
-            cells += [_mean(d) for d in paired]
-            cells.append(f"{sum(d > 0 for d in paired[0])} of {len(runs)}")
-        print(f"{m:11s}  " + "  ".join(cells))
+            row["Δ accuracy"], row["Δ cross entropy"] = map(_mean, paired)
+            row["better than uniform"] = f"{sum(d > 0 for d in paired[0])} of {len(runs)}"
+        rows.append(row)
+    what = "method"
+    if options.cut_from:
+        what = f"one run at rank {options.cut_from}, cut"
+    report("ranks", what, rows, options.keep)
 
 
 def _mean(values: list[float]) -> str:

@@ -36,13 +36,22 @@ def formula_of(chain: Chain, differentiable: Mapping[fx.Node, bool]) -> Formula 
         differentiable: Nodes through which a gradient can flow.
     """
     if _is_gelu_tanh(chain):
-        return gelu_tanh
+        return _gelu_tanh_of_first
     if _is_gated_silu(chain):
         return gated_silu
     eps = _eps_of_rms_norm(chain, differentiable)
     if eps is not None:
         return partial(rms_norm, eps=eps)
     return None
+
+
+def _gelu_tanh_of_first(
+    v: torch.Tensor, *sizes: object, dx: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Return gelu_tanh of the first value; views in the chain read sizes too."""
+    if dx is None:
+        return gelu_tanh(v)
+    return gelu_tanh(v, dx)
 
 
 def _is_gelu_tanh(chain: Chain) -> bool:
@@ -77,12 +86,13 @@ def _eps_of_rms_norm(chain: Chain, differentiable: Mapping[fx.Node, bool]) -> fl
         return None
     v, weight = chain.reads
     eps = sum_.args[1]
+    if not isinstance(eps, float):
+        return None
     as_written = (
         wide.args == (v, torch.float32)
         and squares.args == (wide, 2)
         and mean.args == (squares, [-1], True)
         and sum_.args[0] is mean
-        and isinstance(eps, float)
         and r.args == (sum_,)
         and set(scaled.args) == {wide, r}
         and narrow.args == (scaled, dtype_of(v))
@@ -94,7 +104,7 @@ def _eps_of_rms_norm(chain: Chain, differentiable: Mapping[fx.Node, bool]) -> fl
         return None
     if differentiable.get(weight) or not _have_one_shape(v, x):
         return None
-    return float(eps)
+    return eps
 
 
 def _have_one_shape(first: fx.Node, second: fx.Node) -> bool:
