@@ -25,13 +25,14 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
         LoraFxError: Inputs of other names, an adapter that does not fit b.
     """
     from lora_fx.onnx.load import load
-    from lora_fx.onnx.session import open_session
+    from lora_fx.onnx.session import few_runs, open_session
     from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
 
     load(a)  # which names what is wrong with a file better than the runtime does
     with_branches = options.adapter is not None
     graph = _graph(b, needed=with_branches)
-    session = open_session(a, options.provider)
+    with few_runs():
+        session = open_session(a, options.provider)
     bound = _bound(options, graph) if graph is not None and with_branches else None
     with reference_of(Path(b), graph, options.provider, options.inputs) as reference:
         names = reference.session.input_names
