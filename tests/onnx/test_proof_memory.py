@@ -15,6 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.verbs import export_merged
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -74,7 +75,7 @@ def test_no_proof_packs_the_weights_of_a_data_file(
         assert lora_fx.verify(path, path, provider="cpu")
         assert packing and not any(packing)
         packing.clear()
-        lora_fx.onnx.session.open_session(path, "cpu")  # a user's own, for many runs
+        open_session(path, "cpu")  # a user's own, for many runs
         assert packing == [True]
 
 
@@ -91,7 +92,6 @@ def test_folded_weights_are_gone_before_the_file_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
-    open_session = export_merged.open_session
 
     def opened(*arguments: Any, **options: Any) -> Any:
         gc.collect()
