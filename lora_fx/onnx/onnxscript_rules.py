@@ -103,6 +103,35 @@ def constants_apart() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def graphs_forgotten() -> Iterator[None]:
+    """A block after which no rule refers to a graph that it was tried on.
+
+    The rules are global, and each one keeps the last graph that it was tried on until the next
+    export, with all weights of the model.
+    """
+    from onnxscript.rewriter._matcher import SimplePatternMatcher
+    from onnxscript.rewriter._rewrite_rule import RewriteRule
+
+    rewrite = RewriteRule.try_rewrite
+    matchers: set[SimplePatternMatcher] = set()
+
+    def try_rewrite(
+        self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
+    ) -> object:
+        if isinstance(self._matcher, SimplePatternMatcher):
+            matchers.add(self._matcher)
+        return rewrite(self, model, graph, node, **options)
+
+    try:
+        with patched(RewriteRule, try_rewrite=try_rewrite):
+            yield
+    finally:
+        for matcher in matchers:
+            for name in ("_graph", "_match", "_current_node"):
+                vars(matcher)[name] = None
+
+
+@contextlib.contextmanager
 def matched_by_operator() -> Iterator[None]:
     """A block in which a rule is tried only on nodes with its operator.
 

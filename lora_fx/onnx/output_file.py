@@ -18,6 +18,7 @@ from lora_fx.files.atomic import EXISTS, replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, save
+from lora_fx.onnx.session import few_runs
 from lora_fx.progress import stage
 
 
@@ -122,15 +123,17 @@ def output(
         data = _free_data_path(owner)
         file = Output(target, temporary, data, temporary, places=places, beside=beside)
         try:
-            yield file
+            with few_runs():
+                yield file
         finally:
             if file.loadable != file.path:
                 file.loadable.unlink(missing_ok=True)
 
         if file.external and file.data.name != f"{owner.name}.data" and not force:
             raise LoraFxError(f"{owner}.data already exists", EXISTS)
-        for place in places:
-            file.copies += place.place(temporary, beside, file.adapters)
+        with few_runs():
+            for place in places:
+                file.copies += place.place(temporary, beside, file.adapters)
         if file.external:
             with replacing(file.data, beside=beside) as temporary_data:
                 temporary.with_name(file.data.name).replace(temporary_data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
@@ -26,6 +27,16 @@ def weight_bytes(model: ir.Model) -> int:
         if value.const_value is not None:
             total += value.const_value.nbytes
     return total
+
+
+def forget(model: ir.Model) -> None:
+    """Empty a model that has been written, whose tensors are in memory beside the file otherwise.
+
+    Nodes and graphs refer to each other, and a graph to the inputs that it had once, weights among
+    them: only a collection frees these.
+    """
+    model.graph = ir.Graph((), (), nodes=())
+    gc.collect()
 
 
 def is_external(path: Path) -> bool:

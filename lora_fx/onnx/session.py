@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
@@ -32,6 +33,51 @@ if TYPE_CHECKING:
 
 
 MOST_THREADS = 1024
+MOST_WITHOUT_DATA = 256 << 20
+"""The size in bytes above which a model's own file holds its weights."""
+NARROW = frozenset((2, 3, 10, 16, 21, 22))
+"""TensorProto's UINT8, INT8, FLOAT16, BFLOAT16, UINT4 and INT4."""
+
+_few_runs: ContextVar[bool] = ContextVar("few_runs", default=False)
+
+
+@contextlib.contextmanager
+def few_runs() -> Iterator[None]:
+    """A block whose sessions are for the few runs of a proof.
+
+    By default the runtime copies weights into the order in which products read them, once for all
+    runs. In this block the float32 weights of a data file stay in the pages of that file, so that a
+    proof needs no second model in memory.
+    """
+    token = _few_runs.set(True)
+    try:
+        yield
+    finally:
+        _few_runs.reset(token)
+
+
+def _stays_in_place(path: str | PathLike[str]) -> bool:
+    """Whether a file has a data file, and no weights in it that are narrower than float32.
+
+    Products over codes and over float16 have another kernel, with other rounding, where these are
+    packed.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        if os.path.getsize(path) > MOST_WITHOUT_DATA:
+            return False
+        graph = onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError):  # the runtime says what is wrong with the file
+        return False
+    stored_apart = [
+        tensor
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and len(tensor.dims) > 1
+    ]
+    narrow = any(tensor.data_type in NARROW for tensor in stored_apart)
+    return bool(stored_apart) and not narrow
 
 
 def driver_present() -> bool:
@@ -140,7 +186,6 @@ def open_session(
     rewrites: bool = True,
     exact: bool = True,
     patterns: bool = True,
-    packs: bool = True,
     external: Mapping[str, Array] | None = None,
 ) -> RuntimeSession:
     """Load a model.
@@ -156,9 +201,6 @@ def open_session(
             block-wise DequantizeLinear (level 4 of MatMulNBits): rel 5e-3, and CUDA multiplies in
             TF32, with 10 bits of each factor.
         patterns: Keep one block of memory for all values of a run at sizes seen before.
-        packs: Copy weights into the order in which products read them, once for all runs. Without,
-            they stay in the pages of the data file, and a proof of a few runs needs no second
-            model in memory.
         external: Arrays in the place of initialisers that lie in a data file, of equal shapes
             and dtypes.
 
@@ -178,7 +220,7 @@ def open_session(
 
     options = quiet_options()
     options.enable_mem_pattern = patterns
-    if not packs:
+    if _few_runs.get() and _stays_in_place(path):
         options.add_session_config_entry("session.disable_prepacking", "1")
     threads = threads or _threads_of_user()
     if threads:

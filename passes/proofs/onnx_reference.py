@@ -42,7 +42,7 @@ from lora_fx.onnx.graph.coded_weights import rounds_activations, shares_ranges
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.id_limits import highest
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import RuntimeSession, open_session, tensors_by_name
+from lora_fx.onnx.session import RuntimeSession, few_runs, open_session, tensors_by_name
 from lora_fx.onnx.sigmoid_step import stepped_file
 from lora_fx.onnx.signature import feeds_of_sizes, signature
 from lora_fx.passes.find import find
@@ -381,5 +381,5 @@ def reference_of(
     source: Path, graph: OnnxGraph | None, provider: str, arrays: Named | None
 ) -> Iterator[OnnxReference]:
     """Open a file as a reference, with a scratch folder for its variants while the block runs."""
-    with scratch_folder() as folder:
+    with scratch_folder() as folder, few_runs():
         yield OnnxReference(graph, source, provider, Path(folder), arrays or {})

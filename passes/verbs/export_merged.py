@@ -31,6 +31,7 @@ from lora_fx.onnx.names import mark_changed
 from lora_fx.onnx.optimise import RewriteStage
 from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.precision import GATES, narrow
+from lora_fx.onnx.save import forget
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.passes.fold import Folded, said_of_zeros
@@ -82,7 +83,9 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     """Fold and prove the module, translate it, prove the file, and give the file its name."""
     warnings: list[str] = [str(pinned) for pinned in execution_of(branched).captured.pinned]
     folded, parity = _folded(branched, options, warnings)
+    changes = getattr(folded, "folded", ())
     translation = _translate(folded, options)
+    del folded  # its weights are in memory only until the file holds them
     warnings += translation.warnings
 
     rewriting = _rewrite(branched, translation, options)
@@ -95,13 +98,12 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     warnings += written.notes
     if written.session.note:
         warnings.append(written.session.note)
-    changes = getattr(folded, "folded", ())
     warnings += _warnings_of_fold(changes, translation.unrounded)
 
     details: Json = {
         "opset": options.opset or OPSET,
         "mode": "merged",
-        "nodes": sum(1 for _ in written.model.graph.all_nodes()),
+        "nodes": written.nodes,
         "grown_bytes": sum(change.grew for change in changes),
         **rows_of(execution_of(branched).captured),
     }
@@ -138,7 +140,7 @@ class _Translation:
 
     Attributes:
         model: The model.
-        values: How its tensors are read, by name.
+        values: How its tensors are read, by name, if stages of optimise are to come.
         unrounded: Names of the tensors that are stored as they were before they were rounded to
             the module's bfloat16.
         warnings: What has to be said.
@@ -169,7 +171,8 @@ def _translate(folded: CapturedModule, options: ExportOptions) -> _Translation:
             if name not in unrounded
         ]
     mark_changed(model, values)
-    return _Translation(model, values, unrounded, warnings)
+    values_of_rewrites = values if options.optimise else {}
+    return _Translation(model, values_of_rewrites, unrounded, warnings)
 
 
 def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Callable[[], Array]]:
@@ -226,9 +229,9 @@ def _rewrite(
 
 @dataclass(frozen=True)
 class _Written:
-    """The model that the file holds, its stages, the session that ran it, parity and notes."""
+    """The number of nodes of a file, its stages, the session that ran it, parity and notes."""
 
-    model: Any
+    nodes: int
     stages: Sequence[RewriteStage]
     session: RuntimeSession
     parity: list[Parity]
@@ -268,10 +271,10 @@ def _write_and_compare(
     """Write one model, and compare the file with the unfolded module."""
     conditions = onnx_conditions(branched.conditions())
     notes = files.save_within(output, model, conditions, guards(branched), options)
-    # products over codes have another kernel where these are packed
-    has_codes = execution_of(branched).captured.quantised is not None or bool(options.precision)
-    packs = has_codes or not output.external
-    session = open_session(output.path, options.provider, packs=packs)
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    if output.external and not stages:  # else the exported one may be written after all
+        forget(model)
+    session = open_session(output.path, options.provider)
     parity = prove(
         session.run,
         branched,
@@ -280,7 +283,7 @@ def _write_and_compare(
         of="onnxruntime",
         rerun=FileRerun(output.path, options.provider),
     )
-    return _Written(model, stages, session, parity, notes)
+    return _Written(nodes, stages, session, parity, notes)
 
 
 def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:

@@ -25,7 +25,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
         LoraFxError: Inputs of other names, an adapter that does not fit b.
     """
     from lora_fx.onnx.load import load
-    from lora_fx.onnx.session import open_session
+    from lora_fx.onnx.session import few_runs, open_session
     from lora_fx.onnx.session_memory import check_sessions
     from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
 
@@ -33,7 +33,8 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
     with_branches = options.adapter is not None
     graph = _graph(b, needed=with_branches)
     check_sessions("comparing", [a, b], options.provider)
-    session = open_session(a, options.provider)
+    with few_runs():
+        session = open_session(a, options.provider)
     bound = _bound(options, graph) if graph is not None and with_branches else None
     with reference_of(Path(b), graph, options.provider, options.inputs) as reference:
         names = reference.session.input_names

@@ -44,7 +44,7 @@ class RunOptions:
 
 def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """Run two models on the same inputs, or fit an adapter to one; see `lora_fx.verify`."""
-    from lora_fx.onnx.session import open_session
+    from lora_fx.onnx.session import few_runs, open_session
     from lora_fx.onnx.session_memory import check_sessions
     from lora_fx.passes.proofs.onnx_reference import FileRerun
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
@@ -61,7 +61,8 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     gate = ORT_TOL
     if is_path(file):
         check_sessions("comparing", [file], options.provider)
-        session = open_session(file, options.provider)
+        with few_runs():
+            session = open_session(file, options.provider)
         module = _module(other, adapter)
         run: Run = session.run
         rerun: Rerun = FileRerun(Path(file), options.provider)
@@ -77,7 +78,8 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     notes += [note for note in prove_as_it_is(module) if note not in notes]
     if options.tol is not None:
         gate = options.tol
-    parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
+    with few_runs():
+        parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
     return report_of(parity, notes)
 
 

@@ -52,7 +52,8 @@ def test_packed_weights_give_the_same_numbers(rows: int, tmp_path: Path) -> None
     path = product(tmp_path / "m.onnx")
     x = np.random.default_rng(1).standard_normal((rows, 512), np.float32)
     packed = open_session(path, "cpu").run({"x": x})["y"]
-    unpacked = open_session(path, "cpu", packs=False).run({"x": x})["y"]
+    with sessions.few_runs():
+        unpacked = open_session(path, "cpu").run({"x": x})["y"]
     assert np.abs(packed - unpacked).max() <= 1e-6 * np.abs(packed).max()
 
 

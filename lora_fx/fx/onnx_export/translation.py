@@ -18,6 +18,7 @@ from lora_fx.onnx.constant_folding import unfolded
 from lora_fx.onnx.onnxscript_rules import (
     constants_apart,
     exact_constants,
+    graphs_forgotten,
     norms_unfused,
     weights_unjoined,
 )
@@ -55,6 +56,7 @@ def translated(
         blocks.enter_context(stage("translating to ONNX"))
         blocks.enter_context(silenced(contextlib.redirect_stdout, LEAST))
         blocks.enter_context(weights_apart(unchanged))
+        blocks.enter_context(graphs_forgotten())
         blocks.enter_context(recurrent_shapes())
         if repeat:
             blocks.enter_context(repeating())
