@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,6 +34,10 @@ UNKNOWN = (
     "the model's own loss is not a cross entropy over its labels: each part of a batch is "
     "weighted by its number of examples"
 )
+
+
+LENGTHS = range(2, 65)
+"""The numbers of tokens at which a model's conditions are tried; a bound from above holds there."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,24 @@ class Objective:
             labels = labels[:, 1:]
         return int((labels != IGNORED).sum())
 
-    @property
+    @cached_property
     def ignores_padding(self) -> bool:
-        """Whether tokens behind a row's last one have no effect on the loss.
+        """Whether tokens behind a row's last one have no effect, and the model takes every length.
 
-        That is so where each token predicts the next one: none sees those behind it.
+        They have none where each token predicts the next one: none sees those behind it. A model
+        whose code asks for multiples of a length, say, fails at some of the lengths tried here.
         """
-        return self.counts == "next"
+        if self.counts != "next":
+            return False
+        captured = execution_of(self.model).captured
+        door = captured.traced(False, captured.named).door
+        if any(axis != 0 for _, axis in door.fixed(captured.requested)):
+            return False
+        return all(
+            condition.holds({size: length if size[1] else ROWS for size in condition.about})
+            for condition in door.conditions
+            for length in LENGTHS
+        )
 
     def loss(self, batch: Table) -> torch.Tensor:
         """Return the mean loss of a batch, with its autograd graph, in the model's current mode."""
