@@ -14,6 +14,7 @@ import lora_fx
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.tensors import device_of
 from lora_fx.fx.train.learning_rate import factor
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
@@ -87,7 +88,8 @@ def test_a_part_of_texts_is_as_long_as_its_own(monkeypatch: pytest.MonkeyPatch) 
     loss = Objective.loss
 
     def counted(self: Objective, batch: Table) -> torch.Tensor:
-        shapes.append(batch.columns["input_ids"].shape)
+        if device_of(self.model).type != "meta":  # where the memory of a step is estimated
+            shapes.append(batch.columns["input_ids"].shape)
         return loss(self, batch)
 
     monkeypatch.setattr(Objective, "loss", counted)
