@@ -134,7 +134,7 @@ def test_a_command_of_the_page(line: str, alone: Printed, tmp_path: Path) -> Non
 @pytest.mark.parametrize("way", [["ddp"], ["fsdp"], ["fsdp", "--attach"]], ids=" ".join)
 def test_the_shape_of_a_billion(way: list[str], tmp_path: Path) -> None:
     """Two layers in bfloat16, and the table of 128,256 rows; two processes, below 8 GB together."""
-    options = ["--billion", "--tokens", "32"]
+    options = ["--billion"]
     alone = printed(started(tmp_path, str(PROGRAM), "ddp", *options))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = printed(started(tmp_path, *launch, str(PROGRAM), *way, *options))
