@@ -3,9 +3,8 @@
     folded     W + s·BA of the adapted weights, in the model's dtype, for the proof of the fold
                (mode merged with an adapter). Certain.
     sessions   ONNX Runtime's copies of the file's weights: none where it reads the data file's
-               pages (mode merged), one where it packs them for its products, two where they lie
-               inside the file, of which one is certain, and SESSIONS_OF_STEP in mode train, whose
-               proof has several at work
+               pages, one where it packs codes for its products, two where they lie inside the
+               file, of which one is certain, and SESSIONS_OF_STEP in mode train
     rewriting  candidates of a rewritten graph, and the sessions that compare them
     writing    tensors on their way to the file: the writer's 64 MiB, and one tensor that is
                computed
@@ -36,8 +35,8 @@ from lora_fx.text import sized
 
 WRITER = 1 << 26
 """The bytes that the writer of a data file has in flight."""
-SESSIONS_OF_STEP = 5
-"""Sessions with weights of their own that live in the proof of a training step."""
+SESSIONS_OF_STEP = 1.5
+"""What the sessions in the proof of a training step hold, as a multiple of the file (measured)."""
 REWRITTEN = {"optimise": 1.5, "float16": 1.5, "int8": 4.0}
 """What the search for a rewritten graph takes, beside the weights of the file in float32: the
 model's protobuf message, candidates, and their sessions (measured)."""
@@ -75,8 +74,7 @@ def memory_of_export(module: nn.Module, options: ExportOptions) -> PeakMemory:
     folded = _folded_bytes(module, options)
 
     is_inside = options.mode != "train" and in_file <= options.external_over
-    packs = bool(forms(module)) or options.mode != "merged"
-    sessions = int(packs)
+    sessions = 1.0 if forms(module) else 0.0
     if is_inside:
         sessions = 2
     if options.mode == "train":
@@ -86,7 +84,9 @@ def memory_of_export(module: nn.Module, options: ExportOptions) -> PeakMemory:
         rewriting += REWRITTEN["optimise"]
     parts = (
         MemoryPart("folded weights", folded, folded),
-        MemoryPart("ONNX Runtime's sessions", sessions * in_file, in_file if is_inside else 0),
+        MemoryPart(
+            "ONNX Runtime's sessions", round(sessions * in_file), in_file if is_inside else 0
+        ),
         MemoryPart("rewriting the graph", round(rewriting * in_file)),
         MemoryPart("writing", WRITER + largest),
     )

@@ -51,11 +51,11 @@ def test_sums() -> None:
     writing = WRITER + 4 * 7 * 6
     assert parts(model(), options()) == (0, 2 * file, 0, writing)
     assert parts(model(), options(adapter)) == (4 * (30 + 42), 2 * file, 0, writing)
-    # a data file's pages are no memory of the process; other sessions pack their weights
+    # a data file's pages are no memory of the process
     external = replace(options(), external_over=0)
     assert parts(model(), external) == (0, 0, 0, writing)
-    assert parts(model(), replace(external, mode="batch")) == (0, file, 0, writing)
-    assert parts(model(), replace(external, mode="train")) == (0, 5 * file, 0, writing)
+    assert parts(model(), replace(external, mode="batch")) == (0, 0, 0, writing)
+    assert parts(model(), replace(external, mode="train")) == (0, 3 * file // 2, 0, writing)
     assert parts(model(), replace(external, optimise=True)) == (0, 0, 3 * file // 2, writing)
 
 
