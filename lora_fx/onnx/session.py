@@ -7,7 +7,6 @@ is looked for first and the session's own first provider is compared afterwards.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +21,11 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.inputs import OTHER_SIZES
 from lora_fx.onnx.adapter_ids import RowChoice
+from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests ask it here
+from lora_fx.onnx.cuda_device import refuse_stand_in
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
+from lora_fx.onnx.provider_nodes import RECORD
 from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
@@ -78,15 +80,6 @@ def _stays_in_place(path: str | PathLike[str]) -> bool:
     ]
     narrow = any(tensor.data_type in NARROW for tensor in stored_apart)
     return bool(stored_apart) and not narrow
-
-
-def driver_present() -> bool:
-    """Whether the NVIDIA driver's library loads."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 @dataclass
@@ -205,7 +198,8 @@ def open_session(
             and dtypes.
 
     Raises:
-        LoraFxError: The file does not load, or CUDA was asked for and is not there.
+        LoraFxError: The file does not load, or CUDA was asked for and is not there, or its device
+            is the stand-in of tests/cuda.
     """
     import onnxruntime as ort
 
@@ -236,8 +230,10 @@ def open_session(
         options.add_external_initializers(list(external), values)
 
     try_cuda = provider != "cpu" and "cuda" in providers()
-    if try_cuda and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
+    if try_cuda:
+        options.add_session_config_entry(*RECORD)
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
     refused = f"{fspath(path)}: ONNX Runtime cannot load it"
     hint = "check whether it was written for a newer opset"
     with retold(refused, hint), stage("loading the file in ONNX Runtime"):
@@ -247,6 +243,7 @@ def open_session(
 
     used_provider = "cpu"
     if session.get_providers()[0] == "CUDAExecutionProvider":
+        refuse_stand_in()
         used_provider = "cuda"
     if provider == "cuda" and used_provider != "cuda":
         why = "the driver did not load" if not driver_present() else "its libraries did not load"
