@@ -7,16 +7,19 @@ there. So a copy, after which no CUDA graph can be captured, is made
 
 1. where an operator has no CUDA kernel for its dtype;
 2. where a node of control flow reads its condition;
-3. where a computed size meets a number of the device, other than as a size.
+3. where a computed size meets a number of the device, other than as a size;
+4. where a number of the device is read as a size, so that a shape depends on data.
 
 A layer with its own state needs cuDNN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -73,36 +76,60 @@ class Obstacle:
 
 def cuda_obstacles(model: ir.Model) -> list[Obstacle]:
     """Return the nodes at which CUDA copies between host and device, or that it cannot load."""
-    return list(_in_nodes(model.graph))
+    return list(_in_nodes(model.graph, set()))
 
 
-def _in_nodes(nodes: Iterable[ir.Node]) -> Iterator[Obstacle]:
-    sizes: set[ir.Value] = set()
-    """Values on the CPU: those of Shape, and what is computed of them and of constants alone."""
+def cuda_fields(obstacles: Sequence[Obstacle]) -> Json:
+    """Return the object `cuda` of docs/json.md for a file with these obstacles."""
+    return {
+        "capturable": not obstacles,
+        "obstacles": [asdict(obstacle) for obstacle in obstacles],
+    }
+
+
+def _in_nodes(nodes: Iterable[ir.Node], sizes: set[ir.Value]) -> Iterator[Obstacle]:
+    """Yield the obstacles among nodes in their order, those of inner graphs included.
+
+    Args:
+        nodes: The nodes of a graph.
+        sizes: Values on the CPU: those of Shape, and what is computed of them and of constants
+            alone. Those of these nodes are added.
+    """
     for node in nodes:
         reason = _own_reason(node)
         if reason:
             yield Obstacle(node.op_type, node.name or "", reason)
         for attribute in node.attributes.values():
             if attribute.type.name == "GRAPH":
-                yield from _in_nodes(attribute.as_graph())
+                yield from _in_nodes(attribute.as_graph(), sizes)
 
-        computed = [
-            value
-            for i, value in enumerate(node.inputs)
-            if value is not None
-            and not _is_constant(value)
-            and i not in READ_ON_HOST.get(node.op_type, ())
-        ]
-        on_host = [value for value in computed if value in sizes]
-        if node.op_type in ("Shape", "Size") or (computed and len(on_host) == len(computed)):
+        as_sizes, as_numbers = _computed_inputs(node)
+        sizes_as_numbers = sizes.intersection(as_numbers)
+        if node.op_type in ("Shape", "Size") or (
+            as_numbers and len(sizes_as_numbers) == len(as_numbers)
+        ):
             sizes.update(node.outputs)
-        elif on_host and not reason:
-            yield Obstacle(
-                node.op_type,
-                node.name or "",
-                "computes with a size, which is copied to the device in every run",
-            )
+        elif sizes_as_numbers and not reason:
+            reason = "computes with a size, which is copied to the device in every run"
+            yield Obstacle(node.op_type, node.name or "", reason)
+        if any(value.producer() is not None for value in as_sizes - sizes) and not reason:
+            reason = "has a size that depends on data, and is copied to the host in every run"
+            yield Obstacle(node.op_type, node.name or "", reason)
+
+
+def _computed_inputs(node: ir.Node) -> tuple[set[ir.Value], set[ir.Value]]:
+    """Return the inputs of a node that are no constants: those read on the host, and the others."""
+    as_sizes = set()
+    as_numbers = set()
+    read_on_host = READ_ON_HOST.get(node.op_type, ())
+    for i, value in enumerate(node.inputs):
+        if value is None or _is_constant(value):
+            continue
+        if i in read_on_host:
+            as_sizes.add(value)
+        else:
+            as_numbers.add(value)
+    return as_sizes, as_numbers
 
 
 def _own_reason(node: ir.Node) -> str:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import EXISTS, replacing
 from lora_fx.files.side_outputs import Beside
+from lora_fx.onnx.cuda_obstacles import Obstacle, cuda_obstacles
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import few_runs
@@ -37,6 +38,7 @@ class Output:
         adapters: The files of adapters that were written beside it.
         copies: The names of the copies' files.
         beside: What is written beside the file, and goes again where that gets no name.
+        obstacles: The nodes of the saved model that are in CUDA's way.
     """
 
     target: Path
@@ -48,6 +50,7 @@ class Output:
     adapters: list[Path] = field(default_factory=list)
     copies: list[Path] = field(default_factory=list)
     beside: Beside = field(default_factory=Beside)
+    obstacles: Sequence[Obstacle] = ()
 
     def save(
         self,
@@ -68,6 +71,7 @@ class Output:
                 delta=delta,
             )
         self.external = len(files) > 1
+        self.obstacles = cuda_obstacles(model)
         if delta:
             self._show()
         for place in self.places:

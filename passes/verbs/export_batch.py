@@ -26,7 +26,12 @@ from lora_fx.passes.proofs.batch_rows import prove_rows
 from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.reference import Reference
 from lora_fx.passes.proofs.row_ids import prove_ids
-from lora_fx.passes.verbs.export_files import refuse_unexchangeable, report_of, save_within
+from lora_fx.passes.verbs.export_files import (
+    on_cuda,
+    refuse_unexchangeable,
+    report_of,
+    save_within,
+)
 from lora_fx.passes.verbs.export_options import ExportOptions
 
 if TYPE_CHECKING:
@@ -95,6 +100,7 @@ def write_batch(
         "adapters": list(adapters),
         "nodes": _count_nodes(model),
         "nodes_of_base": nodes_of_base,
+        "cuda": on_cuda(output, session),
         **reference.details(),
     }
     return report_of(output.files, session.provider, parity, [*warnings, *notes], details)

@@ -12,12 +12,16 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_output
 from lora_fx.formats.io import check_real
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.cuda_obstacles import cuda_fields
 from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.provider_nodes import nodes_by_provider
 from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.refused_updates import exclude_hint
-from lora_fx.text import JsonView
+from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -71,6 +75,19 @@ def save_within(
     elsewhere = "other sizes are not checked" if options.within else "with other sizes it fails"
     bounds = dict.fromkeys(map(str, guards))
     return [f"the file is valid only for {bound}: {elsewhere}" for bound in bounds]
+
+
+def on_cuda(output: Output, session: RuntimeSession | Session) -> Json:
+    """Return what a session on CUDA does with a file: the field `cuda` of docs/json.md.
+
+    Args:
+        output: The saved file.
+        session: The one that proved it. Where it runs on CUDA, the provider has placed the nodes.
+    """
+    fields = cuda_fields(output.obstacles)
+    if session.provider == "cuda":
+        fields["nodes"] = nodes_by_provider(session.session)
+    return fields
 
 
 def report_of(

@@ -9,6 +9,7 @@ a CUDA graph can be captured.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,8 @@ TABLE = Path(__file__).with_name("table.json")
 PLACED = Path(__file__).with_name("placed.py")
 LIBRARIES = ("torch", "onnxscript", "transformers", "timm")
 WHY_NOT_EXPORTED = "not exported"
+PATHS = re.compile(r"(?<![\w./])/\S+")
+"""Paths in a message, which are those of one machine."""
 
 Row = Mapping[str, Any]
 """What placement_of of placed.py returns, or the one field "not exported", with the reason."""
@@ -34,7 +37,7 @@ def measured(case: Case, stand_in_folder: Path, folder: Path) -> Row:
     try:
         path = case.export(folder)
     except lora_fx.LoraFxError as error:
-        return {WHY_NOT_EXPORTED: one_line(error.message.replace(str(folder), "…"), 160)}
+        return {WHY_NOT_EXPORTED: one_line(PATHS.sub("…", error.message), 160)}
     child = stand_in.run_with(stand_in_folder, PLACED, path)
     assert child.returncode == 0, child.stderr
     row: Row = json.loads(child.stdout)
