@@ -52,6 +52,8 @@ def command(
     lora-fx bench base.onnx adapted.onnx --size 1,128 --size 8,128
     """
     from lora_fx.onnx.bench import SIZES, bench
+    from lora_fx.onnx.cuda_obstacles import cuda_fields, cuda_obstacles
+    from lora_fx.onnx.load import load
 
     timings = bench(
         files,
@@ -63,7 +65,12 @@ def command(
     )
     head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {provider}"
     text = "\n".join([head, *map(str, timings)])
-    fields: Json = {"rounds": rounds, "threads": threads, "timings": [t.to_json() for t in timings]}
+    fields: Json = {
+        "rounds": rounds,
+        "threads": threads,
+        "timings": [t.to_json() for t in timings],
+        "cuda": {file: cuda_fields(cuda_obstacles(load(file))) for file in files},
+    }
     emit(text, inputs=[{"model": f} for f in files], **fields)
 
 
