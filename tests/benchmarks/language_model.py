@@ -170,7 +170,9 @@ def greedy(
     """
     import onnxruntime as ort
 
-    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    quiet = ort.SessionOptions()
+    quiet.log_severity_level = 3  # a switch file has a warning for each of its defaults
+    session = ort.InferenceSession(file, quiet, providers=["CPUExecutionProvider"])
     options = ort.RunOptions()
     if adapter is not None:
         options.add_active_adapter(loaded := ort.LoraAdapter())
