@@ -125,7 +125,7 @@ def bench(
         raise LoraFxError("no file to measure", "pass one or more files: bench A.onnx B.onnx")
     for file in files:
         checked(file)
-    check_sessions("timing", [files[0], *files], provider)
+    check_sessions("timing", [files[0], *files], provider, packed=True)
     sessions = _sessions([fspath(file) for file in files], provider, threads)
     if inputs is not None:
         sizes = sizes[:1]

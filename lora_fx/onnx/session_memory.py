@@ -1,8 +1,8 @@
 """The memory of ONNX Runtime's sessions, before they are made.
 
 Weights that lie inside a file are read into memory: that is certain. Those in a data file stay in
-its pages, which the system takes back when memory is short; but a session that packs them (see
-`open_session`) copies what products read: expected is one copy, and none is certain.
+its pages, which the system takes back when memory is short; but a session for many runs copies what
+products read (see `few_runs`): expected is one copy, and none is certain.
 On a GPU the runtime's own memory is not known here, and nothing is told.
 """
 
@@ -18,13 +18,14 @@ from lora_fx.peak_memory import MemoryPart, PeakMemory, check_memory
 from lora_fx.text import StrPath
 
 
-def check_sessions(job: str, files: Sequence[StrPath], provider: str) -> None:
+def check_sessions(job: str, files: Sequence[StrPath], provider: str, *, packed: bool) -> None:
     """Tell the memory of sessions that are open at one time, and refuse what cannot fit.
 
     Args:
         job: What opens them, as the subject of a sentence.
         files: The files, one for each session.
         provider: Where they run, as in `open_session`.
+        packed: Whether they are for many runs.
 
     Raises:
         LoraFxError: What is certain to be needed is not there.
@@ -32,7 +33,7 @@ def check_sessions(job: str, files: Sequence[StrPath], provider: str) -> None:
     if provider != "cpu" and providers()[0] != "cpu":
         return
     inside = sum(Path(file).stat().st_size for file in files)
-    in_data_files = sum(_bytes_of_data(Path(file)) for file in files)
+    in_data_files = sum(_bytes_of_data(Path(file)) for file in files) if packed else 0
     parts = (
         MemoryPart("weights inside files", inside, inside),
         MemoryPart("packed weights of data files", in_data_files),

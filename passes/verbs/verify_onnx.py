@@ -32,7 +32,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
     load(a)  # which names what is wrong with a file better than the runtime does
     with_branches = options.adapter is not None
     graph = _graph(b, needed=with_branches)
-    check_sessions("comparing", [a, b], options.provider)
+    check_sessions("comparing", [a, b], options.provider, packed=False)
     with few_runs():
         session = open_session(a, options.provider)
     bound = _bound(options, graph) if graph is not None and with_branches else None

@@ -60,7 +60,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     file, other = (model, reference) if is_path(model) else (reference, model)
     gate = ORT_TOL
     if is_path(file):
-        check_sessions("comparing", [file], options.provider)
+        check_sessions("comparing", [file], options.provider, packed=False)
         with few_runs():
             session = open_session(file, options.provider)
         module = _module(other, adapter)

@@ -1,6 +1,7 @@
 """A small language model whole, from the command line: CPU time and memory of every command.
 
     python -m tests.benchmarks.language_model [--beside SCRIPT] [--genai PYTHON]
+        [--keep quiet]
 
 A random model of SmolLM2-135M's shape is trained for 15 steps on chats, merged, and exported with
 its key-value cache: merged, in codes of four bits, and with two adapters that a run chooses and
@@ -31,6 +32,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.benchmarks.interleave import Run, processor, run
+from tests.benchmarks.kept import Row, add_keep, report, rounded
 
 Ids = npt.NDArray[np.int64]
 TRAINING = ("--steps", "15", "--batch-size", "4", "--gradient-accumulation-steps", "2")
@@ -118,7 +120,10 @@ def write_second_adapter(folder: Path) -> None:
 
 
 def commands_run(script: Path, folder: Path) -> dict[str, Run]:
-    """Run every command in `folder` by this script of lora-fx, and print what each took."""
+    """Run every command by this script of lora-fx, in a new folder beside model and chats."""
+    folder.mkdir()
+    for given in ("model", "chat.jsonl"):
+        (folder / given).symlink_to(folder.parent / given)
     found = {}
     with contextlib.chdir(folder):
         for name, arguments in COMMANDS.items():
@@ -127,6 +132,26 @@ def commands_run(script: Path, folder: Path) -> dict[str, Run]:
             if name == "train":
                 write_second_adapter(folder)
     return found
+
+
+def rows_of(mine: Mapping[str, Run], other: Mapping[str, Run] | None) -> list[Row]:
+    """A row for each command, and one for all of them."""
+    made: list[Row] = []
+    for name in (*COMMANDS, "all"):
+        chosen = [name] if name in COMMANDS else list(COMMANDS)
+        row: Row = {"what": f"`{name}`" if name in COMMANDS else name, **_cost(mine, chosen)}
+        if other is not None:
+            theirs = _cost(other, chosen)
+            row |= {f"{figure} beside it": value for figure, value in theirs.items()}
+            row["ratio of CPU"] = rounded(row["CPU s"] / theirs["CPU s"], 3)
+        made.append(row)
+    return made
+
+
+def _cost(found: Mapping[str, Run], names: Sequence[str]) -> Row:
+    seconds = sum(found[name].cpu for name in names)
+    peak = max(found[name].rss for name in names)
+    return {"CPU s": rounded(seconds, 3), "peak MB": round(peak)}
 
 
 def greedy(
@@ -145,7 +170,9 @@ def greedy(
     """
     import onnxruntime as ort
 
-    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    quiet = ort.SessionOptions()
+    quiet.log_severity_level = 3  # a switch file has a warning for each of its defaults
+    session = ort.InferenceSession(file, quiet, providers=["CPUExecutionProvider"])
     options = ort.RunOptions()
     if adapter is not None:
         options.add_active_adapter(loaded := ort.LoraAdapter())
@@ -225,29 +252,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.language_model")
     parser.add_argument("--beside", type=Path, help="the lora-fx script of another version")
     parser.add_argument("--genai", help="a python with onnxruntime-genai")
+    add_keep(parser)
     given = parser.parse_args(argv)
     print(f"{processor()}, torch {torch.__version__}, {datetime.date.today()}")
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         write_model(top / "model")
         write_chats(top / "chat.jsonl")
-        mine = top / "mine"
-        total = commands_run_in(Path(sys.executable).parent / "lora-fx", mine)
-        tokens_compared(mine, given.genai)
+        mine = commands_run(Path(sys.executable).parent / "lora-fx", top / "mine")
+        tokens_compared(top / "mine", given.genai)
+        other = None
         if given.beside is not None:
             print(f"\n{given.beside}")
-            other = commands_run_in(given.beside, top / "other")
-            print(f"CPU time beside it: {total / other:.2f}")
-
-
-def commands_run_in(script: Path, folder: Path) -> float:
-    """Run the commands in a new folder beside model and chats; the sum of their CPU seconds."""
-    folder.mkdir()
-    for given in ("model", "chat.jsonl"):
-        (folder / given).symlink_to(folder.parent / given)
-    total = sum(found.cpu for found in commands_run(script, folder).values())
-    print(f"{'sum':8} {total:8.1f} CPU-s")
-    return total
+            other = commands_run(given.beside, top / "other")
+        report(
+            "language_model", "SmolLM2-135M's shape: a command", rows_of(mine, other), given.keep
+        )
 
 
 if __name__ == "__main__":

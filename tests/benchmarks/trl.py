@@ -1,7 +1,8 @@
 """`lora-fx train` at its defaults beside TRL's SFTTrainer with PEFT: losses, CPU and peak memory.
 
     pip install trl peft datasets
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.trl [--steps 15 60] [--layers 30] [--rounds 1]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.trl [--steps 15 60] [--layers 30]
+        [--rounds 1] [--keep quiet]
 
 A random Llama of SmolLM2-135M's shape, and a chat of short lines. Both commands start from the same
 A and B, read the same lines in the same order, and train in float32 on the assistant's tokens with
@@ -153,12 +154,14 @@ def losses_of(folder: Path) -> tuple[list[float], list[float]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print losses, their largest difference, and what both commands took."""
-    from tests.benchmarks.interleave import Run, processor, run, show
+    from tests.benchmarks.interleave import Run, processor, rows, run
+    from tests.benchmarks.kept import add_keep, report
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[15, 60])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=1)
+    add_keep(parser)
     options = parser.parse_args(argv)
     print(processor())
     with tempfile.TemporaryDirectory() as temporary:
@@ -177,8 +180,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for step, (our, their) in enumerate(zip(ours, theirs, strict=True), 1):
                 print(f"{step:4} {our:10.6f} {their:10.6f} {our - their:10.1e}")
             pairs = zip(ours, theirs, strict=True)
-            print(f"largest difference {max(abs(our - their) for our, their in pairs):.1e}")
-            print(show(found), flush=True)
+            difference = max(abs(our - their) for our, their in pairs)
+            what = f"{options.layers} layers, {steps} steps: whole commands, seconds"
+            table = rows(found)
+            table[-1]["largest difference of a loss"] = f"{difference:.1e}"
+            report("trl", what, table, options.keep)
 
 
 if __name__ == "__main__":

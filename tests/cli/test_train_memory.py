@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 
 PEAK = """
-import os, re, sys, threading
+import os, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from lora_fx.cli import main
+from tests.anonymous_memory import watched
 from tests.fx.train.language_models import WORDS, tokenizer, write
 from pathlib import Path
 
 os.chdir(sys.argv[1])
 TOKENS, CLASSES, PART = 256, 32768, 4
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 def train(name, classes, tokens):
     torch.manual_seed(0)
@@ -36,20 +34,13 @@ def train(name, classes, tokens):
     tokenizer().save_pretrained(name)
     write(Path(f"{name}.jsonl"), 8 * [{"text": " ".join(WORDS * 200)}])
 
-    before, peak, ended = anonymous(), [0], threading.Event()
-    def watch():
-        while not ended.wait(.002):
-            peak[0] = max(peak[0], anonymous() - before)
-    thread = threading.Thread(target=watch)
-    thread.start()
     options = f"--steps 1 --validation 0 --max-length {tokens} -o {name}-adapter"
-    try:
-        main(["train", name, f"{name}.jsonl", *options.split()])
-    except SystemExit as end:
-        assert not end.code, end.code
-    ended.set()
-    thread.join()
-    return peak[0] - weights
+    with watched() as grown:
+        try:
+            main(["train", name, f"{name}.jsonl", *options.split()])
+        except SystemExit as end:
+            assert not end.code, end.code
+    return grown.peak - weights
 
 train("small", 512, 8)  # imports
 scores = PART * TOKENS * CLASSES * 4

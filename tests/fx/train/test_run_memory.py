@@ -148,7 +148,7 @@ def test_a_step_that_needs_values_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 PEAK = """
-import ctypes, re, sys, threading
+import sys
 import numpy as np
 import torch
 import lora_fx
@@ -158,12 +158,10 @@ from lora_fx.fx.train.optimizer import Optimizer
 from lora_fx.fx.train.run_memory import RunMemory
 from lora_fx.fx.train.settings import Settings
 from lora_fx.fx.train.step_memory import step_memory
+from tests.anonymous_memory import give_back, watched
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 torch.set_num_threads(1)
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 def llama():
     config = LlamaConfig(
@@ -194,17 +192,10 @@ with run.alone():
     estimate = RunMemory(run, optimizer, table, 8, 1).peak_of(step_memory(run, table))
     module.train()
     run.loss(table.rows(range(2))).backward()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, peak, ended = anonymous(), [0], threading.Event()
-    def watch():
-        while not ended.wait(.001):
-            peak[0] = max(peak[0], anonymous() - before)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    run.loss(table).backward()
-    ended.set()
-    thread.join()
-print(peak[0] / estimate.expected, peak[0] / estimate.least)
+    give_back()
+    with watched() as grown:
+        run.loss(table).backward()
+print(grown.peak / estimate.expected, grown.peak / estimate.least)
 """
 
 

@@ -87,10 +87,11 @@ def test_an_export_that_cannot_fit_writes_nothing(
 
 
 PEAK = """
-import ctypes, gc, json, re, sys, threading, torch
+import gc, json, sys, torch
 from dataclasses import replace
 import lora_fx
 from lora_fx.passes.verbs import export_memory
+from tests.anonymous_memory import give_back, watched
 from tests.passes.verbs.test_export_memory import Language
 
 torch.set_num_threads(1)
@@ -100,9 +101,6 @@ def kept(peak, free, ways_out):
     estimates.append(peak.expected)
 
 export_memory.check_memory = kept
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 def export(name, sizes, **options):
     torch.manual_seed(0)
@@ -114,19 +112,12 @@ def export(name, sizes, **options):
         update.b[:] = .05
     del module
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, peak, ended = anonymous(), [0], threading.Event()
-    def watch():
-        while not ended.wait(.002):
-            peak[0] = max(peak[0], anonymous() - before)
-    thread = threading.Thread(target=watch)
-    thread.start()
+    give_back()
     adapters = {"one": adapter} if options.get("mode") == "batch" else adapter
     path = f"{sys.argv[1]}/{name}.onnx"
-    lora_fx.export(model, path, (ids,), adapters=adapters, provider="cpu", **options)
-    ended.set()
-    thread.join()
-    return peak[0]
+    with watched() as grown:
+        lora_fx.export(model, path, (ids,), adapters=adapters, provider="cpu", **options)
+    return grown.peak
 
 export("small", (8, 16, 1))
 estimates.clear()

@@ -29,12 +29,10 @@ class Language(nn.Module):
 
 
 PEAK = """
-import re, sys, threading, torch
+import sys, torch
 import lora_fx
+from tests.anonymous_memory import watched
 from tests.passes.verbs.test_export_memory import Language
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 def export(name, *sizes):
     torch.manual_seed(0)
@@ -45,18 +43,11 @@ def export(name, *sizes):
     for update in adapter.lowrank.values():
         update.b[:] = .05
     del module
-    before, peak, ended = anonymous(), [0], threading.Event()
-    def watch():
-        while not ended.wait(.002):
-            peak[0] = max(peak[0], anonymous() - before)
-    thread = threading.Thread(target=watch)
-    thread.start()
     path = f"{sys.argv[1]}/{name}.onnx"
-    report = lora_fx.export(model, path, (ids,), adapters=adapter, external_over=0)
-    ended.set()
-    thread.join()
+    with watched() as grown:
+        report = lora_fx.export(model, path, (ids,), adapters=adapter, external_over=0)
     weights = sum(w.numel() * w.element_size() for w in model.parameters())
-    return (weights + peak[0]) / sum(report.details["files"].values())
+    return (weights + grown.peak) / sum(report.details["files"].values())
 
 export("small", 8, 16, 1)  # imports
 print(export("large", 1024, 4000, 4))
