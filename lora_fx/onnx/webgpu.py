@@ -1,0 +1,45 @@
+"""ONNX Runtime's WebGPU provider, which is a package beside the runtime and no part of it.
+
+The runtime takes such a provider as a library that is registered once in a process, and a session
+takes its devices, not its name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from lora_fx.errors import LoraFxError, importing, retold
+from lora_fx.onnx.runtime_log import quiet_options
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+PACKAGE = "onnxruntime-ep-webgpu"
+INSTALL = f"pip install --no-deps {PACKAGE}, beside onnxruntime 1.32 or newer; or use cpu"
+
+
+@functools.cache
+def webgpu_devices() -> tuple[ort.OrtEpDevice, ...]:
+    """Return the devices that the WebGPU provider can run on, best first; at least one.
+
+    Raises:
+        LoraFxError: The package is not installed, does not fit the runtime, or has no device.
+    """
+    import onnxruntime as ort
+
+    unusable = "WebGPU was requested, but cannot be used"
+    with importing(f"{unusable}: {PACKAGE}", INSTALL):
+        import onnxruntime_ep_webgpu as package
+    quiet_options()  # registration logs what it finds
+    name = package.get_ep_name()
+    with retold(f"{unusable}: ONNX Runtime {ort.__version__} does not take {PACKAGE}", INSTALL):
+        ort.register_execution_provider_library(name, package.get_library_path())
+    devices = tuple(device for device in ort.get_ep_devices() if device.ep_name == name)
+    if not devices:
+        raise LoraFxError(
+            f"{unusable}: it finds no GPU",
+            "install a Vulkan driver; with ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1 it takes a "
+            "software one, which is slow; or use cpu",
+        )
+    return devices
