@@ -14,11 +14,11 @@ from lora_fx.onnx.session import providers
 
 GPU = providers()[0]
 """The fastest provider here: cuda or webgpu; cpu where there is no other."""
-on_gpu = [
+ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(GPU == "cpu", reason="no provider on a GPU"),
 ]
-PROVIDERS = ["cpu", pytest.param(GPU, id="gpu", marks=on_gpu)]
+PROVIDERS = ["cpu", pytest.param(GPU, id="gpu", marks=ON_GPU)]
 DEVICES = [
     "cpu",
     pytest.param(
