@@ -22,6 +22,7 @@ from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
 from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of
 from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
+from lora_fx.onnx.webgpu import exclusive
 from lora_fx.text import Json, near
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Session:
         self.session = opened.session
         self.provider = opened.provider
         self.note = opened.note
-        self._defaults = ort_values(opened.rank_one_defaults, self.provider)
+        with exclusive(self.provider):
+            self._defaults = ort_values(opened.rank_one_defaults, self.provider)
         self.manifest = manifest_in(opened.metadata.get(PROPERTY), fspath(path))
         if self.manifest.mode == "train":
             raise LoraFxError(
@@ -120,7 +122,8 @@ class Session:
         expect(name, str, "the name of an adapter", "a text", "call session.load(name, adapter)")
         tensors = tensors_of(adapter, self.manifest)
         self._arrays[name] = tensors
-        self._values[name] = ort_values(tensors, self.provider)
+        with exclusive(self.provider):
+            self._values[name] = ort_values(tensors, self.provider)
         self._idle_bindings[name] = []
 
     def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
@@ -136,14 +139,14 @@ class Session:
         """
         arrays = self._arrays_of(inputs)
         chosen = self.choice(adapter)
-        with told(arrays):
+        with exclusive(self.provider), told(arrays):
             if isinstance(adapter, str):
                 return self._run_bound(arrays, adapter)
             if not chosen:
                 return tensors_by_name(self._outputs, self.session.run(self._outputs, arrays))
             feeds = {**ort_values(arrays), **chosen}
             outputs = self.session.run_with_ort_values(self._outputs, feeds)
-        return self._arrays_of_outputs(outputs)
+            return self._arrays_of_outputs(outputs)
 
     def _arrays_of_outputs(self, outputs: Sequence[ort.OrtValue]) -> dict[str, Array]:
         return {name: value.numpy() for name, value in zip(self._outputs, outputs, strict=True)}
@@ -181,7 +184,7 @@ class Session:
         arrays = self._arrays_of(inputs)
         binding = self.session.io_binding()
         chosen = self.choice(adapter)
-        with told(arrays):
+        with exclusive(self.provider), told(arrays):
             values = {**ort_values(arrays), **chosen}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)

@@ -25,7 +25,7 @@ from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.manifest import PROPERTY, manifest_in, read_manifest
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
 from lora_fx.onnx.runtime_log import quiet_options
-from lora_fx.onnx.webgpu import webgpu_devices
+from lora_fx.onnx.webgpu import exclusive, options_for, webgpu_devices
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
 
@@ -163,7 +163,8 @@ class RuntimeSession:
         given = {**self.rank_one_defaults, **feeds}
         arrays = {name: widened(given[name]) for name in input_names.intersection(given)}
         names = [node.name for node in self.session.get_outputs()]
-        return tensors_by_name(names, self.session.run(names, arrays))
+        with exclusive(self.provider):
+            return tensors_by_name(names, self.session.run(names, arrays))
 
 
 def tensors_by_name(
@@ -264,7 +265,7 @@ def open_session(
 
     wanted = None  # what the options hold
     if provider == "webgpu":
-        options.add_provider_for_devices([webgpu_devices()[0]], {})
+        options.add_provider_for_devices([webgpu_devices()[0]], options_for(path))
     else:
         try_cuda = provider in ("auto", "cuda") and "cuda" in providers()
         if try_cuda and hasattr(ort, "preload_dlls"):

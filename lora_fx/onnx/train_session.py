@@ -23,6 +23,7 @@ from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
 from lora_fx.onnx.manifest import manifest_of
 from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, told
+from lora_fx.onnx.webgpu import exclusive
 from lora_fx.text import counted, is_whole
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class TrainSession:
         for name, value in self._next.items():
             binding.bind_ortvalue_output(f"{name}.next", value)
         binding.bind_output("loss")
-        with told(batch):
+        with exclusive(self.provider), told(batch):
             self.session.run_with_iobinding(binding)
         # what was read becomes what is written next: no copy is made
         for name, value in list(self._next.items()):
