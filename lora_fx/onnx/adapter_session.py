@@ -36,7 +36,7 @@ class Session:
 
     Args:
         path: The .onnx file.
-        provider: The provider to ask for: auto, cpu or cuda.
+        provider: The provider to ask for: auto, cpu, cuda or webgpu.
         threads: The number of threads; 0 leaves it to the runtime.
         adapter: For a file of mode load, what is folded into its weights now: an adapter, or its
             file in any format. Without one it is the base model.

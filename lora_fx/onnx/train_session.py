@@ -36,7 +36,7 @@ class TrainSession:
     Args:
         path: The .onnx file of lora-fx export --mode train.
         lr: The learning rate; an attribute that a schedule may set before a step.
-        provider: The provider to ask for: auto, cpu or cuda.
+        provider: The provider to ask for: auto, cpu, cuda or webgpu.
         threads: The number of threads; 0 leaves it to the runtime.
         adapter: What to start from: an adapter, or its file in any format. Without one it is the
             start that export wrote beside the file, as `STEM.onnx_adapter`.

@@ -219,9 +219,10 @@ def test_ids_out_of_range_get_nan_and_nobody_elses_values(name: str, tmp_path: P
                 if outside[row]:
                     expected = alone[0][output_name][row]
                     is_nan = values.dtype.kind == "f" and np.isnan(values[row]).all()
-                    assert is_nan or (
-                        output_name in case.without_nan or output_name == "asked"
-                    ), (vector, row)
+                    assert is_nan or (output_name in case.without_nan or output_name == "asked"), (
+                        vector,
+                        row,
+                    )
                     if not is_nan:
                         np.testing.assert_array_equal(values[row], expected)
                     continue
@@ -236,12 +237,17 @@ def test_ids_out_of_range_get_nan_and_nobody_elses_values(name: str, tmp_path: P
 def test_a_step_of_training_starts_again_where_it_was(tmp_path: Path) -> None:
     """Twenty steps on the GPU are those on the CPU; A, B and their states stay on the device."""
     path = tmp_path / "step.onnx"
-    cap = lora_fx.capture(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5)), (torch.randn(2, 6),))
+    cap = lora_fx.capture(
+        nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5)), (torch.randn(2, 6),)
+    )
     lora_fx.export(cap, path, mode="train", rank=3, provider=GPU)
     sessions = {provider: TrainSession(path, 1e-2, provider) for provider in (GPU, "cpu")}
     rng = np.random.default_rng(0)
     for rows in [4, 1, 3, 7] * 5:
-        batch = {"input": rng.standard_normal((rows, 6)).astype("f"), "labels": rng.integers(0, 5, rows)}
+        batch = {
+            "input": rng.standard_normal((rows, 6)).astype("f"),
+            "labels": rng.integers(0, 5, rows),
+        }
         losses = {provider: session.step(batch) for provider, session in sessions.items()}
         assert losses[GPU] == pytest.approx(losses["cpu"], rel=1e-5)
     assert {value.device_name() for value in sessions[GPU]._held.values()} == {GPU}
