@@ -35,7 +35,7 @@ NO_SAY: Rules = (
 @click.option(
     "--threads", type=THREADS, default=1, help="Set the number of threads of ONNX Runtime."
 )
-@click.option("--provider", default="cpu", help="Run ONNX Runtime on auto, cpu or cuda.")
+@click.option("--provider", default="cpu", help="Run ONNX Runtime on auto, cpu, cuda or webgpu.")
 def command(
     files: tuple[str, ...],
     sizes: tuple[str, ...],

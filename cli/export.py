@@ -71,7 +71,7 @@ class FileOptions:
     """The options of the file: its precision, its inputs, and its copies."""
 
     provider: str = option(
-        "--provider", default="auto", help="Run ONNX Runtime on auto, cpu or cuda."
+        "--provider", default="auto", help="Run ONNX Runtime on auto, cpu, cuda or webgpu."
     )
     opset: int = option(
         "--opset", type=int, default=20, help="Write this version of the ONNX operator set."

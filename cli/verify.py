@@ -92,7 +92,9 @@ NO_SAY: Rules = (
     "--all", "everything", is_flag=True, help="Compute every row again, in place of a sample."
 )
 @click.option("--run", is_flag=True, help="Run tensor files as models and compare their outputs.")
-@click.option("--provider", show_default="auto", help="Run ONNX Runtime on auto, cpu or cuda.")
+@click.option(
+    "--provider", show_default="auto", help="Run ONNX Runtime on auto, cpu, cuda or webgpu."
+)
 @option_group("capture", ModelOptions)
 def command(
     a: str,

@@ -1,8 +1,8 @@
 """Sessions on switchable ONNX files: adapters are loaded by name and chosen for each run.
 
-A and B go in as inputs (OrtValues, on the CPU side). ONNX Runtime's own active adapters do the
-same for plain runs; with IO binding it ignores them and says nothing, so here they are bound. To
-hand over two tensors a target takes as long as a small model runs, so bindings are kept.
+A and B go in as inputs: OrtValues on the session's device. ONNX Runtime's own active adapters are
+copied to the device in each run; with IO binding it ignores them and says nothing, so here they are
+bound. To hand over two tensors a target takes as long as a small model runs, so bindings are kept.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
 from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of
 from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
+from lora_fx.onnx.webgpu import exclusive
 from lora_fx.text import Json, near
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Session:
 
     Args:
         path: The .onnx file.
-        provider: The provider to ask for: auto, cpu or cuda.
+        provider: The provider to ask for: auto, cpu, cuda or webgpu.
         threads: The number of threads; 0 leaves it to the runtime.
         adapter: For a file of mode load, what is folded into its weights now: an adapter, or its
             file in any format. Without one it is the base model.
@@ -67,6 +68,8 @@ class Session:
         self.session = opened.session
         self.provider = opened.provider
         self.note = opened.note
+        with exclusive(self.provider):
+            self._defaults = ort_values(opened.rank_one_defaults, self.provider)
         self.manifest = manifest_in(opened.metadata.get(PROPERTY), fspath(path))
         if self.manifest.mode == "train":
             raise LoraFxError(
@@ -119,7 +122,8 @@ class Session:
         expect(name, str, "the name of an adapter", "a text", "call session.load(name, adapter)")
         tensors = tensors_of(adapter, self.manifest)
         self._arrays[name] = tensors
-        self._values[name] = ort_values(tensors)
+        with exclusive(self.provider):
+            self._values[name] = ort_values(tensors, self.provider)
         self._idle_bindings[name] = []
 
     def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
@@ -135,14 +139,14 @@ class Session:
         """
         arrays = self._arrays_of(inputs)
         chosen = self.choice(adapter)
-        with told(arrays):
-            if isinstance(adapter, str) and self.provider == "cpu":
+        with exclusive(self.provider), told(arrays):
+            if isinstance(adapter, str):
                 return self._run_bound(arrays, adapter)
-            if adapter is None:
+            if not chosen:
                 return tensors_by_name(self._outputs, self.session.run(self._outputs, arrays))
             feeds = {**ort_values(arrays), **chosen}
             outputs = self.session.run_with_ort_values(self._outputs, feeds)
-        return self._arrays_of_outputs(outputs)
+            return self._arrays_of_outputs(outputs)
 
     def _arrays_of_outputs(self, outputs: Sequence[ort.OrtValue]) -> dict[str, Array]:
         return {name: value.numpy() for name, value in zip(self._outputs, outputs, strict=True)}
@@ -160,7 +164,7 @@ class Session:
             binding = idle_bindings.pop()
         except IndexError:
             binding = self.session.io_binding()
-            for tensor_name, value in self._values[name].items():
+            for tensor_name, value in self.choice(name).items():
                 binding.bind_ortvalue_input(tensor_name, value)
         for input_name, array in arrays.items():
             binding.bind_cpu_input(input_name, array)
@@ -180,7 +184,7 @@ class Session:
         arrays = self._arrays_of(inputs)
         binding = self.session.io_binding()
         chosen = self.choice(adapter)
-        with told(arrays):
+        with exclusive(self.provider), told(arrays):
             values = {**ort_values(arrays), **chosen}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -192,9 +196,9 @@ class Session:
         """Return the OrtValues of a choice, by input name; inputs left out keep their defaults."""
         if isinstance(adapter, str):
             self._check_loaded(adapter)
-            return self._values[adapter]
+            return {**self._defaults, **self._values[adapter]}
         if adapter is None:
-            return {}
+            return self._defaults
         expected = "a loaded name, or a weight by name"
         expect(
             adapter,
@@ -207,8 +211,8 @@ class Session:
             self._check_loaded(name)
             self._check_weight(name, weight)
         if not adapter:
-            return {}
-        return ort_values(self._mixed(adapter))
+            return self._defaults
+        return {**self._defaults, **ort_values(self._mixed(adapter))}
 
     def _check_weight(self, name: str, weight: object) -> None:
         """Raise for a weight that is not a number, or that is infinite in the multiplying dtype."""

@@ -113,7 +113,7 @@ def bench(
         threads: How many threads ONNX Runtime gets, for each session.
         rounds: How many rounds are counted.
         warmup: How many rounds before them are not.
-        provider: The provider: auto, cpu or cuda.
+        provider: The provider: auto, cpu, cuda or webgpu.
 
     Raises:
         LoraFxError: A file does not load, or does not run at a size.

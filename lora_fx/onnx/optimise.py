@@ -94,7 +94,7 @@ def apply_stages(
         model: Not changed.
         feeds: Inputs by name, one mapping a size; two sizes or more unless the model has one.
         stages: Name → rewrite, in order; None means STAGES, and CPU_STAGES on the CPU.
-        provider: auto, cpu or cuda.
+        provider: auto, cpu, cuda or webgpu.
     """
     error = WorstError(model, feeds, provider)
     if stages is None and error.base.provider == "cpu":

@@ -76,7 +76,7 @@ def narrow(
         model: In float32.
         precision: float16 or int8.
         feeds: Inputs by name, that candidates are compared on.
-        provider: auto, cpu or cuda.
+        provider: auto, cpu, cuda or webgpu.
         tol: What is accepted where the gate cannot be met.
 
     Raises:

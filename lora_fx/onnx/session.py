@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, from_onnx, numpy_dtype
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.inputs import OTHER_SIZES
 from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests ask it here
 from lora_fx.onnx.cuda_device import refuse_stand_in
-from lora_fx.onnx.manifest import PROPERTY
+from lora_fx.onnx.manifest import PROPERTY, manifest_in, read_manifest
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
 from lora_fx.onnx.provider_nodes import RECORD
 from lora_fx.onnx.runtime_log import quiet_options
+from lora_fx.onnx.webgpu import exclusive, options_for, webgpu_devices
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
 
@@ -39,6 +40,9 @@ MOST_WITHOUT_DATA = 256 << 20
 """The size in bytes above which a model's own file holds its weights."""
 NARROW = frozenset((2, 3, 10, 16, 21, 22))
 """TensorProto's UINT8, INT8, FLOAT16, BFLOAT16, UINT4 and INT4."""
+
+NAMES = {"CUDAExecutionProvider": "cuda", "WebGpuExecutionProvider": "webgpu"}
+"""The runtime's names of its providers on devices → ours."""
 
 _few_runs: ContextVar[bool] = ContextVar("few_runs", default=False)
 
@@ -110,6 +114,27 @@ class RuntimeSession:
         """The names of the graph's inputs."""
         return [node.name for node in self.session.get_inputs()]
 
+    @functools.cached_property
+    def rank_one_defaults(self) -> dict[str, Array]:
+        """Zeros of rank 1 for A and B of a switchable file, on a provider without rank 0.
+
+        They change as little as the file's own defaults of rank 0, a product with which ends the
+        process in WebGPU's MatMul (onnxruntime-ep-webgpu 0.4.0).
+        """
+        text = self.metadata.get(PROPERTY)
+        if self.provider != "webgpu" or text is None:
+            return {}
+        if read_manifest(text, "the model").get("mode") != "switch":
+            return {}
+        manifest = manifest_in(text, "the model")
+        factors = {name for slot in manifest.slots.values() for name in (slot.a, slot.b)}
+        zeros = {}
+        for node in self.session.get_overridable_initializers():
+            if node.name in factors:
+                sizes = [size if isinstance(size, int) else 1 for size in node.shape]
+                zeros[node.name] = np.zeros(sizes, numpy_dtype(from_onnx(node.type)))
+        return zeros
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run on arrays by input name, and return arrays by output name.
 
@@ -128,9 +153,11 @@ class RuntimeSession:
         input_names = set(self.input_names)
         for initialiser in self.session.get_overridable_initializers():
             input_names.add(initialiser.name)  # A and B of a switchable file
-        arrays = {name: widened(feeds[name]) for name in input_names.intersection(feeds)}
+        given = {**self.rank_one_defaults, **feeds}
+        arrays = {name: widened(given[name]) for name in input_names.intersection(given)}
         names = [node.name for node in self.session.get_outputs()]
-        return tensors_by_name(names, self.session.run(names, arrays))
+        with exclusive(self.provider):
+            return tensors_by_name(names, self.session.run(names, arrays))
 
 
 def tensors_by_name(
@@ -185,8 +212,8 @@ def open_session(
 
     Args:
         path: The .onnx file.
-        provider: cpu; cuda, which is an error when it cannot be had; or auto: CUDA where it can
-            be had, else CPU with a note.
+        provider: cpu; cuda or webgpu, which is an error when it cannot be had; or auto: CUDA where
+            it can be had, else CPU with a note.
         threads: The number of threads; 0 takes that of OMP_NUM_THREADS, or leaves it to the
             runtime, which does not read that variable.
         rewrites: Let the runtime rewrite the graph.
@@ -198,14 +225,15 @@ def open_session(
             and dtypes.
 
     Raises:
-        LoraFxError: The file does not load, or CUDA was asked for and is not there, or its device
-            is the stand-in of tests/cuda.
+        LoraFxError: The file does not load, or a provider was asked for and is not there, or
+            CUDA's device is the stand-in of tests/cuda.
     """
     import onnxruntime as ort
 
     expect_path(path, "the model", "the path of an .onnx file")
-    expect(provider, str, "provider", "a text", "use auto, cpu or cuda")
-    expect_name(provider, ("auto", "cpu", "cuda"), "unknown provider", "use auto, cpu or cuda")
+    use = "use auto, cpu, cuda or webgpu"
+    expect(provider, str, "provider", "a text", use)
+    expect_name(provider, ("auto", "cpu", "cuda", "webgpu"), "unknown provider", use)
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
         text = one_line(repr(threads), 60)
         raise LoraFxError(
@@ -229,22 +257,25 @@ def open_session(
         # add_initializer would be ignored, without a word, where W + A·B is folded at load
         options.add_external_initializers(list(external), values)
 
-    try_cuda = provider != "cpu" and "cuda" in providers()
-    if try_cuda:
+    wanted = None  # what the options hold
+    if provider == "webgpu":
+        options.add_provider_for_devices([webgpu_devices()[0]], options_for(path))
         options.add_session_config_entry(*RECORD)
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
+    else:
+        try_cuda = provider in ("auto", "cuda") and "cuda" in providers()
+        if try_cuda:
+            options.add_session_config_entry(*RECORD)
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()
+        wanted = _providers_to_try(try_cuda, exact)
     refused = f"{fspath(path)}: ONNX Runtime cannot load it"
     hint = "check whether it was written for a newer opset"
     with retold(refused, hint), stage("loading the file in ONNX Runtime"):
-        session = ort.InferenceSession(
-            fspath(path), options, providers=_providers_to_try(try_cuda, exact)
-        )
+        session = ort.InferenceSession(fspath(path), options, providers=wanted)
 
-    used_provider = "cpu"
-    if session.get_providers()[0] == "CUDAExecutionProvider":
+    used_provider = NAMES.get(session.get_providers()[0], "cpu")
+    if used_provider == "cuda":
         refuse_stand_in()
-        used_provider = "cuda"
     if provider == "cuda" and used_provider != "cuda":
         why = "the driver did not load" if not driver_present() else "its libraries did not load"
         raise LoraFxError(
@@ -276,10 +307,13 @@ def _providers_to_try(cuda: bool, exact: bool) -> list[str | tuple[str, dict[str
 
 
 def providers() -> list[str]:
-    """Return this machine's providers, fastest first: cuda (with build and driver), then cpu."""
+    """Return this machine's providers, fastest first: cuda (with build and driver), webgpu, cpu."""
     import onnxruntime as ort
 
-    built = "CUDAExecutionProvider" in ort.get_available_providers()
-    if built and driver_present():
-        return ["cuda", "cpu"]
-    return ["cpu"]
+    usable = []
+    if "CUDAExecutionProvider" in ort.get_available_providers() and driver_present():
+        usable.append("cuda")
+    with contextlib.suppress(LoraFxError):
+        webgpu_devices()
+        usable.append("webgpu")
+    return [*usable, "cpu"]

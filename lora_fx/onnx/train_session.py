@@ -23,6 +23,7 @@ from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
 from lora_fx.onnx.manifest import manifest_of
 from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, told
+from lora_fx.onnx.webgpu import exclusive
 from lora_fx.text import counted, is_whole
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class TrainSession:
     Args:
         path: The .onnx file of lora-fx export --mode train.
         lr: The learning rate; an attribute that a schedule may set before a step.
-        provider: The provider to ask for: auto, cpu or cuda.
+        provider: The provider to ask for: auto, cpu, cuda or webgpu.
         threads: The number of threads; 0 leaves it to the runtime.
         adapter: What to start from: an adapter, or its file in any format. Without one it is the
             start that export wrote beside the file, as `STEM.onnx_adapter`.
@@ -194,7 +195,7 @@ class TrainSession:
         for name, value in self._next.items():
             binding.bind_ortvalue_output(f"{name}.next", value)
         binding.bind_output("loss")
-        with told(batch):
+        with exclusive(self.provider), told(batch):
             self.session.run_with_iobinding(binding)
         # what was read becomes what is written next: no copy is made
         for name, value in list(self._next.items()):

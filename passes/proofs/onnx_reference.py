@@ -118,7 +118,7 @@ class OnnxReference:
     Attributes:
         graph: The base; not changed. Without it no adapter can be added.
         source: Its file.
-        provider: auto, cpu or cuda.
+        provider: auto, cpu, cuda or webgpu.
         folder: Where graphs with branches are written.
         arrays: A user's inputs by name, instead of sampled ones.
     """

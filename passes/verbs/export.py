@@ -108,7 +108,7 @@ def export(
         scales: Of mode batch; see lora_fx.Batch.
         names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.
-        provider: auto, cpu or cuda.
+        provider: auto, cpu, cuda or webgpu.
         opset: ONNX operator set; 20 by default. An .onnx file keeps its own.
         external_over: Bytes of weights above which they go to a file of their own; 256 MiB by
             default. A training step has such a file always.

@@ -49,7 +49,7 @@ class OnnxInsertOptions(BranchOptions):
 
     Attributes:
         inputs: Arrays by input name for the check, instead of sampled ones.
-        provider: auto, cpu or cuda.
+        provider: auto, cpu, cuda or webgpu.
         external_over: Bytes of weights above which they go to a file of their own.
         force: Replace an existing file.
     """

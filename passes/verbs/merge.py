@@ -90,7 +90,7 @@ def merge(
         delta: Of `.onnx`: write what changes, and share the rest with the base's data file.
         run: Of `.onnx`: run it too, beside the base with branches, at three sizes.
         inputs: Of `run`: arrays by input name, instead of sampled ones.
-        provider: Of `run`: auto, cpu or cuda; cpu where None.
+        provider: Of `run`: auto, cpu, cuda or webgpu; cpu where None.
         workers: The old name of threads.
 
     `lora_fx.checkpoint.merge.merge` and `OnnxMergeOptions` say more about each.

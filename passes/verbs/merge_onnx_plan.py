@@ -43,7 +43,7 @@ class OnnxMergeOptions:
             has to lie in the same folder and to stay.
         run: Also run it against the base with branches, at three sizes; that takes memory.
         inputs: Arrays by input name for run, instead of sampled ones.
-        provider: The provider of `run`: auto, cpu or cuda.
+        provider: The provider of `run`: auto, cpu, cuda or webgpu.
     """
 
     names: Mapping[str, str] | None = None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
 NormStats = Literal["frozen", "update"]
-Provider = Literal["auto", "cpu", "cuda"]
+Provider = Literal["auto", "cpu", "cuda", "webgpu"]
 Selectors = str | Sequence[str] | None
 """A comma list, or a list of comma lists; None if no selectors are given."""
 ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]

@@ -12,7 +12,7 @@ from lora_fx.compare import rel
 from lora_fx.fx.module.insertion import insertion_of
 from tests.fx.train.experts import STACKS, block, by_hand
 from tests.fx.train.saved_bytes import Trunk, saved_bytes, with_peft
-from tests.providers import PROVIDERS
+from tests.providers import DEVICES
 
 WIDTH, INNER, EXPERTS = 24, 40, 5
 
@@ -46,7 +46,7 @@ def off(got: torch.Tensor, want: torch.Tensor) -> float:
     return rel(got.detach().double().cpu().numpy(), want.detach().cpu().numpy())
 
 
-@pytest.mark.parametrize("device", PROVIDERS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES], ids=str
 )
