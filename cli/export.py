@@ -73,6 +73,11 @@ class FileOptions:
     provider: str = option(
         "--provider", default="auto", help="Run ONNX Runtime on auto, cpu, cuda or webgpu."
     )
+    target: str = option(
+        "--target",
+        default="cpu",
+        help="Make the file for cpu, cuda or webgpu: its graph has the forms that are fast there.",
+    )
     opset: int = option(
         "--opset", type=int, default=20, help="Write this version of the ONNX operator set."
     )
@@ -222,6 +227,7 @@ def command(
         names=names,
         inputs=arrays,
         provider=file.provider,
+        made_for=file.target,
         opset=None if is_graph else file.opset,
         external_over=EXTERNAL_OVER,
         capture=CaptureOptions(cache=file.cache, repeat=not capture.no_repeat),
@@ -233,7 +239,8 @@ def command(
         accuracy_level=file.accuracy_level,
         tol=file.tol,
     )
-    given = given_options({"inputs": arrays, "within": file.within})
+    for_device = file.target if file.target != "cpu" else None
+    given = given_options({"inputs": arrays, "within": file.within, "target": for_device})
     report = export_as(source, options, given, quantise=file.quantise, genai=file.genai)
     if is_graph:
         note(*report.warnings, warns=True)

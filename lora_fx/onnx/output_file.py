@@ -17,6 +17,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import EXISTS, replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.cuda_obstacles import Obstacle, cuda_obstacles
+from lora_fx.onnx.made_for import CPU, make_for
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import few_runs
@@ -33,6 +34,7 @@ class Output:
         data: The name that its data gets, if it is saved with any.
         loadable: The file that can be loaded before it has its name: `path`, or a copy beside the
             target where the file shares the data of another.
+        made_for: The target that the file is made for.
         external: True when it was saved with data.
         places: Where copies go.
         adapters: The files of adapters that were written beside it.
@@ -45,6 +47,7 @@ class Output:
     path: Path
     data: Path
     loadable: Path
+    made_for: str = CPU
     external: bool = False
     places: Sequence[Place] = ()
     adapters: list[Path] = field(default_factory=list)
@@ -60,7 +63,8 @@ class Output:
         *,
         delta: bool = False,
     ) -> None:
-        """Write a model, replacing an earlier one; see save."""
+        """Write a model, replacing an earlier one; see save. It takes the forms of its target."""
+        make_for(model, self.made_for)
         with stage("writing the file"):
             files = save(
                 model,
@@ -107,6 +111,7 @@ class Output:
 def output(
     target: Path,
     *,
+    made_for: str = CPU,
     force: bool = False,
     places: Sequence[Place] = (),
     owner: Path | None = None,
@@ -125,7 +130,9 @@ def output(
     owner = owner or target
     with replacing(target, force=force, parts=beside) as temporary:
         data = _free_data_path(owner)
-        file = Output(target, temporary, data, temporary, places=places, beside=beside)
+        file = Output(
+            target, temporary, data, temporary, made_for, places=places, beside=beside
+        )
         try:
             with few_runs():
                 yield file

@@ -19,6 +19,7 @@ from lora_fx.files.run_files import remember, remembering
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
+from lora_fx.onnx.made_for import CPU
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.verbs.export_files import named_adapters
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 
 Mode = Literal["merged", "switch", "load", "batch", "train"]
+MadeFor = Literal["cpu", "cuda", "webgpu"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
@@ -63,6 +65,7 @@ def export(
     names: Mapping[str, str] | None = None,
     inputs: Named | None = None,
     provider: Provider = "auto",
+    target: MadeFor = "cpu",
     opset: int | None = None,
     external_over: int | None = None,
     dynamic: Dynamic | None = None,
@@ -108,7 +111,9 @@ def export(
         scales: Of mode batch; see lora_fx.Batch.
         names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.
-        provider: auto, cpu, cuda or webgpu.
+        provider: What proves the file: auto, cpu, cuda or webgpu.
+        target: What the file is made for: cpu, cuda or webgpu. It computes the same everywhere; for
+            a device, nodes that its provider has no kernel for are written in another form.
         opset: ONNX operator set; 20 by default. An .onnx file keeps its own.
         external_over: Bytes of weights above which they go to a file of their own; 256 MiB by
             default. A training step has such a file always.
@@ -157,14 +162,22 @@ def export(
     capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache)
     options = ExportOptions(
         target=Path(path), adapters=opened, mode=mode_name, names=names, inputs=inputs,
-        provider=provider, opset=opset,
+        provider=provider, made_for=target, opset=opset,
         external_over=EXTERNAL_OVER if external_over is None else external_over,
         capture=capture, force=force, optimise=optimise, precision=precision,
         places=repository_of(triton, path, max_batch), within=within,
         accuracy_level=accuracy_level, tol=tol, **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
-    spellings = given_options({"external_over": external_over, "inputs": inputs, "within": within})
+    for_device = target if target != CPU else None
+    spellings = given_options(
+        {
+            "external_over": external_over,
+            "inputs": inputs,
+            "within": within,
+            "target": for_device,
+        }
+    )
     return export_as(model, options, spellings, quantise=quantise, genai=genai)
 
 
@@ -183,8 +196,8 @@ def export_as(
     Args:
         model: As in export.
         options: What is asked for.
-        given: Those of external_over, inputs and within that were given, each as the user spells
-            it.
+        given: Those of external_over, inputs, within and target that were given, each as the user
+            spells it.
         quantise: As in export.
         genai: As in export.
 

@@ -20,6 +20,7 @@ from lora_fx.errors import (
     expect_name,
 )
 from lora_fx.inputs import Named
+from lora_fx.onnx.made_for import CPU, MADE_FOR
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 from lora_fx.text import is_whole
@@ -70,7 +71,7 @@ EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
 
 REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
     NoSay(
-        ("inputs", "within"),
+        ("inputs", "within", "target"),
         lambda o: o.mode == "merged" and not o.rewrites,
         "when an adapter is merged into an .onnx file: the merge compares tensors and runs nothing",
         "leave it out; only --optimise, --precision and lora-fx merge --run run the file",
@@ -100,6 +101,7 @@ class ExportOptions:
     optimise: bool
     precision: str | None
     places: Sequence[Place]
+    made_for: str = CPU
     within: bool = False
     accuracy_level: int = 0
     loss: str | Loss | None = None
@@ -116,6 +118,7 @@ class ExportOptions:
         `precision` takes its long name.
         """
         expect_name(self.mode, MODES, "unknown mode", "use merged, switch, load, batch or train")
+        expect_name(self.made_for, MADE_FOR, "unknown target", "use cpu, cuda or webgpu")
         self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
@@ -221,7 +224,13 @@ class ExportOptions:
         """Open the file and its copies for writing; they get their names when the block ends."""
         from lora_fx.onnx.output_file import output
 
-        return output(self.target, force=self.force, places=self.places, owner=self.owner)
+        return output(
+            self.target,
+            made_for=self.made_for,
+            force=self.force,
+            places=self.places,
+            owner=self.owner,
+        )
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
         """Return the targets, and whether the default plan chose them, so that some may be lost."""

@@ -1,0 +1,36 @@
+"""What a file is made for: the processor or the device whose kernels its graph suits.
+
+A file computes the same on every provider. On a device, a node without a kernel there is a copy
+between host and device in every run, so a file that is made for a device has other forms of what
+the device has no kernel for. The provider that a file is proven on is another question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+CPU = "cpu"
+MADE_FOR = (CPU, "cuda", "webgpu")
+PROPERTY = "lora_fx.target"
+"""The key of a file's metadata that says what it is made for; a file for the CPU has none."""
+
+DEVICE_FORMS: Sequence[ir.passes.InPlacePass] = ()
+"""The rewrites of a graph for a device, in order."""
+
+
+def make_for(model: ir.Model, target: str) -> None:
+    """Give a graph the forms that its target has kernels for, and write the target into it.
+
+    Args:
+        model: Changed in place, unless the target is the CPU.
+        target: One of MADE_FOR.
+    """
+    if target == CPU:
+        return
+    for rewrite in DEVICE_FORMS:
+        rewrite(model)
+    model.metadata_props[PROPERTY] = target
