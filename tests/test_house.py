@@ -469,7 +469,7 @@ NODES = {
     "lora_fx.ir": 13_000,
     "lora_fx.onnx": 55_000,
     "lora_fx.onnx.graph": 18_000,
-    "lora_fx.onnx.rewrites": 4_000,
+    "lora_fx.onnx.rewrites": 6_000,
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 25_000,
     "lora_fx.passes.verbs": 43_000,

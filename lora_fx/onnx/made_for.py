@@ -8,17 +8,17 @@ the device has no kernel for. The provider that a file is proven on is another q
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
+import onnx_ir as ir
+
+from lora_fx.onnx.rewrites.fast_codes import FastCodes
 
 CPU = "cpu"
 MADE_FOR = (CPU, "cuda", "webgpu")
 PROPERTY = "lora_fx.target"
 """The key of a file's metadata that says what it is made for; a file for the CPU has none."""
 
-DEVICE_FORMS: Sequence[ir.passes.InPlacePass] = ()
+DEVICE_FORMS: Sequence[ir.passes.InPlacePass] = (FastCodes(),)
 """The rewrites of a graph for a device, in order."""
 
 

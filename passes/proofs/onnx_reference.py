@@ -38,7 +38,7 @@ from lora_fx.inputs import OTHER_SIZES, SIZES, Extents, Named, expect_input
 from lora_fx.ir.graph import Role
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.discrete_choices import choosing_file
-from lora_fx.onnx.graph.coded_weights import rounds_activations, shares_ranges
+from lora_fx.onnx.graph.coded_weights import dtypes_of_products, rounds_activations, shares_ranges
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.id_limits import highest
 from lora_fx.onnx.save import save
@@ -143,6 +143,10 @@ class OnnxReference:
         for name in self.arrays:
             expect_input(name, self.inputs.names)
 
+        # ONNX Runtime's CPU computes a product with codes in float16 where its neighbours are, and
+        # in float32 elsewhere, so that a branch beside it changes how it is rounded
+        dtypes = set() if graph is None else dtypes_of_products(graph.model)
+        self._eps = max((EPSILON.get(dtype, 0.0) for dtype in dtypes), default=0.0)
         self._step = 0.0
         self.ceiling = CEILING
         if graph is not None and rounds_activations(graph.model):
@@ -252,14 +256,16 @@ class OnnxReference:
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
     ) -> dict[str, Gate]:
-        """Return the base's gates, wider if an adapted weight is stored in a narrower dtype."""
+        """Return the base's gates, wider if a product or adapted weight is in a narrower dtype."""
         if adapter is None or self.graph is None:
-            return gates_of(expected, self.ceiling)
+            gates = gates_of(expected, self.ceiling)
+            narrow = Gate(8 * self._eps, 8 * self._eps)
+            return {name: max(gate, narrow) for name, gate in gates.items()}
         gates = gates_of(expected, self.ceiling, partial(self._run, None, True, feeds))
         dtypes: set[str] = set()
         for target in self._targets(adapter.lowrank):
             dtypes |= _dtypes_of(target)
-        eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
+        eps = max(self._eps, *(EPSILON.get(dtype, 0.0) for dtype in dtypes))
         if not eps:
             return gates
         base = self._run(None, True, feeds)

@@ -250,10 +250,12 @@ def _with_codes(
     """Return the quantised capture of a model, the options with its adapters, and notes."""
     if options.mode == "train":
         raise LoraFxError("mode train computes gradients in float32 only", "leave quantise out")
-    if options.precision is not None:
+    halves_the_rest = options.precision == "float16" and options.made_for != CPU
+    if options.precision is not None and not halves_the_rest:
         raise LoraFxError(
             f"precision {options.precision!r} with quantise: both set how weights are stored",
-            "leave one of them out",
+            "leave one of them out; float16 and codes of 4 or 8 bits go together in a file for a "
+            "GPU (--target cuda)",
         )
     from lora_fx.passes.verbs.export_torch import quantised_base
 

@@ -17,6 +17,7 @@ from lora_fx.onnx.cuda_obstacles import cuda_fields
 from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.provider_nodes import nodes_by_provider
 from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.rewrites.fast_codes import said_of_slow_codes
 from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
@@ -60,6 +61,8 @@ def save_within(
 ) -> list[str]:
     """Save a model with the sizes at which it is valid; return a line for each guarded condition.
 
+    Lines on products that are slow on the device that the file is made for come after them.
+
     Args:
         output: The file.
         model: What goes into it.
@@ -72,9 +75,10 @@ def save_within(
     if guards and not options.within:
         guard_within(model, guards)
     output.save(model, options.external_over, slots)
+    slow = said_of_slow_codes(model) if options.made_for == "cuda" else []
     elsewhere = "other sizes are not checked" if options.within else "with other sizes it fails"
     bounds = dict.fromkeys(map(str, guards))
-    return [f"the file is valid only for {bound}: {elsewhere}" for bound in bounds]
+    return [f"the file is valid only for {bound}: {elsewhere}" for bound in bounds] + slow
 
 
 def on_cuda(output: Output, session: RuntimeSession | Session) -> Json:

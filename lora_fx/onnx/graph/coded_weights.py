@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.quantised import no_fold
+from lora_fx.onnx.graph.values import dtype_name
 
 UNSCALED = "its scale is not applied where the weight is used, nor right after"
 FOREIGN = "it is multiplied with codes that do not come from a DynamicQuantizeLinear"
@@ -50,6 +51,13 @@ class Codes:
 
 QUANTISER = re.compile(r"(_DQ)?_Q[248]$|_Bnb4$|_quantized$")
 """The suffixes that ONNX Runtime's quantisers add to the name of a tensor."""
+
+
+def dtypes_of_products(model: ir.Model) -> set[str]:
+    """Return the dtypes of what MatMulNBits multiplies with codes."""
+    products = [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
+    dtypes = {dtype_name(node.inputs[0]) for node in products if node.inputs}
+    return {name for name in dtypes if name}
 
 
 def may_weigh(tensor: ir.TensorProtocol) -> bool:
