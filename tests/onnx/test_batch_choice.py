@@ -30,16 +30,17 @@ def made(tmp_path: Path, kind: str) -> RuntimeSession:
     g ({kind} x) => ({kind} y) {{ y = Identity(x) }}"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "x.onnx")
     graph = OnnxGraph(ir.load(tmp_path / "x.onnx"))
-    own = add_inputs(graph, "batch", 9, scales=False)
+    shared = add_inputs(graph, "batch", 9, scales=False).shared
+    assert shared
     values = {
-        "rows": own.rows(RANK), "mask": own.mask(RANK),
-        "rows of 2": own.rows(RANK, 2), "mask of 2": own.mask(RANK, 2),
+        "rows": shared.rows(RANK), "mask": shared.mask(RANK),
+        "rows of 2": shared.rows(RANK, 2), "mask of 2": shared.mask(RANK, 2),
     }  # fmt: skip
     for name, value in values.items():
         value.name = name
         value.type = ir.TensorType(ir.DataType.INT64 if "rows" in name else ir.DataType.BOOL)
         graph.model.graph.outputs.append(value)
-    assert own.rows(RANK).name == "rows", "made twice"
+    assert shared.rows(RANK).name == "rows", "made twice"
     ir.save(graph.model, tmp_path / "y.onnx")
     return open_session(tmp_path / "y.onnx", "cpu")
 
