@@ -32,6 +32,7 @@ from lora_fx.onnx.batch_inputs import add_inputs, batch_symbol
 from lora_fx.onnx.flat_rows import FlatRows
 from lora_fx.onnx.graph.coded_weights import shares_ranges
 from lora_fx.onnx.graph.values import dtype_name
+from lora_fx.onnx.made_for import CPU
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.keys import applies, base_name, split_key, split_use
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from lora_fx.onnx.graph.graph import OnnxGraph
 
 Pair = tuple[Array, Array]
+OWN_FACTORS = "each row's own"
+"""What the manifest of a file for a device says of its factors; on the CPU rows may share them."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ class Batch:
         adapters: name → {key: LowRank}, bound; ids are 1, 2, … in this order.
         sources: Name of a stored tensor of the graph → (the parameter that it is, StoredWeight).
         scales: Add the input `adapter_scales`, a weight for each row.
+        made_for: The target that the file is made for, which decides the form of layers.
         targets: Receives what the manifest says of each target.
     """
 
     adapters: Mapping[str, Updates]
     sources: Mapping[str, tuple[str, StoredWeight]]
     scales: bool = False
+    made_for: str = CPU
     targets: dict[str, Json] = field(default_factory=dict, compare=False)
     _stems: dict[str, object] = field(default_factory=dict, init=False, compare=False)
 
@@ -94,14 +99,16 @@ class Batch:
         states = row_axis.provenance(graph.model, symbol, activations)
         rows = [states.get(graph.activation(site), row_axis.SAME) for site in sites]
         forms = [
-            row_branches.form_of(graph.at(site), axis)
+            row_branches.form_of(graph.at(site), axis, self.made_for)
             for site, axis in zip(sites, rows, strict=True)
         ]
         _check_outputs(graph.model, symbol, states)
         if shares_ranges(graph.model):
             _refuse_mixing(graph, symbol, sites)
 
-        inputs = add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
+        inputs = add_inputs(
+            graph, symbol, len(self.adapters) + 1, scales=self.scales, target=self.made_for
+        )
         branches: list[_Branch] = []
         # A of the uses that read one value
         factors_of_value: dict[object, list[ir.Value]] = {}
@@ -132,6 +139,8 @@ class Batch:
             "adapters": list(self.adapters),
             "targets": self.targets,
         }
+        if self.made_for != CPU:
+            manifest["factors"] = OWN_FACTORS
         model.metadata_props[PROPERTY] = json.dumps(manifest)
 
     def _check_reached(self, keys_of_sites: Iterable[list[list[str]]]) -> None:
@@ -171,7 +180,7 @@ class Batch:
         dtype_of_product = numpy_dtype(dtype_name(graph.output(site)) or dtype)
         a, b = row_branches.stack(pairs, form, dtype_of_product)
 
-        stem = key if form == "last" else f"{key}.{form}"
+        stem = key if form in ("last", "own") else f"{key}.{form}"
         content = (region, layout, site.gain, keys)
         if self._stems.setdefault(stem, content) != content:
             stem = f"{stem}@{site.id}"

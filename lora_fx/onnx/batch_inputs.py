@@ -20,9 +20,10 @@ import onnx_ir as ir
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.adapter_ids import IDS
-from lora_fx.onnx.graph.emitter import add_initialiser
+from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.row_adapters import RowAdapters
+from lora_fx.onnx.made_for import CPU
+from lora_fx.onnx.row_adapters import NAME, RowAdapters, SharedFactors
 
 SCALES = "adapter_scales"
 REFUSED = "over"
@@ -59,7 +60,9 @@ def batch_symbol(
     )
 
 
-def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> RowAdapters:
+def add_inputs(
+    graph: OnnxGraph, batch: str, count: int, *, scales: bool, target: str = CPU
+) -> RowAdapters:
     """Add the inputs of batch mode, and the nodes that check the ids.
 
     Args:
@@ -67,6 +70,8 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Row
         batch: The symbol of the batch dimension.
         count: How many adapters there are, the base among them.
         scales: Add `adapter_scales` float [batch] beside `adapter_ids` int64 [batch].
+        target: What the file is made for. Which factors rows share is computed on the CPU alone:
+            no device has a kernel for Unique.
 
     Raises:
         LoraFxError: The model has an input or an initialiser of that name.
@@ -90,7 +95,11 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Row
     assert checker is not None
     checker.name = f"lora_fx: {IDS} out of range, 0 to {count - 1}"  # the runtime's error quotes it
     checked = emitter.call("Where", outside, zero, gathered)
-    return RowAdapters(emitter, checked, count, weights, batch, outside)
+    size = OnnxEmitter(graph, emitter.node, NAME, before=True).call("Shape", checked)
+    shared = None
+    if target == CPU:
+        shared = SharedFactors(emitter, checked, count, size, batch)
+    return RowAdapters(checked, count, weights, outside, size, shared)
 
 
 def _add_input(graph: OnnxGraph, name: str, dtype: ir.DataType, batch: str) -> ir.Value:

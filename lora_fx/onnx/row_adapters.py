@@ -1,5 +1,7 @@
 """The factors for the rows of a batch: one pair for each row, or all used pairs together.
 
+On a device every row reads its own pair, picked by its id. On the CPU that is one of two ways:
+
     x [b, m, in] · Aᵀ [g, in, k·r] ⊙ mask [b, 1, k·r] · B [g, k·r, out]
 
 With g = b and k = 1 every row has its own pair: b small products, and b copies of factors. With
@@ -12,6 +14,8 @@ below each other in one Gather, and the masked product is split.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -27,35 +31,46 @@ NAME = "adapter_rows"
 """The beginning of these nodes' names."""
 
 
-class RowAdapters(OnnxEmitter):
-    """The adapter of each row, and the nodes that compute it, placed before all readers.
+@dataclass(eq=False)
+class RowAdapters:
+    """The adapter of each row.
 
-    Args:
-        first: The emitter before all nodes of the graph, whose inputs the next two are.
+    Attributes:
         ids: The adapters' numbers, checked, [batch].
         count: How many adapters there are, the base among them.
         scales: Weights by row [batch]; None where the graph has no such input.
-        batch: The symbol of the batch dimension.
         outside: Which rows ask for an adapter that is none, bool [batch].
+        size: The number of rows, as a shape [1].
+        shared: What rows read together; None in a graph for a device, where each reads its own.
+        products: Products with A by what they are computed of; uses of one value share them.
+    """
+
+    ids: ir.Value
+    count: int
+    scales: ir.Value | None
+    outside: ir.Value
+    size: ir.Value
+    shared: SharedFactors | None
+    products: dict[tuple[object, ...], list[ir.Value]] = field(default_factory=dict)
+
+
+class SharedFactors(OnnxEmitter):
+    """The nodes, before all readers, that tell which factors rows read, and whether they share.
+
+    Args:
+        first: The emitter before all nodes of the graph, whose inputs the next one is.
+        ids: The adapters' numbers, checked, [batch].
+        count: How many adapters there are, the base among them.
+        size: The number of rows, as a shape [1].
+        batch: The symbol of the batch dimension.
     """
 
     def __init__(
-        self,
-        first: OnnxEmitter,
-        ids: ir.Value,
-        count: int,
-        scales: ir.Value | None,
-        batch: str,
-        outside: ir.Value,
+        self, first: OnnxEmitter, ids: ir.Value, count: int, size: ir.Value, batch: str
     ) -> None:
         super().__init__(first.owner, first.node, NAME, before=True)
         self._emitted: dict[tuple[object, ...], ir.Value] = {}
-        self.products: dict[tuple[object, ...], list[ir.Value]] = {}
-        self.ids = ids
         self.count = count
-        self.scales = scales
-        self.outside = outside
-        self.size = self.call("Shape", ids)
 
         # u·(u − 1)·m > 5·b: every row reads its own pair, by_row; else all read those in use.
         (used_ids,) = self.results("Unique", ids, count=1)
@@ -63,13 +78,16 @@ class RowAdapters(OnnxEmitter):
         one = self._ints(1)
         pairs = self.call("Mul", used_count, self.call("Sub", used_count, one))
         shared_cost = self.call("Mul", pairs, self._positions(batch))
-        copied_cost = self.call("Mul", self.size, self._ints(LIMIT))
+        copied_cost = self.call("Mul", size, self._ints(LIMIT))
         by_row = self.call("Greater", shared_cost, copied_cost)
 
+        everything = np.iinfo(np.int64).max
         # The ids that are read, [g · k]: those of the rows stand behind those in use.
         begin = self.call("Where", by_row, used_count, self._ints(0))
-        end = self.call("Where", by_row, self._ints(np.iinfo(np.int64).max), used_count)
-        self._groups = self.call("Where", by_row, self.size, one)
+        end = self.call("Where", by_row, self._ints(everything), used_count)
+        self._groups = self.call("Where", by_row, size, one)
+        all_of_mask = self._ints(everything, everything)
+        self._ends_of_mask = self.call("Where", by_row, self._ints(1, 1), all_of_mask)
         read_ids = self.call("Slice", self.call("Concat", used_ids, ids, axis=0), begin, end)
         self._read_ids = self.call("Reshape", read_ids, self._shape(-1, 1))
         self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
@@ -89,7 +107,11 @@ class RowAdapters(OnnxEmitter):
         return self._emitted[key]
 
     def mask(self, rank: int, tables: int = 1) -> ir.Value:
-        """Return the mask [b, 1, tables·k·rank], true at a row's own factors."""
+        """Return the mask [b, 1, tables·k·rank], true at a row's own factors.
+
+        Where every row has its own pair all of it is true, and [1, 1, 1] says so: Where is eight
+        times as fast on it, as it need not repeat the mask at every position.
+        """
         key = ("mask", rank, tables)
         if key not in self._emitted:
             adapter_ids = self.call("Div", self.rows(rank), self._ints(rank))
@@ -97,7 +119,10 @@ class RowAdapters(OnnxEmitter):
             mask = self.call("Equal", self._column, adapter_ids)
             if tables > 1:
                 mask = self.call("Concat", *[mask] * tables, axis=-1)
-            self._emitted[key] = mask
+            starts = self._ints(0, 0)
+            self._emitted[key] = self.call(
+                "Slice", mask, starts, self._ends_of_mask, self._ints(0, 2)
+            )
         return self._emitted[key]
 
     def _shape(self, *sizes: int) -> ir.Value:

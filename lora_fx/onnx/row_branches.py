@@ -3,9 +3,12 @@
 For a row b of the batch with the adapter i = ids[b], and x seen as [batch, m, in]:
 
     last    (x @ A[i]ᵀ) @ B[i]              A [n·r, in]    B [n·r, out]    in is the last axis of x
+    own     (x @ A[i]) @ B[i]               A [n, in, r]   B [n, r, out]   the same, on a device
     middle  B[i] @ (A[i] @ x)               A [n, r, in]   B [n, out, r]   x [batch, in, m]
     lookup  A[i, x] @ B[i]                  A [n, in, r]   B [n, r, out]   x holds row numbers
 
+On the CPU, rows of `last` may share one product with several adapters, see row_adapters.py, so its
+factors lie below each other. On a device every row picks its own pair.
 A convolution is `middle` over the windows of x, which a depthwise convolution with one-hot kernels
 lays out. (A convolution with the batch as its groups would need a group count known beforehand.)
 """
@@ -29,16 +32,18 @@ from lora_fx.onnx.graph.emitter import OnnxEmitter
 from lora_fx.onnx.graph.flow import OnnxWeightUse
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
-from lora_fx.onnx.row_adapters import RowAdapters
+from lora_fx.onnx.made_for import CPU
+from lora_fx.onnx.row_adapters import RowAdapters, SharedFactors
 from lora_fx.onnx.row_axis import RowAxis
 
 
-def form_of(use: OnnxWeightUse, rows: RowAxis) -> str:
-    """Return the form of a use: last, middle or lookup.
+def form_of(use: OnnxWeightUse, rows: RowAxis, target: str) -> str:
+    """Return the form of a use, one of those of the module's docstring.
 
     Args:
         use: The use of a weight.
         rows: Where its activation has the rows of the batch.
+        target: What the file is made for.
 
     Raises:
         LoraFxError: Rows cannot be told apart, or the kind of use has no form by row.
@@ -61,7 +66,7 @@ def form_of(use: OnnxWeightUse, rows: RowAxis) -> str:
         return "middle"
     if isinstance(kind, Einsum) and len(site.operand) == 2:
         if kind.form == "right" and _comes_to_front(use.x, rows):
-            return "last"
+            return "last" if target == CPU else "own"
         if kind.form == "left" and rank(use.x) == 3 and rows == RowAxis(0):
             return "middle"
     raise LoraFxError(f"{where}: this use cannot be computed row by row", hint)
@@ -103,14 +108,14 @@ class BatchEmitter(OnnxEmitter):
         """Return the low-rank part of y, in y's shape.
 
         Args:
-            form: One of the three of the module's docstring.
+            form: One of those of the module's docstring.
             x: The activation.
             a: The stack of A; see `stack`.
             b: The stack of B.
             y: The base's product.
             tables: The stacks of A of all uses of this x.
         """
-        if form == "last":
+        if form in ("last", "own"):
             return self._last(x, b, y, tables, tables.index(a))
         b_of_rows = self.call("Gather", b, self.adapters.ids)
         if form == "lookup":
@@ -134,10 +139,11 @@ class BatchEmitter(OnnxEmitter):
             tables: The stacks of A of all uses of this x, which share a product.
             number: The place of this use's A among them.
         """
-        assert b.shape is not None
-        low_rank = int(b.shape.numpy()[0]) // self.adapters.count
-        products = self._products(x, tables, low_rank)
-        b_of_rows = self.call("Gather", b, self.adapters.rows(low_rank))
+        products = self._products(x, tables)
+        picked = self.adapters.ids
+        if self.adapters.shared:
+            picked = self.adapters.shared.rows(self._low_rank(b))
+        b_of_rows = self.call("Gather", b, picked)
         delta = self.call("MatMul", products[number], b_of_rows)
 
         order = self._batch_first(x)
@@ -164,7 +170,12 @@ class BatchEmitter(OnnxEmitter):
         """Whether x is [batch, m, in] after its axes are reordered."""
         return len(order) == 3 and (self.rows.exact or self.rows.inner)
 
-    def _products(self, x: ir.Value, tables: Sequence[ir.Value], low_rank: int) -> list[ir.Value]:
+    def _low_rank(self, table: ir.Value) -> int:
+        """Return the rank of factors that lie below each other."""
+        assert table.shape is not None
+        return int(table.shape.numpy()[0]) // self.adapters.count
+
+    def _products(self, x: ir.Value, tables: Sequence[ir.Value]) -> list[ir.Value]:
         """Return products x · Aᵀ with each table, masked and weighted; uses of one x share them."""
         # A branch of an If sees nothing of the other.
         body = self.found and self.found.node.graph
@@ -172,7 +183,6 @@ class BatchEmitter(OnnxEmitter):
         if products:
             return products
         order = self._batch_first(x)
-        dtype = numpy_dtype(dtype_name(x) or "float32")
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         if self.rows.inner:
             minus_one = self._ints(-1)
@@ -182,20 +192,40 @@ class BatchEmitter(OnnxEmitter):
         if not self._has_matrices(order):
             matrices = self.call("Reshape", matrices, self._sizes(-1, width))
 
-        table = tables[0]
-        if len(tables) > 1:  # the runtime joins initialisers when it loads them
-            table = self.call("Concat", *tables, axis=0)
-        a = self.call("Gather", table, self.adapters.rows(low_rank, len(tables)))
-        product = self.call("MatMul", matrices, self.call("Transpose", a, perm=[0, 2, 1]))
-        # no product with 0: an Inf of another adapter would be this row's NaN
-        zero = self._constant(np.array(0, dtype))
-        mask = self.adapters.mask(low_rank, len(tables))
-        product = self._scaled(self.call("Where", mask, product, zero), x)
+        if self.adapters.shared:
+            dtype = numpy_dtype(dtype_name(x) or "float32")
+            product = self._shared_product(self.adapters.shared, matrices, tables, dtype)
+        else:
+            a = self.call("Gather", self._joined(tables, axis=2), self.adapters.ids)
+            product = self.call("MatMul", matrices, a)
+        product = self._scaled(product, x)
         if len(tables) > 1:
             products += self._split(product, len(tables))
         else:
             products.append(product)
         return products
+
+    def _shared_product(
+        self,
+        shared: SharedFactors,
+        matrices: ir.Value,
+        tables: Sequence[ir.Value],
+        dtype: NumpyDtype,
+    ) -> ir.Value:
+        """Return the product of [batch, m, in] with the factors that are read, masked by row."""
+        table = self._joined(tables, axis=0)
+        low_rank = self._low_rank(tables[0])
+        a = self.call("Gather", table, shared.rows(low_rank, len(tables)))
+        product = self.call("MatMul", matrices, self.call("Transpose", a, perm=[0, 2, 1]))
+        # no product with 0: an Inf of another adapter would be this row's NaN
+        zero = self._constant(np.array(0, dtype))
+        return self.call("Where", shared.mask(low_rank, len(tables)), product, zero)
+
+    def _joined(self, tables: Sequence[ir.Value], axis: int) -> ir.Value:
+        """Return tables as one; the runtime joins initialisers when it loads them."""
+        if len(tables) == 1:
+            return tables[0]
+        return self.call("Concat", *tables, axis=axis)
 
     def _split(self, value: ir.Value, count: int) -> list[ir.Value]:
         """Split into equal parts along the last axis."""
@@ -259,7 +289,7 @@ def stack(
     Args:
         updates: One entry for each adapter, None where it has no update of this use; the scale is
             in b.
-        form: One of the three of the module's docstring.
+        form: One of those of the module's docstring.
         dtype: The dtype of the result.
     """
     pairs = [update for update in updates if update is not None]
@@ -273,7 +303,7 @@ def stack(
             stack_a[number, : a.shape[0]] = a
             stack_b[number, :, : b.shape[1]] = b
 
-    if form == "lookup":
+    if form in ("lookup", "own"):
         stack_a = stack_a.transpose(0, 2, 1)
     if form != "middle":
         stack_b = stack_b.transpose(0, 2, 1)

@@ -64,7 +64,7 @@ def write_batch(
     model = graph.model
     nodes_of_base = _count_nodes(model)
     updates = {name: adapter.lowrank for name, adapter in adapters.items()}
-    Batch(updates, sources, options.scales)(graph)
+    Batch(updates, sources, options.scales, options.made_for)(graph)
     join_copies(model, [name for name, stored in sources.values() if stored.keys])
     graph.lint()
 
