@@ -66,7 +66,7 @@ def plugin_devices(plugin: Plugin) -> tuple[ort.OrtEpDevice, ...]:
 
 @functools.cache
 def registered_name(plugin: Plugin) -> str:
-    """Register a plugin's library, once in a process, and return the runtime's name of its provider.
+    """Register a plugin's library, once in a process, and return its provider's name there.
 
     Raises:
         LoraFxError: The package is not installed, or does not fit the runtime.

@@ -14,7 +14,7 @@ NAMES = {
     "CudaPluginExecutionProvider": "cuda",
     "WebGpuExecutionProvider": "webgpu",
 }
-"""The runtime's names of its providers on devices → ours. CUDA's plugin had one of its own at first."""
+"""The runtime's names of its providers on devices → ours. CUDA's plugin had its own at first."""
 RECORD = ("session.record_ep_graph_assignment_info", "1")
 """The option with which a session keeps where its nodes are."""
 

@@ -210,6 +210,7 @@ def open_session(
     exact: bool = True,
     patterns: bool = True,
     external: Mapping[str, Array] | None = None,
+    cuda_graph: bool = False,
 ) -> RuntimeSession:
     """Load a model.
 
@@ -226,6 +227,7 @@ def open_session(
         patterns: Keep one block of memory for all values of a run at sizes seen before.
         external: Arrays in the place of initialisers that lie in a data file, of equal shapes
             and dtypes.
+        cuda_graph: On CUDA, let the runtime capture a graph of a run and replay it.
 
     Raises:
         LoraFxError: The file does not load, or a provider was asked for and is not there, or
@@ -266,7 +268,10 @@ def open_session(
         options.add_session_config_entry(*RECORD)
         wanted = None  # what the options hold
     elif provider in ("auto", "cuda") and driver_present() and (provider == "cuda" or _has_cuda()):
-        wanted = _cuda_providers(options, {"use_tf32": "0"} if exact else {})
+        of_cuda = {"use_tf32": "0"} if exact else {}
+        if cuda_graph:
+            of_cuda["enable_cuda_graph"] = "1"
+        wanted = _cuda_providers(options, of_cuda)
     refused = f"{fspath(path)}: ONNX Runtime cannot load it"
     hint = "check whether it was written for a newer opset"
     with retold(refused, hint), stage("loading the file in ONNX Runtime"):

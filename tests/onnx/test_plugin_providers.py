@@ -115,7 +115,7 @@ def test_a_plugin_without_a_device_says_so_every_time(
 ) -> None:
     monkeypatch.setattr(ort, "get_ep_devices", lambda: DEVICES[:1])
     for _ in range(2):
-        with pytest.raises(LoraFxError, match="CUDA was requested, .*: it finds no GPU"):
+        with pytest.raises(LoraFxError, match=r"CUDA was requested, .*: it finds no GPU"):
             open_session(file, "cuda")
     assert "cuda" not in providers()
     assert len(registered) == 1
@@ -138,7 +138,7 @@ def test_no_cuda_in_the_runtime_and_no_plugin(
     file: Path, registered: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_cuda", None)
-    with pytest.raises(LoraFxError, match="onnxruntime-ep-cuda12 or .* cannot be imported") as e:
+    with pytest.raises(LoraFxError, match=r"onnxruntime-ep-cuda12 or .* cannot be imported") as e:
         open_session(file, "cuda")
     assert e.value.hint == CUDA_PLUGIN.install
     assert "cuda" not in providers()
