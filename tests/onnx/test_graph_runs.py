@@ -281,7 +281,9 @@ def test_a_file_that_cannot_be_captured_names_the_node(tmp_path: Path) -> None:
 
     path = tmp_path / "m.onnx"
     lora_fx.export(Branches(), path, (torch.ones(2, 3),), provider="cpu")
-    with pytest.raises(LoraFxError, match=r"no CUDA graph can be captured: If '.*' is control") as e:
+    with pytest.raises(
+        LoraFxError, match=r"no CUDA graph can be captured: If '.*' is control"
+    ) as e:
         refuse_uncapturable(path)
     assert "--target cuda" in str(e.value.hint)
     path.write_bytes(b"junk")
