@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from lora_fx.onnx import Session
 from lora_fx.onnx import session as sessions
 from lora_fx.onnx.graph_runs import GraphRuns
+from lora_fx.onnx.provider_nodes import CUDA
 
 ROWS = (3, 1, 3, 1, 1, 3)
 
@@ -43,8 +45,13 @@ def contents(runs: GraphRuns) -> Mapping[str, Any]:
     return found
 
 
+def tf32_of(session: ort.InferenceSession) -> str:
+    """The provider's option for products in TF32."""
+    return str(session.get_provider_options()[CUDA]["use_tf32"])
+
+
 def counted(name: str) -> int:
-    """How often the stand-in was asked for something."""
+    """A number that the stand-in keeps."""
     return int(ctypes.c_int.in_dll(ctypes.CDLL("libcudart.so.13"), name).value)
 
 
@@ -75,6 +82,13 @@ def main(path: str, folder: str) -> None:
                 "held": held,
                 "captures": counted("captures"),
                 "launches": counted("launches"),
+                "capture mode": counted("capture_mode"),
+                "use_tf32": {
+                    "cuda_graph": tf32_of(session.session),
+                    "exact": tf32_of(Session(path, "cuda").session),
+                    "not exact": tf32_of(Session(path, "cuda", exact=False).session),
+                    "plain": tf32_of(ort.InferenceSession(path, providers=[CUDA])),
+                },
             }
         )
     )

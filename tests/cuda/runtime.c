@@ -82,7 +82,12 @@ int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &any_ha
 /* Counted, for tests/cuda/graphs.py. */
 int captures;
 int launches;
-int cudaStreamBeginCapture(void *stream, int mode) { captures++; return 0; }
+int capture_mode;
+int cudaStreamBeginCapture(void *stream, int mode) {
+  captures++;
+  capture_mode = mode;
+  return 0;
+}
 int cudaGraphLaunch(void *graph, void *stream) { launches++; return 0; }
 int cudaStreamEndCapture(void *stream, void **graph) { *graph = &any_handle; return 0; }
 int cudaGraphInstantiate(void **executable, void *graph, u64 flags) {

@@ -87,6 +87,15 @@ def test_each_shape_is_captured_once_and_replayed(answer: Mapping[str, Any]) -> 
     assert answer["launches"] == RUNS
 
 
+def test_no_thread_may_use_cuda_while_another_one_captures(answer: Mapping[str, Any]) -> None:
+    """docs/serving.md says so: the runtime captures in CUDA's mode "global", which is 0."""
+    assert answer["capture mode"] == 0
+
+
+def test_tf32_is_on_in_plain_sessions_and_off_in_ours(answer: Mapping[str, Any]) -> None:
+    assert answer["use_tf32"] == {"cuda_graph": "0", "exact": "0", "not exact": "1", "plain": "1"}
+
+
 def test_the_buffers_hold_the_adapter_padded_with_zeros(
     answer: Mapping[str, Any], exported: Path
 ) -> None:
