@@ -32,6 +32,9 @@ COMMANDS = {
     "demo": "Train, fold, export and check on a real model and data.",
 }
 
+PLUGINS = ("onnxruntime-ep-cuda12", "onnxruntime-ep-cuda13", "onnxruntime-ep-webgpu")
+"""Packages with providers of ONNX Runtime."""
+
 
 class LazyGroup(click.Group):
     """A group that imports a command only when it runs; --help of the group imports none."""
@@ -66,13 +69,16 @@ class LazyGroup(click.Group):
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
+    from lora_fx.onnx.unverified import NEVER_RUN
+
     click.echo(f"lora-fx {__version__}")
-    libraries = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
+    libraries = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime", *PLUGINS)
     for name, number in libraries.items():
         click.echo(f"{name} {number}")
     if "onnxruntime" in libraries or "onnxruntime-gpu" in libraries:
         from lora_fx.onnx.session import providers
 
+        click.echo(f"never run on a GPU: {', '.join(NEVER_RUN)}")
         click.echo(f"providers {', '.join(providers())}")
     warning = two_runtimes()
     if warning:

@@ -8,7 +8,10 @@ bound. To hand over two tensors a target takes as long as a small model runs, so
 from __future__ import annotations
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
@@ -18,12 +21,15 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, one_line
+from lora_fx.onnx.adapter_buffers import BASE, AdapterBuffers, check_rank, largest_rank
 from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
+from lora_fx.onnx.graph_runs import GraphRuns, refuse_uncapturable
 from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of
 from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
+from lora_fx.onnx.unverified import CUDA_GRAPHS, never_run
 from lora_fx.onnx.webgpu import exclusive
-from lora_fx.text import Json, near
+from lora_fx.text import Json, is_whole, near
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -41,6 +47,10 @@ class Session:
         adapter: For a file of mode load, what is folded into its weights now: an adapter, or its
             file in any format. Without one it is the base model.
         exact: As in open_session; False is faster, and less exact, on a GPU and over codes.
+        cuda_graph: Capture a CUDA graph for each shape of the inputs, and replay it. An adapter is
+            then copied into buffers that stay. Never run on a GPU.
+        rank: With cuda_graph, the rank of these buffers; by default the largest among the adapters
+            that are loaded before the first run.
 
     Attributes:
         manifest: What an adapter has to bring.
@@ -49,7 +59,8 @@ class Session:
         note: A line to show to the user, or empty.
 
     Raises:
-        LoraFxError: The file does not load, or is not switchable.
+        LoraFxError: The file does not load, or is not switchable, or no CUDA graph of it can be
+            captured.
     """
 
     def __init__(
@@ -60,11 +71,24 @@ class Session:
         *,
         adapter: Adapter | str | PathLike[str] | None = None,
         exact: bool = True,
+        cuda_graph: bool = False,
+        rank: int | None = None,
     ) -> None:
+        _check_graph_options(cuda_graph, rank)
         external = None
         if adapter is not None:
             external = _external_tensors(path, adapter)
-        opened = open_session(path, provider, threads, exact=exact, external=external)
+        if cuda_graph:
+            refuse_uncapturable(path)
+        opened = open_session(
+            path, provider, threads, exact=exact, external=external, cuda_graph=cuda_graph
+        )
+        if cuda_graph and opened.provider != "cuda":
+            raise LoraFxError(
+                f"{fspath(path)}: CUDA graphs were requested, but the session runs on "
+                f"{opened.provider}",
+                "make the session without cuda_graph, or on a machine with a GPU of NVIDIA's",
+            )
         self.session = opened.session
         self.provider = opened.provider
         self.note = opened.note
@@ -87,6 +111,13 @@ class Session:
         self._arrays: dict[str, dict[str, Array]] = {}
         self._values: dict[str, Json] = {}
         self._idle_bindings: dict[str, list[ort.IOBinding]] = {}
+        self._cuda_graph = cuda_graph
+        self._rank = rank
+        self._graph_runs: GraphRuns | None = None
+        self._buffers_lock = threading.Lock()
+        if cuda_graph:
+            self.note = never_run(CUDA_GRAPHS)
+            warnings.warn(self.note, RuntimeWarning, stacklevel=2)
 
     def _check_switchable(self, path: str | PathLike[str]) -> None:
         """Raise if the manifest does not fit the file, or an output is no tensor."""
@@ -111,7 +142,7 @@ class Session:
         """Load an adapter, or an adapter file in any format; a loaded one of this name is replaced.
 
         Raises:
-            LoraFxError: The adapter does not fit the manifest.
+            LoraFxError: The adapter does not fit the manifest, or the buffers of CUDA graphs.
         """
         if self.manifest.mode == "load":
             raise LoraFxError(
@@ -121,10 +152,20 @@ class Session:
             )
         expect(name, str, "the name of an adapter", "a text", "call session.load(name, adapter)")
         tensors = tensors_of(adapter, self.manifest)
+        if self._cuda_graph:
+            self._load_for_graphs(name, tensors)
+            return
         self._arrays[name] = tensors
         with exclusive(self.provider):
             self._values[name] = ort_values(tensors, self.provider)
         self._idle_bindings[name] = []
+
+    def _load_for_graphs(self, name: str, tensors: dict[str, Array]) -> None:
+        """Keep an adapter on the host, from where runs copy it into the buffers of CUDA graphs."""
+        with self._buffers_lock:
+            if self._rank is not None:
+                check_rank(self.manifest, tensors, self._rank, f"adapter {name!r}")
+            self._arrays[name] = tensors
 
     def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
         """Run once, with the base model, one adapter or a mix; return arrays by output name.
@@ -138,6 +179,10 @@ class Session:
             LoraFxError: An adapter that is not loaded, a missing or unknown input.
         """
         arrays = self._arrays_of(inputs)
+        if self._cuda_graph:
+            tensors = self._chosen_tensors(adapter)
+            with told(arrays):
+                return self._runs_of_graphs().run(arrays, tensors)
         chosen = self.choice(adapter)
         with exclusive(self.provider), told(arrays):
             if isinstance(adapter, str):
@@ -180,7 +225,16 @@ class Session:
         """Return an IOBinding of the inputs and the adapter, with outputs on the session's device.
 
         Run it by `session.session.run_with_iobinding(binding)`.
+
+        Raises:
+            LoraFxError: As `run`, and for a session with CUDA graphs: a replay looks at no binding.
         """
+        if self._cuda_graph:
+            raise LoraFxError(
+                "a session with CUDA graphs binds its own inputs and outputs: a replay looks at no "
+                "other binding",
+                "call session.run, or make the session without cuda_graph",
+            )
         arrays = self._arrays_of(inputs)
         binding = self.session.io_binding()
         chosen = self.choice(adapter)
@@ -194,11 +248,44 @@ class Session:
 
     def choice(self, adapter: Choice) -> Json:
         """Return the OrtValues of a choice, by input name; inputs left out keep their defaults."""
+        self._check_choice(adapter)
+        if isinstance(adapter, str):
+            return {**self._defaults, **self._values[adapter]}
+        if not adapter:
+            return self._defaults
+        return {**self._defaults, **ort_values(self._mixed(adapter))}
+
+    def _chosen_tensors(self, adapter: Choice) -> Mapping[str, Array]:
+        """Return the A and B of a choice by name, for the buffers of CUDA graphs."""
+        self._check_choice(adapter)
+        if isinstance(adapter, str):
+            return self._arrays[adapter]
+        if not adapter:
+            return BASE
+        mixed = self._mixed(adapter)
+        names = " and ".join(map(repr, adapter))
+        check_rank(self.manifest, mixed, self._runs_of_graphs().buffers.rank, f"the mix of {names}")
+        return mixed
+
+    def _runs_of_graphs(self) -> GraphRuns:
+        """Return the runs with CUDA graphs; the first of them decides the rank of the buffers."""
+        with self._buffers_lock:
+            if self._graph_runs is None:
+                if self._rank is None:
+                    ranks = [largest_rank(self.manifest, one) for one in self._arrays.values()]
+                    self._rank = max([1, *ranks])
+                slots = self.manifest.slots if self.manifest.mode == "switch" else {}
+                of_inputs = replace(self.manifest, slots=slots)
+                buffers = AdapterBuffers(of_inputs, self._rank, self.provider)
+                self._graph_runs = GraphRuns(self.session, buffers, self.provider)
+            return self._graph_runs
+
+    def _check_choice(self, adapter: Choice) -> None:
+        """Raise for an adapter that is not loaded, and for what is no choice."""
         if isinstance(adapter, str):
             self._check_loaded(adapter)
-            return {**self._defaults, **self._values[adapter]}
-        if adapter is None:
-            return self._defaults
+        if adapter is None or isinstance(adapter, str):
+            return
         expected = "a loaded name, or a weight by name"
         expect(
             adapter,
@@ -210,9 +297,6 @@ class Session:
         for name, weight in adapter.items():
             self._check_loaded(name)
             self._check_weight(name, weight)
-        if not adapter:
-            return self._defaults
-        return {**self._defaults, **ort_values(self._mixed(adapter))}
 
     def _check_weight(self, name: str, weight: object) -> None:
         """Raise for a weight that is not a number, or that is infinite in the multiplying dtype."""
@@ -257,6 +341,21 @@ class Session:
         if self._arrays:
             hint = near(text, list(self._arrays), f"loaded: {', '.join(self._arrays)}")
         raise LoraFxError(f"no adapter {text!r} is loaded", hint)
+
+
+def _check_graph_options(cuda_graph: bool, rank: int | None) -> None:
+    """Raise for a rank that is none, or that no buffer would have."""
+    if rank is None:
+        return
+    if not is_whole(rank) or rank < 1:
+        raise LoraFxError(
+            f"rank is {one_line(repr(rank), 60)}; expected 1 or more", "pass rank=16, for example"
+        )
+    if not cuda_graph:
+        raise LoraFxError(
+            "rank has no effect without cuda_graph: an adapter keeps its own rank",
+            "pass cuda_graph=True, or leave rank out",
+        )
 
 
 def _external_tensors(

@@ -12,6 +12,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect, one_line, retold
+from lora_fx.onnx.device_values import value_on
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.runtime_adapter import read_file
 from lora_fx.text import Json, near
@@ -95,9 +96,4 @@ def _check_dimension(name: str, array: Array, axis: int) -> None:
 
 def ort_values(tensors: Mapping[str, Array], device: str = "cpu") -> Json:
     """Return the arrays as OrtValues on a device, by name."""
-    from onnxruntime import OrtValue
-
-    values = {}
-    for name, tensor in tensors.items():
-        values[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), device, 0)
-    return values
+    return {name: value_on(np.ascontiguousarray(array), device) for name, array in tensors.items()}

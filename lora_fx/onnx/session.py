@@ -25,8 +25,11 @@ from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests a
 from lora_fx.onnx.cuda_device import refuse_stand_in
 from lora_fx.onnx.manifest import PROPERTY, manifest_in, read_manifest
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
-from lora_fx.onnx.provider_nodes import RECORD
+from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices
+from lora_fx.onnx.provider_nodes import CUDA, NAMES, RECORD
 from lora_fx.onnx.runtime_log import quiet_options
+from lora_fx.onnx.unverified import CUDA_PLUGIN as CUDA_PLUGIN_PACKAGES
+from lora_fx.onnx.unverified import never_run
 from lora_fx.onnx.webgpu import exclusive, options_for, webgpu_devices
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
@@ -35,14 +38,14 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
+Wanted = list[str | tuple[str, dict[str, str]]]
+"""The runtime's names of providers, with options, in the order of preference."""
+
 MOST_THREADS = 1024
 MOST_WITHOUT_DATA = 256 << 20
 """The size in bytes above which a model's own file holds its weights."""
 NARROW = frozenset((2, 3, 10, 16, 21, 22))
 """TensorProto's UINT8, INT8, FLOAT16, BFLOAT16, UINT4 and INT4."""
-
-NAMES = {"CUDAExecutionProvider": "cuda", "WebGpuExecutionProvider": "webgpu"}
-"""The runtime's names of its providers on devices → ours."""
 
 _few_runs: ContextVar[bool] = ContextVar("few_runs", default=False)
 
@@ -207,6 +210,7 @@ def open_session(
     exact: bool = True,
     patterns: bool = True,
     external: Mapping[str, Array] | None = None,
+    cuda_graph: bool = False,
 ) -> RuntimeSession:
     """Load a model.
 
@@ -223,6 +227,7 @@ def open_session(
         patterns: Keep one block of memory for all values of a run at sizes seen before.
         external: Arrays in the place of initialisers that lie in a data file, of equal shapes
             and dtypes.
+        cuda_graph: On CUDA, let the runtime capture a graph of a run and replay it.
 
     Raises:
         LoraFxError: The file does not load, or a provider was asked for and is not there, or
@@ -257,17 +262,16 @@ def open_session(
         # add_initializer would be ignored, without a word, where W + A·B is folded at load
         options.add_external_initializers(list(external), values)
 
-    wanted = None  # what the options hold
+    wanted: Wanted | None = ["CPUExecutionProvider"]
     if provider == "webgpu":
         options.add_provider_for_devices([webgpu_devices()[0]], options_for(path))
         options.add_session_config_entry(*RECORD)
-    else:
-        try_cuda = provider in ("auto", "cuda") and "cuda" in providers()
-        if try_cuda:
-            options.add_session_config_entry(*RECORD)
-            if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()
-        wanted = _providers_to_try(try_cuda, exact)
+        wanted = None  # what the options hold
+    elif provider in ("auto", "cuda") and driver_present() and (provider == "cuda" or _has_cuda()):
+        of_cuda = {"use_tf32": "0"} if exact else {}
+        if cuda_graph:
+            of_cuda["enable_cuda_graph"] = "1"
+        wanted = _cuda_providers(options, of_cuda)
     refused = f"{fspath(path)}: ONNX Runtime cannot load it"
     hint = "check whether it was written for a newer opset"
     with retold(refused, hint), stage("loading the file in ONNX Runtime"):
@@ -284,6 +288,8 @@ def open_session(
             "--provider cpu",
         )
     note = ""
+    if used_provider == "cuda" and CUDA not in ort.get_available_providers():
+        note = never_run(CUDA_PLUGIN_PACKAGES)
     # A machine without a GPU runs on its CPU, which is no news.
     if provider == "auto" and used_provider == "cpu" and driver_present():
         note = "running on CPU: this build of ONNX Runtime does not use the GPU"
@@ -298,22 +304,47 @@ def _threads_of_user() -> int:
     return min(int(first), MOST_THREADS)
 
 
-def _providers_to_try(cuda: bool, exact: bool) -> list[str | tuple[str, dict[str, str]]]:
-    """Return the runtime's providers with their options, in the order of preference."""
-    if not cuda:
-        return ["CPUExecutionProvider"]
-    options = {"use_tf32": "0"} if exact else {}
-    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+def _cuda_providers(options: ort.SessionOptions, of_cuda: Mapping[str, str]) -> Wanted | None:
+    """Return the runtime's providers for a session on CUDA; None where the options hold them.
+
+    Args:
+        options: The session's, to which a plugin's device is added.
+        of_cuda: The options of the provider.
+
+    Raises:
+        LoraFxError: The runtime has no CUDA, and there is no plugin that can be used.
+    """
+    import onnxruntime as ort
+
+    options.add_session_config_entry(*RECORD)
+    if CUDA in ort.get_available_providers():
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        return [(CUDA, dict(of_cuda)), "CPUExecutionProvider"]
+    options.add_provider_for_devices([plugin_devices(CUDA_PLUGIN)[0]], dict(of_cuda))
+    return None
 
 
 def providers() -> list[str]:
-    """Return this machine's providers, fastest first: cuda (with build and driver), webgpu, cpu."""
-    import onnxruntime as ort
+    """Return this machine's providers, fastest first: cuda, webgpu, cpu.
 
+    CUDA wants the driver, and a runtime that was built with it or a plugin beside the runtime.
+    """
     usable = []
-    if "CUDAExecutionProvider" in ort.get_available_providers() and driver_present():
+    if driver_present() and _has_cuda():
         usable.append("cuda")
     with contextlib.suppress(LoraFxError):
         webgpu_devices()
         usable.append("webgpu")
     return [*usable, "cpu"]
+
+
+def _has_cuda() -> bool:
+    """Whether the runtime was built with CUDA, or has a plugin with a device."""
+    import onnxruntime as ort
+
+    if CUDA in ort.get_available_providers():
+        return True
+    with contextlib.suppress(LoraFxError):
+        return bool(plugin_devices(CUDA_PLUGIN))
+    return False

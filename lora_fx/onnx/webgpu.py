@@ -1,27 +1,27 @@
-"""ONNX Runtime's WebGPU provider, which is a package beside the runtime and no part of it.
-
-The runtime takes such a provider as a library that is registered once in a process, and a session
-takes its devices, not its name.
-"""
+"""ONNX Runtime's WebGPU provider, which is a package beside the runtime and no part of it."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from lora_fx.errors import LoraFxError, importing, retold
-from lora_fx.onnx.runtime_log import quiet_options
+from lora_fx.onnx.plugin_providers import Plugin, plugin_devices
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     import onnxruntime as ort
 
-PACKAGE = "onnxruntime-ep-webgpu"
-INSTALL = f"pip install --no-deps {PACKAGE}, beside onnxruntime 1.32 or newer; or use cpu"
+PLUGIN = Plugin(
+    "WebGPU",
+    "onnxruntime_ep_webgpu",
+    ("onnxruntime-ep-webgpu",),
+    "pip install --no-deps onnxruntime-ep-webgpu, beside onnxruntime 1.32 or newer; or use cpu",
+    "install a Vulkan driver; with ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1 it takes a software one, "
+    "which is slow; or use cpu",
+)
 
 WRONG_ON_DEVICE = ("And",)
 """Operators whose nodes run on the CPU. Of 0.4.0, And on one value and four ([1, 1, 1, 1] and
@@ -55,27 +55,10 @@ def options_for(path: str | PathLike[str]) -> dict[str, str]:
     return {"forceCpuNodeNames": "\n".join(names)} if names else {}
 
 
-@functools.cache
 def webgpu_devices() -> tuple[ort.OrtEpDevice, ...]:
     """Return the devices that the WebGPU provider can run on, best first; at least one.
 
     Raises:
         LoraFxError: The package is not installed, does not fit the runtime, or has no device.
     """
-    import onnxruntime as ort
-
-    unusable = "WebGPU was requested, but cannot be used"
-    with importing(f"{unusable}: {PACKAGE}", INSTALL):
-        import onnxruntime_ep_webgpu as package
-    quiet_options()  # registration logs what it finds
-    name = package.get_ep_name()
-    with retold(f"{unusable}: ONNX Runtime {ort.__version__} does not take {PACKAGE}", INSTALL):
-        ort.register_execution_provider_library(name, package.get_library_path())
-    devices = tuple(device for device in ort.get_ep_devices() if device.ep_name == name)
-    if not devices:
-        raise LoraFxError(
-            f"{unusable}: it finds no GPU",
-            "install a Vulkan driver; with ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1 it takes a "
-            "software one, which is slow; or use cpu",
-        )
-    return devices
+    return plugin_devices(PLUGIN)

@@ -221,6 +221,20 @@ def test_version_names_the_providers(
     assert out.splitlines()[-1] == f"providers {wanted}"
 
 
+def test_version_names_plugins_and_what_never_ran_on_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"onnxruntime": "1.32.0", "onnxruntime-ep-webgpu": "0.4.0"}
+    monkeypatch.setattr(
+        "lora_fx.cli.group.installed",
+        lambda *names: {name: versions[name] for name in names if name in versions},
+    )
+    _, out, _ = run(capsys, "--version")
+    assert "onnxruntime-ep-webgpu 0.4.0" in out.splitlines()
+    never_run = "Session(cuda_graph=True), onnxruntime-ep-cuda12 and -cuda13"
+    assert f"never run on a GPU: {never_run}" in out.splitlines()
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     first = " ".join(out.split("Options:")[0].split())

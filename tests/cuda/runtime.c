@@ -78,6 +78,22 @@ int cudaPointerGetAttributes(int *attributes, const void *address) {
 
 int cudaStreamCreate(void **stream) { *stream = &any_handle; return 0; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &any_handle; return 0; }
+
+/* Counted, for tests/cuda/graphs.py. */
+int captures;
+int launches;
+int capture_mode;
+int cudaStreamBeginCapture(void *stream, int mode) {
+  captures++;
+  capture_mode = mode;
+  return 0;
+}
+int cudaGraphLaunch(void *graph, void *stream) { launches++; return 0; }
+int cudaStreamEndCapture(void *stream, void **graph) { *graph = &any_handle; return 0; }
+int cudaGraphInstantiate(void **executable, void *graph, u64 flags) {
+  *executable = &any_handle;
+  return 0;
+}
 int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cudaEventCreate(void **event) { *event = &any_handle; return 0; }
 int cudaEventCreateWithFlags(void **event, unsigned flags) { *event = &any_handle; return 0; }

@@ -117,6 +117,25 @@ def test_base_of_the_default_is_the_exported_base(made: Path) -> None:
     assert rel(got, merged(made, "base")) <= 1e-6
 
 
+def test_plain_onnx_runtime_ignores_an_adapter_with_io_binding(made: Path) -> None:
+    """docs/serving.md says so, and that the binding of our session has the adapter."""
+    import onnxruntime as ort
+
+    plain = ort.InferenceSession(str(made), providers=["CPUExecutionProvider"])
+    loaded = ort.LoraAdapter()
+    loaded.Load(str(made.with_name(f"{next(iter(RANKS))}.onnx_adapter")))
+    options = ort.RunOptions()
+    options.add_active_adapter(loaded)
+    options.log_severity_level = 4
+    binding = plain.io_binding()
+    binding.bind_cpu_input("ids", ids())
+    binding.bind_output("y")
+    plain.run_with_iobinding(binding, options)
+    base = plain.run(["y"], {"ids": ids()})[0]
+    np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], base)
+    assert rel(plain.run(["y"], {"ids": ids()}, options)[0], base) > 0.05
+
+
 def test_plain_onnx_runtime_takes_the_files(made: Path) -> None:
     import onnxruntime as ort
 
