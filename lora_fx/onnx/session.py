@@ -27,7 +27,7 @@ from lora_fx.onnx.manifest import PROPERTY, manifest_in, read_manifest
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
 from lora_fx.onnx.provider_nodes import RECORD
 from lora_fx.onnx.runtime_log import quiet_options
-from lora_fx.onnx.webgpu import exclusive, options_for, webgpu_devices
+from lora_fx.onnx.webgpu import cpu_nodes_of, exclusive, webgpu_devices
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
 
@@ -257,9 +257,14 @@ def open_session(
         # add_initializer would be ignored, without a word, where W + A·B is folded at load
         options.add_external_initializers(list(external), values)
 
+    note = ""
     wanted = None  # what the options hold
     if provider == "webgpu":
-        options.add_provider_for_devices([webgpu_devices()[0]], options_for(path))
+        on_cpu = cpu_nodes_of(path)
+        note = on_cpu.note
+        names = "\n".join(on_cpu.names)
+        provider_options = {"forceCpuNodeNames": names} if names else {}
+        options.add_provider_for_devices([webgpu_devices()[0]], provider_options)
         options.add_session_config_entry(*RECORD)
     else:
         try_cuda = provider in ("auto", "cuda") and "cuda" in providers()
@@ -283,7 +288,6 @@ def open_session(
             "install lora-fx[gpu] on a machine with a GPU (pip install 'lora-fx[gpu]'), or use "
             "--provider cpu",
         )
-    note = ""
     # A machine without a GPU runs on its CPU, which is no news.
     if provider == "auto" and used_provider == "cpu" and driver_present():
         note = "running on CPU: this build of ONNX Runtime does not use the GPU"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from os import PathLike
+from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 from lora_fx.errors import LoraFxError, importing, retold
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
     import onnxruntime as ort
 
+    from lora_fx.onnx.webgpu_faults import CpuNodes
+
 PACKAGE = "onnxruntime-ep-webgpu"
 INSTALL = f"pip install --no-deps {PACKAGE}, beside onnxruntime 1.32 or newer; or use cpu"
-
-WRONG_ON_DEVICE = ("And",)
-"""Operators whose nodes run on the CPU. Of 0.4.0, And on one value and four ([1, 1, 1, 1] and
-[3, 1, 1, 4]) leaves a program to later runs of any model in the process, in which each row of
-[1, 1, 4, 4] is the first: a causal mask that masks nothing."""
 
 _one_thread = threading.RLock()
 
@@ -42,17 +39,25 @@ def exclusive(provider: str) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def options_for(path: str | PathLike[str]) -> dict[str, str]:
-    """Return the provider's options for a file: the names of the nodes that stay on the CPU."""
+def cpu_nodes_of(path: str | PathLike[str]) -> CpuNodes:
+    """Return the nodes of a file that stay on the CPU, because they are wrong on the device.
+
+    Raises:
+        LoraFxError: Such a node has no name, by which the provider could be told.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
+    from lora_fx.onnx.webgpu_faults import CpuNodes, cpu_nodes
+
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError):  # the runtime says what is wrong with the file
-        return {}
-    names = [node.name for node in graph.node if node.op_type in WRONG_ON_DEVICE and node.name]
-    return {"forceCpuNodeNames": "\n".join(names)} if names else {}
+        return CpuNodes()
+    try:
+        return cpu_nodes(model)
+    except LoraFxError as error:
+        raise LoraFxError(f"{fspath(path)}: {error.message}", error.hint) from None
 
 
 @functools.cache
