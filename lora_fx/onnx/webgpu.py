@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 PACKAGE = "onnxruntime-ep-webgpu"
 INSTALL = f"pip install --no-deps {PACKAGE}, beside onnxruntime 1.32 or newer; or use cpu"
 
+UNUSABLE = "WebGPU was requested, but cannot be used"
+NEGATION = """
+<ir_version: 8, opset_import: ["": 17]>
+negation (float[1] x) => (float[1] y) { y = Neg(x) }
+"""
+
 _one_thread = threading.RLock()
 
 
@@ -61,6 +67,20 @@ def cpu_nodes_of(path: str | PathLike[str]) -> CpuNodes:
 
 
 @functools.cache
+def _registered_name() -> str:
+    """Register the provider's library, once in a process; return the provider's name."""
+    import onnxruntime as ort
+
+    with importing(f"{UNUSABLE}: {PACKAGE}", INSTALL):
+        import onnxruntime_ep_webgpu as package
+    quiet_options()  # registration logs what it finds
+    name: str = package.get_ep_name()
+    with retold(f"{UNUSABLE}: ONNX Runtime {ort.__version__} does not take {PACKAGE}", INSTALL):
+        ort.register_execution_provider_library(name, package.get_library_path())
+    return name
+
+
+@functools.cache
 def webgpu_devices() -> tuple[ort.OrtEpDevice, ...]:
     """Return the devices that the WebGPU provider can run on, best first; at least one.
 
@@ -69,18 +89,27 @@ def webgpu_devices() -> tuple[ort.OrtEpDevice, ...]:
     """
     import onnxruntime as ort
 
-    unusable = "WebGPU was requested, but cannot be used"
-    with importing(f"{unusable}: {PACKAGE}", INSTALL):
-        import onnxruntime_ep_webgpu as package
-    quiet_options()  # registration logs what it finds
-    name = package.get_ep_name()
-    with retold(f"{unusable}: ONNX Runtime {ort.__version__} does not take {PACKAGE}", INSTALL):
-        ort.register_execution_provider_library(name, package.get_library_path())
+    name = _registered_name()
     devices = tuple(device for device in ort.get_ep_devices() if device.ep_name == name)
-    if not devices:
+    if not devices or not _works(devices[0]):
         raise LoraFxError(
-            f"{unusable}: it finds no GPU",
+            f"{UNUSABLE}: it finds no GPU",
             "install a Vulkan driver; with ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1 it takes a "
             "software one, which is slow; or use cpu",
         )
     return devices
+
+
+def _works(device: ort.OrtEpDevice) -> bool:
+    """Whether a session can be made on a device: one is listed without any Vulkan driver too."""
+    import onnxruntime as ort
+    from onnx import parser
+
+    model = parser.parse_model(NEGATION)
+    options = quiet_options()
+    options.add_provider_for_devices([device], {})
+    try:
+        ort.InferenceSession(model.SerializeToString(), options)
+    except Exception:  # the runtime's own errors have no other base
+        return False
+    return True

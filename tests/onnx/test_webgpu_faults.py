@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -251,3 +252,30 @@ def test_an_export_says_which_nodes_run_on_the_cpu(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     report = lora_fx.export(module, path, (torch.randn(2, 6, 9),), provider=GPU)
     assert any("computes such nodes wrongly: 1 Conv" in line for line in report.warnings)
+
+
+@on_webgpu
+@pytest.mark.skipif(sys.platform != "linux", reason="the drivers are Vulkan's on Linux alone")
+def test_a_machine_without_a_driver_has_no_webgpu() -> None:
+    """Its provider lists a device all the same, on which no session can be made."""
+    code = """if True:
+        from lora_fx.errors import LoraFxError
+        from lora_fx.onnx.session import open_session, providers
+        print(providers())
+        for _ in range(2):
+            try:
+                open_session("any.onnx", "webgpu")
+            except LoraFxError as error:
+                print(error.message)
+    """
+    no_driver = dict.fromkeys(("VK_ICD_FILENAMES", "VK_DRIVER_FILES"), "/nonexistent.json")
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **no_driver},
+    )
+    refusal = "WebGPU was requested, but cannot be used: it finds no GPU"
+    assert result.stdout.splitlines() == ["['cpu']", refusal, refusal]
