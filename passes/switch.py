@@ -4,10 +4,10 @@
 
 The branches are those of insert. What is added here is what ONNX Runtime should see: A and B are
 stored the way the two products read them, so no transpose and no scale is left at run time, and
-the defaults change nothing: rank 0, or one rank of zeros in the weight form W + (A B)ᵀ, which
-convolutions take (their branch would need the rank as a number; of rank 0, a runtime's convolution
-may read memory that nobody wrote). This pass works on onnx_ir only: inputs with defaults are a
-matter of ONNX.
+the defaults change nothing: rank 0, or one rank of zeros where the runtime is WebGPU's, and in the
+weight form W + (A B)ᵀ, which convolutions take (their branch would need the rank as a number; of
+rank 0, a runtime's convolution may read memory that nobody wrote). This pass works on onnx_ir only:
+inputs with defaults are a matter of ONNX.
 
 In mode load A and B stay initialisers of a fixed rank, and every use takes the weight form.
 """
@@ -54,6 +54,8 @@ class Switch:
             op reads from it: they are changed where they are stored.
         turned: Keys whose in and out are the graph's swapped: adapters have the lookup of a tied
             tensor as its head is.
+        least_rank: The least rank of the defaults. A product over rank 0 ends the process on some
+            runtimes; one rank of zeros changes nothing either, and costs one more column.
         made: Receives the manifest.
     """
 
@@ -61,6 +63,7 @@ class Switch:
     rank: int = 0
     stored: Sequence[Target] = ()
     turned: Collection[str] = ()
+    least_rank: int = 0
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -148,7 +151,7 @@ class Switch:
         # [out, 0] @ [N, 0, n] is left as the memory was, by ONNX Runtime 1.31 on the CPU
         if any(getattr(site.kind, "form", "") == "left" for site in target.sites):
             return 1
-        return 0
+        return self.least_rank
 
 
 def _has_free_rank(site: Site) -> bool:

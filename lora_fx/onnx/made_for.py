@@ -18,6 +18,10 @@ MADE_FOR = (CPU, "cuda", "webgpu")
 PROPERTY = "lora_fx.target"
 """The key of a file's metadata that says what it is made for; a file for the CPU has none."""
 
+LEAST_RANKS = {"webgpu": 1}
+"""Targets on which the defaults of switchable A and B have a rank, of zeros. A product over rank 0
+ends the process there (onnxruntime-ep-webgpu 0.4.0), and sessions of other programs do not know."""
+
 DEVICE_FORMS: Sequence[ir.passes.InPlacePass] = (FastCodes(),)
 """The rewrites of a graph for a device, in order."""
 

@@ -60,8 +60,13 @@ def plugin_devices(plugin: Plugin) -> tuple[ort.OrtEpDevice, ...]:
     name = registered_name(plugin)
     devices = tuple(device for device in ort.get_ep_devices() if device.ep_name == name)
     if not devices:
-        raise LoraFxError(f"{_unusable(plugin)}: it finds no GPU", plugin.without_device)
+        raise without_device(plugin)
     return devices
+
+
+def without_device(plugin: Plugin) -> LoraFxError:
+    """Return the error of a plugin's provider that finds no device."""
+    return LoraFxError(f"{_unusable(plugin)}: it finds no GPU", plugin.without_device)
 
 
 @functools.cache

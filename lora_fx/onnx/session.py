@@ -30,7 +30,7 @@ from lora_fx.onnx.provider_nodes import CUDA, NAMES, RECORD
 from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.onnx.unverified import CUDA_PLUGIN as CUDA_PLUGIN_PACKAGES
 from lora_fx.onnx.unverified import never_run
-from lora_fx.onnx.webgpu import exclusive, options_for, webgpu_devices
+from lora_fx.onnx.webgpu import cpu_nodes_of, exclusive, webgpu_devices
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
 
@@ -262,9 +262,14 @@ def open_session(
         # add_initializer would be ignored, without a word, where W + A·B is folded at load
         options.add_external_initializers(list(external), values)
 
+    note = ""
     wanted: Wanted | None = ["CPUExecutionProvider"]
     if provider == "webgpu":
-        options.add_provider_for_devices([webgpu_devices()[0]], options_for(path))
+        on_cpu = cpu_nodes_of(path)
+        note = on_cpu.note
+        names = "\n".join(on_cpu.names)
+        provider_options = {"forceCpuNodeNames": names} if names else {}
+        options.add_provider_for_devices([webgpu_devices()[0]], provider_options)
         options.add_session_config_entry(*RECORD)
         wanted = None  # what the options hold
     elif provider in ("auto", "cuda") and driver_present() and (provider == "cuda" or _has_cuda()):
@@ -287,7 +292,6 @@ def open_session(
             "install lora-fx[gpu] on a machine with a GPU (pip install 'lora-fx[gpu]'), or use "
             "--provider cpu",
         )
-    note = ""
     if used_provider == "cuda" and CUDA not in ort.get_available_providers():
         note = never_run(CUDA_PLUGIN_PACKAGES)
     # A machine without a GPU runs on its CPU, which is no news.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from os import PathLike
+from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
-from lora_fx.onnx.plugin_providers import Plugin, plugin_devices
+from lora_fx.errors import LoraFxError
+from lora_fx.onnx.plugin_providers import Plugin, plugin_devices, without_device
+from lora_fx.onnx.runtime_log import quiet_options
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     import onnxruntime as ort
+
+    from lora_fx.onnx.webgpu_faults import CpuNodes
 
 PLUGIN = Plugin(
     "WebGPU",
@@ -23,10 +28,10 @@ PLUGIN = Plugin(
     "which is slow; or use cpu",
 )
 
-WRONG_ON_DEVICE = ("And",)
-"""Operators whose nodes run on the CPU. Of 0.4.0, And on one value and four ([1, 1, 1, 1] and
-[3, 1, 1, 4]) leaves a program to later runs of any model in the process, in which each row of
-[1, 1, 4, 4] is the first: a causal mask that masks nothing."""
+NEGATION = """
+<ir_version: 8, opset_import: ["": 17]>
+negation (float[1] x) => (float[1] y) { y = Neg(x) }
+"""
 
 _one_thread = threading.RLock()
 
@@ -42,23 +47,50 @@ def exclusive(provider: str) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def options_for(path: str | PathLike[str]) -> dict[str, str]:
-    """Return the provider's options for a file: the names of the nodes that stay on the CPU."""
+def cpu_nodes_of(path: str | PathLike[str]) -> CpuNodes:
+    """Return the nodes of a file that stay on the CPU, because they are wrong on the device.
+
+    Raises:
+        LoraFxError: Such a node has no name, by which the provider could be told.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
+    from lora_fx.onnx.webgpu_faults import CpuNodes, cpu_nodes
+
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError):  # the runtime says what is wrong with the file
-        return {}
-    names = [node.name for node in graph.node if node.op_type in WRONG_ON_DEVICE and node.name]
-    return {"forceCpuNodeNames": "\n".join(names)} if names else {}
+        return CpuNodes()
+    try:
+        return cpu_nodes(model)
+    except LoraFxError as error:
+        raise LoraFxError(f"{fspath(path)}: {error.message}", error.hint) from None
 
 
+@functools.cache
 def webgpu_devices() -> tuple[ort.OrtEpDevice, ...]:
     """Return the devices that the WebGPU provider can run on, best first; at least one.
 
     Raises:
         LoraFxError: The package is not installed, does not fit the runtime, or has no device.
     """
-    return plugin_devices(PLUGIN)
+    devices = plugin_devices(PLUGIN)
+    if not _works(devices[0]):
+        raise without_device(PLUGIN)
+    return devices
+
+
+def _works(device: ort.OrtEpDevice) -> bool:
+    """Whether a session can be made on a device: one is listed without any Vulkan driver too."""
+    import onnxruntime as ort
+    from onnx import parser
+
+    model = parser.parse_model(NEGATION)
+    options = quiet_options()
+    options.add_provider_for_devices([device], {})
+    try:
+        ort.InferenceSession(model.SerializeToString(), options)
+    except Exception:  # the runtime's own errors have no other base
+        return False
+    return True

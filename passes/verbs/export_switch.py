@@ -23,6 +23,7 @@ from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.made_for import LEAST_RANKS
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.tensor_copies import copies_of, join_copies
@@ -91,7 +92,14 @@ def write_switch(
     copies = slots.copies_for_one_use(graph)
     rank = _rank_of_slots(adapters, options)
     layouts = slots.layouts(captured_targets)
-    manifest = _make_switchable(graph, slots, copies, rank, layouts)
+    switch = Switch(
+        slots.keys,
+        rank,
+        slots.stored_apart,
+        slots.transposed_lookups(layouts),
+        LEAST_RANKS.get(options.made_for, 0),
+    )
+    manifest = _made_switchable(graph, switch, copies)
 
     with options.output() as output:
         replaced_by_session = _tensor_names(manifest) if options.mode == "load" else ()
@@ -127,15 +135,8 @@ def write_switch(
     return report_of(files, session.provider, parity, warnings, details)
 
 
-def _make_switchable(
-    graph: OnnxGraph,
-    slots: _Slots,
-    copies: Sequence[str],
-    rank: int,
-    layouts: Mapping[str, Layout],
-) -> Manifest:
+def _made_switchable(graph: OnnxGraph, switch: Switch, copies: Sequence[str]) -> Manifest:
     """Give the graph its slots; return the manifest that its metadata holds."""
-    switch = Switch(slots.keys, rank, slots.stored_apart, slots.transposed_lookups(layouts))
     switch(graph)
     join_copies(graph.model, copies)
     return switch.made[0]

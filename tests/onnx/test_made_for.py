@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.compare import ORT_TOL, rel
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx import Session
 from lora_fx.onnx.made_for import PROPERTY
+from lora_fx.onnx.manifest import manifest_of
+from tests.onnx.test_batch import adapter
 
 X = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
 
@@ -44,6 +49,30 @@ def test_a_file_for_the_cpu_is_what_it_was(tmp_path: Path) -> None:
     for_cpu = exported(tmp_path, "cpu.onnx", target="cpu")
     assert by_default.read_bytes() == for_cpu.read_bytes()
     assert written_target(for_cpu) is None
+
+
+@pytest.mark.parametrize(("target", "rank"), [("cpu", 0), ("cuda", 0), ("webgpu", 1)])
+def test_a_rank_of_zero_where_it_is_safe(tmp_path: Path, target: Any, rank: int) -> None:
+    """Defaults of rank 1 are zeros; an adapter takes their place as it takes that of rank 0."""
+    path = exported(tmp_path, "m.onnx", mode="switch", target=target)
+    slots = manifest_of(path).slots.values()
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    assert [tensors[slot.a].shape for slot in slots] == [(5, rank), (6, rank)]
+    assert [tensors[slot.b].shape for slot in slots] == [(rank, 6), (rank, 7)]
+    assert not any(tensors[name].any() for slot in slots for name in (slot.a, slot.b))
+
+    plain = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (base,) = plain.run(None, {"input": X.numpy()})
+    assert rel(base, model()(X).detach().numpy()) <= ORT_TOL
+
+    captured = lora_fx.capture(model(), (X,))
+    one = adapter(captured, 1, 3)
+    session = Session(path, "cpu")
+    session.load("one", one)
+    (changed,) = session.run({"input": X.numpy()}, "one").values()
+    merged = lora_fx.fold(captured, adapter=one)
+    assert rel(changed, merged(X).detach().numpy()) <= ORT_TOL
+    assert rel(changed, base) > 0.05
 
 
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
