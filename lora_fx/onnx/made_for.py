@@ -7,8 +7,11 @@ the device has no kernel for. The provider that a file is proven on is another q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from lora_fx.onnx.rewrites.pad_to_concat import PadToConcat
+from lora_fx.onnx.rewrites.range_from_size import RangeFromSize
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,8 +21,11 @@ MADE_FOR = (CPU, "cuda", "webgpu")
 PROPERTY = "lora_fx.target"
 """The key of a file's metadata that says what it is made for; a file for the CPU has none."""
 
-DEVICE_FORMS: Sequence[ir.passes.InPlacePass] = ()
-"""The rewrites of a graph for a device, in order."""
+DEVICE_FORMS: Mapping[str, ir.passes.InPlacePass] = {
+    "ranges from sizes": RangeFromSize(),
+    "pads as joins": PadToConcat(),
+}
+"""The rewrites of a graph for a device, in order, by the names of stages."""
 
 
 def make_for(model: ir.Model, target: str) -> None:
@@ -31,6 +37,12 @@ def make_for(model: ir.Model, target: str) -> None:
     """
     if target == CPU:
         return
-    for rewrite in DEVICE_FORMS:
+    for rewrite in DEVICE_FORMS.values():
         rewrite(model)
-    model.metadata_props[PROPERTY] = target
+    say_target(model, target)
+
+
+def say_target(model: ir.Model, target: str) -> None:
+    """Write into a model what it is made for; nothing for the CPU."""
+    if target != CPU:
+        model.metadata_props[PROPERTY] = target

@@ -219,7 +219,7 @@ def _rewrite(
                 feeds.append(arrays)
 
     if options.optimise:
-        model, stages = optimised(model, feeds, options.provider)
+        model, stages = optimised(model, feeds, options.provider, options.made_for)
         mark_changed(model, translation.values)
     if options.precision is None or not narrows:
         return _Rewriting(model, stages, level_gate(options))

@@ -41,6 +41,7 @@ from lora_fx.fx.train.step import step_of
 from lora_fx.fx.train.train_graph import TrainGraph, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
+from lora_fx.onnx.made_for import make_for
 from lora_fx.onnx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.range_guards import guard_within, say_within
@@ -304,6 +305,7 @@ class _Files:
         say_within(model, onnx_conditions(graph.traced.door.conditions))
         if not options.within:
             guard_within(model, reference.guards())
+        make_for(model, options.made_for)
         return model
 
     def _settle(self, graph: TrainGraph) -> None:
