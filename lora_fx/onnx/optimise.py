@@ -45,9 +45,9 @@ DEVICE_STAGES: Mapping[str, Rewrite] = {**STAGES, **DEVICE_FORMS}
 """The stages of a file for a device. None of them was timed on one; what each is for there:
 
 - dead nodes: as on the CPU, the runtime would run them;
-- gemm to matmul: AttentionFusion, BiasGeluFusion and SkipLayerNormFusion match MatMul and Add on
-  [batch, length, width] (onnxruntime/core/optimizer/{attention,bias_gelu,skip_layer_norm}_fusion.cc)
-  and graph_transformer_utils.cc registers them for CUDA as for the CPU;
+- gemm to matmul: attention_fusion.cc, bias_gelu_fusion.cc and skip_layer_norm_fusion.cc of
+  onnxruntime/core/optimizer match MatMul and Add on [batch, length, width], and
+  graph_transformer_utils.cc registers them for CUDA as for the CPU;
 - delta before bias: the same files look for the bias last;
 - onnxscript optimizer: constants that are folded are no nodes between host and device;
 - runtime fusions: they write operators of com.microsoft that CUDA has kernels for

@@ -137,9 +137,7 @@ def output(
     owner = owner or target
     with replacing(target, force=force, parts=beside) as temporary:
         data = _free_data_path(owner)
-        file = Output(
-            target, temporary, data, temporary, made_for, places=places, beside=beside
-        )
+        file = Output(target, temporary, data, temporary, made_for, places=places, beside=beside)
         try:
             with few_runs():
                 yield file

@@ -25,7 +25,7 @@ from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests a
 from lora_fx.onnx.cuda_device import refuse_stand_in
 from lora_fx.onnx.manifest import PROPERTY, manifest_in, read_manifest
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
-from lora_fx.onnx.provider_nodes import RECORD
+from lora_fx.onnx.provider_nodes import NAMES, RECORD
 from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.onnx.webgpu import exclusive, options_for, webgpu_devices
 from lora_fx.progress import stage
@@ -40,9 +40,6 @@ MOST_WITHOUT_DATA = 256 << 20
 """The size in bytes above which a model's own file holds its weights."""
 NARROW = frozenset((2, 3, 10, 16, 21, 22))
 """TensorProto's UINT8, INT8, FLOAT16, BFLOAT16, UINT4 and INT4."""
-
-NAMES = {"CUDAExecutionProvider": "cuda", "WebGpuExecutionProvider": "webgpu"}
-"""The runtime's names of its providers on devices → ours."""
 
 _few_runs: ContextVar[bool] = ContextVar("few_runs", default=False)
 
@@ -304,6 +301,13 @@ def _providers_to_try(cuda: bool, exact: bool) -> list[str | tuple[str, dict[str
         return ["CPUExecutionProvider"]
     options = {"use_tf32": "0"} if exact else {}
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+
+
+def usable_provider(provider: str) -> str:
+    """Return the provider that a session gets: for auto, CUDA where it can be had, else the CPU."""
+    if provider != "auto":
+        return provider
+    return "cuda" if "cuda" in providers() else "cpu"
 
 
 def providers() -> list[str]:

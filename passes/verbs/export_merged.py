@@ -105,7 +105,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         "mode": "merged",
         "nodes": written.nodes,
         "grown_bytes": sum(change.grew for change in changes),
-        "cuda": files.on_cuda(output, written.session),
+        **files.on_device(output, written.session),
         **rows_of(execution_of(branched).captured),
     }
     if options.optimise:

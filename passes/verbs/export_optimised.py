@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from lora_fx.compare import Report
 from lora_fx.files.run_files import remember
 from lora_fx.inputs import Named
-from lora_fx.onnx.cuda_obstacles import cuda_fields
 from lora_fx.onnx.load import load
 from lora_fx.onnx.made_for import CPU, DEVICE_FORMS
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
+from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.session import open_session
@@ -89,7 +89,7 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
         "mode": "optimised",
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "stages": [stage.to_json() for stage in stages],
-        "cuda": cuda_fields(output.obstacles),
+        **of_obstacles(options.target, output.obstacles, session.provider, options.made_for),
     }
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, tuple(notes), details)

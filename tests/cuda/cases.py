@@ -14,7 +14,7 @@ DECODERS = ("hf_gpt2", "hf_llama")
 TRAINED = ("hf_bert", "hf_gpt2", "hf_llama", "hf_vit", "timm_resnet18", "tied_head")
 """Families that are exported as a training step, which takes the longest."""
 FOR_CUDA = {"target": "cuda"}
-FUSED = ("transformer_encoder", "timm_mixer", "hf_vit", "hf_swin", "hf_bert", *DECODERS)
+FUSED = ("hf_vit", "hf_bert", *DECODERS)
 """Families whose sums and norms are one operator in a file for CUDA."""
 FAMILIES = (
     "tied_head",
@@ -99,9 +99,7 @@ MODES: Mapping[str, Mode] = {
     "cache float16 for cuda": Mode(
         {"cache": True, "precision": "float16", **FOR_CUDA}, families=DECODERS
     ),
-    "cache switch for cuda": Mode(
-        {"cache": True, "mode": "switch", **FOR_CUDA}, families=DECODERS
-    ),
+    "cache switch for cuda": Mode({"cache": True, "mode": "switch", **FOR_CUDA}, families=DECODERS),
     "cache switch int4 for cuda": Mode(
         {"cache": True, "mode": "switch", "quantise": "int4", **FOR_CUDA}, families=DECODERS
     ),
