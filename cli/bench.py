@@ -52,8 +52,8 @@ def command(
     lora-fx bench base.onnx adapted.onnx --size 1,128 --size 8,128
     """
     from lora_fx.onnx.bench import SIZES, bench
-    from lora_fx.onnx.cuda_obstacles import cuda_fields, cuda_obstacles
-    from lora_fx.onnx.load import load
+    from lora_fx.onnx.on_device import of_files
+    from lora_fx.onnx.session import usable_provider
 
     timings = bench(
         files,
@@ -64,12 +64,13 @@ def command(
         provider=provider,
     )
     head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {provider}"
-    text = "\n".join([head, *map(str, timings)])
+    device = of_files(files, usable_provider(provider))
+    text = "\n".join([head, *map(str, timings), *device.get("on_device", ())])
     fields: Json = {
         "rounds": rounds,
         "threads": threads,
         "timings": [t.to_json() for t in timings],
-        "cuda": {file: cuda_fields(cuda_obstacles(load(file))) for file in files},
+        **device,
     }
     emit(text, inputs=[{"model": f} for f in files], **fields)
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from lora_fx.onnx.host_sizes import computed_inputs, computes_sizes
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -28,31 +29,6 @@ CONTROL_FLOW = ("If", "Loop", "Scan")
 RECURRENT = ("GRU", "LSTM", "RNN")
 NO_KERNEL = ("ConcatFromSequence", "SequenceAt", "Unique")
 NO_KERNEL_FOR_INTEGERS = ("Pad",)
-ALL_INPUTS = range(16)
-READ_ON_HOST = {
-    "ConstantOfShape": ALL_INPUTS,
-    "CumSum": (1,),
-    "Expand": (1,),
-    "OneHot": (1,),
-    "Pad": (1, 2, 3),
-    "Range": ALL_INPUTS,
-    "ReduceL2": (1,),
-    "ReduceMax": (1,),
-    "ReduceMean": (1,),
-    "ReduceMin": (1,),
-    "ReduceProd": (1,),
-    "ReduceSum": (1,),
-    "Reshape": (1,),
-    "Resize": (1, 2, 3),
-    "Slice": (1, 2, 3, 4),
-    "Split": (1,),
-    "Squeeze": (1,),
-    "Tile": (1,),
-    "TopK": (1,),
-    "Trilu": (1,),
-    "Unsqueeze": (1,),
-}
-"""Operator → its inputs that CUDA's kernels read in the memory of the host."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +72,17 @@ def _in_nodes(nodes: Iterable[ir.Node], sizes: set[ir.Value]) -> Iterator[Obstac
             alone. Those of these nodes are added.
     """
     for node in nodes:
-        reason = _own_reason(node)
+        reason = _own_reason(node, sizes)
         if reason:
             yield Obstacle(node.op_type, node.name or "", reason)
         for attribute in node.attributes.values():
             if attribute.type.name == "GRAPH":
                 yield from _in_nodes(attribute.as_graph(), sizes)
 
-        as_sizes, as_numbers = _computed_inputs(node)
-        sizes_as_numbers = sizes.intersection(as_numbers)
-        if node.op_type in ("Shape", "Size") or (
-            as_numbers and len(sizes_as_numbers) == len(as_numbers)
-        ):
+        as_sizes, as_numbers = computed_inputs(node)
+        if computes_sizes(node, sizes):
             sizes.update(node.outputs)
-        elif sizes_as_numbers and not reason:
+        elif sizes.intersection(as_numbers) and not reason:
             reason = "computes with a size, which is copied to the device in every run"
             yield Obstacle(node.op_type, node.name or "", reason)
         if any(value.producer() is not None for value in as_sizes - sizes) and not reason:
@@ -117,41 +90,25 @@ def _in_nodes(nodes: Iterable[ir.Node], sizes: set[ir.Value]) -> Iterator[Obstac
             yield Obstacle(node.op_type, node.name or "", reason)
 
 
-def _computed_inputs(node: ir.Node) -> tuple[set[ir.Value], set[ir.Value]]:
-    """Return the inputs of a node that are no constants: those read on the host, and the others."""
-    as_sizes = set()
-    as_numbers = set()
-    read_on_host = READ_ON_HOST.get(node.op_type, ())
-    for i, value in enumerate(node.inputs):
-        if value is None or _is_constant(value):
-            continue
-        if i in read_on_host:
-            as_sizes.add(value)
-        else:
-            as_numbers.add(value)
-    return as_sizes, as_numbers
+def _own_reason(node: ir.Node, sizes: set[ir.Value]) -> str:
+    """Return why a node is an obstacle wherever its inputs are; empty where it is none.
 
-
-def _own_reason(node: ir.Node) -> str:
-    """Return why a node is an obstacle whatever its inputs are; empty where it is none."""
+    A Pad of sizes is none: it is on the CPU as they are.
+    """
     if node.op_type in CONTROL_FLOW:
         return "is control flow: its condition is copied to the host in every run"
     if node.op_type in RECURRENT:
         return "needs cuDNN"
     if node.op_type in NO_KERNEL:
         return "has no CUDA kernel: what it reads and writes is copied in every run"
-    if node.op_type in NO_KERNEL_FOR_INTEGERS and _is_integer(node.inputs[0]):
+    if lacks_kernel_for_integers(node) and node.inputs[0] not in sizes:
         return "has no CUDA kernel for integers: what it reads and writes is copied in every run"
     return ""
 
 
-def _is_constant(value: ir.Value) -> bool:
-    """Whether a value is an initialiser that no caller replaces, or a Constant's."""
-    producer = value.producer()
-    if producer is not None:
-        return producer.op_type == "Constant"
-    return value.is_initializer()
-
-
-def _is_integer(value: ir.Value | None) -> bool:
+def lacks_kernel_for_integers(node: ir.Node) -> bool:
+    """Whether a node computes integers with an operator that has a CUDA kernel for floats alone."""
+    if node.domain or node.op_type not in NO_KERNEL_FOR_INTEGERS:
+        return False
+    value = node.inputs[0]
     return value is not None and value.dtype is not None and value.dtype.is_integer()

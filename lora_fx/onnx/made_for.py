@@ -7,11 +7,15 @@ the device has no kernel for. The provider that a file is proven on is another q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import onnx_ir as ir
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from lora_fx.onnx.rewrites.fast_codes import FastCodes
+from lora_fx.onnx.rewrites.pad_to_concat import PadToConcat
+from lora_fx.onnx.rewrites.range_from_size import RangeFromSize
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 CPU = "cpu"
 MADE_FOR = (CPU, "cuda", "webgpu")
@@ -22,8 +26,12 @@ LEAST_RANKS = {"webgpu": 1}
 """Targets on which the defaults of switchable A and B have a rank, of zeros. A product over rank 0
 ends the process there (onnxruntime-ep-webgpu 0.4.0), and sessions of other programs do not know."""
 
-DEVICE_FORMS: Sequence[ir.passes.InPlacePass] = (FastCodes(),)
-"""The rewrites of a graph for a device, in order."""
+DEVICE_FORMS: Mapping[str, ir.passes.InPlacePass] = {
+    "ranges from sizes": RangeFromSize(),
+    "pads as joins": PadToConcat(),
+    "codes without zero points": FastCodes(),
+}
+"""The rewrites of a graph for a device, in order, by the names of stages."""
 
 
 def make_for(model: ir.Model, target: str) -> None:
@@ -35,6 +43,12 @@ def make_for(model: ir.Model, target: str) -> None:
     """
     if target == CPU:
         return
-    for rewrite in DEVICE_FORMS:
+    for rewrite in DEVICE_FORMS.values():
         rewrite(model)
-    model.metadata_props[PROPERTY] = target
+    say_target(model, target)
+
+
+def say_target(model: ir.Model, target: str) -> None:
+    """Write into a model what it is made for; nothing for the CPU."""
+    if target != CPU:
+        model.metadata_props[PROPERTY] = target

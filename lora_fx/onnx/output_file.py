@@ -17,7 +17,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import EXISTS, replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.cuda_obstacles import Obstacle, cuda_obstacles
-from lora_fx.onnx.made_for import CPU, make_for
+from lora_fx.onnx.made_for import CPU, make_for, say_target
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import few_runs
@@ -62,9 +62,16 @@ class Output:
         beside: Collection[str] = (),
         *,
         delta: bool = False,
+        has_forms: bool = False,
     ) -> None:
-        """Write a model, replacing an earlier one; see save. It takes the forms of its target."""
-        make_for(model, self.made_for)
+        """Write a model, replacing an earlier one; see save.
+
+        It takes the forms of its target, unless it has those that were proven already.
+        """
+        if has_forms:
+            say_target(model, self.made_for)
+        else:
+            make_for(model, self.made_for)
         with stage("writing the file"):
             files = save(
                 model,

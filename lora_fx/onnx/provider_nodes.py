@@ -20,7 +20,7 @@ RECORD = ("session.record_ep_graph_assignment_info", "1")
 
 
 def nodes_by_provider(session: ort.InferenceSession) -> dict[str, dict[str, int]]:
-    """Return the number of nodes by operator, under cuda, webgpu or cpu.
+    """Return the number of nodes by operator, under our name of each provider.
 
     Args:
         session: Made with the option RECORD.

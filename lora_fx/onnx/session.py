@@ -329,6 +329,13 @@ def _cuda_providers(options: ort.SessionOptions, of_cuda: Mapping[str, str]) -> 
     return None
 
 
+def usable_provider(provider: str) -> str:
+    """Return the provider that a session gets: for auto, CUDA where it can be had, else the CPU."""
+    if provider != "auto":
+        return provider
+    return "cuda" if "cuda" in providers() else "cpu"
+
+
 def providers() -> list[str]:
     """Return this machine's providers, fastest first: cuda, webgpu, cpu.
 

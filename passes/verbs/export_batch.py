@@ -27,7 +27,7 @@ from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.reference import Reference
 from lora_fx.passes.proofs.row_ids import prove_ids
 from lora_fx.passes.verbs.export_files import (
-    on_cuda,
+    on_device,
     refuse_unexchangeable,
     report_of,
     save_within,
@@ -100,7 +100,7 @@ def write_batch(
         "adapters": list(adapters),
         "nodes": _count_nodes(model),
         "nodes_of_base": nodes_of_base,
-        "cuda": on_cuda(output, session),
+        **on_device(output, session),
         **reference.details(),
     }
     return report_of(output.files, session.provider, parity, [*warnings, *notes], details)

@@ -13,9 +13,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_output
 from lora_fx.formats.io import check_real
 from lora_fx.onnx.adapter_session import Session
-from lora_fx.onnx.cuda_obstacles import cuda_fields
+from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.output_file import Output
-from lora_fx.onnx.provider_nodes import nodes_by_provider
 from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.onnx.rewrites.fast_codes import said_of_slow_codes
 from lora_fx.onnx.session import RuntimeSession
@@ -81,17 +80,14 @@ def save_within(
     return [f"the file is valid only for {bound}: {elsewhere}" for bound in bounds] + slow
 
 
-def on_cuda(output: Output, session: RuntimeSession | Session) -> Json:
-    """Return what a session on CUDA does with a file: the field `cuda` of docs/json.md.
+def on_device(output: Output, session: RuntimeSession | Session) -> Json:
+    """Return what a file does on devices: the fields of lora_fx.onnx.on_device.
 
     Args:
-        output: The saved file.
-        session: The one that proved it. Where it runs on CUDA, the provider has placed the nodes.
+        output: The file, which has its name.
+        session: The one that proved it. Where it runs on a device, its provider is asked.
     """
-    fields = cuda_fields(output.obstacles)
-    if session.provider == "cuda":
-        fields["nodes"] = nodes_by_provider(session.session)
-    return fields
+    return of_obstacles(output.target, output.obstacles, session.provider, output.made_for)
 
 
 def report_of(

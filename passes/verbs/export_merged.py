@@ -105,7 +105,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         "mode": "merged",
         "nodes": written.nodes,
         "grown_bytes": sum(change.grew for change in changes),
-        "cuda": files.on_cuda(output, written.session),
+        **files.on_device(output, written.session),
         **rows_of(execution_of(branched).captured),
     }
     if options.optimise:
@@ -219,7 +219,7 @@ def _rewrite(
                 feeds.append(arrays)
 
     if options.optimise:
-        model, stages = optimised(model, feeds, options.provider)
+        model, stages = optimised(model, feeds, options.provider, options.made_for)
         mark_changed(model, translation.values)
     if options.precision is None or not narrows:
         return _Rewriting(model, stages, level_gate(options))

@@ -1,6 +1,7 @@
 """optimise: rewrite an exported graph in stages; each stage is kept only if proven equal.
 
-The stages are lora_fx.onnx.optimise.STAGES; a file's inputs come from its signature.
+The stages are those of lora_fx.onnx.optimise for the target of the file; a file's inputs come from
+its signature.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 from lora_fx.compare import Report
 from lora_fx.files.run_files import remember
 from lora_fx.inputs import Named
-from lora_fx.onnx.cuda_obstacles import cuda_fields
 from lora_fx.onnx.load import load
+from lora_fx.onnx.made_for import CPU, DEVICE_FORMS
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
+from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.session import open_session
@@ -30,6 +32,7 @@ def optimised(
     model: ir.Model,
     feeds: Sequence[Named],
     provider: str,
+    target: str,
     stages: Mapping[str, Rewrite] | None = None,
 ) -> tuple[ir.Model, list[RewriteStage]]:
     """Optimise a model; return the new model with the weights' own names, and a row per stage.
@@ -38,9 +41,10 @@ def optimised(
         model: The model.
         feeds: The inputs that each stage is proven on.
         provider: What runs it.
-        stages: The stages by name; all of them where None.
+        target: What the file is made for.
+        stages: The stages by name; all of that target where None.
     """
-    rewritten, rows = apply_stages(model, feeds, stages, provider)
+    rewritten, rows = apply_stages(model, feeds, stages, provider, target)
     give_own_names(rewritten, None, {})
     return rewritten, rows
 
@@ -67,8 +71,10 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     session = open_session(source, provider)
     feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
 
-    chosen_stages: dict[str, Rewrite] | None = None if options.optimise else {}
-    model, stages = optimised(original, feeds, provider, chosen_stages)
+    chosen_stages: Mapping[str, Rewrite] | None = None
+    if not options.optimise:
+        chosen_stages = {} if options.made_for == CPU else DEVICE_FORMS
+    model, stages = optimised(original, feeds, provider, options.made_for, chosen_stages)
     mark_changed(model, values)
     notes = [session.note] if session.note else []
     if options.precision:
@@ -77,13 +83,13 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
         notes.append(narrowed.said(options.precision))
 
     with options.output() as output:
-        output.save(model)
+        output.save(model, has_forms=True)  # no run comes after this
     details = {
         "provider": session.provider,
         "mode": "optimised",
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "stages": [stage.to_json() for stage in stages],
-        "cuda": cuda_fields(output.obstacles),
+        **of_obstacles(options.target, output.obstacles, session.provider, options.made_for),
     }
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, tuple(notes), details)

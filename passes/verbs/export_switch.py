@@ -33,7 +33,7 @@ from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.export_files import (
     adapter_paths,
-    on_cuda,
+    on_device,
     refuse_unexchangeable,
     report_of,
     save_within,
@@ -129,7 +129,7 @@ def write_switch(
         "targets": len(manifest.slots),
         **reference.details(),
         "nodes": sum(1 for _ in graph.model.graph.all_nodes()),
-        "cuda": on_cuda(output, session),
+        **on_device(output, session),
     }
     files = [*output.files, *companions.files]
     return report_of(files, session.provider, parity, warnings, details)

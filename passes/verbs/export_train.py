@@ -41,7 +41,10 @@ from lora_fx.fx.train.step import step_of
 from lora_fx.fx.train.train_graph import TrainGraph, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
+from lora_fx.onnx.cuda_obstacles import Obstacle, cuda_obstacles
+from lora_fx.onnx.made_for import make_for
 from lora_fx.onnx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.onnx.runtime_adapter import write_adapter
@@ -210,6 +213,7 @@ class _Files:
         self.named = self.labels.labelled(self.execution.captured.named)[0]
         self.updates = module.updates
         self.adapter = module.adapter()
+        self.obstacles: Sequence[Obstacle] = ()  # those of the step
 
     def write(self) -> Report:
         """Write and prove all files."""
@@ -247,7 +251,13 @@ class _Files:
             [*notes, *module.notes],
             captured_targets=targets,
         )
-        details = {**report.details, "mode": "train", "optimizer": self.update.optimizer}
+        device = of_obstacles(target, self.obstacles, report.details["provider"], options.made_for)
+        details = {
+            **report.details,
+            "mode": "train",
+            "optimizer": self.update.optimizer,
+            **device,
+        }
         step_first = sorted(report.outputs, key=lambda name: name != str(target))
         return replace(report, outputs=tuple(step_first), details=details)
 
@@ -264,6 +274,7 @@ class _Files:
             self._settle(plain)
             model = self._model(manifest, slots, reference)
 
+        self.obstacles = cuda_obstacles(model)
         path = output.path.with_name(target.name)
         with stage("writing the step"):
             bytes_inside = save_beside(model, path, output.path)
@@ -304,6 +315,7 @@ class _Files:
         say_within(model, onnx_conditions(graph.traced.door.conditions))
         if not options.within:
             guard_within(model, reference.guards())
+        make_for(model, options.made_for)
         return model
 
     def _settle(self, graph: TrainGraph) -> None:

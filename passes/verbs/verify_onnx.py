@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
         LoraFxError: Inputs of other names, an adapter that does not fit b.
     """
     from lora_fx.onnx.load import load
+    from lora_fx.onnx.on_device import of_files
     from lora_fx.onnx.session import few_runs, open_session
     from lora_fx.onnx.session_memory import check_sessions
     from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
@@ -52,7 +53,8 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
             tol = gate if options.tol is None else options.tol
             parity = _compared(session.run, reference.run(bound), reference.sizes(), tol)
         note = reference.session.note
-    return report_of(parity, [note] if note else [])
+    device = of_files([fspath(a), fspath(b)], session.provider)
+    return report_of(parity, [note] if note else [], device)
 
 
 def _compared(run: Run, expected: Run, feeds_of_sizes: Iterable[Named], tol: float) -> list[Parity]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -14,6 +14,7 @@ from lora_fx.compare import ORT_TOL, Parity, Report
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter
 from lora_fx.inputs import Named
+from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.module import CapturedModule
@@ -44,6 +45,7 @@ class RunOptions:
 
 def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """Run two models on the same inputs, or fit an adapter to one; see `lora_fx.verify`."""
+    from lora_fx.onnx.on_device import of_files
     from lora_fx.onnx.session import few_runs, open_session
     from lora_fx.onnx.session_memory import check_sessions
     from lora_fx.passes.proofs.onnx_reference import FileRerun
@@ -59,6 +61,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     notes = list(dict.fromkeys([*notes_on_model, *notes_on_reference]))
     file, other = (model, reference) if is_path(model) else (reference, model)
     gate = ORT_TOL
+    device: JsonView = {}
     if is_path(file):
         check_sessions("comparing", [file], options.provider, packed=False)
         with few_runs():
@@ -69,6 +72,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
         if session.note:
             notes.append(session.note)
         gate = gate_of(session)
+        device = of_files([fspath(file)], session.provider)
     else:
         first = _module(model, None)
         module = _module(reference, adapter)
@@ -80,7 +84,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
         gate = options.tol
     with few_runs():
         parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
-    return report_of(parity, notes)
+    return report_of(parity, notes, device)
 
 
 def _opened(model: object) -> tuple[object, Sequence[str]]:
@@ -107,10 +111,18 @@ def gate_of(*sessions: RuntimeSession) -> float:
     return max(gates)
 
 
-def report_of(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
-    """Make the report of a verify that ran both models."""
+def report_of(
+    parity: Sequence[Parity], notes: Sequence[str], device: JsonView | None = None
+) -> Report:
+    """Make the report of a verify that ran both models.
+
+    Args:
+        parity: The comparisons.
+        notes: To be reported as warnings.
+        device: What the .onnx files do on devices; see lora_fx.onnx.on_device.
+    """
     ok = all(row.ok for row in parity) and not all(row.blank for row in parity)
-    return Report("verify", ok, tuple(parity), (), tuple(notes))
+    return Report("verify", ok, tuple(parity), (), tuple(notes), device or {})
 
 
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:

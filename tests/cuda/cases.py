@@ -13,6 +13,9 @@ DECODERS = ("hf_gpt2", "hf_llama")
 """Families whose key-value cache can be an input and an output."""
 TRAINED = ("hf_bert", "hf_gpt2", "hf_llama", "hf_vit", "timm_resnet18", "tied_head")
 """Families that are exported as a training step, which takes the longest."""
+FOR_CUDA = {"target": "cuda"}
+FUSED = ("hf_vit", "hf_bert", *DECODERS)
+"""Families whose sums and norms are one operator in a file for CUDA."""
 FAMILIES = (
     "tied_head",
     "torch_cond",
@@ -81,7 +84,28 @@ MODES: Mapping[str, Mode] = {
     ),
     "cache load": Mode({"cache": True, "mode": "load"}, families=DECODERS),
     "cache batch": Mode({"cache": True, "mode": "batch"}, families=DECODERS),
+    "optimised for cuda": Mode({"optimise": True, **FOR_CUDA}, families=FUSED),
+    "float16 optimised for cuda": Mode(
+        {"precision": "float16", "optimise": True, **FOR_CUDA}, families=FUSED
+    ),
+    "switch of optimised for cuda": Mode(
+        {"mode": "switch", **FOR_CUDA}, "optimised for cuda", families=FUSED
+    ),
+    "train for cuda": Mode({"mode": "train", **FOR_CUDA}, families=DECODERS),
+    "cache merged for cuda": Mode({"cache": True, **FOR_CUDA}, families=DECODERS),
+    "cache optimised for cuda": Mode(
+        {"cache": True, "optimise": True, **FOR_CUDA}, families=DECODERS
+    ),
+    "cache float16 for cuda": Mode(
+        {"cache": True, "precision": "float16", **FOR_CUDA}, families=DECODERS
+    ),
+    "cache switch for cuda": Mode({"cache": True, "mode": "switch", **FOR_CUDA}, families=DECODERS),
+    "cache switch int4 for cuda": Mode(
+        {"cache": True, "mode": "switch", "quantise": "int4", **FOR_CUDA}, families=DECODERS
+    ),
+    "cache load for cuda": Mode({"cache": True, "mode": "load", **FOR_CUDA}, families=DECODERS),
 }
+"""The ways of export. Files for CUDA are here where they differ from those for the CPU."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ PATHS = re.compile(r"(?<![\w./])/\S+")
 """Paths in a message, which are those of one machine."""
 
 Row = Mapping[str, Any]
-"""What placement_of of placed.py returns, or the one field "not exported", with the reason."""
+"""What row_of of placed.py returns, or the one field "not exported", with the reason."""
 
 
 def measured(case: Case, stand_in_folder: Path, folder: Path) -> Row:
