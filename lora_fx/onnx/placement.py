@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from lora_fx.errors import one_line
 from lora_fx.files.run_files import scratch_folder
-from lora_fx.onnx.provider_nodes import CUDA, RECORD, nodes_by_provider
+from lora_fx.onnx.provider_nodes import RECORD, nodes_by_provider
 from lora_fx.onnx.runtime_log import quiet_options
-from lora_fx.onnx.webgpu import options_for, webgpu_devices
+from lora_fx.onnx.session import cuda_providers
+from lora_fx.onnx.webgpu import cpu_nodes_of, webgpu_devices
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ def _session(
     import onnxruntime as ort
 
     options = quiet_options()
-    options.add_session_config_entry(*RECORD)
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if saved is not None:
         options.optimized_model_filepath = fspath(saved)
@@ -104,10 +104,11 @@ def _session(
         options.add_session_config_entry(weights, f"{saved.name}.data")
     providers = None
     if provider == "webgpu":
-        device_options = {**options_for(path), **provider_options}
+        device_options = {**cpu_nodes_of(path).options, **provider_options}
         options.add_provider_for_devices([webgpu_devices()[0]], device_options)
+        options.add_session_config_entry(*RECORD)
     else:
-        providers = [(CUDA, {"use_tf32": "0", **provider_options}), "CPUExecutionProvider"]
+        providers = cuda_providers(options, {"use_tf32": "0", **provider_options})
     return ort.InferenceSession(fspath(path), options, providers=providers)
 
 

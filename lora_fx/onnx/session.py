@@ -267,16 +267,14 @@ def open_session(
     if provider == "webgpu":
         on_cpu = cpu_nodes_of(path)
         note = on_cpu.note
-        names = "\n".join(on_cpu.names)
-        provider_options = {"forceCpuNodeNames": names} if names else {}
-        options.add_provider_for_devices([webgpu_devices()[0]], provider_options)
+        options.add_provider_for_devices([webgpu_devices()[0]], on_cpu.options)
         options.add_session_config_entry(*RECORD)
         wanted = None  # what the options hold
     elif provider in ("auto", "cuda") and driver_present() and (provider == "cuda" or _has_cuda()):
         of_cuda = {"use_tf32": "0"} if exact else {}
         if cuda_graph:
             of_cuda["enable_cuda_graph"] = "1"
-        wanted = _cuda_providers(options, of_cuda)
+        wanted = cuda_providers(options, of_cuda)
     refused = f"{fspath(path)}: ONNX Runtime cannot load it"
     hint = "check whether it was written for a newer opset"
     with retold(refused, hint), stage("loading the file in ONNX Runtime"):
@@ -308,7 +306,7 @@ def _threads_of_user() -> int:
     return min(int(first), MOST_THREADS)
 
 
-def _cuda_providers(options: ort.SessionOptions, of_cuda: Mapping[str, str]) -> Wanted | None:
+def cuda_providers(options: ort.SessionOptions, of_cuda: Mapping[str, str]) -> Wanted | None:
     """Return the runtime's providers for a session on CUDA; None where the options hold them.
 
     Args:

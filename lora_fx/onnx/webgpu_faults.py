@@ -32,6 +32,11 @@ class CpuNodes:
     names: Sequence[str] = ()
     note: str = ""
 
+    @property
+    def options(self) -> dict[str, str]:
+        """The provider's options that keep them there."""
+        return {"forceCpuNodeNames": "\n".join(self.names)} if self.names else {}
+
 
 def cpu_nodes(model: ModelProto) -> CpuNodes:
     """Return the nodes that the provider computes wrongly.
