@@ -22,7 +22,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.onnx import session as sessions
 from lora_fx.onnx.device_values import value_of_plugin
 from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices, registered_name
-from lora_fx.onnx.session import open_session, providers
+from lora_fx.onnx.session import driver_present, open_session, providers
 from lora_fx.onnx.unverified import never_run
 from lora_fx.onnx.webgpu import webgpu_devices
 from tests.providers import GPU
@@ -142,6 +142,18 @@ def test_no_cuda_in_the_runtime_and_no_plugin(
         open_session(file, "cuda")
     assert e.value.hint == CUDA_PLUGIN.install
     assert "cuda" not in providers()
+
+
+@pytest.mark.skipif(driver_present(), reason="a machine with NVIDIA's driver")
+def test_a_plain_session_falls_back_without_an_error_and_ours_does_not(file: Path) -> None:
+    """docs/serving.md says so."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    plain = ort.InferenceSession(str(file), options, providers=wanted)
+    assert plain.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(LoraFxError, match="CUDA was requested, but cannot be used"):
+        open_session(file, "cuda")
 
 
 def test_devices_are_those_of_the_plugin(registered: list[tuple[str, str]]) -> None:

@@ -136,6 +136,22 @@ def test_plain_onnx_runtime_ignores_an_adapter_with_io_binding(made: Path) -> No
     assert rel(plain.run(["y"], {"ids": ids()}, options)[0], base) > 0.05
 
 
+def test_plain_onnx_runtime_takes_the_first_of_two_adapters(made: Path) -> None:
+    """docs/serving.md says so, and that our session has mixes."""
+    import onnxruntime as ort
+
+    plain = ort.InferenceSession(str(made), providers=["CPUExecutionProvider"])
+    names = list(RANKS)[:2]
+    files = [ort.LoraAdapter() for _ in names]
+    options = ort.RunOptions()
+    for name, loaded in zip(names, files, strict=True):
+        loaded.Load(str(made.with_name(f"{name}.onnx_adapter")))
+        options.add_active_adapter(loaded)
+    found = plain.run(["y"], {"ids": ids()}, options)[0]
+    assert rel(found, merged(made, names[0])) <= TOL
+    assert rel(found, merged(made, names[1])) > 0.05
+
+
 def test_plain_onnx_runtime_takes_the_files(made: Path) -> None:
     import onnxruntime as ort
 
