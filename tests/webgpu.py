@@ -41,7 +41,15 @@ def make_environment(folder: Path) -> None:
     )
     here = [path for path in sys.path if path.endswith("site-packages")]
     (Path(where.strip()) / "others.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"]
+    install: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--force-reinstall",
+    ]
     subprocess.run([*install, *PACKAGES], check=True)
     subprocess.run([*install, ROOT], check=True)
 

@@ -56,7 +56,7 @@ def counted(name: str) -> int:
 
 
 def main(path: str, folder: str) -> None:
-    sessions.refuse_stand_in = lambda: None
+    setattr(sessions, "refuse_stand_in", lambda: None)  # noqa: B010 - it is no export of the module
     warnings.simplefilter("ignore")
     session = Session(path, "cuda", cuda_graph=True)
     names = sorted(file.name for file in Path(folder).iterdir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import lora_fx
@@ -18,8 +19,9 @@ from lora_fx.onnx.session import open_session
 
 def main(path: str) -> None:
     results = {"driver": str(driver_present())}
+    openings: dict[str, Callable[..., object]] = {"open_session": open_session, "Session": Session}
     for provider in ("auto", "cuda", "cpu"):
-        for name, opening in {"open_session": open_session, "Session": Session}.items():
+        for name, opening in openings.items():
             results[f"{name} {provider}"] = result_of(partial(opening, path, provider=provider))
     print(json.dumps(results))
 

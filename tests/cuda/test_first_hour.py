@@ -31,7 +31,7 @@ from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices
 from lora_fx.onnx.session import open_session
 from tests.cuda.cases import Case
-from tests.cuda.placed import placement_of
+from tests.cuda.placed import row_of
 from tests.cuda.table import Row, Table
 from tests.onnx.test_batch import adapter
 from tests.providers import GPU
@@ -204,7 +204,7 @@ def compared(case: Case, files: Path, fields: tuple[str, ...]) -> tuple[Row, Row
     """Fields of the row that the stand-in gave, and of the one that this device gives."""
     stored = Table().row(case)
     assert stored is not None
-    found = placement_of(str(case.export(files)))
+    found = row_of(str(case.export(files)))
     return {name: stored[name] for name in fields}, {name: found[name] for name in fields}
 
 
@@ -291,9 +291,9 @@ def test_9_twenty_steps_of_training_are_those_of_the_cpu(tmp_path: Path) -> None
         }
         on_cuda, on_cpu = (session.step(batch) for session in sessions)
         assert on_cuda == pytest.approx(on_cpu, rel=1e-5)
-    on_cuda, on_cpu = (session.adapter().lowrank for session in sessions)
-    for key, update in on_cpu.items():
-        np.testing.assert_allclose(on_cuda[key].b, update.b, atol=1e-5)
+    update_on_cuda, update_on_cpu = (session.adapter().lowrank for session in sessions)
+    for key, update in update_on_cpu.items():
+        np.testing.assert_allclose(update_on_cuda[key].b, update.b, atol=1e-5)
         assert np.abs(update.b).max() > 1e-2
 
 

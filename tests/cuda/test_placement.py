@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.cases import CASES, Case
+from tests.cuda.cases import CASES, FUSED, Case
 from tests.cuda.table import Table, across_versions, disagreement, measured
 
 QUICK = {
@@ -53,6 +53,37 @@ def test_what_cannot_be_opened_says_why() -> None:
     }
     assert "lstm" in refused
     assert all("cuDNN is unavailable" in why for why in refused.values())
+
+
+def test_files_for_cuda_copy_nothing() -> None:
+    """Each is beside a file for the CPU that copies, or that lost a fused operator."""
+    rows = {
+        (family, mode): row
+        for family, modes in Table().rows.items()
+        for mode, row in modes.items()
+        if mode.endswith("for cuda")
+    }
+    assert {family for family, _ in rows} >= {"hf_bert", "hf_gpt2", "hf_llama"}
+    assert {key: row.get("copies") for key, row in rows.items()} == dict.fromkeys(rows, [])
+    assert {key: row["uncapturable"] for key, row in rows.items()} == dict.fromkeys(rows, "")
+
+
+@pytest.mark.parametrize("family", ["hf_bert", "hf_gpt2"])
+def test_sums_and_norms_stay_one_operator_in_files_for_cuda(family: str) -> None:
+    rows = Table().rows[family]
+    for mode in ("optimised", "float16 optimised", "switch of optimised"):
+        assert rows[f"{mode} for cuda"]["fused"]["SkipLayerNormalization"] == 4
+    assert "SkipLayerNormalization" not in rows["merged optimised"]["fused"]
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_switch_keeps_the_fused_operators_of_its_base(family: str) -> None:
+    """Gemm apart: a branch has its own."""
+    rows = Table().rows[family]
+    base = rows["optimised for cuda"]["fused"]
+    switched = rows["switch of optimised for cuda"]["fused"]
+    lost = {name: n for name, n in base.items() if switched.get(name, 0) < n and name != "Gemm"}
+    assert lost == {}
 
 
 @pytest.mark.parametrize("changed", ["copies", "capturable"])

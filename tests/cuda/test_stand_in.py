@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_without_a_compiler_nothing_is_built(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stand_in, "provider_library", lambda: tmp_path / "provider.so")
-    monkeypatch.setattr(stand_in.shutil, "which", lambda tool: None if tool == missing else tool)
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == missing else tool)
     with pytest.raises(stand_in.CannotBuild, match=f"{missing} is not installed"):
         stand_in.build(tmp_path)
 

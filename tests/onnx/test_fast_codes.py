@@ -165,7 +165,7 @@ def test_a_file_of_codes_in_float16_is_for_devices(tmp_path: Path) -> None:
     model = ir.load(path)
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert [len([x for x in node.inputs if x is not None]) for node in products] == [3, 3]
-    assert all(node.inputs[0].dtype == ir.DataType.FLOAT16 for node in products)  # type: ignore[union-attr]
+    assert all(node.inputs[0].dtype == ir.DataType.FLOAT16 for node in products)
     assert (
         "odd.weight: CUDA's fast kernel for codes is not used: 33 outputs are no multiple"
         in str(report)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lora_fx
+from lora_fx import AdaptedModule
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -33,7 +34,9 @@ MODES = ("merged", "switch", "load", "batch")
 Named = Mapping[str, Array]
 
 
-def runs(mode: str, path: Path, module: object, feeds: Named, provider: str) -> Iterator[Named]:
+def runs(
+    mode: str, path: Path, module: AdaptedModule, feeds: Named, provider: str
+) -> Iterator[Named]:
     """The outputs of a file: of what its mode chooses, first the base where it has one."""
     if mode == "merged":
         yield open_session(path, provider).run(feeds)

@@ -29,7 +29,7 @@ from lora_fx.onnx.unverified import CUDA_GRAPHS, never_run
 from tests.onnx.test_batch import adapter
 
 RANKS = {"de": 2, "fr": 3, "it": 5}
-CHOICES = (None, "de", "it", "fr", {"de": 0.5, "fr": -1.0}, {}, "it", None, "de")
+CHOICES: tuple[Any, ...] = (None, "de", "it", "fr", {"de": 0.5, "fr": -1.0}, {}, "it", None, "de")
 
 
 class Net(nn.Module):
