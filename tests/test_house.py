@@ -467,7 +467,7 @@ NODES = {
     "lora_fx.fx.pt2": 14_000,
     "lora_fx.fx.train": 27_500,
     "lora_fx.ir": 13_000,
-    "lora_fx.onnx": 55_000,
+    "lora_fx.onnx": 62_000,
     "lora_fx.onnx.graph": 18_000,
     "lora_fx.onnx.rewrites": 6_000,
     "lora_fx.passes": 19_000,

@@ -11,9 +11,9 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from lora_fx.onnx.cuda_obstacles import Obstacle, cuda_fields, cuda_obstacles
+from lora_fx.onnx.device_placement import placement_of
 from lora_fx.onnx.load import load
 from lora_fx.onnx.made_for import CPU, PROPERTY
-from lora_fx.onnx.placement import placement_of
 from lora_fx.onnx.provider_nodes import NAMES
 from lora_fx.text import Json, JsonView
 

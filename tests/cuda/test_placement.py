@@ -64,7 +64,7 @@ def test_files_for_cuda_copy_nothing() -> None:
         if mode.endswith("for cuda")
     }
     assert {family for family, _ in rows} >= {"hf_bert", "hf_gpt2", "hf_llama"}
-    assert {key: row.get("copies") for key, row in rows.items()} == dict.fromkeys(rows, [])
+    assert {key: row.get("copies") for key, row in rows.items()} == {key: [] for key in rows}
     assert {key: row["uncapturable"] for key, row in rows.items()} == dict.fromkeys(rows, "")
 
 

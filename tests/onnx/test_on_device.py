@@ -13,7 +13,7 @@ from torch import nn
 import lora_fx
 from lora_fx.onnx import on_device
 from lora_fx.onnx.cuda_obstacles import Obstacle
-from lora_fx.onnx.placement import Placement, placement_of
+from lora_fx.onnx.device_placement import Placement, placement_of
 from tests.providers import GPU, ON_GPU
 
 X = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
