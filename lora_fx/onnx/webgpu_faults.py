@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
 from lora_fx.errors import LoraFxError
@@ -115,5 +114,5 @@ def _may_be_wrong(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> bool:
 def _groups(node: NodeProto) -> int:
     for attribute in node.attribute:
         if attribute.name == "group":
-            return onnx.helper.get_attribute_value(attribute)
+            return attribute.i
     return 1

@@ -79,8 +79,8 @@ def plainly(model: onnx.ModelProto, runs: Sequence[Feeds], folder: Path) -> list
     names = []
     for number, feeds in enumerate(runs):
         np.savez(folder / f"{number}.npz", **feeds)
-        names.append(folder / f"{number}.npz")
-    command = [sys.executable, "-m", "tests.onnx.webgpu_plain", path, *names]
+        names.append(str(folder / f"{number}.npz"))
+    command = [sys.executable, "-m", "tests.onnx.webgpu_plain", str(path), *names]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if result.returncode > 0:
         raise AssertionError(result.stderr[-500:])
@@ -112,9 +112,10 @@ def test_a_convolution_that_would_be_wrong_runs_on_the_cpu(case: Any) -> None:
     nodes = cpu_nodes(model)
     assert nodes.names == ["one"]
     operator = model.graph.node[0].op_type
-    assert nodes.note == (
-        f"on the CPU, as onnxruntime-ep-webgpu 0.4.0 computes such nodes wrongly or not at all: 1 {operator}"
+    expected = (
+        "on the CPU, as onnxruntime-ep-webgpu 0.4.0 computes such nodes wrongly or not at all"
     )
+    assert nodes.note == f"{expected}: 1 {operator}"
 
 
 @pytest.mark.parametrize("case", RIGHT.values(), ids=RIGHT)
@@ -183,7 +184,8 @@ def test_no_convolution_is_wrong_in_our_sessions(tmp_path: Path) -> None:
     transposed = (
         (g, i, g * o, "ConvTranspose") for g, i, o in itertools.product([1, 2], [2, 3], [1, 3, 4])
     )
-    for case in (*plain, *grouped, *transposed):
+    cases: list[Any] = [*plain, *grouped, *transposed]
+    for case in cases:
         model, feeds = conv(*case)
         onnx.save(model, tmp_path / "m.onnx")
         session = open_session(tmp_path / "m.onnx", GPU)
