@@ -35,7 +35,7 @@ def python_of(folder: Path) -> Path:
 def make_environment(folder: Path) -> None:
     """Make an environment with packages of its own before those of this one."""
     venv.create(folder, with_pip=True)
-    python = python_of(folder)
+    python = str(python_of(folder))
     where = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     )
@@ -51,7 +51,7 @@ def make_environment(folder: Path) -> None:
         "--force-reinstall",
     ]
     subprocess.run([*install, *PACKAGES], check=True)
-    subprocess.run([*install, ROOT], check=True)
+    subprocess.run([*install, str(ROOT)], check=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if not python_of(options.folder).exists():
         make_environment(options.folder)
 
-    python = python_of(options.folder)
+    python = str(python_of(options.folder))
     environment = {**os.environ, "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER": "1"}
     usable = subprocess.run(
         [python, "-c", ASK], env=environment, cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Nodes that WebGPU's provider computes wrongly: they run on the CPU.
+"""Nodes that WebGPU's provider computes wrongly, or fails at in a run: they run on the CPU.
 
 All of this is of onnxruntime-ep-webgpu 0.4.0. tests/onnx/test_webgpu_faults.py has a reproduction
 of each fault, which fails when the package has mended it.
@@ -38,7 +38,7 @@ class CpuNodes:
 
 
 def cpu_nodes(model: ModelProto) -> CpuNodes:
-    """Return the nodes that the provider computes wrongly.
+    """Return the nodes that the provider computes wrongly or not at all.
 
     Args:
         model: Stored weights need no values.
@@ -53,14 +53,14 @@ def cpu_nodes(model: ModelProto) -> CpuNodes:
     if unnamed:
         raise LoraFxError(
             f"a node {unnamed[0].op_type} without a name of its own, which {FAULTY} computes "
-            "wrongly, cannot be put on the CPU",
+            "wrongly or not at all, cannot be put on the CPU",
             "use cpu; or give every node of the graph a name",
         )
     if not wrong:
         return CpuNodes()
     counts = Counter(node.op_type for node in wrong)
     listed = ", ".join(f"{count} {operator}" for operator, count in sorted(counts.items()))
-    note = f"on the CPU, as {FAULTY} computes such nodes wrongly: {listed}"
+    note = f"on the CPU, as {FAULTY} computes such nodes wrongly or not at all: {listed}"
     return CpuNodes([node.name for node in wrong], note)
 
 
@@ -94,6 +94,8 @@ def _may_be_wrong(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> bool:
     # masks nothing.
     if node.op_type == "And":
         return True
+    if node.op_type == "MaxPool":  # it is taken, and its second output refused in each run
+        return len(node.output) > 1
     if node.op_type not in ("Conv", "ConvTranspose", "FusedConv"):
         return False
 
