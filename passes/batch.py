@@ -189,7 +189,7 @@ class Batch:
         self.targets[stem] = {
             "a": name_of_a,
             "b": name_of_b,
-            "rank": max(pair[0].shape[0] for pair in pairs if pair),
+            "rank": max(pair[0].shape[-2] for pair in pairs if pair),
             "form": form,
             "layout": [layout.to_json(), site.gain],
         }
@@ -304,7 +304,10 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
 def _joined(
     updates: Updates, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair | None:
-    """Join an adapter's updates of one use into one pair: A [rank, in] and B [out, rank]."""
+    """Join an adapter's updates of one use into one pair: A [rank, in] and B [out, rank].
+
+    Of the experts of a stack, or the groups of a convolution, they are stacks.
+    """
     if not updates:
         return None
     all_a: list[Array] = []
@@ -313,7 +316,7 @@ def _joined(
         a, b = _in_direction_of_use(key, low, shape, region, layout, gain)
         all_a.append(a)
         all_b.append(b)
-    return np.concatenate(all_a), np.concatenate(all_b, axis=1)
+    return np.concatenate(all_a, axis=-2), np.concatenate(all_b, axis=-1)
 
 
 def _in_direction_of_use(
@@ -342,7 +345,8 @@ def _in_direction_of_use(
     if transposed.narrow(part) == low.layout:
         starts = transposed.starts(part)
         a, b = widen(e, transposed, low.layout, starts, low.a, low.b, low.rank)
-        return np.asarray(b.T, np.float32), np.asarray(a.T, np.float32) * scale
+        a_of_use = np.swapaxes(np.asarray(b, np.float32), -1, -2)
+        return a_of_use, np.swapaxes(np.asarray(a, np.float32), -1, -2) * scale
     raise LoraFxError(
         f"{key!r}: the exported graph reads the tensor in a layout that is not the adapter's",
         "use mode merged",

@@ -426,8 +426,8 @@ def _expand(op: NodeRows) -> RowAxis | None:
     if rows.axis is None or dims is None or expanded_dims is None:
         return None
     in_front = max(expanded_dims - dims, 0)
-    if in_front and not rows.exact:
-        return None
+    if in_front and rows.inner:
+        return None  # [k · batch, …] is only known where it is the first axis
     return replace(rows, axis=rows.axis + in_front)
 
 

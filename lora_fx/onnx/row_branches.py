@@ -5,12 +5,16 @@ For a row b of the batch with the adapter i = ids[b], and x seen as [batch, m, i
     last    (x @ A[i]ᵀ) @ B[i]              A [n·r, in]    B [n·r, out]    in is the last axis of x
     own     (x @ A[i]) @ B[i]               A [n, in, r]   B [n, r, out]   the same, on a device
     middle  B[i] @ (A[i] @ x)               A [n, r, in]   B [n, out, r]   x [batch, in, m]
+    spread  the same, then summed           A [n, r, in]   B [n, out, r]   x [batch, in, m]
+    stack   (x[e] @ A[i, e]) @ B[i, e]      A [n, e, in, r], B [n, e, r, out], x [e, batch, m, in]
     lookup  A[i, x] @ B[i]                  A [n, in, r]   B [n, r, out]   x holds row numbers
 
 On the CPU, rows of `last` may share one product with several adapters, see row_adapters.py, so its
 factors lie below each other. On a device every row picks its own pair.
 A convolution is `middle` over the windows of x, which a depthwise convolution with one-hot kernels
-lays out. (A convolution with the batch as its groups would need a group count known beforehand.)
+lays out; a transposed one is `spread`, whose windows a transposed depthwise convolution with such
+kernels sums up. Of a convolution with groups g, A is [n, g, r, in] and B [n, g, out, r]. (A
+convolution with the batch as its groups would need a group count known beforehand.)
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.convolution import Conv
+from lora_fx.ir.convolution import Conv, ConvTranspose
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Embedding
@@ -62,8 +66,12 @@ def form_of(use: OnnxWeightUse, rows: RowAxis, target: str) -> str:
 
     if isinstance(kind, Embedding) and _is_outermost(use.x, rows):
         return "lookup"
-    if isinstance(kind, Conv) and kind.groups == 1 and rows == RowAxis(0):
+    if isinstance(kind, Conv) and rows == RowAxis(0):
         return "middle"
+    if isinstance(kind, ConvTranspose) and rows == RowAxis(0):
+        return "spread"
+    if isinstance(kind, Einsum) and kind.form == "right" and _is_stack(site, use.x, rows):
+        return "stack"
     if isinstance(kind, Einsum) and len(site.operand) == 2:
         if kind.form == "right" and _comes_to_front(use.x, rows):
             return "last" if target == CPU else "own"
@@ -84,6 +92,15 @@ def _comes_to_front(x: ir.Value, rows: RowAxis) -> bool:
     if x_rank is None or rows.axis is None or rows.axis >= x_rank - 1:
         return False
     return not rows.inner or (rows.axis == 0 and x_rank == 2)
+
+
+def _is_stack(site: Site, x: ir.Value, rows: RowAxis) -> bool:
+    """Whether experts multiply x: [experts, batch · m, in] or [batch, experts, m, in]."""
+    if len(site.operand) != 3 or rows.inner:
+        return False
+    if rank(x) == 3:
+        return rows.axis == 1
+    return rank(x) == 4 and rows == RowAxis(0)
 
 
 class BatchEmitter(OnnxEmitter):
@@ -121,11 +138,40 @@ class BatchEmitter(OnnxEmitter):
         if form == "lookup":
             low = self._scaled(self._looked_up(x, a))
             return self._shaped(self.call("MatMul", low, b_of_rows), y)
+        if form == "stack":
+            a_of_rows = self.call("Gather", a, self.adapters.ids)
+            return self._stack(x, a_of_rows, b_of_rows, y)
+        groups = getattr(self.site.kind, "groups", 1)
         if isinstance(self.site.kind, Conv):
             x = self._windows(x)
+        if isinstance(self.site.kind, ConvTranspose):
+            x = self._positions(x, groups, self.site.operand[0] // groups)
         a_of_rows = self.call("Gather", a, self.adapters.ids)
-        low = self._scaled(self.call("MatMul", a_of_rows, x))
-        return self._shaped(self.call("MatMul", b_of_rows, low), y)
+        low = self._scaled(self.call("MatMul", a_of_rows, x), axes=3 + (groups > 1))
+        delta = self.call("MatMul", b_of_rows, low)
+        if form == "spread":
+            return self._summed(delta)
+        return self._shaped(delta, y)
+
+    def _stack(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
+        """Return the delta of experts, each of which multiplies matrices of its own.
+
+        Args:
+            x: The activation, [batch, experts, m, in] or [experts, batch · m, in].
+            a: The factor of each row, [batch, experts, in, rank].
+            b: The factor of each row, [batch, experts, rank, out].
+            y: The base's product.
+        """
+        behind_experts = rank(x) == 3
+        if behind_experts:
+            experts, width = self._ints(self.site.operand[0]), self._ints(-1, self.site.operand[1])
+            shape = self.call("Concat", experts, self.adapters.size, width, axis=0)
+            x = self.call("Transpose", self.call("Reshape", x, shape), perm=[1, 0, 2, 3])
+        low = self._scaled(self.call("MatMul", x, a), axes=4)
+        delta = self.call("MatMul", low, b)
+        if behind_experts:
+            delta = self.call("Transpose", delta, perm=[1, 0, 2, 3])
+        return self._shaped(delta, y)
 
     def _last(
         self, x: ir.Value, b: ir.Value, y: ir.Value, tables: Sequence[ir.Value], number: int
@@ -183,6 +229,7 @@ class BatchEmitter(OnnxEmitter):
         if products:
             return products
         order = self._batch_first(x)
+        dtype = numpy_dtype(dtype_name(x) or "float32")
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         if self.rows.inner:
             minus_one = self._ints(-1)
@@ -193,7 +240,6 @@ class BatchEmitter(OnnxEmitter):
             matrices = self.call("Reshape", matrices, self._sizes(-1, width))
 
         if self.adapters.shared:
-            dtype = numpy_dtype(dtype_name(x) or "float32")
             product = self._shared_product(self.adapters.shared, matrices, tables, dtype)
         else:
             a = self.call("Gather", self._joined(tables, axis=2), self.adapters.ids)
@@ -242,11 +288,12 @@ class BatchEmitter(OnnxEmitter):
         shape = self.call("Shape", y)
         return self.call("Reshape", delta, shape, **keep_zeros(self.owner))
 
-    def _scaled(self, value: ir.Value, like: ir.Value | None = None) -> ir.Value:
-        """Multiply a value [batch, …, …] by each row's weight, in the dtype of `like`, if given."""
+    def _scaled(self, value: ir.Value, like: ir.Value | None = None, *, axes: int = 3) -> ir.Value:
+        """Multiply a value [batch, …] by each row's weight, in the dtype of `like`, if given."""
         if self.adapters.scales is None:
             return value
-        factor = self.call("Reshape", self.adapters.scales, self._ints(-1, 1, 1))
+        column = self._ints(-1, *[1] * (axes - 1))
+        factor = self.call("Reshape", self.adapters.scales, column)
         return self.call("Mul", value, self.op("cast_like", factor, like or value))
 
     def _looked_up(self, x: ir.Value, a: ir.Value) -> ir.Value:
@@ -262,29 +309,63 @@ class BatchEmitter(OnnxEmitter):
         return self.call("Gather", table, self.call("Add", tokens, starts))
 
     def _windows(self, x: ir.Value) -> ir.Value:
-        """Return the windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
+        """Return the windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y].
+
+        With groups they are [batch, groups, C/groups·∏kernel, positions].
+        """
         assert self.found is not None
-        channels = self.site.operand[1]
-        kernel = self.site.operand[2:]
+        kind = self.site.kind
+        assert isinstance(kind, Conv)
+        of_group, *kernel = self.site.operand[1:]
+        channels = of_group * kind.groups
         size = math.prod(kernel)
         attributes = self.found.node.attributes
         has_stride = set(attributes.get_ints("strides", (1,))) != {1}
         has_pads = any(attributes.get_ints("pads", ()))
         if size != 1 or has_stride or has_pads:
-            one_hot = np.eye(size, dtype=np.float32).reshape(size, 1, *kernel)
-            kernels = np.tile(one_hot, (channels, *(1 for _ in one_hot.shape[1:])))
-            dtype = numpy_dtype(dtype_name(x) or "float32")
-            name = f"{self.site.id}_lora_windows"
-            w = self.parameter(name, kernels.astype(dtype), Role.FROZEN)
-            depthwise = {**attributes, "group": channels, "kernel_shape": list(kernel)}
-            x = self.call("Conv", x, w, **depthwise)
-        return self.call("Reshape", x, self._sizes(channels * size, -1))
+            x = self._depthwise("Conv", x, channels, kernel)
+        return self._positions(x, kind.groups, of_group * size)
+
+    def _positions(self, x: ir.Value, groups: int, channels: int) -> ir.Value:
+        """Return x [batch, groups·channels, *size] with its positions on one axis, the last."""
+        if groups > 1:
+            return self.call("Reshape", x, self._sizes(groups, channels, -1))
+        return self.call("Reshape", x, self._sizes(channels, -1))
+
+    def _summed(self, delta: ir.Value) -> ir.Value:
+        """Return windows [batch, out·∏kernel, positions of x] summed up where they lie in y."""
+        use = self.found
+        kind = self.site.kind
+        assert use is not None and isinstance(kind, ConvTranspose)
+        of_group, *kernel = self.site.operand[1:]
+        channels = of_group * kind.groups
+        sizes_of_x = self.call("Shape", use.x)
+        size = self.call("Slice", sizes_of_x, self._ints(2), self._ints(np.iinfo(np.int64).max))
+        width = self._ints(channels * math.prod(kernel))
+        shape = self.call("Concat", self.adapters.size, width, size, axis=0)
+        windows = self.call("Reshape", delta, shape, **keep_zeros(self.owner))
+        return self._depthwise("ConvTranspose", windows, channels, kernel)
+
+    def _depthwise(self, op: str, x: ir.Value, channels: int, kernel: Sequence[int]) -> ir.Value:
+        """Emit the site's op with a one-hot kernel for each place of a window, in each channel."""
+        assert self.found is not None
+        size = math.prod(kernel)
+        one_hot = np.eye(size, dtype=np.float32).reshape(size, 1, *kernel)
+        kernels = np.tile(one_hot, (channels, *(1 for _ in one_hot.shape[1:])))
+        dtype = numpy_dtype(dtype_name(x) or dtype_name(self.found.x) or "float32")
+        name = f"{self.site.id}_lora_windows"
+        w = self.parameter(name, kernels.astype(dtype), Role.FROZEN)
+        attributes = self.found.node.attributes
+        depthwise = {**attributes, "group": channels, "kernel_shape": list(kernel)}
+        return self.call(op, x, w, **depthwise)
 
 
 def stack(
     updates: Sequence[tuple[Array, Array] | None], form: str, dtype: NumpyDtype
 ) -> tuple[Array, Array]:
-    """Return [rank, in] and [out, rank] factors of all adapters as stacks; entry 0 is zeros.
+    """Return the factors of all adapters as stacks; entry 0 is zeros.
+
+    They are [rank, in] and [out, rank], of experts and groups behind an axis for these.
 
     Args:
         updates: One entry for each adapter, None where it has no update of this use; the scale is
@@ -293,20 +374,22 @@ def stack(
         dtype: The dtype of the result.
     """
     pairs = [update for update in updates if update is not None]
-    rank = max(a.shape[0] for a, _ in pairs)
+    rank = max(a.shape[-2] for a, _ in pairs)
     first_a, first_b = pairs[0]
-    stack_a = np.zeros((len(updates) + 1, rank, first_a.shape[1]), np.float32)
-    stack_b = np.zeros((len(updates) + 1, first_b.shape[0], rank), np.float32)
+    *batch, _, in_size = first_a.shape
+    out_size = first_b.shape[-2]
+    stack_a = np.zeros((len(updates) + 1, *batch, rank, in_size), np.float32)
+    stack_b = np.zeros((len(updates) + 1, *batch, out_size, rank), np.float32)
     for number, update in enumerate(updates, 1):
         if update is not None:
             a, b = update
-            stack_a[number, : a.shape[0]] = a
-            stack_b[number, :, : b.shape[1]] = b
+            stack_a[number, ..., : a.shape[-2], :] = a
+            stack_b[number, ..., : b.shape[-1]] = b
 
-    if form in ("lookup", "own"):
-        stack_a = stack_a.transpose(0, 2, 1)
-    if form != "middle":
-        stack_b = stack_b.transpose(0, 2, 1)
+    if form in ("lookup", "own", "stack"):
+        stack_a = stack_a.swapaxes(-1, -2)
+    if form not in ("middle", "spread"):
+        stack_b = stack_b.swapaxes(-1, -2)
     if form == "last":
         stack_a = stack_a.reshape(-1, stack_a.shape[-1])
         stack_b = stack_b.reshape(-1, stack_b.shape[-1])

@@ -66,6 +66,8 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
 
 RECURRENT = ("lstm", "gru", "rnn")
 """The prefixes of the names of recurrent ops."""
+STACKED = ("einsum", "grouped_mm")
+"""Ops of a stack of matrices in which tokens lie where mode batch has no form for them."""
 
 
 def check_rows(adapter: Adapter, name: str) -> None:
@@ -89,15 +91,11 @@ def check_rows(adapter: Adapter, name: str) -> None:
 def _without_rows(entry: LowRank) -> str:
     """Return the kind of weight that mode batch does not support; empty if it does."""
     op = entry.origin.op
-    if op.startswith("conv_transpose"):
-        return "a transposed convolution"
     if op.startswith(RECURRENT):
         return "a recurrent layer"
-    if entry.a.ndim <= 2:
-        return ""
-    if op.startswith("conv"):
-        return "a grouped convolution"
-    return "a stack of matrices"
+    if entry.a.ndim > 2 and op in STACKED:
+        return "a stack of matrices"
+    return ""
 
 
 def exclude_hint(name: str, keys: Sequence[str]) -> str:

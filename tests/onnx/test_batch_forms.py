@@ -89,3 +89,91 @@ def test_rows_that_are_innermost_in_float16(tmp_path: Path) -> None:
     assert "attention.out_proj.weight" in lows
     out = tmp_path / "b.onnx"
     assert lora_fx.export(model, out, adapters=[Adapter(lows)], mode="batch", provider="cpu")
+
+
+class Experts(nn.Module):
+    """Experts that all see every token, whose rows are flattened into one axis, and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, 1).expand(3, -1, -1)
+        return torch.bmm(tokens, self.weight).mean(0).view(x.shape[0], x.shape[1], 5)
+
+
+class HeadExperts(nn.Module):
+    """A matrix for each head, [batch, head, length, in]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(2, (3, 2)).transpose(1, 2)
+        return torch.tanh(heads @ self.weight)
+
+
+STACKS = {
+    "experts that see all tokens": (Experts, (2, 4, 6)),
+    "a matrix for each head": (HeadExperts, (2, 4, 6)),
+    "a transposed convolution": (lambda: nn.ConvTranspose1d(6, 5, 3), (2, 6, 7)),
+    "strides, pads and dilations": (
+        lambda: nn.ConvTranspose2d(4, 3, (3, 2), stride=2, padding=1, output_padding=1,
+                                   dilation=(1, 2)),
+        (2, 4, 5, 6),
+    ),
+    "a transposed one of one place": (lambda: nn.ConvTranspose1d(6, 5, 1), (2, 6, 7)),
+    "a transposed one with groups": (
+        lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (2, 6, 4, 5),
+    ),
+    "a convolution with groups": (
+        lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2), (2, 6, 7, 5),
+    ),
+    "groups of one place": (lambda: nn.Conv1d(6, 4, 1, groups=2), (2, 6, 7)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks_and_transposed_convolutions(
+    name: str, target: Any, scales: bool, tmp_path: Path
+) -> None:
+    """Against the module with W + s·BA written into it, row by row."""
+    torch.manual_seed(0)
+    make, shape = STACKS[name]
+    model = make().eval()
+    cap = lora_fx.capture(model, (torch.randn(shape),))
+    adapters = []
+    for seed, rank in ((1, 2), (2, 3)):
+        lows = {}
+        for found in lora_fx.find(cap).targets:
+            a, b = draw(found.key, found.layout, rank, seed, "probe")
+            lows[found.key] = lora_fx.LowRank(a, b, 2.0, found.layout)
+        adapters.append(Adapter(lows))
+    path = tmp_path / "b.onnx"
+    lora_fx.export(
+        cap, path, adapters=adapters, mode="batch", scales=scales, target=target, provider="cpu"
+    )
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+
+    session = open_session(path, "cpu")
+    x = torch.randn(4, *shape[1:])
+    ids = np.array([2, 0, 1, 2])
+    weights = np.array([0.5, 1.0, 1.5, 1.0], np.float32)
+    feeds: dict[str, Any] = {session.input_names[0]: x.numpy(), "adapter_ids": ids}
+    if scales:
+        feeds["adapter_scales"] = weights
+    (y,) = session.run(feeds).values()
+    stored = model.weight.detach().clone()
+    for row, number in enumerate(ids):
+        weight = stored.double()
+        if number:
+            (delta,) = adapters[number - 1].deltas().values()
+            weight = weight + torch.from_numpy(delta) * float(weights[row] if scales else 1)
+        with torch.no_grad():
+            model.weight.copy_(weight)
+            expected = model(x[row : row + 1])
+        assert rel(y[row], expected[0].numpy()) < 2e-6, row
