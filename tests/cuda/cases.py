@@ -101,7 +101,7 @@ MODES: Mapping[str, Mode] = {
     ),
     "cache switch for cuda": Mode({"cache": True, "mode": "switch", **FOR_CUDA}, families=DECODERS),
     "cache switch int4 for cuda": Mode(
-        {"cache": True, "mode": "switch", "quantise": "int4", **FOR_CUDA}, families=("hf_gpt2",)
+        {"cache": True, "mode": "switch", "quantise": "int4", **FOR_CUDA}, families=DECODERS
     ),
     "cache load for cuda": Mode({"cache": True, "mode": "load", **FOR_CUDA}, families=DECODERS),
 }
