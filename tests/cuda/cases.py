@@ -14,7 +14,7 @@ DECODERS = ("hf_gpt2", "hf_llama")
 TRAINED = ("hf_bert", "hf_gpt2", "hf_llama", "hf_vit", "timm_resnet18", "tied_head")
 """Families that are exported as a training step, which takes the longest."""
 FOR_CUDA = {"target": "cuda"}
-FUSED = ("hf_vit", "hf_bert", *DECODERS)
+FUSED = ("hf_bert", *DECODERS)
 """Families whose sums and norms are one operator in a file for CUDA."""
 FAMILIES = (
     "tied_head",
