@@ -14,8 +14,10 @@ DECODERS = ("hf_gpt2", "hf_llama")
 TRAINED = ("hf_bert", "hf_gpt2", "hf_llama", "hf_vit", "timm_resnet18", "tied_head")
 """Families that are exported as a training step, which takes the longest."""
 FOR_CUDA = {"target": "cuda"}
-FUSED = ("hf_bert", *DECODERS)
+FUSED = ("hf_bert", *DECODERS, "hf_vit", "hf_swin", "timm_mixer", "hf_whisper")
 """Families whose sums and norms are one operator in a file for CUDA."""
+CODED = ("hf_bert", *DECODERS)
+"""Families that are exported with codes of 4 bits beside float16, which are files for CUDA only."""
 FAMILIES = (
     "tied_head",
     "torch_cond",
@@ -34,6 +36,11 @@ FAMILIES = (
     "hf_deberta_v2",
     "hf_t5",
     *DECODERS,
+    "hf_whisper",
+    "hf_wav2vec2",
+    "hf_mamba",
+    "hf_qwen3",
+    "hf_mixtral",
 )
 CRASHES = {
     ("lstm", "merged float16"),
@@ -91,6 +98,14 @@ MODES: Mapping[str, Mode] = {
     "switch of optimised for cuda": Mode(
         {"mode": "switch", **FOR_CUDA}, "optimised for cuda", families=FUSED
     ),
+    "int4 float16 for cuda": Mode(
+        {"quantise": "int4", "precision": "float16", **FOR_CUDA}, families=CODED
+    ),
+    "switch of int4 float16 for cuda": Mode(
+        {"mode": "switch", **FOR_CUDA}, "int4 float16 for cuda", families=CODED
+    ),
+    "batch for cuda": Mode({"mode": "batch", **FOR_CUDA}),
+    "cache batch for cuda": Mode({"cache": True, "mode": "batch", **FOR_CUDA}, families=DECODERS),
     "train for cuda": Mode({"mode": "train", **FOR_CUDA}, families=DECODERS),
     "cache merged for cuda": Mode({"cache": True, **FOR_CUDA}, families=DECODERS),
     "cache optimised for cuda": Mode(

@@ -65,12 +65,14 @@ def test_what_cannot_be_opened_says_why() -> None:
 
 
 def test_files_for_cuda_copy_nothing() -> None:
-    """Each is beside a file for the CPU that copies, or that lost a fused operator."""
+    """Of each family whose merged file for the CPU copies nothing: control flow and sizes that
+    depend on data are the model's own."""
     rows = {
         (family, mode): row
         for family, modes in Table().rows.items()
+        if modes["merged"].get("uncapturable") == ""
         for mode, row in modes.items()
-        if mode.endswith("for cuda")
+        if mode.endswith("for cuda") and row.keys() != {"not exported"}
     }
     assert {family for family, _ in rows} >= {"hf_bert", "hf_gpt2", "hf_llama"}
     assert {key: row.get("copies") for key, row in rows.items()} == {key: [] for key in rows}
