@@ -50,6 +50,10 @@ SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
 """Scales of the random adapter; the first that changes no output by more than its size is used."""
 LOAD_RANK = 16
 """The rank of the slots in mode load if neither a rank nor an adapter is given."""
+SERVES_THE_BASE = (
+    "the copy for a server is the base alone: in mode load the adapter is given when a session is "
+    "made, which no server does; use mode merged, batch or switch"
+)
 
 
 def write_switch(
@@ -82,6 +86,8 @@ def write_switch(
     paths = adapter_paths(adapters, options)
     refuse_unexchangeable(adapters, "a switchable file")
     warnings = [*warnings, *_replaced_files(paths, options)]
+    if options.mode == "load" and options.places:
+        warnings.append(SERVES_THE_BASE)
 
     if captured_targets is None:
         captured_targets = find(graph)

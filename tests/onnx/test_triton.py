@@ -100,6 +100,15 @@ def test_switch_takes_adapters_as_inputs(tmp_path: Path) -> None:
     assert folders(tmp_path / "models") == sorted(["s", "s/1", "s/1/model.onnx", "s/config.pbtxt"])
 
 
+def test_in_mode_load_a_server_serves_the_base_which_is_said(tmp_path: Path) -> None:
+    loaded = export(
+        tmp_path / "l.onnx", tmp_path / "models", adapters={"one": adapter(1)}, mode="load"
+    )
+    assert [line for line in loaded.warnings if "the copy for a server is the base alone" in line]
+    apart = export(tmp_path / "n.onnx", None, adapters={"two": adapter(1)}, mode="load")
+    assert not [line for line in apart.warnings if "server" in line]
+
+
 @pytest.mark.parametrize("max_batch", [None, 8])
 def test_batch(tmp_path: Path, max_batch: int | None) -> None:
     export(
