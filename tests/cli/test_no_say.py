@@ -200,7 +200,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     ),
     *(
         (FROM_ONNX, o, "when an adapter is merged into an .onnx file")
-        for o in ("--inputs inputs.npz", "--within")
+        for o in ("--inputs inputs.npz", "--within", "--target cuda")
     ),
     ("export held.pt2 -o out.onnx", "--no-repeat", "which is traced already"),
     ("extract base.safetensors tuned.safetensors -o out", "--max-rank 8", "only with energy"),

@@ -17,6 +17,7 @@ from lora_fx.compare import rel
 from lora_fx.errors import CaptureError, LoraFxError, NoEffectError
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.onnx import session as sessions
+from lora_fx.onnx.provider_nodes import CUDA
 from lora_fx.onnx.session import open_session
 from tests.providers import PROVIDERS
 from tests.zoo.shared import captured
@@ -243,13 +244,14 @@ def test_products_on_a_gpu_are_of_float32_unless_asked(
 
     module = lora_fx.insert(nn.Linear(5, 3), (torch.randn(4, 5),), rank=2)
     lora_fx.export(module, path, mode="train", provider="cpu")
-    monkeypatch.setattr(sessions, "providers", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(sessions, "driver_present", lambda: True)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA])
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
     monkeypatch.setattr(ort, "InferenceSession", opened)
     open_session(path, exact=exact)
     Session(path.with_suffix(".switch.onnx"), exact=exact)
     TrainSession(path, exact=exact)
-    assert seen == [[("CUDAExecutionProvider", wanted), "CPUExecutionProvider"]] * 3
+    assert seen == [[(CUDA, wanted), "CPUExecutionProvider"]] * 3
 
 
 def test_a_size_of_zero_is_an_error() -> None:
