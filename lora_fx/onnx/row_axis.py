@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from lora_fx.onnx.graph.ops import MS
-from lora_fx.onnx.graph.values import bodies_of, numbers, operand, rank, shape_of
+from lora_fx.onnx.graph.values import bodies_of, made_by, numbers, operand, rank, shape_of
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _reshape(op: NodeRows) -> RowAxis | None:
     if rows.axis is None:
         return None
     before = _size_texts(op.node.inputs[0])
-    after = _size_texts(op.node.outputs[0])
+    after = _size_texts(_like_result(op.node))
     copied = _copied_axes(op.node)
 
     if not rows.inner and _are_ones(before or [], rows.axis):
@@ -196,6 +196,17 @@ def _reshape(op: NodeRows) -> RowAxis | None:
     if axis is not None:
         return _innermost(after, axis, op.batch)
     return _merged(rows, before, after, op.batch)
+
+
+def _like_result(reshape: ir.Node) -> ir.Value | None:
+    """Return the result of a Reshape, or the value whose shape it is given by a Shape.
+
+    A group norm goes back to the shape that it had before. Files give no sizes for its result.
+    """
+    shape = made_by(reshape.inputs[1], "Shape")
+    if shape is None or shape.attributes.get_int("start", 0) or "end" in shape.attributes:
+        return reshape.outputs[0]
+    return shape.inputs[0]
 
 
 def _size_texts(value: ir.Value | None) -> list[str] | None:

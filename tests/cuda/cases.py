@@ -98,6 +98,9 @@ MODES: Mapping[str, Mode] = {
     "switch of optimised for cuda": Mode(
         {"mode": "switch", **FOR_CUDA}, "optimised for cuda", families=FUSED
     ),
+    "switch of float16 optimised for cuda": Mode(
+        {"mode": "switch", **FOR_CUDA}, "float16 optimised for cuda", families=FUSED
+    ),
     "int4 float16 for cuda": Mode(
         {"quantise": "int4", "precision": "float16", **FOR_CUDA}, families=CODED
     ),

@@ -20,6 +20,8 @@ SWITCHED = {
     "merged float16": "switch of float16",
     "merged optimised": "switch of optimised",
     "optimised for cuda": "switch of optimised for cuda",
+    "float16 optimised for cuda": "switch of float16 optimised for cuda",
+    "int4 float16 for cuda": "switch of int4 float16 for cuda",
     "cache merged": "cache switch",
     "cache merged for cuda": "cache switch for cuda",
 }

@@ -115,7 +115,19 @@ class HeadExperts(nn.Module):
         return torch.tanh(heads @ self.weight)
 
 
+class AfterGroupNorm(nn.Conv2d):
+    """A convolution after a norm that is exported as Reshapes to its groups and back."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4, 3)
+        self.norm = nn.GroupNorm(2, 6)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.norm(input))
+
+
 STACKS = {
+    "a convolution after a group norm": (AfterGroupNorm, (2, 6, 7, 5)),
     "experts that see all tokens": (Experts, (2, 4, 6)),
     "a matrix for each head": (HeadExperts, (2, 4, 6)),
     "a transposed convolution": (lambda: nn.ConvTranspose1d(6, 5, 3), (2, 6, 7)),

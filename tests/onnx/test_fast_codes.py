@@ -15,12 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import lora_fx
-from lora_fx.compare import rel
+from lora_fx.compare import ORT_TOL, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx import Session
 from lora_fx.onnx.candidate_error import open_model
 from lora_fx.onnx.rewrites.fast_codes import FastCodes, said_of_slow_codes
+from tests.zoo.shared import captured
 
 RNG = np.random.default_rng(0)
 HALF = TensorProto.FLOAT16
@@ -171,6 +172,18 @@ def test_a_file_of_codes_in_float16_is_for_devices(tmp_path: Path) -> None:
         in str(report)
     )
     assert "up.weight: CUDA's" not in str(report)
+
+
+def test_a_branch_changes_how_products_of_codes_in_float16_are_rounded(tmp_path: Path) -> None:
+    """On the CPU the runtime computes them in float32 or in float16, by what stands beside them."""
+    model, _, _ = captured("hf_llama")
+    base = tmp_path / "base.onnx"
+    lora_fx.export(model, base, quantise="int4", precision="float16", target="cuda", provider="cpu")
+    report = lora_fx.export(
+        base, tmp_path / "switch.onnx", mode="switch", target="cuda", provider="cpu"
+    )
+    largest = max(row.rel for row in report.parity if row.of == "base")
+    assert ORT_TOL < largest < 2.0**-10
 
 
 def test_its_switch_file_is_proven_and_its_adapter_acts(tmp_path: Path) -> None:
