@@ -158,14 +158,11 @@ def test_fold_and_onnx_runtime(name: str, provider: str, tmp_path: Path) -> None
 
 BY_ROW = {
     **dict.fromkeys(
-        ("einsum", "gathered_experts", "grouped_conv", "conv_transpose1d", "conv_transpose2d",
-         "grouped_conv_transpose", "unet", "hf_mixtral", "hf_gpt_oss", "hf_qwen3_moe", "hf_xlnet",
-         "hf_universal_segmentation", "hf_depth_estimation", "timm_nfnet"),
+        ("einsum", "gathered_experts", "hf_mixtral", "hf_gpt_oss", "hf_qwen3_moe", "hf_xlnet"),
         "this use cannot be computed row by row",
     ),
     **dict.fromkeys(
-        ("bmm_experts", "embedding_bag", "hf_timesformer", "hf_image_text_to_text",
-         "hf_table_question"),
+        ("embedding_bag", "hf_timesformer", "hf_image_text_to_text", "hf_table_question"),
         "may mix the rows of the batch",
     ),
     **dict.fromkeys(
