@@ -239,8 +239,7 @@ def command(
         accuracy_level=file.accuracy_level,
         tol=file.tol,
     )
-    for_device = file.target if file.target != "cpu" else None
-    given = given_options({"inputs": arrays, "within": file.within, "target": for_device})
+    given = given_options({"inputs": arrays, "within": file.within})
     report = export_as(source, options, given, quantise=file.quantise, genai=file.genai)
     if is_graph:
         note(*report.warnings, warns=True)

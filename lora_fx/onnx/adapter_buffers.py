@@ -2,7 +2,8 @@
 
 A CUDA graph reads the addresses that were bound when it was captured, and a replay looks at no
 binding: an adapter that is bound later is not seen. So there is one pair of buffers for each
-target, of one rank. An adapter of a smaller rank is padded with zeros, whose products add nothing.
+target, of one rank. An adapter of a smaller rank is padded with zeros, whose products with finite
+activations add nothing.
 """
 
 from __future__ import annotations

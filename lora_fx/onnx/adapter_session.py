@@ -252,7 +252,7 @@ class Session:
         if isinstance(adapter, str):
             return {**self._defaults, **self._values[adapter]}
         if not adapter:
-            return self._defaults
+            return {**self._defaults}
         return {**self._defaults, **ort_values(self._mixed(adapter))}
 
     def _chosen_tensors(self, adapter: Choice) -> Mapping[str, Array]:

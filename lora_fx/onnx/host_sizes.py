@@ -77,4 +77,4 @@ def is_constant(value: ir.Value) -> bool:
     producer = value.producer()
     if producer is not None:
         return producer.op_type == "Constant"
-    return value.is_initializer()
+    return value.is_initializer() and not value.is_graph_input()

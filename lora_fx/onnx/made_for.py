@@ -42,6 +42,7 @@ def make_for(model: ir.Model, target: str) -> None:
         target: One of MADE_FOR.
     """
     if target == CPU:
+        say_target(model, target)
         return
     for rewrite in DEVICE_FORMS.values():
         rewrite(model)
@@ -49,6 +50,8 @@ def make_for(model: ir.Model, target: str) -> None:
 
 
 def say_target(model: ir.Model, target: str) -> None:
-    """Write into a model what it is made for; nothing for the CPU."""
-    if target != CPU:
+    """Write into a model what it is made for; a file for the CPU says nothing."""
+    if target == CPU:
+        model.metadata_props.pop(PROPERTY, None)
+    else:
         model.metadata_props[PROPERTY] = target

@@ -17,7 +17,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import EXISTS, replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.cuda_obstacles import Obstacle, cuda_obstacles
-from lora_fx.onnx.made_for import CPU, make_for, say_target
+from lora_fx.onnx.made_for import make_for, say_target
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import few_runs
@@ -34,7 +34,7 @@ class Output:
         data: The name that its data gets, if it is saved with any.
         loadable: The file that can be loaded before it has its name: `path`, or a copy beside the
             target where the file shares the data of another.
-        made_for: The target that the file is made for.
+        made_for: The target that the file is made for; empty where it stays what it was.
         external: True when it was saved with data.
         places: Where copies go.
         adapters: The files of adapters that were written beside it.
@@ -47,7 +47,7 @@ class Output:
     path: Path
     data: Path
     loadable: Path
-    made_for: str = CPU
+    made_for: str = ""
     external: bool = False
     places: Sequence[Place] = ()
     adapters: list[Path] = field(default_factory=list)
@@ -68,9 +68,9 @@ class Output:
 
         It takes the forms of its target, unless it has those that were proven already.
         """
-        if has_forms:
+        if self.made_for and has_forms:
             say_target(model, self.made_for)
-        else:
+        elif self.made_for:
             make_for(model, self.made_for)
         with stage("writing the file"):
             files = save(
@@ -118,7 +118,7 @@ class Output:
 def output(
     target: Path,
     *,
-    made_for: str = CPU,
+    made_for: str = "",
     force: bool = False,
     places: Sequence[Place] = (),
     owner: Path | None = None,

@@ -13,7 +13,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_fx.errors import LoraFxError, importing, retold
+from lora_fx.errors import LoraFxError, retold
 from lora_fx.onnx.runtime_log import quiet_options
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def registered_name(plugin: Plugin) -> str:
     import onnxruntime as ort
 
     packages = " or ".join(plugin.packages)
-    with importing(f"{_unusable(plugin)}: {packages}", plugin.install):
+    missing = f"{_unusable(plugin)}: {packages} cannot be imported"
+    with retold(missing, plugin.install, most=120):  # a driver's library may be missing
         package = importlib.import_module(plugin.module)
     quiet_options()  # registration logs what it finds
     refused = f"{_unusable(plugin)}: ONNX Runtime {ort.__version__} does not take {packages}"

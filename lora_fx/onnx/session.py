@@ -121,8 +121,8 @@ class RuntimeSession:
     def rank_one_defaults(self) -> dict[str, Array]:
         """Zeros of rank 1 for A and B of a switchable file, on a provider without rank 0.
 
-        They change as little as the file's own defaults of rank 0, a product with which ends the
-        process in WebGPU's MatMul (onnxruntime-ep-webgpu 0.4.0).
+        With finite activations they change as little as the file's own defaults of rank 0, a
+        product with which ends the process in WebGPU's MatMul (onnxruntime-ep-webgpu 0.4.0).
         """
         text = self.metadata.get(PROPERTY)
         if self.provider != "webgpu" or text is None:
@@ -265,9 +265,10 @@ def open_session(
     note = ""
     wanted: Wanted | None = ["CPUExecutionProvider"]
     if provider == "webgpu":
+        device = webgpu_devices()[0]
         on_cpu = cpu_nodes_of(path)
         note = on_cpu.note
-        options.add_provider_for_devices([webgpu_devices()[0]], on_cpu.options)
+        options.add_provider_for_devices([device], on_cpu.options)
         options.add_session_config_entry(*RECORD)
         wanted = None  # what the options hold
     elif provider in ("auto", "cuda") and driver_present() and (provider == "cuda" or _has_cuda()):

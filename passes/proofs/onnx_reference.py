@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factor_tensors import slots_of
-from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.lowrank import LowRank, Updates, draw
 from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import (
     CEILING,
@@ -25,6 +25,7 @@ from lora_fx.compare import (
     Gate,
     Parity,
     gates_of,
+    grow,
     narrow_gate,
     rel,
     shapes_of,
@@ -50,6 +51,7 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run, Shown
 from lora_fx.passes.proofs.run_comparison import compared, spread
 from lora_fx.progress import stage
+from lora_fx.targets.keys import own_use
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
@@ -143,15 +145,17 @@ class OnnxReference:
         for name in self.arrays:
             expect_input(name, self.inputs.names)
 
-        # ONNX Runtime's CPU computes a product with codes in float16 where its neighbours are, and
-        # in float32 elsewhere, so that a branch beside it changes how it is rounded
-        dtypes = set() if graph is None else dtypes_of_products(graph.model)
-        self._eps = max((EPSILON.get(dtype, 0.0) for dtype in dtypes), default=0.0)
         self._step = 0.0
         self.ceiling = CEILING
         if graph is not None and rounds_activations(graph.model):
             self._step = STEP
             self.ceiling = COARSE
+        # ONNX Runtime's CPU computes a product with codes in float16 where its neighbours are, and
+        # in float32 elsewhere, so that a branch beside it changes how it is rounded
+        dtypes = set() if graph is None else dtypes_of_products(graph.model)
+        epsilon = max((EPSILON.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+        self._branches_round = epsilon > 0
+        self.ceiling = max(self.ceiling, 8 * epsilon)
         self.mixes = graph is not None and shares_ranges(graph.model)
         self._names = [output.name for output in self.session.session.get_outputs()]
         self._paths: dict[tuple[object, ...], Path] = {}
@@ -195,9 +199,16 @@ class OnnxReference:
 
         A fold moves every weight by half a unit of its last place, at most. Where activations are
         rounded to codes of eight bits, a difference of one part in 1e7 moves some by a whole step.
+        Where branches change how products are rounded, so do branches that add zeros.
         """
         largest_errors: dict[str, float] = dict.fromkeys(self._names, self._step)
         yield largest_errors
+        if adapter is None and self._branches_round:
+            idle = self._idle_branches()
+            session = self._session(idle, True)
+            for feeds in self.sizes():
+                outputs = self._outputs(session, {**feeds, **_factors(idle)})
+                yield grow(largest_errors, outputs, self._run(None, True, feeds))
         updates = {} if adapter is None else adapter.lowrank
         moved_session = self.session
         if updates:
@@ -212,6 +223,15 @@ class OnnxReference:
                         error = rel(values[name], value)
                         largest_errors[name] = max(largest_errors.get(name, self._step), error)
                 yield largest_errors
+
+    def _idle_branches(self) -> Updates:
+        """Return an update of rank 1 for each target of the default plan, which adds zeros."""
+        assert self.graph is not None
+        updates = {}
+        for target in find(self.graph).targets:
+            a, b = draw(target.key, target.layout, 1, 0)
+            updates[target.key] = LowRank(a, b, 1.0, target.layout, use=own_use(target.key))
+        return updates
 
     def prove(
         self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
@@ -256,16 +276,14 @@ class OnnxReference:
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
     ) -> dict[str, Gate]:
-        """Return the base's gates, wider if a product or adapted weight is in a narrower dtype."""
+        """Return the base's gates, wider if an adapted weight is stored in a narrower dtype."""
         if adapter is None or self.graph is None:
-            gates = gates_of(expected, self.ceiling)
-            narrow = Gate(8 * self._eps, 8 * self._eps)
-            return {name: max(gate, narrow) for name, gate in gates.items()}
+            return gates_of(expected, self.ceiling)
         gates = gates_of(expected, self.ceiling, partial(self._run, None, True, feeds))
         dtypes: set[str] = set()
         for target in self._targets(adapter.lowrank):
             dtypes |= _dtypes_of(target)
-        eps = max(self._eps, *(EPSILON.get(dtype, 0.0) for dtype in dtypes))
+        eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
         if not eps:
             return gates
         base = self._run(None, True, feeds)

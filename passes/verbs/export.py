@@ -169,15 +169,7 @@ def export(
         accuracy_level=accuracy_level, tol=tol, **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
-    for_device = target if target != CPU else None
-    spellings = given_options(
-        {
-            "external_over": external_over,
-            "inputs": inputs,
-            "within": within,
-            "target": for_device,
-        }
-    )
+    spellings = given_options({"external_over": external_over, "inputs": inputs, "within": within})
     return export_as(model, options, spellings, quantise=quantise, genai=genai)
 
 
@@ -196,8 +188,8 @@ def export_as(
     Args:
         model: As in export.
         options: What is asked for.
-        given: Those of external_over, inputs, within and target that were given, each as the user
-            spells it.
+        given: Those of external_over, inputs and within that were given, each as the user spells
+            it.
         quantise: As in export.
         genai: As in export.
 

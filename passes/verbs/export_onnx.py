@@ -161,7 +161,7 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
     if not any(target.no_fold for target in find(graph).targets):
         raise LoraFxError(
             f"{source} is an .onnx file already, and there is nothing to do",
-            "pass an adapter, --optimise, --precision or another --mode",
+            "pass an adapter, --optimise, --precision, --target of a device, or another --mode",
         )
 
     before = {name: graph.reader(name) for name in graph.flow.stores}

@@ -71,10 +71,11 @@ EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
 
 REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
     NoSay(
-        ("inputs", "within", "target"),
+        ("inputs", "within"),
         lambda o: o.mode == "merged" and not o.rewrites,
         "when an adapter is merged into an .onnx file: the merge compares tensors and runs nothing",
-        "leave it out; only --optimise, --precision and lora-fx merge --run run the file",
+        "leave it out; only --optimise, --precision, a device as --target and lora-fx merge --run "
+        "run the file",
     ),
 )
 """The rules for the options of an export of an .onnx file."""
@@ -218,7 +219,7 @@ class ExportOptions:
     @property
     def rewrites(self) -> bool:
         """Whether the graph of an .onnx file is rewritten beyond its weights, and so has to run."""
-        return self.optimise or self.precision is not None
+        return self.optimise or self.precision is not None or self.made_for != CPU
 
     def output(self) -> AbstractContextManager[Output]:
         """Open the file and its copies for writing; they get their names when the block ends."""

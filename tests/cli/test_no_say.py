@@ -62,7 +62,7 @@ ALWAYS: dict[str, dict[str, str]] = {
     },
     "export": {
         "model": READS, "adapters": READS, "output": WRITES, "mode": GOAL, "optimise": GOAL,
-        "triton": WRITES, "trust": PERMITS, "provider": RUNS,
+        "target": GOAL, "triton": WRITES, "trust": PERMITS, "provider": RUNS,
     },
     "extract": {
         "base": READS, "tuned": READS, "output": WRITES, "energy": GOAL, "include": TARGETS,
@@ -200,7 +200,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     ),
     *(
         (FROM_ONNX, o, "when an adapter is merged into an .onnx file")
-        for o in ("--inputs inputs.npz", "--within", "--target cuda")
+        for o in ("--inputs inputs.npz", "--within")
     ),
     ("export held.pt2 -o out.onnx", "--no-repeat", "which is traced already"),
     ("extract base.safetensors tuned.safetensors -o out", "--max-rank 8", "only with energy"),

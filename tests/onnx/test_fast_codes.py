@@ -17,10 +17,11 @@ from torch import nn
 import lora_fx
 from lora_fx.compare import ORT_TOL, rel
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
 from lora_fx.onnx.candidate_error import open_model
 from lora_fx.onnx.rewrites.fast_codes import FastCodes, said_of_slow_codes
+from lora_fx.passes.verbs import export_switch
 from tests.zoo.shared import captured
 
 RNG = np.random.default_rng(0)
@@ -184,6 +185,48 @@ def test_a_branch_changes_how_products_of_codes_in_float16_are_rounded(tmp_path:
     )
     largest = max(row.rel for row in report.parity if row.of == "base")
     assert ORT_TOL < largest < 2.0**-10
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.005])
+def test_one_product_in_float16_hides_no_wrong_weight(
+    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else is float32, and is compared so: what the product rounds is a ten-thousandth."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 20, "com.microsoft": 1]>
+        m (float[b, 32] x) => (float[b, 16] y) {
+            h = MatMul(x, w)
+            narrow = Cast<to=10>(x)
+            q = com.microsoft.MatMulNBits<K=32, N=16, bits=4, block_size=32>(narrow, c, s)
+            wide = Cast<to=1>(q)
+            y = Add(h, wide)
+        }"""
+    )
+    stored = {
+        "w": RNG.standard_normal((32, 16)).astype(np.float32),
+        "c": RNG.integers(0, 255, (16, 1, 16)).astype(np.uint8),
+        "s": np.full(16, 1e-5, np.float16),
+    }
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in stored.items()
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    made = export_switch._made_switchable
+
+    def damaged(graph: Any, switch: Any, copies: Any) -> Any:
+        manifest = made(graph, switch, copies)
+        weight = graph.model.graph.initializers["w"]
+        weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(scale), name="w")
+        return manifest
+
+    monkeypatch.setattr(export_switch, "_made_switchable", damaged)
+    asked: dict[str, Any] = {"mode": "switch", "provider": "cpu", "include": "w"}
+    if scale == 1:
+        assert lora_fx.export(path, tmp_path / "s.onnx", **asked)
+        return
+    with pytest.raises(NoEffectError, match="differs from the model"):
+        lora_fx.export(path, tmp_path / "s.onnx", **asked)
 
 
 def test_its_switch_file_is_proven_and_its_adapter_acts(tmp_path: Path) -> None:

@@ -81,9 +81,30 @@ def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_a_merge_that_runs_nothing_changes_no_form(tmp_path: Path) -> None:
+def test_a_file_takes_the_forms_of_a_device_alone_or_with_an_adapter(tmp_path: Path) -> None:
     base = exported(tmp_path, "base.onnx")
-    adapter = lora_fx.insert(model(), (X,), rank=2).adapter()
-    with pytest.raises(LoraFxError, match="target has no effect when an adapter is merged"):
-        lora_fx.export(base, tmp_path / "m.onnx", adapters=adapter, target="cuda", provider="cpu")
-    assert not (tmp_path / "m.onnx").exists()
+    of_device = tmp_path / "device.onnx"
+    assert lora_fx.export(base, of_device, target="cuda", provider="cpu")
+    assert written_target(of_device) == "cuda"
+
+    update = adapter(lora_fx.capture(model(), (X,)), 1, 3)
+    merged = tmp_path / "merged.onnx"
+    assert lora_fx.export(base, merged, adapters=update, target="cuda", provider="cpu")
+    assert written_target(merged) == "cuda"
+
+
+@pytest.mark.parametrize("mode", ["switch", "merged"])
+def test_the_target_is_that_of_the_last_export(tmp_path: Path, mode: Any) -> None:
+    """Defaults of a file for the CPU have rank 0, with which WebGPU's products end the process."""
+    source = exported(tmp_path, "webgpu.onnx", target="webgpu")
+    path = tmp_path / "again.onnx"
+    options = {"optimise": True} if mode == "merged" else {}
+    lora_fx.export(source, path, mode=mode, provider="cpu", **options)
+    assert written_target(path) is None
+
+
+def test_a_merge_keeps_the_target(tmp_path: Path) -> None:
+    source = exported(tmp_path, "cuda.onnx", target="cuda")
+    update = adapter(lora_fx.capture(model(), (X,)), 1, 3)
+    lora_fx.merge(source, update, tmp_path / "merged.onnx")
+    assert written_target(tmp_path / "merged.onnx") == "cuda"
