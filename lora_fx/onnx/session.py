@@ -28,8 +28,7 @@ from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md 
 from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices
 from lora_fx.onnx.provider_nodes import CUDA, NAMES, RECORD
 from lora_fx.onnx.runtime_log import quiet_options
-from lora_fx.onnx.unverified import CUDA_PLUGIN as CUDA_PLUGIN_PACKAGES
-from lora_fx.onnx.unverified import never_run
+from lora_fx.onnx.unverified import CUDA_PACKAGES, never_run
 from lora_fx.onnx.webgpu import cpu_nodes_of, exclusive, webgpu_devices
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
@@ -292,7 +291,7 @@ def open_session(
             "--provider cpu",
         )
     if used_provider == "cuda" and CUDA not in ort.get_available_providers():
-        note = never_run(CUDA_PLUGIN_PACKAGES)
+        note = never_run(CUDA_PACKAGES)
     # A machine without a GPU runs on its CPU, which is no news.
     if provider == "auto" and used_provider == "cpu" and driver_present():
         note = "running on CPU: this build of ONNX Runtime does not use the GPU"

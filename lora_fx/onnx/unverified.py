@@ -7,8 +7,8 @@ goes when `pytest -m gpu` has passed on a machine with a GPU.
 from __future__ import annotations
 
 CUDA_GRAPHS = "Session(cuda_graph=True)"
-CUDA_PLUGIN = "onnxruntime-ep-cuda12 and -cuda13"
-NEVER_RUN = (CUDA_GRAPHS, CUDA_PLUGIN)
+CUDA_PACKAGES = "onnxruntime-ep-cuda12 and -cuda13"
+NEVER_RUN = (CUDA_GRAPHS, CUDA_PACKAGES)
 
 
 def never_run(what: str) -> str:
