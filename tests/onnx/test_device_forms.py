@@ -255,6 +255,7 @@ def test_forms_of_a_file_that_is_written_again_are_proven(
     report = lora_fx.export(tmp_path / "a.onnx", tmp_path / "b.onnx", **options)
     stages = {stage["name"]: stage["kept"] for stage in report.details["stages"]}
     assert stages["ranges from sizes"] and all(stages.values())
+    assert not any("rolled back" in warning for warning in report.warnings)
     assert report.details["cuda"]["capturable"]
     written = ir.load(tmp_path / "b.onnx")
     assert written.metadata_props[PROPERTY] == "cuda"
@@ -269,5 +270,7 @@ def test_forms_of_a_file_that_is_written_again_are_proven(
     report = lora_fx.export(tmp_path / "a.onnx", tmp_path / "c.onnx", **options)
     stages = {stage["name"]: stage["kept"] for stage in report.details["stages"]}
     assert not stages["ranges from sizes"]
+    (warning,) = [text for text in report.warnings if "rolled back" in text]
+    assert "'ranges from sizes' for cuda" in warning and "output 'y'" in warning
     assert [node.op_type for node in ir.load(tmp_path / "c.onnx").graph].count("Add") == 1
     assert not report.details["cuda"]["capturable"]
