@@ -77,6 +77,7 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     model, stages = optimised(original, feeds, provider, options.made_for, chosen_stages)
     mark_changed(model, values)
     notes = [session.note] if session.note else []
+    notes += _said_of_forms(stages, options.made_for)
     if options.precision:
         narrowed = narrow(model, options.precision, feeds, provider, options.tol)
         model = narrowed.model
@@ -93,3 +94,13 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     }
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, tuple(notes), details)
+
+
+def _said_of_forms(stages: Sequence[RewriteStage], target: str) -> list[str]:
+    """Return a line for each form of the target that the file does not have."""
+    return [
+        f"the form {stage.name!r} for {target} was rolled back, and its nodes are as they were: "
+        f"{stage.why}"
+        for stage in stages
+        if stage.name in DEVICE_FORMS and not stage.kept
+    ]

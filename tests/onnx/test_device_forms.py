@@ -29,6 +29,8 @@ RANGES = {
     "other bounds and steps": ("r = Range(three, n, two)  y = Add(r, m)", True),
     "downwards": ("r = Range(n, three, three)  y = Add(r, m)", True),
     "without numbers": ("r = Range(n, three, one)  y = Add(r, m)", True),
+    "a bound of shape [1]": ("r = Range(axes, n, one)  y = Add(r, m)", False),
+    "bounds and a size of shape [1]": ("r = Range(axes, rows, one)  y = Add(r, columns)", False),
     "two sizes": ("r = Range(zero, n, one)  s = Add(r, m)  y = Add(n, s)", True),
     "a range that others read": ("r = Range(zero, n, one)  s = Add(r, m)  y = Mul(s, r)", True),
     "a constant": ("r = Range(zero, n, one)  y = Add(r, two)", False),
@@ -39,6 +41,8 @@ RANGES = {
     "a difference": ("r = Range(zero, n, one)  y = Sub(r, m)", False),
 }  # fmt: skip
 """Nodes, and whether they change. What a constant adds is on the device already."""
+STAY = ("no range", "a difference", "a bound of shape [1]", "bounds and a size of shape [1]")
+"""Sums that stay, although they are in the way."""
 PADS = {
     "after the last axis": ("a = Constant<value_ints = [0, 0, 0, 1]>()  y = Pad(d, a, v)", True),
     "all around": ("a = Constant<value_ints = [1, 2, 3, 4]>()  y = Pad(d, a, v)", True),
@@ -64,8 +68,8 @@ PADS = {
 }  # fmt: skip
 
 
-def model_of(nodes: str, y: str) -> ir.Model:
-    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+def model_of(nodes: str, y: str, opset: int = 20) -> ir.Model:
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
     g (int64[a, b] x, int64[1] i) => ({y}) {{ {nodes} }}"""
     return ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
 
@@ -83,6 +87,7 @@ def check_rewrite(rewrite: ir.passes.InPlacePass, model: ir.Model, *, changes: b
     assert rewrite(model).modified is changes
     assert (str(model.graph) != text) is changes
     assert not rewrite(model).modified
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
     for shape, expected in zip(shapes, before, strict=True):
         np.testing.assert_array_equal(result(model, shape), expected)
 
@@ -91,7 +96,7 @@ def check_rewrite(rewrite: ir.passes.InPlacePass, model: ir.Model, *, changes: b
 def test_ranges_and_sizes(name: str) -> None:
     nodes, changes = RANGES[name]
     model = model_of(ZERO_TO_N + nodes, "int64[k] y")
-    assert bool(cuda_obstacles(model)) is (changes or name in ("no range", "a difference"))
+    assert bool(cuda_obstacles(model)) is (changes or name in STAY)
     check_rewrite(RangeFromSize(), model, changes=changes)
     if changes:
         assert cuda_obstacles(model) == []
@@ -146,6 +151,92 @@ def test_the_labels_of_a_step() -> None:
     ]
 
 
+REWRITTEN: dict[str, tuple[ir.passes.InPlacePass, str, str]] = {
+    "ranges": (
+        RangeFromSize(), "int64[k] y", ZERO_TO_N + "r = Range(three, n, one)  y = Add(r, columns)",
+    ),
+    "pads": (
+        PadToConcat(), "int64[k, l] y",
+        "a = Constant<value_ints = [1, 2, 3, 4]>()  d = Mul(x, x)  y = Pad(d, a)",
+    ),
+}  # fmt: skip
+TAKEN_BY = {
+    "an input": ("int64[1] {name}", "", "z = Add({name}, i)"),
+    "an initialiser": ("", "int64[1] {name} = {{7}}", "z = Add({name}, i)"),
+    "a result": ("", "", "{name} = Neg(i)  z = Add({name}, i)"),
+    "a result of an inner graph": (
+        "", "",
+        "yes = Constant<value = bool {{1}}>()  z = If(yes) <"
+        "then_branch = t () => (int64[1] u) {{ {name} = Neg(i)  u = Neg({name}) }}, "
+        "else_branch = e () => (int64[1] v) {{ v = Identity(i) }}>",
+    ),
+}  # fmt: skip
+"""What has a name already: its input, its initialiser, and nodes that make z of it."""
+
+
+def names_of(model: ir.Model) -> set[str]:
+    results = {str(value.name) for node in model.graph.all_nodes() for value in node.outputs}
+    return results | set(model.graph.initializers)
+
+
+@pytest.mark.parametrize("taken_by", TAKEN_BY)
+@pytest.mark.parametrize("rewritten", REWRITTEN)
+def test_new_values_have_names_that_no_value_has(rewritten: str, taken_by: str) -> None:
+    rewrite, y, nodes = REWRITTEN[rewritten]
+    model = model_of(nodes, y)
+    names = names_of(model)
+    rewrite(model)
+    new_names = names_of(model) - names
+    assert new_names
+
+    feeds = {"x": np.arange(6).reshape(2, 3), "i": np.array([2])}
+    for name in sorted(new_names):
+        taken = [text.format(name=name) for text in TAKEN_BY[taken_by]]
+        inputs, initialisers, readers = taken
+        all_inputs = ", ".join(filter(None, ["int64[a, b] x", "int64[1] i", inputs]))
+        text = f"""<ir_version: 10, opset_import: ["" : 20]>
+        g ({all_inputs}) => ({y}, int64[1] z) <{initialisers}> {{ {nodes}  {readers} }}"""
+        proto = onnx.parser.parse_model(text)
+        if not initialisers:
+            proto.graph.ClearField("initializer")
+        model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        if inputs:
+            feeds[name] = np.array([5])
+        expected = open_model(model.clone(), "cpu").run(feeds)
+        assert rewrite(model).modified
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        after = open_model(model, "cpu").run(feeds)
+        for output, numbers in expected.items():
+            np.testing.assert_array_equal(after[output], numbers)
+        feeds.pop(name, None)
+
+
+OLD_FORMS = {
+    "ranges": (
+        RangeFromSize(), 11, "int64[k] y",
+        """s = Shape(x)  zero = Constant<value = int64 {0}>()  one = Constant<value = int64 {1}>()
+        last = Constant<value = int64[1] {1}>()  n = Gather(s, zero)  columns = Gather(s, last)
+        r = Range(zero, n, one)  y = Add(r, columns)""",
+    ),
+    "pads": (
+        PadToConcat(), 15, "int64[k, l] y",
+        "a = Constant<value = int64[4] {0, 0, 0, 1}>()  d = Mul(x, x)  y = Pad(d, a)",
+    ),
+}  # fmt: skip
+"""A rewrite, the first opset that has its operators, and nodes that older opsets have as well."""
+
+
+@pytest.mark.parametrize("opset", [11, 13, 14, 15, 20])
+@pytest.mark.parametrize("name", OLD_FORMS)
+def test_forms_have_operators_that_the_opset_has(name: str, opset: int) -> None:
+    """Where it has none, the graph stays, and its obstacle is reported."""
+    rewrite, first, y, nodes = OLD_FORMS[name]
+    model = model_of(nodes, y, opset=opset)
+    check_rewrite(rewrite, model, changes=opset >= first)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert bool(cuda_obstacles(model)) is (opset < first)
+
+
 def test_a_file_for_the_cpu_keeps_its_forms() -> None:
     model = model_of(ZERO_TO_N + RANGES["a range and a size"][0], "int64[k] y")
     text = str(model)
@@ -164,6 +255,7 @@ def test_forms_of_a_file_that_is_written_again_are_proven(
     report = lora_fx.export(tmp_path / "a.onnx", tmp_path / "b.onnx", **options)
     stages = {stage["name"]: stage["kept"] for stage in report.details["stages"]}
     assert stages["ranges from sizes"] and all(stages.values())
+    assert not any("rolled back" in warning for warning in report.warnings)
     assert report.details["cuda"]["capturable"]
     written = ir.load(tmp_path / "b.onnx")
     assert written.metadata_props[PROPERTY] == "cuda"
@@ -178,5 +270,7 @@ def test_forms_of_a_file_that_is_written_again_are_proven(
     report = lora_fx.export(tmp_path / "a.onnx", tmp_path / "c.onnx", **options)
     stages = {stage["name"]: stage["kept"] for stage in report.details["stages"]}
     assert not stages["ranges from sizes"]
+    (warning,) = [text for text in report.warnings if "rolled back" in text]
+    assert "'ranges from sizes' for cuda" in warning and "output 'y'" in warning
     assert [node.op_type for node in ir.load(tmp_path / "c.onnx").graph].count("Add") == 1
     assert not report.details["cuda"]["capturable"]

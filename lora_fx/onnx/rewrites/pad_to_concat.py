@@ -7,7 +7,7 @@ token, would be copied to the host and back in every run. Expand and Concat move
 
 where n₀ … are the sizes of x. One axis follows the other, so corners are v as well. Cuts (numbers
 below zero), other modes than constant, amounts that are computed and none at all stay as they are,
-and so do pads of sizes, which are on the host.
+and so do pads of sizes, which are on the host, and those of older opsets.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ import onnx_ir as ir
 
 from lora_fx.onnx.cuda_obstacles import lacks_kernel_for_integers
 from lora_fx.onnx.graph.emitter import add_initialiser
+from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.onnx.graph.values import delete_unread, numbers, operand, rank
 from lora_fx.onnx.host_sizes import host_sizes
+
+OLDEST = 15
+"""The oldest opset in which Shape returns the sizes of some axes."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,18 @@ class PadToConcat(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
+        if model.opset_imports.get("", 0) < OLDEST:
+            return ir.passes.PassResult(model, False)
         sizes = host_sizes(model.graph)
-        modified = False
+        names: NewNames | None = None
         for pad in list(model.graph):
             if not lacks_kernel_for_integers(pad) or pad.inputs[0] in sizes:
                 continue
             amounts = _amounts(pad)
             if amounts is not None:
-                _replace(model.graph, pad, amounts)
-                modified = True
-        return ir.passes.PassResult(model, modified)
+                names = names or NewNames(model)
+                _replace(model.graph, pad, amounts, names)
+        return ir.passes.PassResult(model, names is not None)
 
 
 def _amounts(pad: ir.Node) -> Sequence[tuple[int, int]] | None:
@@ -57,7 +63,9 @@ def _amounts(pad: ir.Node) -> Sequence[tuple[int, int]] | None:
     return amounts
 
 
-def _replace(graph: ir.Graph, pad: ir.Node, amounts: Sequence[tuple[int, int]]) -> None:
+def _replace(
+    graph: ir.Graph, pad: ir.Node, amounts: Sequence[tuple[int, int]], names: NewNames
+) -> None:
     """Replace a Pad by a Concat for each padded axis."""
     result = pad.outputs[0]
     x = pad.inputs[0]
@@ -65,21 +73,24 @@ def _replace(graph: ir.Graph, pad: ir.Node, amounts: Sequence[tuple[int, int]]) 
     assert x is not None and x.dtype is not None
     if value is None:
         zero = np.zeros((), x.dtype.numpy())
-        value = add_initialiser(graph, f"{result.name}_value", zero)
+        value = add_initialiser(graph, names.take(f"{result.name}_value"), zero)
 
     nodes: list[ir.Node] = []
     for axis, (before, after) in enumerate(amounts):
         parts = [x]
         if before:
-            filled = _filled(graph, value, x, axis, before, f"{result.name}_before_{axis}")
+            name = f"{result.name}_before_{axis}"
+            filled = _filled(graph, value, x, axis, before, name, names)
             parts.insert(0, filled[-1].outputs[0])
             nodes += filled
         if after:
-            filled = _filled(graph, value, x, axis, after, f"{result.name}_after_{axis}")
+            name = f"{result.name}_after_{axis}"
+            filled = _filled(graph, value, x, axis, after, name, names)
             parts.append(filled[-1].outputs[0])
             nodes += filled
         if len(parts) > 1:
-            nodes.append(_node("Concat", parts, f"{result.name}_axis_{axis}", x, axis=axis))
+            name = names.take(f"{result.name}_axis_{axis}")
+            nodes.append(_node("Concat", parts, name, x, axis=axis))
             x = nodes[-1].outputs[0]
     operands = pad.inputs
     ir.convenience.replace_nodes_and_values(graph, pad, [pad], nodes, [result], [x])
@@ -88,19 +99,27 @@ def _replace(graph: ir.Graph, pad: ir.Node, amounts: Sequence[tuple[int, int]]) 
 
 
 def _filled(
-    graph: ir.Graph, value: ir.Value, x: ir.Value, axis: int, length: int, name: str
+    graph: ir.Graph,
+    value: ir.Value,
+    x: ir.Value,
+    axis: int,
+    length: int,
+    stem: str,
+    names: NewNames,
 ) -> list[ir.Node]:
     """Return nodes that expand a value to the sizes of x, but for the length of one axis."""
-    size = add_initialiser(graph, f"{name}_length", np.array([length], np.int64))
+    size = add_initialiser(graph, names.take(f"{stem}_length"), np.array([length], np.int64))
     nodes: list[ir.Node] = []
     sizes = [size]
     if axis > 0:
-        nodes.append(_node("Shape", [x], f"{name}_sizes_to", size, start=0, end=axis))
+        name = names.take(f"{stem}_sizes_to")
+        nodes.append(_node("Shape", [x], name, size, start=0, end=axis))
         sizes.insert(0, nodes[-1].outputs[0])
-    nodes.append(_node("Shape", [x], f"{name}_sizes_from", size, start=axis + 1))
+    name = names.take(f"{stem}_sizes_from")
+    nodes.append(_node("Shape", [x], name, size, start=axis + 1))
     sizes.append(nodes[-1].outputs[0])
-    nodes.append(_node("Concat", sizes, f"{name}_sizes", size, axis=0))
-    nodes.append(_node("Expand", [value, nodes[-1].outputs[0]], name, x))
+    nodes.append(_node("Concat", sizes, names.take(f"{stem}_sizes"), size, axis=0))
+    nodes.append(_node("Expand", [value, nodes[-1].outputs[0]], names.take(stem), x))
     return nodes
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.emitter import add_initialiser
+from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.onnx.graph.values import constant, delete_unread, made_by, rank, remove_unread
 from lora_fx.onnx.host_sizes import host_sizes
 
@@ -28,19 +27,20 @@ class RangeFromSize(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
         sizes = host_sizes(model.graph)
-        modified = False
+        names: NewNames | None = None
         for add in list(model.graph):
             found = _range_and_size(add, sizes)
             if found is not None:
-                _replace(model.graph, add, *found)
-                modified = True
-        return ir.passes.PassResult(model, modified)
+                names = names or NewNames(model)
+                _replace(model.graph, add, *found, names)
+        return ir.passes.PassResult(model, names is not None)
 
 
 def _range_and_size(add: ir.Node, sizes: set[ir.Value]) -> tuple[ir.Node, ir.Value] | None:
     """Return the Range and the size that a node adds; None for other nodes.
 
-    The size has one number: rank 0, or the shape [1].
+    The size has one number: rank 0, or the shape [1]. Bounds have rank 0; a runtime may take
+    others, ONNX does not.
     """
     if add.op_type != "Add" or add.domain:
         return None
@@ -49,21 +49,33 @@ def _range_and_size(add: ir.Node, sizes: set[ir.Value]) -> tuple[ir.Node, ir.Val
         source = made_by(ranged, "Range")
         if source is None or size is None or size not in sizes:
             continue
+        if any(rank(bound) != 0 for bound in source.inputs[:2]):
+            continue
         has_one_number = rank(size) == 0 or (rank(size) == 1 and size.shape == ir.Shape([1]))
         if has_one_number and size.dtype is not None and size.dtype.is_integer():
             return source, size
     return None
 
 
-def _replace(graph: ir.Graph, add: ir.Node, source: ir.Node, size: ir.Value) -> None:
+def _replace(
+    graph: ir.Graph, add: ir.Node, source: ir.Node, size: ir.Value, names: NewNames
+) -> None:
     """Replace the sum by a Range between bounds that have the size added."""
     result = add.outputs[0]
     nodes: list[ir.Node] = []
-    if rank(size) == 1:
-        axes = add_initialiser(graph, f"{result.name}_axes", np.array([0], np.int64))
-        nodes.append(_scalar("Squeeze", (size, axes), f"{result.name}_size", size))
-        size = nodes[-1].outputs[0]
 
+    def scalar(op_type: str, name: str, *inputs: ir.Value) -> ir.Value:
+        """Add a node whose result is one number."""
+        node = ir.node(op_type, inputs, name=names.take(f"{result.name}_{name}"))
+        nodes.append(node)
+        number = node.outputs[0]
+        number.name = node.name
+        number.type = size.type
+        number.shape = ir.Shape([])
+        return number
+
+    if rank(size) == 1:
+        size = scalar("Squeeze", "size", size)
     bounds: list[ir.Value] = []
     for bound, name in zip(source.inputs[:2], ("start", "limit"), strict=True):
         assert bound is not None
@@ -71,8 +83,7 @@ def _replace(graph: ir.Graph, add: ir.Node, source: ir.Node, size: ir.Value) -> 
         if number is not None and number == 0:
             bounds.append(size)
             continue
-        nodes.append(_scalar("Add", (bound, size), f"{result.name}_{name}", size))
-        bounds.append(nodes[-1].outputs[0])
+        bounds.append(scalar("Add", name, bound, size))
 
     nodes.append(ir.node("Range", [*bounds, source.inputs[2]], name=f"{result.name}_Range"))
     shifted = nodes[-1].outputs[0]
@@ -81,13 +92,3 @@ def _replace(graph: ir.Graph, add: ir.Node, source: ir.Node, size: ir.Value) -> 
     remove_unread(source)
     for bound in bounds_before:
         delete_unread(bound)
-
-
-def _scalar(op_type: str, inputs: tuple[ir.Value, ir.Value], name: str, like: ir.Value) -> ir.Node:
-    """Return a node with one number, of the dtype of a value."""
-    node = ir.node(op_type, inputs, name=name)
-    output = node.outputs[0]
-    output.name = name
-    output.type = like.type
-    output.shape = ir.Shape([])
-    return node
