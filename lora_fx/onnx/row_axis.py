@@ -204,9 +204,10 @@ def _like_result(reshape: ir.Node) -> ir.Value | None:
     A group norm goes back to the shape that it had before. Files give no sizes for its result.
     """
     shape = made_by(reshape.inputs[1], "Shape")
-    if shape is None or shape.attributes.get_int("start", 0) or "end" in shape.attributes:
+    if shape is None:
         return reshape.outputs[0]
-    return shape.inputs[0]
+    is_of_a_part = shape.attributes.get_int("start", 0) != 0 or "end" in shape.attributes
+    return reshape.outputs[0] if is_of_a_part else shape.inputs[0]
 
 
 def _size_texts(value: ir.Value | None) -> list[str] | None:
