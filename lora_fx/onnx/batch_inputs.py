@@ -23,7 +23,7 @@ from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.made_for import CPU
-from lora_fx.onnx.row_adapters import NAME, RowAdapters, SharedFactors
+from lora_fx.onnx.row_adapters import NAME, RemainingSize, RowAdapters, SharedFactors
 
 SCALES = "adapter_scales"
 REFUSED = "over"
@@ -99,7 +99,8 @@ def add_inputs(
     shared = None
     if target == CPU:
         shared = SharedFactors(emitter, checked, count, size, batch)
-    return RowAdapters(checked, count, weights, outside, size, shared)
+    remaining = RemainingSize(emitter, size)
+    return RowAdapters(checked, count, weights, outside, size, shared, remaining)
 
 
 def _add_input(graph: OnnxGraph, name: str, dtype: ir.DataType, batch: str) -> ir.Value:

@@ -16,6 +16,7 @@ below each other in one Gather, and the masked product is split.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -42,6 +43,7 @@ class RowAdapters:
         outside: Which rows ask for an adapter that is none, bool [batch].
         size: The number of rows, as a shape [1].
         shared: What rows read together; None in a graph for a device, where each reads its own.
+        remaining: The size of an axis that follows from the others.
         products: Products with A by what they are computed of; uses of one value share them.
     """
 
@@ -51,7 +53,27 @@ class RowAdapters:
     outside: ir.Value
     size: ir.Value
     shared: SharedFactors | None
+    remaining: RemainingSize
     products: dict[tuple[object, ...], list[ir.Value]] = field(default_factory=dict)
+
+
+class RemainingSize(OnnxEmitter):
+    """The nodes, before all readers, of the size that a Reshape is to compute from the others.
+
+    Args:
+        first: The emitter before all nodes of the graph.
+        rows: The number of rows, as a shape [1].
+    """
+
+    def __init__(self, first: OnnxEmitter, rows: ir.Value) -> None:
+        super().__init__(first.owner, first.node, NAME, before=True)
+        self.rows = rows
+
+    @cached_property
+    def value(self) -> ir.Value:
+        """The size as a shape [1]: −1, but 1 in an empty batch, where any number is right."""
+        is_empty = self.call("Equal", self.rows, self._ints(0))
+        return self.call("Where", is_empty, self._ints(1), self._ints(-1))
 
 
 class SharedFactors(OnnxEmitter):

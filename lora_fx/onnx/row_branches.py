@@ -164,9 +164,9 @@ class BatchEmitter(OnnxEmitter):
         """
         behind_experts = rank(x) == 3
         if behind_experts:
-            experts, width = self._ints(self.site.operand[0]), self._ints(-1, self.site.operand[1])
-            shape = self.call("Concat", experts, self.adapters.size, width, axis=0)
-            x = self.call("Transpose", self.call("Reshape", x, shape), perm=[1, 0, 2, 3])
+            experts, width, _ = self.site.operand
+            x = self._reshaped(x, experts, self.adapters.size, self.adapters.remaining.value, width)
+            x = self.call("Transpose", x, perm=[1, 0, 2, 3])
         low = self._scaled(self.call("MatMul", x, a), axes=4)
         delta = self.call("MatMul", low, b)
         if behind_experts:
@@ -197,8 +197,9 @@ class BatchEmitter(OnnxEmitter):
             return delta if self._has_matrices(order) else self._shaped(delta, y)
         if not self._has_matrices(order):
             sizes = self.call("Gather", self.call("Shape", x), self._ints(*order[:-1]))
-            sizes = self.call("Concat", sizes, self._ints(-1), axis=0)
-            delta = self.call("Reshape", delta, sizes)
+            assert b.shape is not None
+            columns = -1 if self.adapters.shared else int(b.shape.numpy()[-1])
+            delta = self._reshaped(delta, sizes, columns)
         back = [order.index(axis) for axis in range(len(order))]
         delta = self.call("Transpose", delta, perm=back)
         return self._shaped(delta, y) if self.rows.inner else delta
@@ -232,12 +233,10 @@ class BatchEmitter(OnnxEmitter):
         dtype = numpy_dtype(dtype_name(x) or "float32")
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         if self.rows.inner:
-            minus_one = self._ints(-1)
-            sizes = self.call("Concat", minus_one, self.adapters.size, self._ints(width), axis=0)
-            x = self.call("Reshape", x, sizes)
+            x = self._reshaped(x, self._remaining, self.adapters.size, width)
         matrices = self.call("Transpose", x, perm=order) if order[0] else x
         if not self._has_matrices(order):
-            matrices = self.call("Reshape", matrices, self._sizes(-1, width))
+            matrices = self._reshaped(matrices, self.adapters.size, self._remaining, width)
 
         if self.adapters.shared:
             product = self._shared_product(self.adapters.shared, matrices, tables, dtype)
@@ -280,9 +279,29 @@ class BatchEmitter(OnnxEmitter):
             attributes["num_outputs"] = count
         return self.results("Split", value, count=count, **attributes)
 
-    def _sizes(self, *sizes_of_a_row: int) -> ir.Value:
-        """Return [batch, *sizes_of_a_row] as a shape."""
-        return self.call("Concat", self.adapters.size, self._ints(*sizes_of_a_row), axis=0)
+    @property
+    def _remaining(self) -> int | ir.Value:
+        """The size that follows from the others; a file for the CPU takes no empty batch here."""
+        return -1 if self.adapters.shared else self.adapters.remaining.value
+
+    def _reshaped(self, x: ir.Value, *sizes: int | ir.Value) -> ir.Value:
+        """Return x in another shape: numbers, and values of one or more sizes."""
+        parts: list[ir.Value] = []
+        numbers: list[int] = []
+        for size in sizes:
+            if isinstance(size, int):
+                numbers.append(size)
+                continue
+            if numbers:
+                parts.append(self._ints(*numbers))
+                numbers = []
+            parts.append(size)
+        if numbers:
+            parts.append(self._ints(*numbers))
+        shape = self.call("Concat", *parts, axis=0)
+        # beside a −1 that stands in the file, a 0 cannot be kept
+        attributes = {} if -1 in sizes else keep_zeros(self.owner)
+        return self.call("Reshape", x, shape, **attributes)
 
     def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
         shape = self.call("Shape", y)
@@ -302,7 +321,7 @@ class BatchEmitter(OnnxEmitter):
         row_count = self.site.operand[0]
         table = self.call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))
         tokens = self.call("Cast", x, to=int(ir.DataType.INT64))
-        tokens = self.call("Reshape", tokens, self._sizes(-1))
+        tokens = self._reshaped(tokens, self.adapters.size, self._remaining)
         tokens = self.call("Mod", tokens, self._ints(row_count))  # negative ones count from the end
         ids = self.call("Reshape", self.adapters.ids, self._ints(-1, 1))
         starts = self.call("Mul", ids, self._ints(row_count))
@@ -328,9 +347,8 @@ class BatchEmitter(OnnxEmitter):
 
     def _positions(self, x: ir.Value, groups: int, channels: int) -> ir.Value:
         """Return x [batch, groups·channels, *size] with its positions on one axis, the last."""
-        if groups > 1:
-            return self.call("Reshape", x, self._sizes(groups, channels, -1))
-        return self.call("Reshape", x, self._sizes(channels, -1))
+        width = (groups, channels) if groups > 1 else (channels,)
+        return self._reshaped(x, self.adapters.size, *width, self.adapters.remaining.value)
 
     def _summed(self, delta: ir.Value) -> ir.Value:
         """Return windows [batch, out·∏kernel, positions of x] summed up where they lie in y."""
