@@ -5,12 +5,14 @@ would answer, for a machine without a GPU; tests/cuda compares the list with the
 answers. Sizes are computed on the CPU, and the kernels on the device that want sizes read them
 there. So a copy, after which no CUDA graph can be captured, is made
 
-1. where an operator has no CUDA kernel for its dtype;
+1. where an operator is not known to have a CUDA kernel for its dtypes (cuda_kernels.py);
 2. where a node of control flow reads its condition;
 3. where a computed size meets a number of the device, other than as a size;
-4. where a number of the device is read as a size, so that a shape depends on data.
+4. where a number of the device is read as a size, or a kernel counts its results, so that a shape
+   depends on data.
 
-A layer with its own state needs cuDNN.
+Some layers need cuDNN. What is computed of constants alone, the runtime computes when it loads the
+file.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lora_fx.onnx.host_sizes import computed_inputs, computes_sizes
+from lora_fx.onnx.cuda_kernels import UNKNOWN, why_no_kernel
+from lora_fx.onnx.host_sizes import SIZES_OF_VALUES, computed_inputs
+from lora_fx.onnx.value_dtypes import ValueDtypes
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 CONTROL_FLOW = ("If", "Loop", "Scan")
-RECURRENT = ("GRU", "LSTM", "RNN")
-NO_KERNEL = ("ConcatFromSequence", "SequenceAt", "Unique")
-NO_KERNEL_FOR_INTEGERS = ("Pad",)
+NEED_CUDNN = ("GRU", "LRN", "LSTM", "RNN")
+COUNTED = ("Compress", "NonMaxSuppression", "NonZero", "Unique")
+"""Operators with as many results as they find, a number that the host waits for."""
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+          "RandomUniformLike")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Obstacle:
 
 def cuda_obstacles(model: ir.Model) -> list[Obstacle]:
     """Return the nodes at which CUDA copies between host and device, or that it cannot load."""
-    return list(_in_nodes(model.graph, set()))
+    return list(_Walk(model.opset_imports.get("", 1)).obstacles(model.graph))
 
 
 def cuda_fields(obstacles: Sequence[Obstacle]) -> Json:
@@ -63,52 +69,63 @@ def cuda_fields(obstacles: Sequence[Obstacle]) -> Json:
     }
 
 
-def _in_nodes(nodes: Iterable[ir.Node], sizes: set[ir.Value]) -> Iterator[Obstacle]:
-    """Yield the obstacles among nodes in their order, those of inner graphs included.
+class _Walk:
+    """A walk over the nodes of a graph, in their order, and over those of its inner graphs."""
 
-    Args:
-        nodes: The nodes of a graph.
-        sizes: Values on the CPU: those of Shape, and what is computed of them and of constants
-            alone. Those of these nodes are added.
-    """
-    for node in nodes:
-        reason = _own_reason(node, sizes)
-        if reason:
-            yield Obstacle(node.op_type, node.name or "", reason)
-        for attribute in node.attributes.values():
-            if attribute.type.name == "GRAPH":
-                yield from _in_nodes(attribute.as_graph(), sizes)
+    def __init__(self, opset: int) -> None:
+        """Start with nothing known.
+
+        Args:
+            opset: The version of ONNX's operators in the file.
+        """
+        self.opset = opset
+        self.dtypes = ValueDtypes(opset)
+        self.sizes: set[ir.Value] = set()
+        """Values on the CPU: those of Shape, and what is computed of them and of constants."""
+        self.folded: set[ir.Value] = set()
+        """Values that are computed of constants alone."""
+
+    def obstacles(self, nodes: Iterable[ir.Node]) -> Iterator[Obstacle]:
+        """Yield the obstacles among nodes."""
+        for node in nodes:
+            self.dtypes.add(node)
+            reason = self._reason(node)
+            if reason:
+                yield Obstacle(node.op_type, node.name or "", reason)
+            for attribute in node.attributes.values():
+                if attribute.type.name == "GRAPH":
+                    yield from self.obstacles(attribute.as_graph())
+
+    def _reason(self, node: ir.Node) -> str:
+        """Return why a node is an obstacle, as a clause; empty where it is none."""
+        if node.op_type in CONTROL_FLOW:
+            return "is control flow: its condition is copied to the host in every run"
+        if node.op_type in NEED_CUDNN:
+            return "needs cuDNN"
 
         as_sizes, as_numbers = computed_inputs(node)
-        if computes_sizes(node, sizes):
-            sizes.update(node.outputs)
-        elif sizes.intersection(as_numbers) and not reason:
-            reason = "computes with a size, which is copied to the device in every run"
-            yield Obstacle(node.op_type, node.name or "", reason)
-        if any(value.producer() is not None for value in as_sizes - sizes) and not reason:
+        as_sizes -= self.folded
+        as_numbers -= self.folded
+        if not as_sizes | as_numbers and node.op_type not in RANDOM:
+            self.folded.update(node.outputs)
+            return ""
+
+        on_cpu = bool(as_numbers) and as_numbers <= self.sizes
+        if on_cpu or node.op_type in SIZES_OF_VALUES:
+            self.sizes.update(node.outputs)
+        reason = "" if on_cpu else self._on_device(node, as_numbers)
+        if not reason and any(value.producer() is not None for value in as_sizes - self.sizes):
             reason = "has a size that depends on data, and is copied to the host in every run"
-            yield Obstacle(node.op_type, node.name or "", reason)
+        return reason
 
-
-def _own_reason(node: ir.Node, sizes: set[ir.Value]) -> str:
-    """Return why a node is an obstacle wherever its inputs are; empty where it is none.
-
-    A Pad of sizes is none: it is on the CPU as they are.
-    """
-    if node.op_type in CONTROL_FLOW:
-        return "is control flow: its condition is copied to the host in every run"
-    if node.op_type in RECURRENT:
-        return "needs cuDNN"
-    if node.op_type in NO_KERNEL:
-        return "has no CUDA kernel: what it reads and writes is copied in every run"
-    if lacks_kernel_for_integers(node) and node.inputs[0] not in sizes:
-        return "has no CUDA kernel for integers: what it reads and writes is copied in every run"
-    return ""
-
-
-def lacks_kernel_for_integers(node: ir.Node) -> bool:
-    """Whether a node computes integers with an operator that has a CUDA kernel for floats alone."""
-    if node.domain or node.op_type not in NO_KERNEL_FOR_INTEGERS:
-        return False
-    value = node.inputs[0]
-    return value is not None and value.dtype is not None and value.dtype.is_integer()
+    def _on_device(self, node: ir.Node, as_numbers: set[ir.Value]) -> str:
+        """Return why a node that should be on the device is an obstacle; empty where it is none."""
+        lacking = why_no_kernel(node, self.opset, self.dtypes)
+        if lacking:
+            copied = "may be" if lacking.startswith(UNKNOWN) else "is"
+            return f"{lacking}: what it reads and writes {copied} copied in every run"
+        if node.op_type in COUNTED:
+            return "has a shape that depends on data, and is copied to the host in every run"
+        if self.sizes.intersection(as_numbers):
+            return "computes with a size, which is copied to the device in every run"
+        return ""

@@ -10,22 +10,33 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+SIZES_OF_VALUES = ("SequenceLength", "Shape", "Size")
+"""Operators whose kernels on the device write their results on the host."""
 ALL_INPUTS = range(16)
 READ_ON_HOST = {
     "ConstantOfShape": ALL_INPUTS,
     "CumSum": (1,),
+    "Dropout": (1, 2),
     "Expand": (1,),
+    "GroupQueryAttention": (6,),
     "OneHot": (1,),
     "Pad": (1, 2, 3),
     "Range": ALL_INPUTS,
+    "ReduceL1": (1,),
     "ReduceL2": (1,),
+    "ReduceLogSum": (1,),
+    "ReduceLogSumExp": (1,),
     "ReduceMax": (1,),
     "ReduceMean": (1,),
     "ReduceMin": (1,),
     "ReduceProd": (1,),
     "ReduceSum": (1,),
+    "ReduceSumSquare": (1,),
     "Reshape": (1,),
     "Resize": (1, 2, 3),
+    "SequenceAt": (1,),
+    "SequenceErase": (1,),
+    "SequenceInsert": (2,),
     "Slice": (1, 2, 3, 4),
     "Split": (1,),
     "Squeeze": (1,),
@@ -33,6 +44,7 @@ READ_ON_HOST = {
     "TopK": (1,),
     "Trilu": (1,),
     "Unsqueeze": (1,),
+    "Upsample": (1,),
 }
 """Operator → its inputs that CUDA's kernels read in the memory of the host."""
 
@@ -51,7 +63,7 @@ def computes_sizes(node: ir.Node, sizes: set[ir.Value]) -> bool:
 
     They are those of Shape, and what is computed of sizes and of constants alone.
     """
-    if node.op_type in ("Shape", "Size"):
+    if node.op_type in SIZES_OF_VALUES:
         return True
     _, as_numbers = computed_inputs(node)
     return bool(as_numbers) and as_numbers <= sizes

@@ -16,27 +16,29 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCES = {"libcudart": "runtime.c", "libcublas": "blas.c", "libcublasLt": "blas.c",
-           "libcuda": "driver.c"}  # fmt: skip
+           "libcuda": "driver.c", "libnvinfer": "inference.c"}  # fmt: skip
 """A library of NVIDIA and the file with those of its functions that return more than 0."""
 TOOLS = ("cc", "nm", "readelf")
-LIBRARIES_OF_NVIDIA = re.compile(r"\[(libcu\w+\.so\.\d+)\]")
+LIBRARIES_OF_NVIDIA = re.compile(r"\[(lib(?:cu|nv)\w+\.so\.\d+)\]")
 UNDEFINED = re.compile(r"U (\w+)(?:@(\S+))?")
-OF_DRIVER = re.compile(r"cu[A-Z]")
-"""Functions of the driver's library bear no version; all others bear their library's name."""
+UNVERSIONED = {"libcuda": re.compile(r"cu[A-Z]"), "libnvinfer": re.compile(r"\w*(Infer|Plugin)"),
+               "libnvonnxparser": re.compile(r"create\w+Parser")}  # fmt: skip
+"""Functions of these libraries bear no version; all others bear their library's name."""
+NONE = re.compile("$")
 
 
 class CannotBuild(Exception):
     """This machine has no compiler, or this ONNX Runtime has no CUDA provider."""
 
 
-def provider_library() -> Path:
-    """The library of the CUDA provider.
+def provider_library(name: str = "cuda") -> Path:
+    """The library of the CUDA provider, or of TensorRT's.
 
     Raises:
         CannotBuild: The installed onnxruntime has none.
@@ -44,9 +46,11 @@ def provider_library() -> Path:
     package = find_spec("onnxruntime")
     if package is None or package.origin is None:
         raise CannotBuild("onnxruntime is not installed")
-    library = Path(package.origin).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    library = Path(package.origin).parent / "capi" / f"libonnxruntime_providers_{name}.so"
     if not library.exists():
-        raise CannotBuild("this build of onnxruntime has no CUDA provider: install onnxruntime-gpu")
+        raise CannotBuild(
+            f"this build of onnxruntime has no provider {name}: install onnxruntime-gpu"
+        )
     return library
 
 
@@ -56,20 +60,38 @@ def build(folder: Path) -> Path:
     Raises:
         CannotBuild: There is no CUDA provider, no compiler, or the compiler fails.
     """
-    provider = provider_library()
+    return _build(folder, [provider_library()])
+
+
+def build_for_registry(folder: Path) -> Path:
+    """Build what build does, and what TensorRT's provider needs; see registry.py.
+
+    Raises:
+        CannotBuild: As build.
+    """
+    return _build(folder, [provider_library(), provider_library("tensorrt")])
+
+
+def _build(folder: Path, providers: Sequence[Path]) -> Path:
     for tool in TOOLS:
         if shutil.which(tool) is None:
             raise CannotBuild(f"{tool} is not installed: install gcc and binutils")
 
-    undefined = UNDEFINED.findall(_printed("nm", "-D", "--undefined-only", provider))
-    needed = LIBRARIES_OF_NVIDIA.findall(_printed("readelf", "-d", provider))
+    undefined: dict[tuple[str, str], None] = {}
+    needed: dict[str, None] = {}
+    for provider in providers:
+        printed = _printed("nm", "-D", "--undefined-only", provider)
+        undefined.update(dict.fromkeys(UNDEFINED.findall(printed)))
+        needed.update(
+            dict.fromkeys(LIBRARIES_OF_NVIDIA.findall(_printed("readelf", "-d", provider)))
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for library in needed:
+        unversioned = UNVERSIONED.get(library.partition(".")[0], NONE)
         functions = [
             function
             for function, version in undefined
-            if version == library
-            or (library.startswith("libcuda.so") and not version and OF_DRIVER.match(function))
+            if version == library or (not version and unversioned.match(function))
         ]
         _compile(folder, library, functions)
     return folder

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.onnx.cuda_obstacles import lacks_kernel_for_integers
 from lora_fx.onnx.graph.emitter import add_initialiser
 from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.onnx.graph.values import delete_unread, numbers, operand, rank
@@ -39,13 +38,21 @@ class PadToConcat(ir.passes.InPlacePass):
         sizes = host_sizes(model.graph)
         names: NewNames | None = None
         for pad in list(model.graph):
-            if not lacks_kernel_for_integers(pad) or pad.inputs[0] in sizes:
+            if not _pads_integers(pad) or pad.inputs[0] in sizes:
                 continue
             amounts = _amounts(pad)
             if amounts is not None:
                 names = names or NewNames(model)
                 _replace(model.graph, pad, amounts, names)
         return ir.passes.PassResult(model, names is not None)
+
+
+def _pads_integers(node: ir.Node) -> bool:
+    """Whether a node is a Pad for whose dtype CUDA has no kernel."""
+    if node.domain or node.op_type != "Pad":
+        return False
+    value = node.inputs[0]
+    return value is not None and value.dtype is not None and value.dtype.is_integer()
 
 
 def _amounts(pad: ir.Node) -> Sequence[tuple[int, int]] | None:
