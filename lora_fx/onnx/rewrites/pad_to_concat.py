@@ -85,16 +85,12 @@ def _replace(
     nodes: list[ir.Node] = []
     for axis, (before, after) in enumerate(amounts):
         parts = [x]
-        if before:
-            name = f"{result.name}_before_{axis}"
-            filled = _filled(graph, value, x, axis, before, name, names)
-            parts.insert(0, filled[-1].outputs[0])
-            nodes += filled
-        if after:
-            name = f"{result.name}_after_{axis}"
-            filled = _filled(graph, value, x, axis, after, name, names)
-            parts.append(filled[-1].outputs[0])
-            nodes += filled
+        for place, length, side in ((0, before, "before"), (2, after, "after")):
+            if length:
+                stem = f"{result.name}_{side}_{axis}"
+                filled = _filled(graph, value, x, axis, length, stem, names)
+                parts.insert(place, filled[-1].outputs[0])
+                nodes += filled
         if len(parts) > 1:
             name = names.take(f"{result.name}_axis_{axis}")
             nodes.append(_node("Concat", parts, name, x, axis=axis))
