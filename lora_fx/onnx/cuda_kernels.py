@@ -53,9 +53,11 @@ def why_no_kernel(node: ir.Node, opset: int, dtypes: ValueDtypes) -> str:
 def _why_no_form(node: ir.Node) -> str:
     """Return why CUDA has no kernel for the attributes of a node, whatever its dtypes."""
     attributes = node.attributes
-    if node.op_type in ("ArgMax", "ArgMin") and attributes.get_int("select_last_index", 0):
+    takes_last = attributes.get_int("select_last_index", 0) != 0
+    if node.op_type in ("ArgMax", "ArgMin") and takes_last:
         return "has no CUDA kernel that selects the last index"
-    if node.op_type == "BatchNormalization" and attributes.get_int("training_mode", 0):
+    trains = attributes.get_int("training_mode", 0) != 0
+    if node.op_type == "BatchNormalization" and trains:
         return "has no CUDA kernel for training"
     if node.op_type == "ConvTranspose":
         pads = attributes.get_ints("pads", [])
