@@ -18,6 +18,8 @@ FUSED = ("hf_bert", *DECODERS, "hf_vit", "hf_swin", "timm_mixer", "hf_whisper")
 """Families whose sums and norms are one operator in a file for CUDA."""
 CODED = ("hf_bert", *DECODERS)
 """Families that are exported with codes of 4 bits beside float16, which are files for CUDA only."""
+INTEGER = ("tied_head", "hf_bert")
+"""Families that are exported with products of int8, which CUDA has no kernels for."""
 FAMILIES = (
     "tied_head",
     "torch_cond",
@@ -107,6 +109,7 @@ MODES: Mapping[str, Mode] = {
     "switch of int4 float16 for cuda": Mode(
         {"mode": "switch", **FOR_CUDA}, "int4 float16 for cuda", families=CODED
     ),
+    "int8 for cuda": Mode({"precision": "int8", **FOR_CUDA}, families=INTEGER),
     "batch for cuda": Mode({"mode": "batch", **FOR_CUDA}),
     "cache batch for cuda": Mode({"cache": True, "mode": "batch", **FOR_CUDA}, families=DECODERS),
     "train for cuda": Mode({"mode": "train", **FOR_CUDA}, families=DECODERS),

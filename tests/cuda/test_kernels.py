@@ -81,7 +81,6 @@ def test_what_nobody_listed_is_an_obstacle() -> None:
 
 
 def test_a_version_of_an_operator_is_one_with_a_kernel() -> None:
-    """An opset that is newer than the table has operators whose kernels nobody has seen."""
     text = (
         '<ir_version: 10, opset_import: ["" : {}]> g (float[n] x) => (float[n] y) {{ y = Relu(x) }}'
     )
