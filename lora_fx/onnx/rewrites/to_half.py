@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_fx.onnx.graph.emitter import add_initialiser
@@ -91,7 +92,9 @@ class ToHalf(ir.passes.InPlacePass):
         stem = "half" if dtype == HALF else "full"
         name = f"{value.name}_{stem}"
         if value.const_value is not None and value.name in graph.initializers:
-            array = value.const_value.numpy().astype(dtype.numpy())
+            # a mask's -3e38 becomes -Inf: where that is wrong, the comparison finds it
+            with np.errstate(over="ignore"):
+                array = value.const_value.numpy().astype(dtype.numpy())
             cast = add_initialiser(graph, name, array)
             cast.metadata_props.update(value.metadata_props)
         else:
