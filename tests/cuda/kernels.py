@@ -141,7 +141,7 @@ def row_of(case: one_node.NodeCase) -> Row:
     """The version and the dtypes of a case."""
     schema = onnx.defs.get_schema(case.node.op_type, case.opset)
     row = {"versions": f"{schema.since_version}-{schema.since_version}"}
-    places = {}
+    places: dict[str, tuple[str, str]] = {}
     for kind, names, listed in (
         ("input", case.node.input, schema.inputs),
         ("output", case.node.output, schema.outputs),

@@ -103,6 +103,7 @@ def tests_of_onnx() -> Sequence[tuple[str, onnx.ModelProto, Sequence[Array]]]:
         tests = load_model_tests(kind="node")
     found = []
     for test in tests:
+        assert test.model is not None
         graph = test.model.graph
         values = [*graph.input, *graph.output]
         if len(graph.node) != 1 or graph.node[0].domain or test.name.endswith("_expanded"):

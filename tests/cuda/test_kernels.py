@@ -90,6 +90,25 @@ def test_a_version_of_an_operator_is_one_with_a_kernel() -> None:
     assert cuda_obstacles(ir.from_onnx_text(text.format(1)))
 
 
+@pytest.mark.parametrize(
+    "node",
+    [
+        'y = Cast <to = 999> (x)',
+        'y = Cast <to = "int"> (x)',
+        'y = ConvTranspose <pads = 3, auto_pad = 1> (x, x)',
+        'y = ArgMax <select_last_index = "no"> (x)',
+        'y = ConstantOfShape <value = 1> (x)',
+        'y = Add ()',
+        'y = Shape (x, x, x)',
+    ],
+)  # fmt: skip
+def test_a_node_that_is_none_of_its_operator_raises_nothing(node: str) -> None:
+    """The runtime refuses such a file; the list is asked before."""
+    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 20]>
+    g (float[n] x) => (z) {{ {node}  z = Neg(y) }}""")
+    assert cuda_obstacles(model) is not None
+
+
 def test_dtypes_that_a_file_does_not_say_are_inferred() -> None:
     text = """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
     g (int64[n] x, float[n] z) => (int64[n] y, float[n] w) {{
