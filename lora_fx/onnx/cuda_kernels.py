@@ -52,18 +52,16 @@ def why_no_kernel(node: ir.Node, opset: int, dtypes: ValueDtypes) -> str:
 
 def _why_no_form(node: ir.Node) -> str:
     """Return why CUDA has no kernel for the attributes of a node, whatever its dtypes."""
-    attributes = node.attributes
-    takes_last = attributes.get_int("select_last_index", 0) != 0
-    if node.op_type in ("ArgMax", "ArgMin") and takes_last:
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    if node.op_type in ("ArgMax", "ArgMin") and given.get("select_last_index"):
         return "has no CUDA kernel that selects the last index"
-    trains = attributes.get_int("training_mode", 0) != 0
-    if node.op_type == "BatchNormalization" and trains:
+    if node.op_type == "BatchNormalization" and given.get("training_mode"):
         return "has no CUDA kernel for training"
     if node.op_type == "ConvTranspose":
-        pads = attributes.get_ints("pads", [])
+        pads = given.get("pads")
+        pads = [*pads] if isinstance(pads, Sequence) else []
         half = len(pads) // 2
-        same = attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
-        if same or pads[:half] != pads[half:]:
+        if "SAME" in str(given.get("auto_pad")) or pads[:half] != pads[half:]:
             return "has no CUDA kernel for padding that differs between both sides"
     return ""
 

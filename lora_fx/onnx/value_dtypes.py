@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 GIVEN = ("to", "dtype", "stash_type", "output_dtype")
 """Attributes with the dtype of a result."""
+DTYPES = [dtype.value for dtype in ir.DataType if dtype != ir.DataType.UNDEFINED]
 
 
 class ValueDtypes:
@@ -86,10 +87,13 @@ def _typed_inputs(node: ir.Node, schema: onnx.defs.OpSchema) -> Iterator[tuple[i
 def _given(node: ir.Node, schema: onnx.defs.OpSchema) -> str:
     """Return the dtype that the attributes of a node give its result; empty where none does."""
     for name in GIVEN:
+        number = None
         if name in node.attributes:
-            return _name(ir.DataType(node.attributes[name].as_int()))
-        if name in schema.attributes and schema.attributes[name].default_value.i:
-            return _name(ir.DataType(schema.attributes[name].default_value.i))
+            number = node.attributes[name].value
+        elif name in schema.attributes:
+            number = schema.attributes[name].default_value.i
+        if number in DTYPES:
+            return _name(ir.DataType(number))
     value = node.attributes.get("value")
     if value is not None and value.type == ir.AttributeType.TENSOR:
         return _name(value.as_tensor().dtype)

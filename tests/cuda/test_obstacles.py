@@ -131,7 +131,7 @@ COUNTING = {
 }  # fmt: skip
 """Inputs, outputs, nodes, and the operator whose kernel counts its results on the device.
 
-The provider accepts a CUDA graph of these, and refuses its second run."""
+The provider accepts a session that captures these, and fails in its second run."""
 
 
 @pytest.mark.parametrize("graph", COUNTING)
