@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_fx.errors import one_line
 from lora_fx.files.run_files import scratch_folder
+from lora_fx.onnx.graph.proto_graphs import graphs
 from lora_fx.onnx.provider_nodes import RECORD, nodes_by_provider
 from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.onnx.session import cuda_providers
@@ -121,16 +122,6 @@ def why_uncapturable(path: str | PathLike[str], provider: str) -> str:
         reason = text.rpartition("as requested by the user")[2].strip().removeprefix("as ")
         return one_line(reason, 240)
     return ""
-
-
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Yield a graph and all graphs within its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node:
-                    yield from graphs(inner)
 
 
 def copies_in(graph: onnx.GraphProto) -> list[str]:

@@ -7,12 +7,13 @@ of each fault, which fails when the package has mended it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import GraphProto, ModelProto, NodeProto
 
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.graph.proto_graphs import graphs
 
 FAULTY = "onnxruntime-ep-webgpu 0.4.0"
 SAME_SHAPE = ("Add", "Cast", "DequantizeLinear", "Mul")
@@ -46,7 +47,7 @@ def cpu_nodes(model: ModelProto) -> CpuNodes:
     Raises:
         LoraFxError: Such a node has no name, by which the provider could be told.
     """
-    wrong = [node for graph in _graphs(model.graph) for node in _wrong_in(graph)]
+    wrong = [node for graph in graphs(model.graph) for node in _wrong_in(graph)]
     unnamed = [node for node in wrong if not node.name]
     for function in model.functions:  # the runtime copies their nodes under other names
         unnamed += [node for node in function.node if _may_be_wrong(node, {})]
@@ -62,16 +63,6 @@ def cpu_nodes(model: ModelProto) -> CpuNodes:
     listed = ", ".join(f"{count} {operator}" for operator, count in sorted(counts.items()))
     note = f"on the CPU, as {FAULTY} computes such nodes wrongly or not at all: {listed}"
     return CpuNodes([node.name for node in wrong], note)
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """Yield a graph and those inside of its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node:
-                    yield from _graphs(inner)
 
 
 def _wrong_in(graph: GraphProto) -> list[NodeProto]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import onnx
 
-from lora_fx.onnx.device_placement import copies_in, graphs, placed_graph, why_uncapturable
+from lora_fx.onnx.device_placement import copies_in, placed_graph, why_uncapturable
+from lora_fx.onnx.graph.proto_graphs import graphs
 from lora_fx.onnx.provider_nodes import CUDA, nodes_by_provider
 
 CONTRIBUTED = ("com.microsoft", "com.ms.internal.nhwc")

@@ -34,6 +34,7 @@ from tests.cuda.cases import Case
 from tests.cuda.placed import row_of
 from tests.cuda.table import Row, Table
 from tests.onnx.test_batch import adapter
+from tests.onnx.token_net import TokenNet
 from tests.providers import GPU
 
 pytestmark = [
@@ -57,18 +58,6 @@ PLACED = [
 Named = Mapping[str, Any]
 
 
-class Net(nn.Module):
-    """A lookup, products on [batch, tokens, width] (MatMul) and on [batch, width] (Gemm)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.up, self.down = nn.Embedding(11, 64), nn.Linear(64, 96), nn.Linear(96, 32)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(self.table(ids))).mean(1))
-
-
 def example() -> tuple[torch.Tensor]:
     return (torch.randint(0, 11, (2, 5)),)
 
@@ -84,7 +73,7 @@ def output(outputs: Named) -> Any:
 
 @pytest.fixture(scope="module")
 def adapters() -> dict[str, Adapter]:
-    captured = lora_fx.capture(Net().eval(), example())
+    captured = lora_fx.capture(TokenNet(64, 96, 32).eval(), example())
     keys = ["table", "up", "down"]
     return {
         name: adapter(captured, seed, rank, keys) for seed, (name, rank) in enumerate(RANKS.items())
@@ -100,7 +89,7 @@ def export(
     def exported(mode: str, **options: Any) -> Path:
         path = tmp_path_factory.mktemp(mode) / "m.onnx"
         settings = {"adapters": adapters, "provider": "cpu", "target": "cuda", **options}
-        lora_fx.export(Net().eval(), path, example(), mode=mode, **settings)
+        lora_fx.export(TokenNet(64, 96, 32).eval(), path, example(), mode=mode, **settings)
         return path
 
     return exported

@@ -19,6 +19,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.onnx.session import open_session
 from tests.onnx.test_batch import adapter
+from tests.onnx.token_net import TokenNet
 from tests.providers import GPU, ON_GPU
 from tests.trust.test_row_ids import CASES, exported, words
 
@@ -28,21 +29,9 @@ TOL = 2 * ORT_TOL  # the CPU and the GPU may each be a gate away from the model
 Feeds = dict[str, Any]
 
 
-class Net(nn.Module):
-    """A lookup, and layers on [batch, tokens, width] and on [batch, width]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.up, self.down = nn.Embedding(11, 6), nn.Linear(6, 9), nn.Linear(9, 5)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(self.table(ids))).mean(1))
-
-
 @pytest.fixture(scope="module")
 def captured() -> Captured:
-    return lora_fx.capture(Net().eval(), (torch.randint(0, 11, (2, 5)),))
+    return lora_fx.capture(TokenNet().eval(), (torch.randint(0, 11, (2, 5)),))
 
 
 @pytest.fixture(scope="module")

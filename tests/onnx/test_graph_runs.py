@@ -27,25 +27,16 @@ from lora_fx.onnx.graph_runs import GraphRuns, refuse_uncapturable
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.unverified import CUDA_GRAPHS, never_run
 from tests.onnx.test_batch import adapter
+from tests.onnx.token_net import TokenNet
 
 RANKS = {"de": 2, "fr": 3, "it": 5}
 CHOICES: tuple[Any, ...] = (None, "de", "it", "fr", {"de": 0.5, "fr": -1.0}, {}, "it", None, "de")
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.up, self.down = nn.Embedding(11, 6), nn.Linear(6, 9), nn.Linear(9, 5)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(self.table(ids))).mean(1))
-
-
 @pytest.fixture(scope="module")
 def adapters() -> dict[str, Adapter]:
     """Adapters of other ranks; the last one is for one of the layers only."""
-    captured = lora_fx.capture(Net().eval(), (torch.randint(0, 11, (2, 5)),))
+    captured = lora_fx.capture(TokenNet().eval(), (torch.randint(0, 11, (2, 5)),))
     keys = {"de": ["table", "up", "down"], "fr": ["table", "up", "down"], "it": ["down"]}
     return {
         name: adapter(captured, seed, rank, keys[name])
@@ -57,7 +48,7 @@ def adapters() -> dict[str, Adapter]:
 def file(adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graphs") / "switch.onnx"
     lora_fx.export(
-        Net().eval(),
+        TokenNet().eval(),
         path,
         (torch.randint(0, 11, (2, 5)),),
         mode="switch",
