@@ -76,7 +76,8 @@ class FileOptions:
     target: str = option(
         "--target",
         default="cpu",
-        help="Make the file for cpu, cuda or webgpu: its graph has the forms that are fast there.",
+        help="Make the file for cpu, cuda or webgpu, whose graph has the forms that are fast there, "
+        "or portable, which other runtimes read too.",
     )
     opset: int = option(
         "--opset", type=int, default=20, help="Write this version of the ONNX operator set."

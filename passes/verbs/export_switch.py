@@ -23,7 +23,7 @@ from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.made_for import LEAST_RANKS
+from lora_fx.onnx.made_for import LEAST_RANKS, PORTABLE
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.tensor_copies import copies_of, join_copies
@@ -104,6 +104,7 @@ def write_switch(
         slots.stored_apart,
         slots.transposed_lookups(layouts),
         LEAST_RANKS.get(options.made_for, 0),
+        required=options.made_for == PORTABLE,
     )
     manifest = _made_switchable(graph, switch, copies)
 
