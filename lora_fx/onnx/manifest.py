@@ -21,8 +21,9 @@ import onnx_ir as ir
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
+from lora_fx.files.program_manifest import SWITCH, program_manifest
 from lora_fx.files.strict_json import json_object
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.update_row import update_of
@@ -92,6 +93,7 @@ class Manifest:
     Attributes:
         slots: What an adapter has to bring, by key.
         mode: switch, load or train.
+        rank: The rank that A and B have in every run of mode switch; 0 where each may have any.
         training: In mode train: `optimizer`, `weight_decay`, `clip`, `loss`, `labels`, `seed` where
             there are dropouts, `states` (name of a slot → those of its states), `updates` (key →
             what `adapter` reads) and the `metadata` of the adapter.
@@ -99,12 +101,15 @@ class Manifest:
 
     slots: Mapping[str, SwitchSlot]
     mode: str = "switch"
+    rank: int = 0
     training: JsonView = field(default_factory=dict)
 
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
         data: Json = {**stamp(), "mode": self.mode}
         data["slots"] = {key: asdict(slot) for key, slot in self.slots.items()}
+        if self.rank:
+            data["rank"] = self.rank
         if self.training:
             data["training"] = self.training
         return json.dumps(data)
@@ -125,7 +130,8 @@ class Manifest:
                     "export a file that takes adapters: lora-fx export --mode switch or load",
                 )
             slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
-            return cls(slots, str(data["mode"]), data.get("training", {}))
+            rank = int(data.get("rank", 0))
+            return cls(slots, str(data["mode"]), rank, data.get("training", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
@@ -157,6 +163,24 @@ class Manifest:
             tensors[slot.b] = _transposed(scaled_b, slot.dtype)
         self.check(tensors, where)
         return tensors
+
+    def all_tensors(self, adapter: Adapter, where: str = "the adapter") -> dict[str, Array]:
+        """Return A and B of every slot, for a file whose inputs have no defaults.
+
+        Slots that the adapter has no update for get zeros. Where the file fixes the rank, all
+        tensors are padded to it with zeros.
+
+        Args:
+            adapter: As in `tensors`; without entries, it stands for the base.
+            where: What errors call it.
+        """
+        tensors = self.tensors(adapter, where) if adapter.entries else {}
+        for slot in self.slots.values():
+            for name, shape in slot.tensor_shapes(slot.rank).items():
+                if name not in tensors:
+                    sizes = [size or 0 for size in shape]
+                    tensors[name] = np.zeros(sizes, numpy_dtype(slot.dtype))
+        return self.padded(tensors) if self.rank else tensors
 
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
         """Return the slot of an update; raise unless both are for the same use of the weight."""
@@ -214,10 +238,11 @@ class Manifest:
 
         a = tensors[slot.a]
         rank = a.shape[-1] if a.ndim else 0
-        if self.mode == "load" and rank > slot.rank:
+        is_fixed = self.mode == "load" or self.rank > 0
+        if is_fixed and rank > slot.rank:
             raise LoraFxError(
                 f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
-                f"export the file with lora-fx export --mode load --rank {rank}",
+                f"export the file with lora-fx export --mode {self.mode} --rank {rank}",
             )
 
         for name, shape in slot.tensor_shapes(rank).items():
@@ -302,12 +327,15 @@ def _transposed(matrix: Array, dtype: str) -> Array:
 
 
 def manifest_of(path: str | PathLike[str]) -> Manifest:
-    """Return the manifest of an ONNX file, read without the weights.
+    """Return the manifest of an ONNX or .pt2 file, read without the weights.
 
     Raises:
         LoraFxError: The file cannot be read, or is not switchable.
     """
-    expect_path(path, "the model", "the path of an .onnx file")
+    expect_path(path, "the model", "the path of an .onnx or .pt2 file")
+    if fspath(path).endswith(".pt2"):
+        switch = program_manifest(Path(path)).get(SWITCH)
+        return manifest_in(None if switch is None else json.dumps(switch), fspath(path))
     try:
         model = ir.load(fspath(path))
         text = model.metadata_props.get(PROPERTY)

@@ -203,6 +203,8 @@ def export_as(
     _check_adapters(options, of_file=file is not None)
     refuse_no_say(EXPORT_RULES, options, given)
     refuse_genai(genai, options.mode, cache=options.capture.cache)
+    if options.is_program:
+        _refuse_for_program(file, options.target, quantise, genai)
     notes: list[str] = []
     if options.capture.cache:
         model, options, notes = _with_cache(model, options, genai)
@@ -261,7 +263,7 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
     from lora_fx.passes.verbs.export_memory import check_export
 
     check_export(model, options)
-    run = _exporter(options.mode)
+    run = _exporter(options)
     try:
         report = run(model, options)
         return replace(report, warnings=(*notes, *report.warnings))
@@ -276,8 +278,13 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
         return replace(report, warnings=(*notes, *report.warnings, warning))
 
 
-def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
-    """Return the function that exports a torch model in a mode."""
+def _exporter(options: ExportOptions) -> Callable[[object, ExportOptions], Report]:
+    """Return the function that exports a torch model in a mode, as a file of a kind."""
+    mode = options.mode
+    if options.is_program:
+        from lora_fx.passes.verbs.export_pt2 import export_pt2
+
+        return export_pt2
     if mode == "merged":
         from lora_fx.passes.verbs.export_merged import export_merged
 
@@ -326,6 +333,27 @@ def _with_cache(
     captured = captured_of(model, replace(options.capture, check=place_of_copy))
     copy = place_of_copy(captured.model.config)
     return captured, replace(options, places=[*options.places, copy]), [*copy.notes]
+
+
+def _refuse_for_program(
+    file: str | None, target: Path, quantise: Wanted | None, genai: StrPath | None
+) -> None:
+    """Raise for a model, or for an option, that a .pt2 file cannot be made of or follow."""
+    if file is not None:
+        raise LoraFxError(
+            f"{file} is an .onnx graph, and {target.name} would be a program of torch",
+            "export the model that the file was made from, or write an .onnx file",
+        )
+    if quantise:
+        raise LoraFxError(
+            f"{target.name}: codes of 4 or 8 bits are read by an operator of lora-fx, which other "
+            "runtimes do not have",
+            "leave quantise out, or write an .onnx file",
+        )
+    if genai is not None:
+        raise LoraFxError(
+            f"{target.name}: onnxruntime-genai reads .onnx files", "write an .onnx file"
+        )
 
 
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:

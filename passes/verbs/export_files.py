@@ -44,7 +44,7 @@ def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
 
 def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
     """Return the paths of a switchable file's adapters; raise if one exists already."""
-    paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
+    paths = {name: options.target.with_name(f"{name}{options.adapter_ending}") for name in adapters}
     for path in paths.values():
         check_output(path, force=options.force)
     return paths
