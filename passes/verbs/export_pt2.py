@@ -86,6 +86,8 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     paths = adapter_paths(bound, options)
     base_path = options.target.with_name(f"{options.target.stem}.base.safetensors")
     check_output(base_path, force=options.force)
+    written = {base_path: NO_UPDATE, **{path: bound[name] for name, path in paths.items()}}
+
     insert_switchable(graph, [*targets.values()], Role.FROZEN)
     layouts = {key: found[key].layout for key in targets}
     beside = Beside()
@@ -94,10 +96,7 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
             write_switchable(base, graph, temporary, slots, rank)
         file = _SwitchableProgram(manifest, execution_of(base), load_by_torch(temporary), rank)
         parity = prove_switchable(file, reference, layouts, bound, warnings)
-        for path, adapter in [
-            (base_path, NO_UPDATE),
-            *zip(paths.values(), bound.values(), strict=True),
-        ]:
+        for path, adapter in written.items():
             with replacing(path, force=options.force, beside=beside) as temporary_adapter:
                 write_inputs(temporary_adapter, adapter, manifest)
 

@@ -133,7 +133,10 @@ def _beside(user: fx.Node, target: object, args: tuple[object, ...]) -> fx.Node:
 
 def _is_product_with_one(node: fx.Node) -> bool:
     """Whether a node multiplies its first operand by the number 1."""
-    return node.target in (aten.mul.Scalar, aten.mul.Tensor) and node.args[1] == 1.0
+    if node.target not in (aten.mul.Scalar, aten.mul.Tensor):
+        return False
+    factor = node.args[1]
+    return isinstance(factor, float) and factor == 1.0
 
 
 def _is_float32(node: object) -> bool:

@@ -177,7 +177,7 @@ def _export(
     _keep_volatile(flat, module)
     conditions = traced.door.conditions
     free = traced.door.free(execution_of(module).captured.requested)
-    shapes = []
+    shapes: list[Dims] = []
     for dimensions in free.values():
         shapes.append({dimension: Dim.AUTO for dimension in dimensions} or None)
     # of the call's own sizes, for FLOPs are counted at them
