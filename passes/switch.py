@@ -7,7 +7,8 @@ stored the way the two products read them, so no transpose and no scale is left 
 the defaults change nothing: rank 0, or one rank of zeros where the runtime is WebGPU's, and in the
 weight form W + (A B)ᵀ, which convolutions take (their branch would need the rank as a number; of
 rank 0, a runtime's convolution may read memory that nobody wrote). This pass works on onnx_ir only:
-inputs with defaults are a matter of ONNX.
+inputs with defaults are a matter of ONNX. A portable file has none, since other runtimes ignore
+inputs that have a default.
 
 In mode load A and B stay initialisers of a fixed rank, and every use takes the weight form.
 """
@@ -29,7 +30,7 @@ from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import PROPERTY, Manifest
-from lora_fx.onnx.switch import put_factors
+from lora_fx.onnx.switch import put_factors, without_defaults
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert, changed
@@ -57,6 +58,7 @@ class Switch:
             tensor as its head is.
         least_rank: The least rank of the defaults. A product over rank 0 ends the process on some
             runtimes; one rank of zeros changes nothing either, and costs one more column.
+        required: A and B are inputs without defaults, which every run has to give.
         made: Receives the manifest.
     """
 
@@ -65,6 +67,7 @@ class Switch:
     stored: Sequence[Target] = ()
     turned: Collection[str] = ()
     least_rank: int = 0
+    required: bool = False
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -90,7 +93,9 @@ class Switch:
         if not self.rank:
             accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)
-        manifest = Manifest(slots, "load" if self.rank else "switch")
+        if self.required:
+            without_defaults(graph, slots.values())
+        manifest = Manifest(slots, "load" if self.rank else "switch", required=self.required)
         model.metadata_props[PROPERTY] = manifest.to_text()
         self.made.append(manifest)
         graph.changed()

@@ -74,17 +74,17 @@ class GraphInputs(Format):
         """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
         from lora_fx.onnx.manifest import manifest_of
 
-        write_inputs(path, adapter, manifest_of(graph))
+        write_inputs(adapter, manifest_of(graph), path)
         return ()
 
 
-def write_inputs(path: Path, adapter: Adapter, manifest: Manifest) -> None:
+def write_inputs(adapter: Adapter, manifest: Manifest, path: Path) -> None:
     """Write the inputs that a switchable file takes for an adapter, all of them.
 
     Args:
-        path: The file to create.
         adapter: What the file takes; without entries, zeros for the base.
         manifest: That of the switchable file.
+        path: The file to create.
 
     Raises:
         LoraFxError: An update that does not fit.

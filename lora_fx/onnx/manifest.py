@@ -2,7 +2,7 @@
 
 It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
 A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
-(x A) B. In mode switch they are inputs that have defaults; in mode load initialisers of a fixed
+(x A) B. In mode switch they are inputs, with defaults unless the file is portable; in mode load initialisers of a fixed
 rank, which a session replaces when it is made. Adapter files, sessions and checks read it; nothing
 guesses names.
 """
@@ -62,7 +62,8 @@ class SwitchSlot:
         shape: The stored shape of the weight in the ONNX file.
         op: The op that reads the weight.
         role: What the weight is for (q, k, v …), or empty.
-        rank: The rank of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe.
+        rank: The rank of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe;
+            where A and B are required, the rank of the zeros that a run of the base gives.
             In mode load, the largest that an adapter may have.
         dtype: The dtype of both tensors.
     """
@@ -93,16 +94,18 @@ class Manifest:
     Attributes:
         slots: What an adapter has to bring, by key.
         mode: switch, load or train.
-        rank: The rank that A and B have in every run of mode switch; 0 where each may have any.
         training: In mode train: `optimizer`, `weight_decay`, `clip`, `loss`, `labels`, `seed` where
             there are dropouts, `states` (name of a slot → those of its states), `updates` (key →
             what `adapter` reads) and the `metadata` of the adapter.
+        required: In mode switch: A and B have no defaults, and every run has to give them.
+        rank: In mode switch, the rank that A and B have in every run; 0 where each may have any.
     """
 
     slots: Mapping[str, SwitchSlot]
     mode: str = "switch"
-    rank: int = 0
     training: JsonView = field(default_factory=dict)
+    required: bool = False
+    rank: int = 0
 
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
@@ -112,6 +115,8 @@ class Manifest:
             data["rank"] = self.rank
         if self.training:
             data["training"] = self.training
+        if self.required:
+            data["required"] = True
         return json.dumps(data)
 
     @classmethod
@@ -130,8 +135,9 @@ class Manifest:
                     "export a file that takes adapters: lora-fx export --mode switch or load",
                 )
             slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
+            required = data.get("required", False) is True
             rank = int(data.get("rank", 0))
-            return cls(slots, str(data["mode"]), rank, data.get("training", {}))
+            return cls(slots, str(data["mode"]), data.get("training", {}), required, rank)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
@@ -175,11 +181,7 @@ class Manifest:
             where: What errors call it.
         """
         tensors = self.tensors(adapter, where) if adapter.entries else {}
-        for slot in self.slots.values():
-            for name, shape in slot.tensor_shapes(slot.rank).items():
-                if name not in tensors:
-                    sizes = [size or 0 for size in shape]
-                    tensors[name] = np.zeros(sizes, numpy_dtype(slot.dtype))
+        tensors = {**self.zeros(), **tensors}
         return self.padded(tensors) if self.rank else tensors
 
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
@@ -191,6 +193,15 @@ class Manifest:
         if update.use and "@" not in key:
             name = f"{key}@{update.use}"
         raise LoraFxError(f"{where}: {name!r} is not a target of the file", near(key, self.slots))
+
+    def zeros(self) -> dict[str, Array]:
+        """Return tensors that change nothing, by name, in the ranks of the slots."""
+        zeros: dict[str, Array] = {}
+        for slot in self.slots.values():
+            for name, shape in slot.tensor_shapes(slot.rank).items():
+                sizes = [size or 0 for size in shape]
+                zeros[name] = np.zeros(sizes, numpy_dtype(slot.dtype))
+        return zeros
 
     def adapter(self, tensors: Mapping[str, Array]) -> Adapter:
         """Return the adapter for tensors by their names in the file; the inverse of `tensors`."""
@@ -348,19 +359,19 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
     manifest = manifest_in(text, fspath(path))
     declared = {
         str(value.name): (dtype_name(value), tuple(value.shape or ()))
-        for value in _possible_slots(model.graph, manifest.mode)
+        for value in _possible_slots(model.graph, manifest)
     }
     manifest.check_declared(declared, fspath(path))
     return manifest
 
 
-def _possible_slots(graph: ir.Graph, mode: str) -> list[ir.Value]:
-    """Return the values that can be slots in a mode."""
-    if mode == "load":
+def _possible_slots(graph: ir.Graph, manifest: Manifest) -> list[ir.Value]:
+    """Return the values that can be the manifest's slots."""
+    if manifest.mode == "load":
         return list(graph.initializers.values())
-    if mode == "switch":
-        return [value for value in graph.inputs if value.is_initializer()]
-    return list(graph.inputs)
+    if manifest.mode == "train":
+        return list(graph.inputs)
+    return [value for value in graph.inputs if value.is_initializer() != manifest.required]
 
 
 def manifest_in(text: str | None, where: str) -> Manifest:

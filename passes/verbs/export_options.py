@@ -20,7 +20,7 @@ from lora_fx.errors import (
     expect_name,
 )
 from lora_fx.inputs import Named
-from lora_fx.onnx.made_for import CPU, MADE_FOR
+from lora_fx.onnx.made_for import CPU, MADE_FOR, PORTABLE, TARGETS
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 from lora_fx.text import is_whole
@@ -123,7 +123,7 @@ class ExportOptions:
         `precision` takes its long name.
         """
         expect_name(self.mode, MODES, "unknown mode", "use merged, switch, load, batch or train")
-        expect_name(self.made_for, MADE_FOR, "unknown target", "use cpu, cuda or webgpu")
+        expect_name(self.made_for, MADE_FOR, "unknown target", TARGETS)
         self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
@@ -158,6 +158,8 @@ class ExportOptions:
             self._check_program()
         if self.tol is not None:
             self._check_tol(self.tol)
+        if self.made_for == PORTABLE:
+            self._check_portable()
 
     def _check_modes(self) -> None:
         """Raise for an option that belongs to another mode."""
@@ -198,6 +200,27 @@ class ExportOptions:
                     f"{name}: {option} is for .onnx files; what runs a .pt2 file compiles it",
                     f"leave {option} out, or write an .onnx file",
                 )
+
+    def _check_portable(self) -> None:
+        """Raise for what only ONNX Runtime, or not every other runtime, has."""
+        if self.mode == "load":
+            raise LoraFxError(
+                "mode load is not portable: only ONNX Runtime exchanges the tensors of a data file "
+                "when a session is made",
+                "use --mode switch, whose A and B are inputs",
+            )
+        if self.precision == "bfloat16":
+            raise LoraFxError(
+                "precision bfloat16 is not portable: browsers have no arrays of it",
+                "leave --precision out, or use float16 or int8",
+            )
+        if self.accuracy_level:
+            raise _codes_not_portable("an accuracy level")
+
+    def refuse_codes(self) -> None:
+        """Raise if the file cannot have weights in codes of 4 or 8 bits."""
+        if self.made_for == PORTABLE:
+            raise _codes_not_portable("quantise")
 
     def _check_step(self) -> None:
         """Raise for an unsupported loss, optimizer or number, and for a server's folder."""
@@ -251,9 +274,14 @@ class ExportOptions:
         return self.target.suffix == ".pt2"
 
     @property
+    def requires_factors(self) -> bool:
+        """Whether A and B are inputs of the file that have no defaults."""
+        return self.is_program or (self.mode == "switch" and self.made_for == PORTABLE)
+
+    @property
     def adapter_ending(self) -> str:
         """The ending of the adapters' files beside a switchable file."""
-        return ".safetensors" if self.is_program else ".onnx_adapter"
+        return ".safetensors" if self.requires_factors else ".onnx_adapter"
 
     @property
     def rewrites(self) -> bool:
@@ -281,3 +309,12 @@ class ExportOptions:
             return list(keys), False
         plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
         return list(plan.entries), not self.include
+
+
+def _codes_not_portable(option: str) -> LoraFxError:
+    """Return the error for an option about codes, in a file for any runtime."""
+    return LoraFxError(
+        f"{option} is not portable: products over codes are MatMulNBits, an operator of "
+        "com.microsoft that only ONNX Runtime has",
+        "leave it out, or use --precision int8, whose operators are ONNX's own",
+    )

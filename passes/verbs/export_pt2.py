@@ -16,9 +16,8 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import Report
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.atomic import replacing
 from lora_fx.files.side_outputs import Beside
-from lora_fx.formats.graph_inputs import write_inputs
 from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.graph import FxGraph
@@ -40,10 +39,12 @@ from lora_fx.passes.proofs.switchable import prove_switchable
 from lora_fx.passes.switch import insert_switchable
 from lora_fx.passes.verbs.adapt import find
 from lora_fx.passes.verbs.export_files import (
+    NO_UPDATE,
     adapter_paths,
     adapters_of,
     refuse_unexchangeable,
     report_of,
+    write_adapters,
 )
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_slots import torch_reference
@@ -82,12 +83,8 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
 
     rank = options.rank or 0
     slots = input_slots(targets, rank, reference.inputs.names)
-    manifest = Manifest(slots, rank=rank)
+    manifest = Manifest(slots, required=True, rank=rank)
     paths = adapter_paths(bound, options)
-    base_path = options.target.with_name(f"{options.target.stem}.base.safetensors")
-    check_output(base_path, force=options.force)
-    written = {base_path: NO_UPDATE, **{path: bound[name] for name, path in paths.items()}}
-
     insert_switchable(graph, [*targets.values()], Role.FROZEN)
     layouts = {key: found[key].layout for key in targets}
     beside = Beside()
@@ -96,17 +93,11 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
             write_switchable(base, graph, temporary, slots, rank)
         file = _SwitchableProgram(manifest, execution_of(base), load_by_torch(temporary), rank)
         parity = prove_switchable(file, reference, layouts, bound, warnings)
-        for path, adapter in written.items():
-            with replacing(path, force=options.force, beside=beside) as temporary_adapter:
-                write_inputs(temporary_adapter, adapter, manifest)
+        write_adapters(paths, bound, manifest, options, beside)
 
     details: Json = {"mode": "switch", "targets": len(slots), **reference.details()}
-    files = [options.target, *written]
+    files = [options.target, *paths.values()]
     return report_of(files, "torch", parity, warnings, details)
-
-
-NO_UPDATE = Adapter({})
-"""What stands for the base: A and B of every target are zeros."""
 
 
 def _targets(

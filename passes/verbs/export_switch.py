@@ -15,13 +15,11 @@ from pathlib import Path
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import replacing
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.made_for import LEAST_RANKS
 from lora_fx.onnx.manifest import Manifest
-from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.tensor_copies import copies_of, join_copies
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.onnx_reference import FileRerun
@@ -34,6 +32,7 @@ from lora_fx.passes.verbs.export_files import (
     refuse_unexchangeable,
     report_of,
     save_within,
+    write_adapters,
 )
 from lora_fx.passes.verbs.export_options import Companions, ExportOptions
 from lora_fx.targets.found import Found
@@ -97,6 +96,7 @@ def write_switch(
         slots.stored_apart,
         slots.transposed_lookups(layouts),
         LEAST_RANKS.get(options.made_for, 0),
+        required=options.requires_factors,
     )
     manifest = _made_switchable(graph, switch, copies)
 
@@ -113,9 +113,7 @@ def write_switch(
         session = Session(output.path, options.provider)
         file = _SwitchableFile(output.path, options, manifest, rank, session)
         parity = prove_switchable(file, reference, layouts, adapters, warnings)
-        for name, path in paths.items():
-            with replacing(path, force=options.force, beside=output.beside) as temporary:
-                write_adapter(adapters[name], manifest, temporary)
+        write_adapters(paths, adapters, manifest, options, output.beside)
         output.adapters += paths.values()
         companions = options.also(output, manifest) if options.also else Companions()
 

@@ -80,7 +80,9 @@ def write_switchable(
     for key in slots:
         for name_in_tree in slot_names(key):
             del tensors[name_in_tree]
-    manifest = make_manifest(module, {NAMES[False]: (False, traced)}, Manifest(slots, rank=rank))
+    manifest = make_manifest(
+        module, {NAMES[False]: (False, traced)}, Manifest(slots, required=True, rank=rank)
+    )
     _write(path, module, {NAMES[False]: program}, tensors, manifest)
 
 
