@@ -76,8 +76,8 @@ class FileOptions:
     target: str = option(
         "--target",
         default="cpu",
-        help="Make the file for cpu, cuda or webgpu, whose graph has the forms that are fast there, "
-        "or portable, which other runtimes read too.",
+        help="Make the file for cpu, cuda or webgpu, whose graph has the forms that are fast "
+        "there; or portable, for other runtimes too.",
     )
     opset: int | None = option(
         "--opset", type=int, help="Write this version of the ONNX operator set.  [default: 20]"

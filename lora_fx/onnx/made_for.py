@@ -1,4 +1,4 @@
-"""What a file is made for: the processor or the device whose kernels its graph suits, or any runtime.
+"""What a file is made for: a processor or device, whose kernels its graph suits, or any runtime.
 
 A file computes the same on every provider. On a device, a node without a kernel there is a copy
 between host and device in every run, so a file that is made for a device has other forms of what

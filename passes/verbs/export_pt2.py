@@ -47,7 +47,7 @@ from lora_fx.passes.verbs.export_files import (
     write_adapters,
 )
 from lora_fx.passes.verbs.export_options import ExportOptions
-from lora_fx.passes.verbs.export_slots import torch_reference
+from lora_fx.passes.verbs.export_slots import torch_reference, with_whole_tensors
 from lora_fx.passes.verbs.export_torch import folded_already
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.program import load_by_torch
@@ -68,18 +68,22 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
         raise folded_already()
     options = replace(options, adapters=own_adapters(model, options.adapters))
     adapters = adapters_of(options)
-    refuse_unexchangeable(adapters, "a switchable file")
     captured = captured_of(model, options.capture_of_base())
     found = find(captured)
     bound = {
         name: bind(with_base(adapter, captured.model), found) for name, adapter in adapters.items()
     }
+    notes: list[str] = []
+    if len(bound) == 1:
+        captured, bound, notes = with_whole_tensors(captured, bound)
+    refuse_unexchangeable(bound, "a switchable file")
+    found = find(captured)
     keys, is_default_plan = options.chosen(found, bound)
     reference = torch_reference(captured, options)
     base = plain(captured).eval()
     graph = base.graph(False, portable=True)
-    targets, warnings = _targets(graph, keys, loose=is_default_plan)
-    warnings = [*map(str, captured.pinned), *captured.notes, *warnings]
+    targets, left_out = _targets(graph, keys, loose=is_default_plan)
+    warnings = [*map(str, captured.pinned), *notes, *left_out]
 
     rank = options.rank or 0
     slots = input_slots(targets, rank, reference.inputs.names)
@@ -90,7 +94,7 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     beside = Beside()
     with replacing(options.target, force=options.force, parts=beside) as temporary:
         with stage("writing the program"):
-            write_switchable(base, graph, temporary, slots, rank)
+            write_switchable(base, graph, temporary, manifest)
         file = _SwitchableProgram(manifest, execution_of(base), load_by_torch(temporary), rank)
         parity = prove_switchable(file, reference, layouts, bound, warnings)
         write_adapters(paths, bound, manifest, options, beside)

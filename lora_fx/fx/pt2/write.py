@@ -30,7 +30,7 @@ from lora_fx.fx.pt2.output_trees import plain_spec
 from lora_fx.fx.pt2.program import tensor_places
 from lora_fx.fx.pt2.serialised import bytes_of, json_of, table_of
 from lora_fx.inputs import Named
-from lora_fx.onnx.manifest import Manifest, SwitchSlot
+from lora_fx.onnx.manifest import Manifest
 from lora_fx.text import Json
 
 Paths = Sequence[tuple[Named, Traced]]
@@ -58,31 +58,26 @@ def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Path
     _write(path, module, exported_programs, module.state_dict(keep_vars=True), manifest)
 
 
-def write_switchable(
-    module: CapturedModule, graph: FxGraph, path: Path, slots: Mapping[str, SwitchSlot], rank: int
-) -> None:
+def write_switchable(module: CapturedModule, graph: FxGraph, path: Path, switch: Manifest) -> None:
     """Write the eval program of a module, with A and B of its branches as inputs.
 
     Args:
         module: The base.
         graph: Its eval graph, with a branch for each slot; edited.
         path: The file.
-        slots: The slot of each key, whose names the inputs get.
-        rank: The rank that A and B have in every run; 0 where each may have any.
+        switch: The slot of each key, whose names the inputs get, and the rank of all, if any.
     """
     captured = execution_of(module).captured
     named = captured.named
     traced = captured.traced(False, named, execution_of(module).base_dtype)
-    put_inputs(graph.graph, slots)
-    program = _export(module, graph, named, traced, _factors(slots, rank))
+    put_inputs(graph.graph, switch.slots)
+    program = _export(module, graph, named, traced, _factors(switch))
 
     tensors = dict(module.state_dict(keep_vars=True))
-    for key in slots:
+    for key in switch.slots:
         for name_in_tree in slot_names(key):
             del tensors[name_in_tree]
-    manifest = make_manifest(
-        module, {NAMES[False]: (False, traced)}, Manifest(slots, required=True, rank=rank)
-    )
+    manifest = make_manifest(module, {NAMES[False]: (False, traced)}, switch)
     _write(path, module, {NAMES[False]: program}, tensors, manifest)
 
 
@@ -145,10 +140,11 @@ class _Store:
         return self.files[key]
 
 
-def _factors(slots: Mapping[str, SwitchSlot], rank: int) -> dict[str, tuple[torch.Tensor, Dims]]:
+def _factors(switch: Manifest) -> dict[str, tuple[torch.Tensor, Dims]]:
     """Return an example of A and B of every slot by name, each with its dynamic dimensions."""
     factors: dict[str, tuple[torch.Tensor, Dims]] = {}
-    for slot in slots.values():
+    rank = switch.rank
+    for slot in switch.slots.values():
         dtype = getattr(torch, slot.dtype)
         for name, shape in slot.tensor_shapes(None).items():
             sizes = [(rank or EXAMPLE_RANK) if size is None else size for size in shape]
