@@ -22,11 +22,14 @@ class Switch:
     Attributes:
         include: Targets instead of the adapters', or of the default plan's without adapters.
         exclude: Targets to leave out.
+        rank: Of a .pt2 file: the rank that A and B have in every run, to which adapters of lower
+            ranks are padded; None where each may have any.
     """
 
     name: ClassVar[str] = "switch"
     include: Selectors = None
     exclude: Selectors = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
