@@ -53,12 +53,12 @@ def input_slots(
 
 
 def _keyword(name: str) -> str:
-    """Return a dotted name as one that Python takes as a keyword.
+    """Return a dotted name as a keyword in small letters, as torch writes the inputs of a graph.
 
     >>> _keyword("0.weight[1:3].lora_A")
-    '_0_weight_1_3__lora_A'
+    '_0_weight_1_3__lora_a'
     """
-    word = re.sub(r"\W", "_", name, flags=re.ASCII)
+    word = re.sub(r"\W", "_", name, flags=re.ASCII).lower()
     return f"_{word}" if word[:1].isdigit() else word
 
 
