@@ -216,6 +216,44 @@ def test_a_rank_above_that_of_the_file_is_refused(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+def test_largest_sizes_are_those_of_the_program(tmp_path: Path) -> None:
+    (model, ids), adapters = adapters_of("tied")
+    file = tmp_path / "m.pt2"
+    mode = lora_fx.Switch(largest={"batch": 4, "length": 8, "rank": 3})
+    report = lora_fx.export(model, file, (ids,), mode=mode, adapters=adapters)
+    assert max(parity.sizes["ids"][1] for parity in report.parity) == 8
+    program = torch.export.load(str(file))
+    assert sorted(bounds.upper for bounds in program.range_constraints.values()) == [3, 3, 4, 8]
+    assert program.module()(ids[:1].repeat(4, 1), **load_file(tmp_path / "a2.safetensors")).any()
+    with pytest.raises(RuntimeError, match="to be <= 4, but got 5"):
+        program.module()(ids[:1].repeat(5, 1), **load_file(tmp_path / "a2.safetensors"))
+    larger = lora_fx.insert(model, (ids,), rank=4, include=["fc"]).adapter()
+    with pytest.raises(LoraFxError, match="has rank 4; expected at most 3"):
+        save_for(str(file), larger, tmp_path / "larger.safetensors", "graph_inputs")
+
+
+LARGEST: Mapping[str, tuple[dict[str, int], str]] = {
+    "no such dimension": ({"lenght": 8}, "no dimension that is free has the name 'lenght'"),
+    "an example that is larger": ({"length": 2}, "'ids' has size 3 in dimension 1"),
+    "no size": ({"batch": 0}, "the largest batch is 0; expected 1 or more"),
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_a_largest_size_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
+    (model, ids), adapters = adapters_of("tied")
+    largest, message = LARGEST[name]
+    with pytest.raises(LoraFxError, match=message):
+        lora_fx.export(
+            model,
+            tmp_path / "m.pt2",
+            (ids,),
+            mode=lora_fx.Switch(largest=largest),
+            adapters=adapters,
+        )
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_wrong_adapter_is_refused_by_torch_itself(tmp_path: Path) -> None:
     (model, x), adapters = adapters_of("linear")
     lora_fx.export(model, tmp_path / "m.pt2", (x,), mode="switch", adapters=adapters)
