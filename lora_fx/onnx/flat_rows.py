@@ -21,7 +21,7 @@ from lora_fx.onnx.graph.values import (
     rank,
     remove_unread,
 )
-from lora_fx.onnx.named_sizes import NamedTarget, unnamed_size
+from lora_fx.onnx.unnamed_sizes import NamedTarget, unnamed_size
 
 
 def product_operands(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:

@@ -15,8 +15,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.named_sizes import unnamed_size
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.unnamed_sizes import unnamed_size
 from tests.onnx.test_batch import Front, Words, adapter
 from tests.onnx.test_batch_forms import Attention
 
