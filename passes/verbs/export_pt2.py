@@ -101,7 +101,8 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
             write_switchable(base, graph, temporary, manifest)
         program = load_by_torch(temporary)
         share_memory(program, base, "the file that torch loads")
-        file = _SwitchableProgram(manifest, execution_of(base), program, rank)
+        most = rank or largest_rank
+        file = _SwitchableProgram(manifest, execution_of(base), program, most)
         parity = prove_switchable(file, reference, layouts, bound, warnings)
         write_adapters(paths, bound, manifest, options, beside)
 
@@ -147,7 +148,7 @@ class _SwitchableProgram:
         manifest: Its inputs for A and B.
         call: The calls of the model.
         program: What torch.export.load gives.
-        rank: The rank of the slots; 0 if they take any rank.
+        rank: The largest rank that an adapter may have; 0 where any fits.
     """
 
     manifest: Manifest
