@@ -19,6 +19,7 @@ import numpy as np
 import openvino as ov
 from safetensors.numpy import load_file
 
+KINDS = ("base", "a", "b")
 ROUNDS = 101
 COPIES = 16
 """Adapters that are loaded to see what one takes."""
@@ -70,9 +71,9 @@ def out_of_range(switch: Any, inputs: Arrays, name: str, rows: int) -> str:
     return " and ".join(sorted(answers))
 
 
-def figures(switch: Any, inputs: Arrays, paths: list[Path]) -> dict[str, float]:
+def figures(switch: Any, inputs: Arrays, paths: dict[str, Path]) -> dict[str, float]:
     """Times in microseconds, medians of interleaved rounds, and bytes."""
-    first, second = (load_file(path) for path in paths)
+    first, second = load_file(paths["a"]), load_file(paths["b"])
     target = {name: np.empty_like(array) for name, array in second.items()}
     times: dict[str, list[float]] = {"swap": [], "copy": [], "run": [], "run_after_swap": []}
 
@@ -94,13 +95,13 @@ def figures(switch: Any, inputs: Arrays, paths: list[Path]) -> dict[str, float]:
         timed("run_after_swap", switch.run, inputs)
 
     before = resident()
-    more = [load_file(paths[1]) for _ in range(COPIES)]
+    more = [load_file(paths["b"]) for _ in range(COPIES)]
     for adapter in more:
         switch.use(adapter)
         switch.run(inputs)
     taken = (resident() - before) / COPIES
     medians = {f"{what}_us": statistics.median(values) for what, values in times.items()}
-    size = paths[1].stat().st_size
+    size = paths["b"].stat().st_size
     return {**medians, "second_adapter_bytes": taken, "adapter_file_bytes": size}
 
 
@@ -120,8 +121,8 @@ def main(sample: str, folder: str, *tables: str) -> None:
     measured = dict(table.split("=") for table in tables)
     for path in sorted(Path(folder).glob("*.onnx")):
         name = path.stem
-        paths = [path.with_name(f"{name}.{which}.safetensors") for which in ("a", "b")]
-        adapters: Arrays = {"base": {}, "a": load_file(paths[0]), "b": load_file(paths[1])}
+        paths = {kind: path.with_name(f"{name}.{kind}.safetensors") for kind in KINDS}
+        adapters = {kind: load_file(of_kind) for kind, of_kind in paths.items()}
         sizes = stored(path.with_suffix(".npz"))
         try:
             switch = module.SwitchModel(path)
@@ -132,7 +133,7 @@ def main(sample: str, folder: str, *tables: str) -> None:
         if name in measured:
             inputs = sizes[0]["in"]
             results[name]["figures"] = figures(switch, inputs, paths)
-            switch.use({})
+            switch.use(adapters["base"])
             if measured[name]:
                 input_name, rows = measured[name].split(":")
                 answer = out_of_range(switch, inputs, input_name, int(rows))

@@ -46,19 +46,17 @@ def test_the_sample_runs_base_and_adapters(files: Any, tmp_path: Path) -> None:
     subject, folder = files
     sizes = switch_files.stored(folder, subject.name)
     np.savez(tmp_path / "inputs.npz", **sizes[0]["in"])
-    adapters = [folder / f"{subject.name}.{which}.safetensors" for which in ("a", "b")]
+    kinds = ("base", "a", "b")
+    adapters = [folder / f"{subject.name}.{kind}.safetensors" for kind in kinds]
     environments.run_in(
-        "openvino", SAMPLE, folder / f"{subject.name}.onnx", *adapters,
-        tmp_path / "inputs.npz", tmp_path / "outputs.npz",
+        "openvino", SAMPLE, folder / f"{subject.name}.onnx", tmp_path / "inputs.npz",
+        tmp_path / "outputs.npz", *adapters,
     )  # fmt: skip
     with np.load(tmp_path / "outputs.npz") as arrays:
-        for kind, stem in {
-            "base": "base",
-            "a": f"{subject.name}.a",
-            "b": f"{subject.name}.b",
-        }.items():
-            ours = {name: arrays[f"{stem}/{name}"] for name in sizes[0][kind]}
-            assert switch_files.worst(ours, sizes[0][kind]) <= models.GATE
+        for kind in kinds:
+            expected = sizes[0][kind]
+            ours = {name: arrays[f"{subject.name}.{kind}/{name}"] for name in expected}
+            assert switch_files.worst(ours, expected) <= models.GATE
 
 
 def test_the_row(files: Any) -> None:
