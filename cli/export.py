@@ -76,8 +76,8 @@ class FileOptions:
     target: str = option(
         "--target",
         default="cpu",
-        help="Make the file for cpu, cuda or webgpu, whose graph has the forms that are fast there, "
-        "or portable, which other runtimes read too.",
+        help="Make the file for cpu, cuda or webgpu, in forms that are fast there, or portable, "
+        "for any runtime that reads ONNX.",
     )
     opset: int = option(
         "--opset", type=int, default=20, help="Write this version of the ONNX operator set."

@@ -2,9 +2,9 @@
 
 It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
 A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
-(x A) B. In mode switch they are inputs, with defaults unless the file is portable; in mode load initialisers of a fixed
-rank, which a session replaces when it is made. Adapter files, sessions and checks read it; nothing
-guesses names.
+(x A) B. In mode switch they are inputs, with defaults unless the file is portable; in mode load
+initialisers of a fixed rank, which a session replaces when it is made. Adapter files, sessions and
+checks read it; nothing guesses names.
 """
 
 from __future__ import annotations
