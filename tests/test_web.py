@@ -238,8 +238,11 @@ def test_the_reading_follows_the_switch(served: Served) -> None:
     """What is on the canvas is read by the adapter that is switched on."""
     first = "document.querySelector('#reading span').textContent"
     draw(served.tab, "A", 0)  # an example more, removed again; what it leaves is an empty canvas
+    shown = "document.querySelectorAll('#examples li').length === {}".format
+    wait(served.tab, shown(len(STEMS) + 1))
     click(served.tab, "#examples li:last-child button")
-    assert served.tab.value(first) == "–"
+    wait(served.tab, shown(len(STEMS)))
+    wait(served.tab, f"{first} === '–'")
     left, top, width = served.tab.value(
         "(r => [r.x, r.y, r.width])(document.getElementById('pad').getBoundingClientRect())"
     )

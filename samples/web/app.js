@@ -355,6 +355,7 @@ $('clear').onclick = () => { state.strokes = []; changed(); };
 $('add').onclick = () => {
   state.examples.push({pixels: pixelsOf(state.strokes), label: chosen()});
   state.strokes = [];
+  changed(); // at once: what show() asks the network may take a while
   return show();
 };
 $('train').onclick = async () => {

@@ -2,7 +2,9 @@
 // prints the results; in a page, `runJob` is imported. A job and its results are described in
 // web.py, and the files of a job are read by `read`, which gives an ArrayBuffer.
 
-const MEASURED = 20;
+const ROUNDS = 21;
+const REPEATED = 100; // a browser's clock is coarse
+const COPIES = 16; // adapters that are read to see what one takes
 
 const base64 = bytes => {
   let text = '';
@@ -48,45 +50,49 @@ export async function runJob(ort, sample, read, job) {
 
 const median = numbers => numbers.sort((x, y) => x - y)[Math.floor(numbers.length / 2)];
 
-/** Milliseconds of runs that keep the adapter and of runs that change it, and of a copy of B. */
+/** Microseconds, medians of interleaved rounds: runs that keep the adapter and that change it. */
 async function figures(ort, sample, session, feeds, {a, b}) {
-  const kept = [], changed = [], copied = [];
-  const timed = async (list, work) => {
+  const times = {run: [], run_after_swap: [], swap: [], copy: []};
+  const timed = async (what, work) => {
     const start = performance.now();
     await work();
-    list.push(performance.now() - start);
+    times[what].push(1000 * (performance.now() - start));
   };
-  const copy = () => { for (const {data} of Object.values(b)) data.slice(); };
-  await sample.run(ort, session, feeds, a);
-  await sample.run(ort, session, feeds, b);
-  for (let i = 0; i < MEASURED; i++) {
-    await timed(kept, () => sample.run(ort, session, feeds, b));
-    await sample.run(ort, session, feeds, a);
-    await timed(changed, () => sample.run(ort, session, feeds, b));
-    await timed(copied, copy);
+  const repeated = (what, work) => {
+    const start = performance.now();
+    for (let i = 0; i < REPEATED; i++) work();
+    times[what].push(1000 * (performance.now() - start) / REPEATED);
+  };
+  const run = adapter => sample.run(ort, session, feeds, adapter);
+  const copies = Object.values(b).map(({data}) => data.slice());
+  const copy = () => Object.values(b).forEach(({data}, i) => copies[i].set(data));
+  const swap = () => Object.values(b).map(({dims, data}) => new ort.Tensor('float32', data, dims));
+  await run(b);
+  for (let i = 0; i < ROUNDS; i++) {
+    await run(a);
+    await timed('run_after_swap', () => run(b));
+    await timed('run', () => run(b));
+    repeated('swap', swap);
+    repeated('copy', copy);
   }
-  const bytes = Object.values(b).reduce((sum, {data}) => sum + data.byteLength, 0);
-  return {
-    run_ms: median(kept), run_after_swap_ms: median(changed), copy_ms: median(copied),
-    adapter_bytes: bytes,
-  };
+  return Object.fromEntries(Object.entries(times).map(([what, list]) => [`${what}_us`, median(list)]));
 }
 
-/** Bytes that the process holds in buffers more after a second adapter was read and run. */
+/** Bytes of this process for every further adapter that is read and run. */
 async function memory(ort, sample, read, job) {
   const session = await ort.InferenceSession.create(new Uint8Array(await read(job.model)));
-  const none = sample.noAdapter(session), {feeds} = job.cases[0];
-  const kept = {};
-  const held = async name => {
-    kept[name] = sample.readSafetensors(await read(job.adapters[name]));
-    await sample.run(ort, session, feeds, {...none, ...kept[name]});
+  const none = sample.noAdapter(session), {feeds} = job.cases[0], kept = [];
+  const more = async () => {
+    kept.push(sample.readSafetensors(await read(job.adapters.b)));
+    await sample.run(ort, session, feeds, {...none, ...kept.at(-1)});
     globalThis.gc();
-    return process.memoryUsage().arrayBuffers;
+    const {arrayBuffers} = process.memoryUsage();
+    return arrayBuffers;
   };
-  // A run's copies in the runtime's own memory are given back, and that memory is one buffer.
-  await held('a');
-  const before = await held('a');
-  return await held('b') - before;
+  await more(); // the first run enlarges the runtime's own memory
+  const before = await more();
+  for (let i = 0; i < COPIES - 1; i++) await more();
+  return (await more() - before) / COPIES;
 }
 
 if (typeof process !== 'undefined' && import.meta.filename === process.argv[1]) {
@@ -97,6 +103,6 @@ if (typeof process !== 'undefined' && import.meta.filename === process.argv[1]) 
   const read = async path => Uint8Array.from(await readFile(path)).buffer;
   const job = JSON.parse(await readFile(process.argv[2]));
   const results = await runJob(ort, sample, read, job);
-  if (job.measure) results.figures.memory_bytes = await memory(ort, sample, read, job);
+  if (job.measure) results.figures.second_adapter_bytes = await memory(ort, sample, read, job);
   process.stdout.write(JSON.stringify(results));
 }
