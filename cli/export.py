@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,21 @@ if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
 
 
+def _sizes_by_name(_: object, __: object, text: str | None) -> dict[str, int] | None:
+    """Return the sizes of `batch=8,length=128`; None without a text."""
+    if text is None:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if not name or not number.isdecimal():
+            raise LoraFxError(
+                f"--largest {part!r} is no NAME=N", "pass --largest batch=8,length=128, for example"
+            )
+        sizes[name] = int(number)
+    return sizes
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModeOptions:
     """The options that belong to single modes."""
@@ -46,8 +62,14 @@ class ModeOptions:
     rank: int | None = option(
         "--rank",
         type=int,
-        help="Set the highest rank that can be loaded (mode load), or the rank of a new "
-        "adapter (mode train: 8).",
+        help="Set the highest rank that can be loaded (mode load, and a .pt2 file), or the rank "
+        "of a new adapter (mode train: 8).",
+    )
+    largest: Mapping[str, int] | None = option(
+        "--largest",
+        metavar="NAME=N,…",
+        callback=_sizes_by_name,
+        help="Set the largest sizes of free dimensions, and of the rank (a .pt2 file).",
     )
     loss: str | None = option(
         "--loss", help="Choose the loss: ce, mse or module:function (mode train)."
@@ -76,11 +98,11 @@ class FileOptions:
     target: str = option(
         "--target",
         default="cpu",
-        help="Make the file for cpu, cuda or webgpu, in forms that are fast there, or portable, "
-        "for any runtime that reads ONNX.",
+        help="Make the file for cpu, cuda or webgpu, whose graph has the forms that are fast "
+        "there; or portable, for other runtimes too.",
     )
-    opset: int = option(
-        "--opset", type=int, default=20, help="Write this version of the ONNX operator set."
+    opset: int | None = option(
+        "--opset", type=int, help="Write this version of the ONNX operator set.  [default: 20]"
     )
     optimise: bool = flag(
         "--optimise", "Rewrite the graph for ONNX Runtime; the result is compared."
@@ -158,6 +180,9 @@ def command(
     --mode batch   stores all adapters in the file; each row of a batch chooses one
     --mode train   writes a training step for ADAPTER or a new one, and its forward pass
 
+    With -o X.pt2 and --mode switch, a program of torch is written, which takes A and B as
+    inputs: other runtimes compile it once and run it with every adapter.
+
     MODEL may also be an .onnx file. ADAPTER:W multiplies the adapter by W.
 
     \b
@@ -174,17 +199,19 @@ def command(
     from lora_fx.errors import given_options
     from lora_fx.files.atomic import check_output
     from lora_fx.onnx.save import EXTERNAL_OVER
+    from lora_fx.onnx.session import check_provider
     from lora_fx.onnx.triton import repository_of
     from lora_fx.passes.verbs.export import export_as, refuse_genai
     from lora_fx.passes.verbs.export_options import ExportOptions
     from lora_fx.passes.verbs.options import CaptureOptions
     from lora_fx.passes.verbs.refused_updates import check_adapters
 
-    if not output.endswith(".onnx"):
+    if not output.endswith((".onnx", ".pt2")):
         raise LoraFxError(
             f"{output} does not end in .onnx", "pass a name that ends in .onnx: -o model.onnx"
         )
     check_output(output, force=force)
+    check_provider(file.provider)
     if mode == "merged" and len(adapters) > 1:
         raise LoraFxError(
             f"--mode merged takes one adapter, not {len(adapters)}", "pass --mode switch or batch"
@@ -220,6 +247,7 @@ def command(
         include=of_mode.include,
         exclude=of_mode.exclude,
         rank=of_mode.rank,
+        largest=of_mode.largest,
         scales=of_mode.scales,
         loss=loss,
         optimizer=of_mode.optimizer,
@@ -229,7 +257,7 @@ def command(
         inputs=arrays,
         provider=file.provider,
         made_for=file.target,
-        opset=None if is_graph else file.opset,
+        opset=file.opset,
         external_over=EXTERNAL_OVER,
         capture=CaptureOptions(cache=file.cache, repeat=not capture.no_repeat),
         force=force,

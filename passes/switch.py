@@ -24,7 +24,8 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.einsum import Einsum
-from lora_fx.ir.graph import Role, Site
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Graph, Role, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -80,10 +81,7 @@ class Switch:
             return PassResult(graph, False)
         targets = self._targets(graph)
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
-        in_output_form = [target for target in targets if not self._has_weight_form(target)]
-        in_weight_form = [target for target in targets if self._has_weight_form(target)]
-        Insert(_zeros(in_output_form), role=role)(graph)
-        Insert(_zeros(in_weight_form), role=role, weight_form=True)(graph)
+        insert_switchable(graph, targets, role, free_rank=not self.rank)
         for target in self.stored:
             self._store(graph, target, role)
 
@@ -135,28 +133,48 @@ class Switch:
         value = graph.model.graph.initializers[target.key]
         uses = list(value.uses())
         e = graph.emit_first(target.key)
-        w = changed(e, target, _zero(target), value, value, role)
+        w = changed(e, target, zero_update(target), value, value, role)
         for user, i in uses:
             user.replace_input_with(i, w)
-
-    def _has_weight_form(self, target: Target) -> bool:
-        """True if the uses read W + s·b·a; a quantised weight cannot hold that sum."""
-        return not (self._is_direct(target) or target.no_fold)
-
-    def _is_direct(self, target: Target) -> bool:
-        """True if every use has a branch that needs no fixed rank."""
-        return not self.rank and all(_has_free_rank(site) for site in target.sites)
 
     def _default_rank(self, target: Target) -> int:
         """Return the rank of the defaults: it changes nothing, and every use can run with it."""
         if self.rank:
             return self.rank
-        if target in self.stored or not self._is_direct(target):
+        if target in self.stored or not has_free_rank(target):
             return 1
         # [out, 0] @ [N, 0, n] is left as the memory was, by ONNX Runtime 1.31 on the CPU
         if any(getattr(site.kind, "form", "") == "left" for site in target.sites):
             return 1
         return self.least_rank
+
+
+def insert_switchable(
+    graph: Graph[V], targets: Sequence[Target], role: Role, *, free_rank: bool = True
+) -> None:
+    """Insert branches with updates of rank 1 and zeros, in forms that take any rank at run time.
+
+    Args:
+        graph: Edited in place.
+        targets: Targets of the graph.
+        role: What A and B are for.
+        free_rank: False where the rank is fixed: every weight that can hold the sum holds it.
+    """
+    in_output_form: list[Target] = []
+    in_weight_form: list[Target] = []
+    for target in targets:
+        # a quantised weight cannot hold the sum
+        if target.no_fold or (free_rank and has_free_rank(target)):
+            in_output_form.append(target)
+        else:
+            in_weight_form.append(target)
+    Insert(_zeros(in_output_form), role=role)(graph)
+    Insert(_zeros(in_weight_form), role=role, weight_form=True)(graph)
+
+
+def has_free_rank(target: Target) -> bool:
+    """True if the branch of every use takes any rank at run time."""
+    return all(_has_free_rank(site) for site in target.sites)
 
 
 def _has_free_rank(site: Site) -> bool:
@@ -167,10 +185,10 @@ def _has_free_rank(site: Site) -> bool:
 
 
 def _zeros(targets: Sequence[Target]) -> dict[str, LowRank]:
-    return {target.key: _zero(target) for target in targets}
+    return {target.key: zero_update(target) for target in targets}
 
 
-def _zero(target: Target) -> LowRank:
+def zero_update(target: Target) -> LowRank:
     """Return an update of rank 1 with zeros and scale 1."""
     shape_of_a, shape_of_b = target.layout.factor_shapes(1)
     a = np.zeros(shape_of_a, np.float32)

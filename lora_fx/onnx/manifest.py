@@ -2,9 +2,9 @@
 
 It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
 A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
-(x A) B. In mode switch they are inputs, with defaults unless the file is portable; in mode load
-initialisers of a fixed rank, which a session replaces when it is made. Adapter files, sessions and
-checks read it; nothing guesses names.
+(x A) B. In mode switch they are inputs, which have defaults unless the file is portable; in mode
+load initialisers of a fixed rank, which a session replaces when it is made. Adapter files, sessions
+and checks read it; nothing guesses names. The manifest of a .pt2 file has the same in JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
+from lora_fx.files.program_manifest import SWITCH, program_manifest
 from lora_fx.files.strict_json import json_object
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.update_row import update_of
@@ -97,17 +98,25 @@ class Manifest:
             there are dropouts, `states` (name of a slot → those of its states), `updates` (key →
             what `adapter` reads) and the `metadata` of the adapter.
         required: In mode switch: A and B have no defaults, and every run has to give them.
+        rank: In mode switch, the rank that A and B have in every run; 0 where each may have any.
+        largest_rank: The largest of ranks that are free; 0 where there is none.
     """
 
     slots: Mapping[str, SwitchSlot]
     mode: str = "switch"
     training: JsonView = field(default_factory=dict)
     required: bool = False
+    rank: int = 0
+    largest_rank: int = 0
 
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
         data: Json = {**stamp(), "mode": self.mode}
         data["slots"] = {key: asdict(slot) for key, slot in self.slots.items()}
+        if self.rank:
+            data["rank"] = self.rank
+        if self.largest_rank:
+            data["largest_rank"] = self.largest_rank
         if self.training:
             data["training"] = self.training
         if self.required:
@@ -130,8 +139,14 @@ class Manifest:
                     "export a file that takes adapters: lora-fx export --mode switch or load",
                 )
             slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
-            required = data.get("required", False) is True
-            return cls(slots, str(data["mode"]), data.get("training", {}), required)
+            return cls(
+                slots,
+                str(data["mode"]),
+                data.get("training", {}),
+                data.get("required", False) is True,
+                int(data.get("rank", 0)),
+                int(data.get("largest_rank", 0)),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
@@ -163,6 +178,20 @@ class Manifest:
             tensors[slot.b] = _transposed(scaled_b, slot.dtype)
         self.check(tensors, where)
         return tensors
+
+    def all_tensors(self, adapter: Adapter, where: str = "the adapter") -> dict[str, Array]:
+        """Return A and B of every slot, for a file whose inputs have no defaults.
+
+        Slots that the adapter has no update for get zeros. Where the file fixes the rank, all
+        tensors are padded to it with zeros.
+
+        Args:
+            adapter: As in `tensors`; without entries, it stands for the base.
+            where: What errors call it.
+        """
+        tensors = self.tensors(adapter, where) if adapter.entries else {}
+        tensors = {**self.zeros(), **tensors}
+        return self.padded(tensors) if self.rank else tensors
 
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
         """Return the slot of an update; raise unless both are for the same use of the weight."""
@@ -229,10 +258,13 @@ class Manifest:
 
         a = tensors[slot.a]
         rank = a.shape[-1] if a.ndim else 0
-        if self.mode == "load" and rank > slot.rank:
+        largest_rank = self.largest_rank
+        if self.mode == "load" or self.rank:
+            largest_rank = slot.rank
+        if largest_rank and rank > largest_rank:
             raise LoraFxError(
-                f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
-                f"export the file with lora-fx export --mode load --rank {rank}",
+                f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {largest_rank}",
+                f"export the file with lora-fx export --mode {self.mode} --rank {rank}",
             )
 
         for name, shape in slot.tensor_shapes(rank).items():
@@ -317,12 +349,15 @@ def _transposed(matrix: Array, dtype: str) -> Array:
 
 
 def manifest_of(path: str | PathLike[str]) -> Manifest:
-    """Return the manifest of an ONNX file, read without the weights.
+    """Return the manifest of an ONNX or .pt2 file, read without the weights.
 
     Raises:
         LoraFxError: The file cannot be read, or is not switchable.
     """
-    expect_path(path, "the model", "the path of an .onnx file")
+    expect_path(path, "the model", "the path of an .onnx or .pt2 file")
+    if fspath(path).endswith(".pt2"):
+        switch = program_manifest(Path(path)).get(SWITCH)
+        return manifest_in(None if switch is None else json.dumps(switch), fspath(path))
     try:
         model = ir.load(fspath(path))
         text = model.metadata_props.get(PROPERTY)

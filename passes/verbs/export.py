@@ -21,6 +21,7 @@ from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
 from lora_fx.onnx.made_for import CPU, PORTABLE
 from lora_fx.onnx.save import EXTERNAL_OVER
+from lora_fx.onnx.session import check_provider
 from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_onnx import export_onnx
@@ -89,6 +90,7 @@ def export(
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
+    Where the path ends in .pt2, mode switch writes a program of torch whose A and B are inputs.
     In mode merged the fold is compared with the unfolded module, and ONNX Runtime's outputs with
     the unfolded module's, at three sizes; only then the file gets its name.
 
@@ -100,14 +102,15 @@ def export(
         kwargs: Example inputs by keyword.
         adapters: What to fold instead, or its path; for the other modes {name: adapter}, or a list,
             of which paths are named after their last part and others adapter_1, adapter_2 …
-            Those of switch and load are written beside the file as `NAME.onnx_adapter`.
+            Those of switch and load are written beside the file as `NAME.onnx_adapter`; beside a
+            .pt2 and a portable file as `NAME.safetensors`.
         mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); load: one is
             chosen when a session is made; batch: one graph whose rows use different adapters
             (docs/export.md); train: a training step, beside its forward (docs/train-onnx.md).
             What belongs to one mode is said by lora_fx.Switch(…), Load(…), Batch(…), TrainStep(…).
         include: Of mode switch, load and train; see lora_fx.Switch.
         exclude: The same.
-        rank: Of mode load and train; see lora_fx.Load and lora_fx.TrainStep.
+        rank: Of mode load and train, and of a .pt2 file; see lora_fx.Load, TrainStep and Switch.
         scales: Of mode batch; see lora_fx.Batch.
         names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.
@@ -195,15 +198,19 @@ def export_as(
         genai: As in export.
 
     Raises:
-        LoraFxError: An option that has no effect for the model or the mode.
+        LoraFxError: A provider that cannot be used, or an option that has no effect for the model
+            or the mode.
         NoEffectError: The outputs differ; nothing is written.
     """
+    check_provider(options.provider)
     file = None
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         file = fspath(model)
     _check_adapters(options, of_file=file is not None)
     refuse_no_say(EXPORT_RULES, options, given)
     refuse_genai(genai, options.mode, cache=options.capture.cache)
+    if options.is_program:
+        _refuse_for_program(file, options.target, quantise, genai)
     if genai is not None and options.mode == "switch" and options.made_for == PORTABLE:
         raise LoraFxError(
             "onnxruntime-genai gives a run of the base no A and B, which a portable file requires",
@@ -268,7 +275,7 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
     from lora_fx.passes.verbs.export_memory import check_export
 
     check_export(model, options)
-    run = _exporter(options.mode)
+    run = _exporter(options)
     try:
         report = run(model, options)
         return replace(report, warnings=(*notes, *report.warnings))
@@ -283,8 +290,13 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
         return replace(report, warnings=(*notes, *report.warnings, warning))
 
 
-def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
-    """Return the function that exports a torch model in a mode."""
+def _exporter(options: ExportOptions) -> Callable[[object, ExportOptions], Report]:
+    """Return the function that exports a torch model in a mode, as a file of a kind."""
+    mode = options.mode
+    if options.is_program:
+        from lora_fx.passes.verbs.export_pt2 import export_pt2
+
+        return export_pt2
     if mode == "merged":
         from lora_fx.passes.verbs.export_merged import export_merged
 
@@ -328,11 +340,34 @@ def _with_cache(
         return captured_of(model, options.capture), options, []
 
     def place_of_copy(config: object) -> GenaiFolder:
-        return genai_folder(genai, options.target, config, force=options.force)
+        return genai_folder(
+            genai, options.target, config, force=options.force, made_for=options.made_for
+        )
 
     captured = captured_of(model, replace(options.capture, check=place_of_copy))
     copy = place_of_copy(captured.model.config)
     return captured, replace(options, places=[*options.places, copy]), [*copy.notes]
+
+
+def _refuse_for_program(
+    file: str | None, target: Path, quantise: Wanted | None, genai: StrPath | None
+) -> None:
+    """Raise for a model, or for an option, that a .pt2 file cannot be made of or follow."""
+    if file is not None:
+        raise LoraFxError(
+            f"{file} is an .onnx graph, and {target.name} would be a program of torch",
+            "export the model that the file was made from, or write an .onnx file",
+        )
+    if quantise:
+        raise LoraFxError(
+            f"{target.name}: codes of 4 or 8 bits are read by an operator of lora-fx, which other "
+            "runtimes do not have",
+            "leave quantise out, or write an .onnx file",
+        )
+    if genai is not None:
+        raise LoraFxError(
+            f"{target.name}: onnxruntime-genai reads .onnx files", "write an .onnx file"
+        )
 
 
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:

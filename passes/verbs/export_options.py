@@ -65,6 +65,10 @@ EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
         ("external_over",), lambda o: o.mode == "train",
         "in mode train: its two files share the weights of a third file",
     ),
+    NoSay(
+        ("external_over", "within"), lambda o: o.is_program,
+        "for a .pt2 file, which holds all its weights and is checked by torch",
+    ),
 )  # fmt: skip
 """The rules for the options of every export; ExportOptions checks the rules of each mode."""
 
@@ -102,6 +106,7 @@ class ExportOptions:
     optimise: bool
     precision: str | None
     places: Sequence[Place]
+    largest: Mapping[str, int] | None = None
     made_for: str = CPU
     within: bool = False
     accuracy_level: int = 0
@@ -150,10 +155,14 @@ class ExportOptions:
             )
         if self.mode == "train":
             self._check_step()
+        if self.is_program:
+            self._check_program()
         if self.tol is not None:
             self._check_tol(self.tol)
         if self.made_for == PORTABLE:
             self._check_portable()
+        if self.largest:
+            self._check_largest(self.largest)
 
     def _check_modes(self) -> None:
         """Raise for an option that belongs to another mode."""
@@ -163,13 +172,53 @@ class ExportOptions:
         elif self.mode == "train":
             modes.update(("switch", "load"))
         for mode, names in MODES.items():
-            if mode in modes:
+            if mode in modes or (mode == "load" and self.is_program):
                 continue
             if any(is_given(getattr(self, name)) for name in names):
                 raise LoraFxError(
                     f"mode {self.mode} would ignore an option of mode {mode}: "
                     f"{' and '.join(names)}",
                     "leave it out",
+                )
+
+    def _check_largest(self, largest: Mapping[str, int]) -> None:
+        """Raise for sizes that are no sizes, and for a file that has no largest ones."""
+        if not self.is_program:
+            raise LoraFxError(
+                f"{self.target.name}: largest sizes are for .pt2 files: an .onnx file takes any",
+                "leave --largest out, or write a .pt2 file",
+            )
+        for name, size in largest.items():
+            if not is_whole(size) or size < 1:
+                raise LoraFxError(
+                    f"the largest {name} is {size!r}; expected 1 or more", "pass batch=8, say"
+                )
+        if "rank" in largest and self.rank:
+            raise LoraFxError(
+                "the rank is fixed, and has no largest one", "pass rank or the largest rank"
+            )
+
+    def _check_program(self) -> None:
+        """Raise for a mode or option that a .pt2 file does not have."""
+        name = self.target.name
+        if self.mode != "switch":
+            raise LoraFxError(
+                f"{name}: a .pt2 file is written in mode switch, not in mode {self.mode}",
+                "pass --mode switch; or fold an adapter with lora-fx merge MODEL ADAPTER -o X.pt2",
+            )
+        options_of_onnx = {
+            "--opset": self.opset is not None,
+            "--optimise": self.optimise,
+            "--precision": self.precision is not None,
+            "--accuracy-level": self.accuracy_level != 0,
+            "--target": self.made_for != CPU,
+            "--triton": bool(self.places),
+        }
+        for option, was_given in options_of_onnx.items():
+            if was_given:
+                raise LoraFxError(
+                    f"{name}: {option} is for .onnx files; what runs a .pt2 file compiles it",
+                    f"leave {option} out, or write an .onnx file",
                 )
 
     def _check_portable(self) -> None:
@@ -238,6 +287,21 @@ class ExportOptions:
         elif self.adapters:
             adapters = [*self.adapters]
         return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
+
+    @property
+    def is_program(self) -> bool:
+        """Whether the file is a .pt2 file."""
+        return self.target.suffix == ".pt2"
+
+    @property
+    def requires_factors(self) -> bool:
+        """Whether A and B are inputs of the file that have no defaults."""
+        return self.is_program or (self.mode == "switch" and self.made_for == PORTABLE)
+
+    @property
+    def adapter_ending(self) -> str:
+        """The ending of the adapters' files beside a switchable file."""
+        return ".safetensors" if self.requires_factors else ".onnx_adapter"
 
     @property
     def rewrites(self) -> bool:

@@ -93,7 +93,7 @@ def _decoded(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Array
         for i in range(layers)
     ]
     plain = {name: t for name, t in tensors.items() if not name.startswith("past_key_values.")}
-    result = model(**plain, past_key_values=DynamicCache(past), use_cache=True)
+    result = model(**plain, cache=DynamicCache(past), use_cache=True)
     outputs = {"logits": result.logits.numpy()}
     for i, layer in enumerate(result.past_key_values.layers):
         outputs[f"present.{i}.key"] = layer.keys.numpy()

@@ -1,26 +1,22 @@
 """Portable switch files with two adapters, beside what torch gives: read by tests of any runtime.
 
-A folder has for each NAME the file NAME.onnx, its adapters NAME.a.safetensors and
-NAME.b.safetensors, whose tensors have the names of the file's inputs, and NAME.npz with arrays
-`SIZE/KIND/TENSOR`: SIZE is 0, 1 …, KIND is `in` for the file's inputs, or `base`, `a`, `b` for the
-outputs of the model's own code in float64, on W and on W + s·BA. NAME.json repeats the names of A
-and B with their shapes for a run of the base (zeros).
+A folder has for each NAME the file NAME.onnx, its adapters NAME.a.safetensors, NAME.b.safetensors
+and NAME.base.safetensors, whose tensors have the names of the file's inputs, and NAME.npz with
+arrays `SIZE/KIND/TENSOR`: SIZE is 0, 1 …, KIND is `in` for the file's inputs, or `base`, `a`, `b`
+for the outputs of the model's own code, on W and on W + s·BA.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
-from lora_fx.onnx.manifest import manifest_of
 
 ADAPTERS = ("a", "b")
 SEEN = 1e-3
@@ -51,16 +47,10 @@ def write(
         options: Further ones of export.
     """
     path = folder / f"{name}.onnx"
+    by_file = {f"{name}.{which}": adapters[which] for which in ADAPTERS}
     lora_fx.export(
-        model, path, adapters=dict(adapters), mode="switch", target="portable", provider="cpu",
-        **options,
-    )  # fmt: skip
-    manifest = manifest_of(path)
-    for which in ADAPTERS:
-        (folder / f"{which}.onnx_adapter").unlink()
-        save_file(manifest.tensors(adapters[which]), folder / f"{name}.{which}.safetensors")
-    zeros = {tensor: list(array.shape) for tensor, array in manifest.zeros().items()}
-    (folder / f"{name}.json").write_text(json.dumps(zeros), encoding="utf-8")
+        model, path, adapters=by_file, mode="switch", target="portable", provider="cpu", **options
+    )
 
     arrays: dict[str, Array] = {}
     for number, inputs in enumerate(sizes):
