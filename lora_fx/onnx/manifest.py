@@ -262,9 +262,10 @@ class Manifest:
         if self.mode == "load" or self.rank:
             largest_rank = slot.rank
         if largest_rank and rank > largest_rank:
+            option = f"--largest rank={rank}" if self.largest_rank else f"--rank {rank}"
             raise LoraFxError(
                 f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {largest_rank}",
-                f"export the file with lora-fx export --mode {self.mode} --rank {rank}",
+                f"export the file with lora-fx export --mode {self.mode} {option}",
             )
 
         for name, shape in slot.tensor_shapes(rank).items():

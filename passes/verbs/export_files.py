@@ -56,10 +56,26 @@ def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, 
     """Return the paths of a switchable file's adapters; raise if one exists already.
 
     A file that has to be given A and B has one more, by an empty name: what stands for the base.
+
+    Raises:
+        LoraFxError: A name that is no name of a file, or a file that exists.
     """
-    paths = {name: options.target.with_name(f"{name}{options.adapter_ending}") for name in adapters}
+    paths: dict[str, Path] = {}
+    for name in adapters:
+        file_name = f"{name}{options.adapter_ending}"
+        if not name or Path(file_name).name != file_name:
+            raise LoraFxError(
+                f"the adapter's name {name!r} is no name of a file",
+                "give the adapter another name, without a path: adapters={'first': …}",
+            )
+        paths[name] = options.target.with_name(file_name)
     if options.requires_factors:
         paths[BASE] = options.target.with_name(f"{options.target.stem}.base.safetensors")
+        if paths[BASE] in [paths[name] for name in adapters]:
+            raise LoraFxError(
+                f"{paths[BASE].name} would be both an adapter's file and the base's",
+                "give the adapter another name",
+            )
     for path in paths.values():
         check_output(path, force=options.force)
     return paths

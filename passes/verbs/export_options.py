@@ -161,7 +161,7 @@ class ExportOptions:
             self._check_tol(self.tol)
         if self.made_for == PORTABLE:
             self._check_portable()
-        if self.largest:
+        if self.largest is not None:
             self._check_largest(self.largest)
 
     def _check_modes(self) -> None:
@@ -188,7 +188,10 @@ class ExportOptions:
                 f"{self.target.name}: largest sizes are for .pt2 files: an .onnx file takes any",
                 "leave --largest out, or write a .pt2 file",
             )
+        hint = "pass largest={'batch': 8}, for example"
+        expect(largest, Mapping, "largest", "sizes by name", hint)
         for name, size in largest.items():
+            expect(name, str, "a name in largest", "a text", hint)
             if not is_whole(size) or size < 1:
                 raise LoraFxError(
                     f"the largest {name} is {size!r}; expected 1 or more", "pass batch=8, say"

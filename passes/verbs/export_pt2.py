@@ -165,7 +165,9 @@ class _SwitchableProgram:
 
         def run(feeds: Named) -> dict[str, Array]:
             named = named_of(self.call.in_own_dtype(), feeds)
-            tensors = [leaf for leaf in tree_leaves(named) if isinstance(leaf, torch.Tensor)]
+            # copies, since a forward may write into its arguments, as the module's own call allows
+            leaves = tree_leaves(named)
+            tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
             with torch.no_grad(), alike(self.program):
                 return by_output(self.program(*tensors, **factors))
 

@@ -7,6 +7,7 @@ that one adapter has the same arrays for every runtime and no transpose is left 
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Iterable, Mapping
 
@@ -40,7 +41,8 @@ def input_slots(
     for key, target in targets.items():
         names: list[str] = []
         for half in ("lora_A", "lora_B"):
-            name = free_name(_keyword(f"{key}.{half}"), used, "_")
+            # in small letters, as torch writes the inputs of a graph
+            name = free_name(_identifier(f"{key}.{half}").lower(), used, "_")
             used.add(name)
             names.append(name)
         layout = target.layout
@@ -53,25 +55,29 @@ def input_slots(
 
 
 def argument_names(names: Iterable[str]) -> list[str]:
-    """Return the names of a call's tensors as Python takes them; an input of a cache has dots.
+    """Return the names of a call's tensors as parameters of a Python function.
 
-    >>> argument_names(["input_ids", "past_key_values.0.key"])
-    ['input_ids', 'past_key_values_0_key']
+    An input of a cache has dots, and the key of a dict may be any text.
+
+    >>> argument_names(["input_ids", "past_key_values.0.key", "class", "batch.x-y"])
+    ['input_ids', 'past_key_values_0_key', 'class_', 'batch_x_y']
     """
     arguments: list[str] = []
     for name in names:
-        arguments.append(free_name(name.replace(".", "_"), arguments, "_"))
+        arguments.append(free_name(_identifier(name), arguments, "_"))
     return arguments
 
 
-def _keyword(name: str) -> str:
-    """Return a dotted name as a keyword in small letters, as torch writes the inputs of a graph.
+def _identifier(name: str) -> str:
+    """Return a name with an underscore for all that Python takes in no name of a parameter.
 
-    >>> _keyword("0.weight[1:3].lora_A")
-    '_0_weight_1_3__lora_a'
+    >>> _identifier("0.weight[1:3].lora_A")
+    '_0_weight_1_3__lora_A'
     """
-    word = re.sub(r"\W", "_", name, flags=re.ASCII).lower()
-    return f"_{word}" if word[:1].isdigit() else word
+    word = re.sub(r"\W", "_", name, flags=re.ASCII)
+    if word[:1].isdigit():
+        return f"_{word}"
+    return f"{word}_" if keyword.iskeyword(word) else word
 
 
 def put_inputs(graph: fx.Graph, slots: Mapping[str, SwitchSlot]) -> None:

@@ -51,6 +51,18 @@ class Stack(nn.Module):
         return self.left @ y.transpose(1, 2)
 
 
+class Odd(nn.Module):
+    """A dict whose keys are no names in Python, in a forward that writes into its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, **arguments: torch.Tensor) -> torch.Tensor:
+        arguments["class"].mul_(2.0)
+        return self.fc(arguments["class"]) + arguments["a-b"]
+
+
 class Steps(nn.Module):
     """A recurrent layer."""
 
@@ -143,6 +155,28 @@ def test_torch_alone_runs_base_and_adapters(name: str, rank: int | None, tmp_pat
         assert {tensor.shape[-2] for n, tensor in factors.items() if n.endswith("_b")} == {rank}
 
 
+def test_any_text_may_be_the_name_of_an_input(tmp_path: Path) -> None:
+    x, shift = torch.ones(2, 5), torch.ones(2, 4)
+    lora_fx.export(Odd().eval(), tmp_path / "m.pt2", (), {"class": x, "a-b": shift}, mode="switch")
+    program = torch.export.load(str(tmp_path / "m.pt2"))
+    assert {*program.graph_signature.user_inputs[:2]} == {"class_", "a_b"}
+
+
+def test_the_proof_writes_into_no_argument_of_the_caller(tmp_path: Path) -> None:
+    x, shift = torch.ones(2, 5), torch.ones(2, 4)
+    lora_fx.export(Odd().eval(), tmp_path / "m.pt2", (), {"class": x, "a-b": shift}, mode="switch")
+    assert torch.equal(x, torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("name", ["", "../a", "folder/a", "m.base"])
+def test_a_name_that_cannot_be_a_file_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    (model, x), adapters = adapters_of("linear")
+    named = {name: adapters["a1"]}
+    with pytest.raises(LoraFxError, match="is no name of a file|both an adapter's file and"):
+        lora_fx.export(model, tmp_path / "m.pt2", (x,), mode="switch", adapters=named)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_no_transpose_and_no_scale_is_left(tmp_path: Path) -> None:
     (model, x), adapters = adapters_of("linear")
     lora_fx.export(model, tmp_path / "m.pt2", (x,), mode="switch", adapters=adapters)
@@ -228,11 +262,14 @@ def test_largest_sizes_are_those_of_the_program(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="to be <= 4, but got 5"):
         program.module()(ids[:1].repeat(5, 1), **load_file(tmp_path / "a2.safetensors"))
     larger = lora_fx.insert(model, (ids,), rank=4, include=["fc"]).adapter()
-    with pytest.raises(LoraFxError, match="has rank 4; expected at most 3"):
+    with pytest.raises(LoraFxError, match="has rank 4; expected at most 3") as error:
         save_for(str(file), larger, tmp_path / "larger.safetensors", "graph_inputs")
+    assert "--largest rank=4" in str(error.value.hint)
 
 
-LARGEST: Mapping[str, tuple[dict[str, int], str]] = {
+LARGEST: Mapping[str, tuple[object, str]] = {
+    "a number": (8, "largest is a int, not sizes by name"),
+    "a number as a name": ({0: 8}, "a name in largest is a int, not a text"),
     "no such dimension": ({"lenght": 8}, "no dimension that is free has the name 'lenght'"),
     "an example that is larger": ({"length": 2}, "'ids' has size 3 in dimension 1"),
     "no size": ({"batch": 0}, "the largest batch is 0; expected 1 or more"),
@@ -248,7 +285,7 @@ def test_a_largest_size_that_cannot_be_is_refused(name: str, tmp_path: Path) -> 
             model,
             tmp_path / "m.pt2",
             (ids,),
-            mode=lora_fx.Switch(largest=largest),
+            mode=lora_fx.Switch(largest=largest),  # type: ignore[arg-type]
             adapters=adapters,
         )
     assert not [*tmp_path.iterdir()]
