@@ -45,6 +45,8 @@ def _sizes_by_name(_: object, __: object, text: str | None) -> dict[str, int] | 
             raise LoraFxError(
                 f"--largest {part!r} is no NAME=N", "pass --largest batch=8,length=128, for example"
             )
+        if name in sizes:
+            raise LoraFxError(f"--largest has {name!r} more than once", "pass one size for a name")
         sizes[name] = int(number)
     return sizes
 
@@ -208,7 +210,8 @@ def command(
 
     if not output.endswith((".onnx", ".pt2")):
         raise LoraFxError(
-            f"{output} does not end in .onnx", "pass a name that ends in .onnx: -o model.onnx"
+            f"{output} does not end in .onnx, nor in .pt2",
+            "pass a name that ends in .onnx: -o model.onnx",
         )
     check_output(output, force=force)
     check_provider(file.provider)

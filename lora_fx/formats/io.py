@@ -123,7 +123,7 @@ def save_for(
     if not writer.fits_graphs:
         fitting = [candidate for candidate in FORMATS.importable() if candidate.fits_graphs]
         names = " or ".join(candidate.name for candidate in fitting)
-        hint = f"pass -o X{fitting[0].suffixes[0]}"
+        hint = "pass -o " + " or ".join(f"X{candidate.suffixes[0]}" for candidate in fitting)
         raise LoraFxError(f"--for works with {names}, not with {format}", hint)
     target = Path(path)
     check_output(target, force=force)

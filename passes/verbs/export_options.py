@@ -207,7 +207,7 @@ class ExportOptions:
         if self.mode != "switch":
             raise LoraFxError(
                 f"{name}: a .pt2 file is written in mode switch, not in mode {self.mode}",
-                "pass --mode switch; or fold an adapter with lora-fx merge MODEL ADAPTER -o X.pt2",
+                "pass --mode switch, or write an .onnx file",
             )
         options_of_onnx = {
             "--opset": self.opset is not None,

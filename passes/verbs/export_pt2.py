@@ -19,6 +19,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.fx.adapter_with_base import with_base
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.largest import with_largest
 from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.graph import FxGraph
@@ -72,6 +73,8 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     captured = captured_of(model, options.capture_of_base())
     largest = dict(options.largest or {})
     largest_rank = largest.pop("rank", 0)
+    if largest_rank:
+        _refuse_dimension_called_rank(captured)
     captured = with_largest(captured, largest)
     found = find(captured)
     bound = {
@@ -109,6 +112,16 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     details: Json = {"mode": "switch", "targets": len(slots), **reference.details()}
     files = [options.target, *paths.values()]
     return report_of(files, "torch", parity, warnings, details)
+
+
+def _refuse_dimension_called_rank(captured: Captured) -> None:
+    """Raise where `rank` among the largest sizes could be that of a dimension too."""
+    for symbols in captured.traced(False, captured.named).door.free(captured.requested).values():
+        if "rank" in symbols.values():
+            raise LoraFxError(
+                "the largest 'rank' is that of A and B, and a dimension has this name too",
+                "give the dimension another name with --dynamic",
+            )
 
 
 def _targets(

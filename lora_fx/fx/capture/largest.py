@@ -24,7 +24,8 @@ def with_largest(captured: Captured, largest: Mapping[str, int]) -> Captured:
         largest: Symbol of a free dimension (batch, length …) → its largest size.
 
     Raises:
-        LoraFxError: A symbol that no dimension has, or an example that is larger.
+        LoraFxError: A symbol that no dimension has, a size of 1, which torch takes for a constant,
+            or an example that is larger.
     """
     conditions: list[Condition] = []
     free = captured.traced(False, captured.named).door.free(captured.requested)
@@ -35,6 +36,11 @@ def with_largest(captured: Captured, largest: Mapping[str, int]) -> Captured:
             for dimension, symbol_of_it in symbols.items()
             if symbol_of_it == symbol
         ]
+        if dimensions and size < 2:
+            raise LoraFxError(
+                f"the largest {symbol} is {size}, which leaves it no other size",
+                "leave it out, and fix all sizes with --static",
+            )
         if not dimensions:
             symbols_of_all = {symbol for symbols in free.values() for symbol in symbols.values()}
             raise LoraFxError(

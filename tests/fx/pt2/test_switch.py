@@ -172,7 +172,7 @@ def test_the_proof_writes_into_no_argument_of_the_caller(tmp_path: Path) -> None
 def test_a_name_that_cannot_be_a_file_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
     (model, x), adapters = adapters_of("linear")
     named = {name: adapters["a1"]}
-    with pytest.raises(LoraFxError, match="is no name of a file|both an adapter's file and"):
+    with pytest.raises(LoraFxError, match=r"is no name of a file|both an adapter's file and"):
         lora_fx.export(model, tmp_path / "m.pt2", (x,), mode="switch", adapters=named)
     assert not [*tmp_path.iterdir()]
 
@@ -272,6 +272,7 @@ LARGEST: Mapping[str, tuple[object, str]] = {
     "a number as a name": ({0: 8}, "a name in largest is a int, not a text"),
     "no such dimension": ({"lenght": 8}, "no dimension that is free has the name 'lenght'"),
     "an example that is larger": ({"length": 2}, "'ids' has size 3 in dimension 1"),
+    "one size": ({"batch": 1}, "the largest batch is 1, which leaves it no other size"),
     "no size": ({"batch": 0}, "the largest batch is 0; expected 1 or more"),
 }
 
@@ -288,6 +289,14 @@ def test_a_largest_size_that_cannot_be_is_refused(name: str, tmp_path: Path) -> 
             mode=lora_fx.Switch(largest=largest),  # type: ignore[arg-type]
             adapters=adapters,
         )
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_largest_rank_beside_a_dimension_of_that_name_is_refused(tmp_path: Path) -> None:
+    model, x = MODELS["linear"][0]()
+    mode = lora_fx.Switch(largest={"rank": 4})
+    with pytest.raises(LoraFxError, match="a dimension has this name too"):
+        lora_fx.export(model, tmp_path / "m.pt2", (x,), mode=mode, dynamic={"input": {0: "rank"}})
     assert not [*tmp_path.iterdir()]
 
 
