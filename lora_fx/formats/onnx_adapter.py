@@ -113,11 +113,23 @@ class OnnxAdapter(Format):
         return (f"the format has no alpha: the scales of {updates} are multiplied into B",)
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
-        """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
+        """Write a file with the names, shapes and dtypes of a switchable file's manifest.
+
+        Raises:
+            LoraFxError: A and B have no defaults: ONNX Runtime misses required inputs in a run,
+                though its active adapter holds them (1.31).
+        """
         from lora_fx.onnx.manifest import manifest_of
         from lora_fx.onnx.runtime_adapter import write_adapter
 
-        write_adapter(adapter, manifest_of(graph), path)
+        manifest = manifest_of(graph)
+        if manifest.required:
+            raise LoraFxError(
+                f"{graph}: A and B are inputs without defaults, which no runtime takes from an "
+                ".onnx_adapter file",
+                "pass -o X.safetensors, which holds an array for every input",
+            )
+        write_adapter(adapter, manifest, path)
         return ()
 
 

@@ -15,11 +15,13 @@ from lora_fx.files.side_outputs import Beside
 from lora_fx.formats.graph_inputs import write_inputs
 from lora_fx.formats.io import check_real
 from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.made_for import PORTABLE
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.onnx.rewrites.fast_codes import said_of_slow_codes
+from lora_fx.onnx.rewrites.guard_lookups import unguarded_outputs
 from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.verbs.export_options import ExportOptions
@@ -114,7 +116,8 @@ def save_within(
 ) -> list[str]:
     """Save a model with the sizes at which it is valid; return a line for each guarded condition.
 
-    Lines on products that are slow on the device that the file is made for come after them.
+    Lines on products that are slow on the device that the file is made for, or on outputs of a
+    portable file that do not tell a wrong id, come after them.
 
     Args:
         output: The file.
@@ -128,10 +131,16 @@ def save_within(
     if guards and not options.within:
         guard_within(model, guards)
     output.save(model, options.external_over, slots)
-    slow = said_of_slow_codes(model) if options.made_for == "cuda" else []
+    notes = said_of_slow_codes(model) if options.made_for == "cuda" else []
+    if options.made_for == PORTABLE:
+        notes += [
+            f"output {name!r} cannot hold NaN: a runtime that accepts an id without a row gives a "
+            "wrong number there"
+            for name in unguarded_outputs(model)
+        ]
     elsewhere = "other sizes are not checked" if options.within else "with other sizes it fails"
     bounds = dict.fromkeys(map(str, guards))
-    return [f"the file is valid only for {bound}: {elsewhere}" for bound in bounds] + slow
+    return [f"the file is valid only for {bound}: {elsewhere}" for bound in bounds] + notes
 
 
 def on_device(output: Output, session: RuntimeSession | Session) -> Json:

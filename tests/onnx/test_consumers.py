@@ -264,6 +264,28 @@ def test_an_id_without_a_row(bad: int, switch: Path) -> None:
     assert np.isnan(outputs).all()
 
 
+class Choice(nn.Module):
+    """Ids by the name that mode batch gives its own, and an output of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(ROWS, 4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, adapter_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.fc(self.table(adapter_ids))
+        return y, y.argmax(-1)
+
+
+def test_an_output_that_cannot_tell_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    report = lora_fx.export(Choice().eval(), path, (IDS,), mode="switch", target="portable")
+    (line,) = report.warnings
+    assert line.startswith("output 'output_1' cannot hold NaN")
+    y, _ = Session(path, "cpu").run({"adapter_ids": np.array([[1, -1]])}).values()
+    assert np.isnan(y).all()
+
+
 LOOKUPS = {
     "by an input": ("y = Gather(w, i)", True),
     "through a reshape": (

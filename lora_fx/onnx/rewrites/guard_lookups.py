@@ -14,11 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.values import dtype_name, shape_of
-from lora_fx.onnx.row_guards import guard_outputs
+from lora_fx.onnx.row_guards import guard_outputs, is_guard, outputs_without_nan
 
 SAME_SET = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Expand")
 """Ops whose output has every element of the first input, and no others."""
@@ -37,8 +36,8 @@ class GuardLookups(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
         inputs = {str(value.name): value for value in model.graph.inputs}
-        rows = {} if IDS in inputs else _rows_of_tables(model)
-        if not rows:
+        rows = _rows_of_tables(model)
+        if not rows or _has_row_guards(model):
             return ir.passes.PassResult(model, False)
         graph = OnnxGraph(model)
         emitter = graph.emit_first(MARK)
@@ -48,6 +47,18 @@ class GuardLookups(ir.passes.InPlacePass):
             outside = emitter.call("Or", outside, flag)
         guard_outputs(graph, outside, MARK)
         return ir.passes.PassResult(model, True)
+
+
+def unguarded_outputs(model: ir.Model) -> list[str]:
+    """Return the outputs that cannot hold NaN, and so do not tell an id without a row."""
+    if not _rows_of_tables(model) or _has_row_guards(model):
+        return []
+    return outputs_without_nan(model)
+
+
+def _has_row_guards(model: ir.Model) -> bool:
+    """Whether a model is a file of mode batch; an input of others may have the name of its ids."""
+    return any(is_guard(node) for node in model.graph)
 
 
 def _any_outside(graph: OnnxGraph, emitter: OnnxEmitter, ids: ir.Value, rows: int) -> ir.Value:

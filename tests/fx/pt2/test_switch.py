@@ -224,6 +224,15 @@ def test_an_adapter_is_converted_for_a_file_and_back(tmp_path: Path) -> None:
         np.testing.assert_allclose(back.deltas()[key], delta, rtol=1e-6, atol=1e-7)
 
 
+def test_no_onnx_adapter_is_written_for_a_file_that_cannot_take_it(tmp_path: Path) -> None:
+    (model, x), adapters = adapters_of("linear")
+    lora_fx.export(model, tmp_path / "m.pt2", (x,), mode="switch")
+    out = tmp_path / "a.onnx_adapter"
+    with pytest.raises(LoraFxError, match="are inputs without defaults") as error:
+        save_for(str(tmp_path / "m.pt2"), adapters["a1"], out, "onnx_adapter")
+    assert "-o X.safetensors" in str(error.value.hint) and not out.exists()
+
+
 def test_the_file_is_read_as_its_base(tmp_path: Path) -> None:
     (model, x), adapters = adapters_of("tied")
     lora_fx.export(model, tmp_path / "m.pt2", (x,), mode="switch", adapters=adapters)
@@ -286,7 +295,7 @@ def test_a_largest_size_that_cannot_be_is_refused(name: str, tmp_path: Path) -> 
             model,
             tmp_path / "m.pt2",
             (ids,),
-            mode=lora_fx.Switch(largest=largest),  # type: ignore[arg-type]
+            mode=lora_fx.Switch(largest=largest),
             adapters=adapters,
         )
     assert not [*tmp_path.iterdir()]
