@@ -93,8 +93,11 @@ class _Guards:
             assert first is not None
             # Behind `outside`, so that every later node may read it.
             emitter = OnnxEmitter(self.graph, first, self.mark, before=False)
-            shape = self._ints(-1, *[1] * (y_rank - 1))
-            self._columns[y_rank] = emitter.call("Reshape", self.outside, shape)
+            if y_rank:
+                shape = self._ints(-1, *[1] * (y_rank - 1))
+                self._columns[y_rank] = emitter.call("Reshape", self.outside, shape)
+            else:  # of one number, which no row decides alone
+                self._columns[y_rank] = emitter.call("Squeeze", self.outside)
         return self._columns[y_rank]
 
     def _column_at_run_time(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
