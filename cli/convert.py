@@ -113,7 +113,10 @@ class ChangeOptions:
     help="Name the base model, where a format needs its names, heads or weights.",
 )
 @click.option(
-    "--for", "model", metavar="X.onnx", help="Name the switch file (.onnx) that will load OUT."
+    "--for",
+    "model",
+    metavar="X.onnx",
+    help="Name the switch file (.onnx, or .pt2) that will load OUT.",
 )
 @option_group("changes", ChangeOptions)
 @force_option
@@ -129,7 +132,7 @@ def command(
     """Convert an adapter between file formats; HELP is the text of --help."""
     if base and not Path(base).exists():
         raise LoraFxError(f"{base}: cannot be read: no such file or folder", near_path(base))
-    wanted = name or format_for(output)
+    wanted = name or format_for(output, of_graph=model is not None)
     layout = LAYOUTS.get(name or "")
     name = FORMATS.default.name if wanted in LAYOUTS else wanted
     source = format_of(adapter)

@@ -46,8 +46,8 @@ class ModeOptions:
     rank: int | None = option(
         "--rank",
         type=int,
-        help="Set the highest rank that can be loaded (mode load), or the rank of a new "
-        "adapter (mode train: 8).",
+        help="Set the highest rank that can be loaded (mode load, and a .pt2 file), or the rank "
+        "of a new adapter (mode train: 8).",
     )
     loss: str | None = option(
         "--loss", help="Choose the loss: ce, mse or module:function (mode train)."
@@ -76,10 +76,11 @@ class FileOptions:
     target: str = option(
         "--target",
         default="cpu",
-        help="Make the file for cpu, cuda or webgpu: its graph has the forms that are fast there.",
+        help="Make the file for cpu, cuda or webgpu, whose graph has the forms that are fast "
+        "there; or portable, for other runtimes too.",
     )
-    opset: int = option(
-        "--opset", type=int, default=20, help="Write this version of the ONNX operator set."
+    opset: int | None = option(
+        "--opset", type=int, help="Write this version of the ONNX operator set.  [default: 20]"
     )
     optimise: bool = flag(
         "--optimise", "Rewrite the graph for ONNX Runtime; the result is compared."
@@ -157,6 +158,9 @@ def command(
     --mode batch   stores all adapters in the file; each row of a batch chooses one
     --mode train   writes a training step for ADAPTER or a new one, and its forward pass
 
+    With -o X.pt2 and --mode switch, a program of torch is written, which takes A and B as
+    inputs: other runtimes compile it once and run it with every adapter.
+
     MODEL may also be an .onnx file. ADAPTER:W multiplies the adapter by W.
 
     \b
@@ -179,7 +183,7 @@ def command(
     from lora_fx.passes.verbs.options import CaptureOptions
     from lora_fx.passes.verbs.refused_updates import check_adapters
 
-    if not output.endswith(".onnx"):
+    if not output.endswith((".onnx", ".pt2")):
         raise LoraFxError(
             f"{output} does not end in .onnx", "pass a name that ends in .onnx: -o model.onnx"
         )
@@ -228,7 +232,7 @@ def command(
         inputs=arrays,
         provider=file.provider,
         made_for=file.target,
-        opset=None if is_graph else file.opset,
+        opset=file.opset,
         external_over=EXTERNAL_OVER,
         capture=CaptureOptions(cache=file.cache, repeat=not capture.no_repeat),
         force=force,

@@ -7,7 +7,8 @@ stored the way the two products read them, so no transpose and no scale is left 
 the defaults change nothing: rank 0, or one rank of zeros where the runtime is WebGPU's, and in the
 weight form W + (A B)ᵀ, which convolutions take (their branch would need the rank as a number; of
 rank 0, a runtime's convolution may read memory that nobody wrote). This pass works on onnx_ir only:
-inputs with defaults are a matter of ONNX.
+inputs with defaults are a matter of ONNX. A portable file has none, since other runtimes ignore
+inputs that have a default.
 
 In mode load A and B stay initialisers of a fixed rank, and every use takes the weight form.
 """
@@ -23,12 +24,13 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.einsum import Einsum
-from lora_fx.ir.graph import Role, Site
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Graph, Role, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import PROPERTY, Manifest
-from lora_fx.onnx.switch import put_factors
+from lora_fx.onnx.switch import put_factors, without_defaults
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert, changed
@@ -56,6 +58,7 @@ class Switch:
             tensor as its head is.
         least_rank: The least rank of the defaults. A product over rank 0 ends the process on some
             runtimes; one rank of zeros changes nothing either, and costs one more column.
+        required: A and B are inputs without defaults, which every run has to give.
         made: Receives the manifest.
     """
 
@@ -64,6 +67,7 @@ class Switch:
     stored: Sequence[Target] = ()
     turned: Collection[str] = ()
     least_rank: int = 0
+    required: bool = False
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -77,10 +81,7 @@ class Switch:
             return PassResult(graph, False)
         targets = self._targets(graph)
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
-        in_output_form = [target for target in targets if not self._has_weight_form(target)]
-        in_weight_form = [target for target in targets if self._has_weight_form(target)]
-        Insert(_zeros(in_output_form), role=role)(graph)
-        Insert(_zeros(in_weight_form), role=role, weight_form=True)(graph)
+        insert_switchable(graph, targets, role, free_rank=not self.rank)
         for target in self.stored:
             self._store(graph, target, role)
 
@@ -92,7 +93,9 @@ class Switch:
         if not self.rank:
             accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)
-        manifest = Manifest(slots, "load" if self.rank else "switch")
+        if self.required:
+            without_defaults(graph, slots.values())
+        manifest = Manifest(slots, "load" if self.rank else "switch", required=self.required)
         model.metadata_props[PROPERTY] = manifest.to_text()
         self.made.append(manifest)
         graph.changed()
@@ -130,28 +133,48 @@ class Switch:
         value = graph.model.graph.initializers[target.key]
         uses = list(value.uses())
         e = graph.emit_first(target.key)
-        w = changed(e, target, _zero(target), value, value, role)
+        w = changed(e, target, zero_update(target), value, value, role)
         for user, i in uses:
             user.replace_input_with(i, w)
-
-    def _has_weight_form(self, target: Target) -> bool:
-        """True if the uses read W + s·b·a; a quantised weight cannot hold that sum."""
-        return not (self._is_direct(target) or target.no_fold)
-
-    def _is_direct(self, target: Target) -> bool:
-        """True if every use has a branch that needs no fixed rank."""
-        return not self.rank and all(_has_free_rank(site) for site in target.sites)
 
     def _default_rank(self, target: Target) -> int:
         """Return the rank of the defaults: it changes nothing, and every use can run with it."""
         if self.rank:
             return self.rank
-        if target in self.stored or not self._is_direct(target):
+        if target in self.stored or not has_free_rank(target):
             return 1
         # [out, 0] @ [N, 0, n] is left as the memory was, by ONNX Runtime 1.31 on the CPU
         if any(getattr(site.kind, "form", "") == "left" for site in target.sites):
             return 1
         return self.least_rank
+
+
+def insert_switchable(
+    graph: Graph[V], targets: Sequence[Target], role: Role, *, free_rank: bool = True
+) -> None:
+    """Insert branches with updates of rank 1 and zeros, in forms that take any rank at run time.
+
+    Args:
+        graph: Edited in place.
+        targets: Targets of the graph.
+        role: What A and B are for.
+        free_rank: False where the rank is fixed: every weight that can hold the sum holds it.
+    """
+    in_output_form: list[Target] = []
+    in_weight_form: list[Target] = []
+    for target in targets:
+        # a quantised weight cannot hold the sum
+        if target.no_fold or (free_rank and has_free_rank(target)):
+            in_output_form.append(target)
+        else:
+            in_weight_form.append(target)
+    Insert(_zeros(in_output_form), role=role)(graph)
+    Insert(_zeros(in_weight_form), role=role, weight_form=True)(graph)
+
+
+def has_free_rank(target: Target) -> bool:
+    """True if the branch of every use takes any rank at run time."""
+    return all(_has_free_rank(site) for site in target.sites)
 
 
 def _has_free_rank(site: Site) -> bool:
@@ -162,10 +185,10 @@ def _has_free_rank(site: Site) -> bool:
 
 
 def _zeros(targets: Sequence[Target]) -> dict[str, LowRank]:
-    return {target.key: _zero(target) for target in targets}
+    return {target.key: zero_update(target) for target in targets}
 
 
-def _zero(target: Target) -> LowRank:
+def zero_update(target: Target) -> LowRank:
     """Return an update of rank 1 with zeros and scale 1."""
     shape_of_a, shape_of_b = target.layout.factor_shapes(1)
     a = np.zeros(shape_of_a, np.float32)

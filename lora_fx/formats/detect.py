@@ -98,13 +98,23 @@ def format_of(path: str | Path) -> str:
     return format_in(path, look(path)).name
 
 
-def format_for(path: str | Path) -> str:
+def format_for(path: str | Path, *, of_graph: bool = False) -> str:
     """Return the format for an output's name, if only one format uses such names.
+
+    Args:
+        path: The output.
+        of_graph: It is for one switchable file, for which few formats have files.
 
     >>> format_for("x.onnx_adapter"), format_for("folder")
     ('onnx_adapter', 'peft')
+    >>> format_for("x.safetensors", of_graph=True)
+    'graph_inputs'
     """
     path = Path(path)
+    if of_graph:
+        for format in FORMATS.importable():
+            if format.fits_graphs and path.suffix in format.suffixes:
+                return format.name
     if not path.suffix:
         return FORMATS.default.name
     is_shared = False

@@ -119,7 +119,7 @@ def save_for(
     Raises:
         LoraFxError: The format has no such files, or the adapter does not fit the graph.
     """
-    writer = _writer(format)
+    writer = FORMATS.get(format) or _writer(format)
     if not writer.fits_graphs:
         fitting = [candidate for candidate in FORMATS.importable() if candidate.fits_graphs]
         names = " or ".join(candidate.name for candidate in fitting)

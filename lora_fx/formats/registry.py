@@ -23,6 +23,7 @@ from lora_fx.formats.diffusers import DIFFUSERS
 from lora_fx.formats.file_head import head_with
 from lora_fx.formats.format import HEAD, FileHead, Format
 from lora_fx.formats.gguf import GGUF
+from lora_fx.formats.graph_inputs import GRAPH_INPUTS
 from lora_fx.formats.kohya import KOHYA
 from lora_fx.formats.onnx_adapter import ONNX_ADAPTER
 from lora_fx.formats.peft.file import PEFT
@@ -31,7 +32,7 @@ from lora_fx.formats.torchtune import TORCHTUNE
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGUF)
+OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGUF, GRAPH_INPUTS)
 """The formats of lora-fx. The first is the default for a folder."""
 
 FormatName = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"] | str

@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.feeds import ort_values
 from lora_fx.onnx.manifest import Manifest
@@ -40,16 +38,9 @@ class AdapterBuffers:
         self.rank = rank
         slots = {key: replace(slot, rank=rank) for key, slot in manifest.slots.items()}
         self._manifest = replace(manifest, slots=slots)
-        self.values: Json = ort_values(self._zeros(), device)
+        self.values: Json = ort_values(self._manifest.zeros(), device)
         self._held: Mapping[str, Array] | None = BASE
         self._written: set[str] = set()
-
-    def _zeros(self) -> dict[str, Array]:
-        zeros = {}
-        for slot in self._manifest.slots.values():
-            for name, shape in slot.tensor_shapes(self.rank).items():
-                zeros[name] = np.zeros([size or 0 for size in shape], numpy_dtype(slot.dtype))
-        return zeros
 
     def write(self, tensors: Mapping[str, Array]) -> None:
         """Copy an adapter into the buffers, unless they hold this very adapter.
@@ -62,7 +53,7 @@ class AdapterBuffers:
         self._held = None  # until all of it is copied
         padded = self._manifest.padded(tensors)
         to_clear = self._written.difference(padded)
-        zeros = self._zeros() if to_clear else {}
+        zeros = self._manifest.zeros() if to_clear else {}
         self._written.update(padded)
         for name, array in padded.items():
             self.values[name].update_inplace(array)

@@ -93,7 +93,7 @@ class Session:
         self.provider = opened.provider
         self.note = opened.note
         with exclusive(self.provider):
-            self._defaults = ort_values(opened.rank_one_defaults, self.provider)
+            self._defaults = ort_values(opened.base_factors, self.provider)
         self.manifest = manifest_in(opened.metadata.get(PROPERTY), fspath(path))
         if self.manifest.mode == "train":
             raise LoraFxError(
@@ -105,7 +105,7 @@ class Session:
         if self.manifest.mode == "switch":
             self._check_switchable(path)
         self.ranges = conditions_of(opened.metadata, fspath(path))
-        self._inputs = {node.name for node in self.session.get_inputs()}
+        self._inputs = set(opened.input_names)
         self._outputs = [node.name for node in self.session.get_outputs()]
         # Of each loaded adapter: its tensors, their OrtValues, and bindings that no run is using.
         self._arrays: dict[str, dict[str, Array]] = {}
@@ -128,9 +128,10 @@ class Session:
                     "give tensors",
                     "use mode merged, load or batch; or let the model end in ConcatFromSequence",
                 )
-        declared = {}
-        for initialiser in self.session.get_overridable_initializers():
-            declared[initialiser.name] = (from_onnx(initialiser.type), initialiser.shape)
+        possible_slots = self.session.get_overridable_initializers()
+        if self.manifest.required:
+            possible_slots = self.session.get_inputs()
+        declared = {node.name: (from_onnx(node.type), node.shape) for node in possible_slots}
         self.manifest.check_declared(declared, fspath(path))
 
     @property

@@ -1,8 +1,9 @@
-"""What a file is made for: the processor or the device whose kernels its graph suits.
+"""What a file is made for: a processor or device, whose kernels its graph suits, or any runtime.
 
 A file computes the same on every provider. On a device, a node without a kernel there is a copy
 between host and device in every run, so a file that is made for a device has other forms of what
-the device has no kernel for. The provider that a file is proven on is another question.
+the device has no kernel for. A portable file holds what other runtimes than ONNX Runtime take too.
+The provider that a file is proven on is another question.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lora_fx.onnx.consumers import require_portable
 from lora_fx.onnx.rewrites.fast_codes import FastCodes
 from lora_fx.onnx.rewrites.pad_to_concat import PadToConcat
 from lora_fx.onnx.rewrites.range_from_size import RangeFromSize
@@ -18,13 +20,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 CPU = "cpu"
-MADE_FOR = (CPU, "cuda", "webgpu")
+PORTABLE = "portable"
+MADE_FOR = (CPU, "cuda", "webgpu", PORTABLE)
+TARGETS = "use cpu, cuda, webgpu or portable"
+"""The hint for an unknown target."""
 PROPERTY = "lora_fx.target"
 """The key of a file's metadata that says what it is made for; a file for the CPU has none."""
 
-LEAST_RANKS = {"webgpu": 1}
-"""Targets on which the defaults of switchable A and B have a rank, of zeros. A product over rank 0
-ends the process there (onnxruntime-ep-webgpu 0.4.0), and sessions of other programs do not know."""
+LEAST_RANKS = {"webgpu": 1, PORTABLE: 1}
+"""Targets on which A and B of the base have a rank, of zeros. A product over rank 0 ends the
+process on WebGPU (onnxruntime-ep-webgpu 0.4.0), and sessions of other programs do not know;
+OpenVINO 2026.4.1 reads [in, 0] as a number and refuses the product."""
 
 DEVICE_FORMS: Mapping[str, ir.passes.InPlacePass] = {
     "ranges from sizes": RangeFromSize(),
@@ -40,17 +46,29 @@ def make_for(model: ir.Model, target: str) -> None:
     Args:
         model: Changed in place, unless the target is the CPU.
         target: One of MADE_FOR.
+
+    Raises:
+        LoraFxError: It cannot be portable, as it should be.
     """
-    if target == CPU:
-        say_target(model, target)
-        return
-    for rewrite in DEVICE_FORMS.values():
-        rewrite(model)
+    if is_device(target):
+        for rewrite in DEVICE_FORMS.values():
+            rewrite(model)
     say_target(model, target)
 
 
+def is_device(target: str) -> bool:
+    """Whether a target is a device, with memory of its own."""
+    return target not in (CPU, PORTABLE)
+
+
 def say_target(model: ir.Model, target: str) -> None:
-    """Write into a model what it is made for; a file for the CPU says nothing."""
+    """Write into a model what it is made for; a file for the CPU says nothing.
+
+    Raises:
+        LoraFxError: It cannot be portable, as it should be.
+    """
+    if target == PORTABLE:
+        require_portable(model)
     if target == CPU:
         model.metadata_props.pop(PROPERTY, None)
     else:

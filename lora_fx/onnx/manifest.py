@@ -2,9 +2,9 @@
 
 It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
 A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
-(x A) B. In mode switch they are inputs that have defaults; in mode load initialisers of a fixed
-rank, which a session replaces when it is made. Adapter files, sessions and checks read it; nothing
-guesses names.
+(x A) B. In mode switch they are inputs, which have defaults unless the file is portable; in mode
+load initialisers of a fixed rank, which a session replaces when it is made. Adapter files, sessions
+and checks read it; nothing guesses names. The manifest of a .pt2 file has the same in JSON.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import onnx_ir as ir
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
+from lora_fx.files.program_manifest import SWITCH, program_manifest
 from lora_fx.files.strict_json import json_object
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.update_row import update_of
@@ -61,7 +62,8 @@ class SwitchSlot:
         shape: The stored shape of the weight in the ONNX file.
         op: The op that reads the weight.
         role: What the weight is for (q, k, v …), or empty.
-        rank: The rank of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe.
+        rank: The rank of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe;
+            where A and B are required, the rank of the zeros that a run of the base gives.
             In mode load, the largest that an adapter may have.
         dtype: The dtype of both tensors.
     """
@@ -95,18 +97,26 @@ class Manifest:
         training: In mode train: `optimizer`, `weight_decay`, `clip`, `loss`, `labels`, `seed` where
             there are dropouts, `states` (name of a slot → those of its states), `updates` (key →
             what `adapter` reads) and the `metadata` of the adapter.
+        required: In mode switch: A and B have no defaults, and every run has to give them.
+        rank: In mode switch, the rank that A and B have in every run; 0 where each may have any.
     """
 
     slots: Mapping[str, SwitchSlot]
     mode: str = "switch"
     training: JsonView = field(default_factory=dict)
+    required: bool = False
+    rank: int = 0
 
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
         data: Json = {**stamp(), "mode": self.mode}
         data["slots"] = {key: asdict(slot) for key, slot in self.slots.items()}
+        if self.rank:
+            data["rank"] = self.rank
         if self.training:
             data["training"] = self.training
+        if self.required:
+            data["required"] = True
         return json.dumps(data)
 
     @classmethod
@@ -125,7 +135,9 @@ class Manifest:
                     "export a file that takes adapters: lora-fx export --mode switch or load",
                 )
             slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
-            return cls(slots, str(data["mode"]), data.get("training", {}))
+            required = data.get("required", False) is True
+            rank = int(data.get("rank", 0))
+            return cls(slots, str(data["mode"]), data.get("training", {}), required, rank)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
@@ -158,6 +170,20 @@ class Manifest:
         self.check(tensors, where)
         return tensors
 
+    def all_tensors(self, adapter: Adapter, where: str = "the adapter") -> dict[str, Array]:
+        """Return A and B of every slot, for a file whose inputs have no defaults.
+
+        Slots that the adapter has no update for get zeros. Where the file fixes the rank, all
+        tensors are padded to it with zeros.
+
+        Args:
+            adapter: As in `tensors`; without entries, it stands for the base.
+            where: What errors call it.
+        """
+        tensors = self.tensors(adapter, where) if adapter.entries else {}
+        tensors = {**self.zeros(), **tensors}
+        return self.padded(tensors) if self.rank else tensors
+
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
         """Return the slot of an update; raise unless both are for the same use of the weight."""
         slot = self.slots.get(key)
@@ -167,6 +193,15 @@ class Manifest:
         if update.use and "@" not in key:
             name = f"{key}@{update.use}"
         raise LoraFxError(f"{where}: {name!r} is not a target of the file", near(key, self.slots))
+
+    def zeros(self) -> dict[str, Array]:
+        """Return tensors that change nothing, by name, in the ranks of the slots."""
+        zeros: dict[str, Array] = {}
+        for slot in self.slots.values():
+            for name, shape in slot.tensor_shapes(slot.rank).items():
+                sizes = [size or 0 for size in shape]
+                zeros[name] = np.zeros(sizes, numpy_dtype(slot.dtype))
+        return zeros
 
     def adapter(self, tensors: Mapping[str, Array]) -> Adapter:
         """Return the adapter for tensors by their names in the file; the inverse of `tensors`."""
@@ -214,10 +249,11 @@ class Manifest:
 
         a = tensors[slot.a]
         rank = a.shape[-1] if a.ndim else 0
-        if self.mode == "load" and rank > slot.rank:
+        is_fixed = self.mode == "load" or self.rank > 0
+        if is_fixed and rank > slot.rank:
             raise LoraFxError(
                 f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
-                f"export the file with lora-fx export --mode load --rank {rank}",
+                f"export the file with lora-fx export --mode {self.mode} --rank {rank}",
             )
 
         for name, shape in slot.tensor_shapes(rank).items():
@@ -302,12 +338,15 @@ def _transposed(matrix: Array, dtype: str) -> Array:
 
 
 def manifest_of(path: str | PathLike[str]) -> Manifest:
-    """Return the manifest of an ONNX file, read without the weights.
+    """Return the manifest of an ONNX or .pt2 file, read without the weights.
 
     Raises:
         LoraFxError: The file cannot be read, or is not switchable.
     """
-    expect_path(path, "the model", "the path of an .onnx file")
+    expect_path(path, "the model", "the path of an .onnx or .pt2 file")
+    if fspath(path).endswith(".pt2"):
+        switch = program_manifest(Path(path)).get(SWITCH)
+        return manifest_in(None if switch is None else json.dumps(switch), fspath(path))
     try:
         model = ir.load(fspath(path))
         text = model.metadata_props.get(PROPERTY)
@@ -320,19 +359,19 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
     manifest = manifest_in(text, fspath(path))
     declared = {
         str(value.name): (dtype_name(value), tuple(value.shape or ()))
-        for value in _possible_slots(model.graph, manifest.mode)
+        for value in _possible_slots(model.graph, manifest)
     }
     manifest.check_declared(declared, fspath(path))
     return manifest
 
 
-def _possible_slots(graph: ir.Graph, mode: str) -> list[ir.Value]:
-    """Return the values that can be slots in a mode."""
-    if mode == "load":
+def _possible_slots(graph: ir.Graph, manifest: Manifest) -> list[ir.Value]:
+    """Return the values that can be the manifest's slots."""
+    if manifest.mode == "load":
         return list(graph.initializers.values())
-    if mode == "switch":
-        return [value for value in graph.inputs if value.is_initializer()]
-    return list(graph.inputs)
+    if manifest.mode == "train":
+        return list(graph.inputs)
+    return [value for value in graph.inputs if value.is_initializer() != manifest.required]
 
 
 def manifest_in(text: str | None, where: str) -> Manifest:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_fx.onnx.cuda_obstacles import Obstacle, cuda_fields, cuda_obstacles
 from lora_fx.onnx.device_placement import placement_of
 from lora_fx.onnx.load import load
-from lora_fx.onnx.made_for import CPU, PROPERTY
+from lora_fx.onnx.made_for import CPU, PROPERTY, is_device
 from lora_fx.onnx.provider_nodes import NAMES
 from lora_fx.text import Json, JsonView
 
@@ -70,7 +70,7 @@ def of_obstacles(
         fields["on_device"] = _placed(provider, fields[provider])
     elif target == "cuda":
         fields["on_device"] = _listed(obstacles)
-    elif target != CPU:
+    elif is_device(target):
         fields["on_device"] = f"{target}: not asked; pass --provider {target}"
     return fields
 

@@ -20,7 +20,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import one_line
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.candidate_error import Feeds, WorstError, open_model
-from lora_fx.onnx.made_for import CPU, DEVICE_FORMS
+from lora_fx.onnx.made_for import CPU, DEVICE_FORMS, is_device
 from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
 from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
 from lora_fx.onnx.rewrites.onnxscript_passes import FoldConstants, FuseForRuntime
@@ -59,7 +59,18 @@ Sums and norms stay together: SkipLayerNormalization is one kernel on CUDA
 (contrib_ops/cuda/bert/skip_layer_norm.cc) that reads and writes each number once.
 tests/cuda counts the fused operators that are left.
 """
+PORTABLE_STAGES: Mapping[str, Rewrite] = {
+    name: rewrite for name, rewrite in STAGES.items() if name != "runtime fusions"
+}
+"""The stages of a portable file: the fused operators are ONNX Runtime's own."""
 ROUNDS = 5
+
+
+def stages_for(target: str) -> Mapping[str, Rewrite]:
+    """Return the stages of a file for one of made_for.MADE_FOR."""
+    if target == CPU:
+        return CPU_STAGES
+    return DEVICE_STAGES if is_device(target) else PORTABLE_STAGES
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def apply_stages(
     """
     error = WorstError(model, feeds, provider)
     if stages is None:
-        stages = CPU_STAGES if target == CPU else DEVICE_STAGES
+        stages = stages_for(target)
 
     rows: list[RewriteStage] = []
     for name, rewrite in stages.items():

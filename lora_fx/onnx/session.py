@@ -23,7 +23,7 @@ from lora_fx.inputs import OTHER_SIZES
 from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests ask it here
 from lora_fx.onnx.cuda_device import refuse_stand_in
-from lora_fx.onnx.manifest import PROPERTY, manifest_in, read_manifest
+from lora_fx.onnx.manifest import PROPERTY, Manifest, manifest_in, read_manifest
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
 from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices
 from lora_fx.onnx.provider_nodes import CUDA, NAMES, RECORD
@@ -112,23 +112,41 @@ class RuntimeSession:
         return metadata
 
     @property
+    def inputs(self) -> list[ort.NodeArg]:
+        """The graph's inputs, but for A and B of a switchable file."""
+        return [node for node in self.session.get_inputs() if node.name not in self._required]
+
+    @property
     def input_names(self) -> list[str]:
-        """The names of the graph's inputs."""
-        return [node.name for node in self.session.get_inputs()]
+        """The names of these inputs."""
+        return [node.name for node in self.inputs]
 
     @functools.cached_property
-    def rank_one_defaults(self) -> dict[str, Array]:
-        """Zeros of rank 1 for A and B of a switchable file, on a provider without rank 0.
-
-        With finite activations they change as little as the file's own defaults of rank 0, a
-        product with which ends the process in WebGPU's MatMul (onnxruntime-ep-webgpu 0.4.0).
-        """
+    def _switchable(self) -> Manifest | None:
+        """The manifest of a file of mode switch."""
         text = self.metadata.get(PROPERTY)
-        if self.provider != "webgpu" or text is None:
+        if text is None or read_manifest(text, "the model").get("mode") != "switch":
+            return None
+        return manifest_in(text, "the model")
+
+    @functools.cached_property
+    def _required(self) -> dict[str, Array]:
+        """Zeros for A and B of a file in which they have no defaults."""
+        if self._switchable is None or not self._switchable.required:
             return {}
-        if read_manifest(text, "the model").get("mode") != "switch":
-            return {}
-        manifest = manifest_in(text, "the model")
+        return self._switchable.zeros()
+
+    @functools.cached_property
+    def base_factors(self) -> dict[str, Array]:
+        """Zeros for A and B, where a run of the base has to be given them.
+
+        That is in a file without defaults for them, and on a provider without rank 0. With finite
+        activations, zeros of rank 1 change as little as a file's own defaults of rank 0, a product
+        with which ends the process in WebGPU's MatMul (onnxruntime-ep-webgpu 0.4.0).
+        """
+        manifest = self._switchable
+        if self._required or self.provider != "webgpu" or manifest is None:
+            return self._required
         factors = {name for slot in manifest.slots.values() for name in (slot.a, slot.b)}
         zeros = {}
         for node in self.session.get_overridable_initializers():
@@ -152,10 +170,10 @@ class RuntimeSession:
 
     def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run without checks of ids, and with the runtime's own errors."""
-        input_names = set(self.input_names)
+        input_names = {node.name for node in self.session.get_inputs()}
         for initialiser in self.session.get_overridable_initializers():
             input_names.add(initialiser.name)  # A and B of a switchable file
-        given = {**self.rank_one_defaults, **feeds}
+        given = {**self.base_factors, **feeds}
         arrays = {name: widened(given[name]) for name in input_names.intersection(given)}
         names = [node.name for node in self.session.get_outputs()]
         with exclusive(self.provider):

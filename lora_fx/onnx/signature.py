@@ -25,7 +25,7 @@ def signature(session: RuntimeSession) -> Inputs:
     Open heights and widths of images (floats of four dimensions) are IMAGE, as in a capture, where
     they are never dynamic unasked.
     """
-    specs = [_input(node) for node in session.session.get_inputs()]
+    specs = [_input(node) for node in session.inputs]
     inputs = Inputs(tuple(specs), conditions_of(session.metadata, "the model"))
     if len(inputs.others) > 1:
         try:  # many exporters give one length a name for every input

@@ -5,6 +5,8 @@ The new factors are inputs with defaults, or initialisers of a fixed rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -58,6 +60,19 @@ def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Swi
     return SwitchSlot(
         *names, layout.in_size, layout.out_size, batch, stored, target.op, target.role, rank
     )
+
+
+def without_defaults(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
+    """Make A and B inputs that every run has to give.
+
+    OpenVINO 2026.4.1 makes constants of inputs with a default, and onnxruntime-web 1.30.0 takes no
+    value for them; onnxsim and onnxslim fold them.
+    """
+    initializers = graph.model.graph.initializers
+    for slot in slots:
+        for name in (slot.a, slot.b):
+            value = initializers.pop(name)
+            value.const_value = None
 
 
 def reread(graph: OnnxGraph, value: ir.Value, transposed: ir.Value, perm: tuple[int, ...]) -> None:

@@ -315,7 +315,7 @@ class OnnxReference:
         sizes = {name: value.shape for name, value in feeds.items() if name in self.inputs.names}
         where = f"the model does not run at {sizes_text(sizes)}"
         with retold(where, OTHER_SIZES, most=160):
-            values = session.session.run(self._names, dict(feeds))
+            values = session.session.run(self._names, {**session.base_factors, **feeds})
         return tensors_by_name(self._names, values)
 
     def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:

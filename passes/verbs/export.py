@@ -19,7 +19,7 @@ from lora_fx.files.run_files import remember, remembering
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
-from lora_fx.onnx.made_for import CPU
+from lora_fx.onnx.made_for import CPU, PORTABLE
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.verbs.export_files import named_adapters
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 Mode = Literal["merged", "switch", "load", "batch", "train"]
-MadeFor = Literal["cpu", "cuda", "webgpu"]
+MadeFor = Literal["cpu", "cuda", "webgpu", "portable"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
@@ -112,8 +112,9 @@ def export(
         names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: What proves the file: auto, cpu, cuda or webgpu.
-        target: What the file is made for: cpu, cuda or webgpu. It computes the same everywhere; for
-            a device, nodes that its provider has no kernel for are written in another form.
+        target: What the file is made for: cpu, cuda, webgpu or portable. It computes the same
+            everywhere; for a device, nodes that its provider has no kernel for are written in
+            another form; a portable file runs in other runtimes too (docs/runtimes).
         opset: ONNX operator set; 20 by default. An .onnx file keeps its own.
         external_over: Bytes of weights above which they go to a file of their own; 256 MiB by
             default. A training step has such a file always.
@@ -203,6 +204,13 @@ def export_as(
     _check_adapters(options, of_file=file is not None)
     refuse_no_say(EXPORT_RULES, options, given)
     refuse_genai(genai, options.mode, cache=options.capture.cache)
+    if options.is_program:
+        _refuse_for_program(file, options.target, quantise, genai)
+    if genai is not None and options.mode == "switch" and options.made_for == PORTABLE:
+        raise LoraFxError(
+            "onnxruntime-genai gives a run of the base no A and B, which a portable file requires",
+            "leave --target portable out for --genai",
+        )
     notes: list[str] = []
     if options.capture.cache:
         model, options, notes = _with_cache(model, options, genai)
@@ -242,6 +250,7 @@ def _with_codes(
     """Return the quantised capture of a model, the options with its adapters, and notes."""
     if options.mode == "train":
         raise LoraFxError("mode train computes gradients in float32 only", "leave quantise out")
+    options.refuse_codes()
     halves_the_rest = options.precision == "float16" and options.made_for != CPU
     if options.precision is not None and not halves_the_rest:
         raise LoraFxError(
@@ -261,7 +270,7 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
     from lora_fx.passes.verbs.export_memory import check_export
 
     check_export(model, options)
-    run = _exporter(options.mode)
+    run = _exporter(options)
     try:
         report = run(model, options)
         return replace(report, warnings=(*notes, *report.warnings))
@@ -276,8 +285,13 @@ def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -
         return replace(report, warnings=(*notes, *report.warnings, warning))
 
 
-def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
-    """Return the function that exports a torch model in a mode."""
+def _exporter(options: ExportOptions) -> Callable[[object, ExportOptions], Report]:
+    """Return the function that exports a torch model in a mode, as a file of a kind."""
+    mode = options.mode
+    if options.is_program:
+        from lora_fx.passes.verbs.export_pt2 import export_pt2
+
+        return export_pt2
     if mode == "merged":
         from lora_fx.passes.verbs.export_merged import export_merged
 
@@ -326,6 +340,27 @@ def _with_cache(
     captured = captured_of(model, replace(options.capture, check=place_of_copy))
     copy = place_of_copy(captured.model.config)
     return captured, replace(options, places=[*options.places, copy]), [*copy.notes]
+
+
+def _refuse_for_program(
+    file: str | None, target: Path, quantise: Wanted | None, genai: StrPath | None
+) -> None:
+    """Raise for a model, or for an option, that a .pt2 file cannot be made of or follow."""
+    if file is not None:
+        raise LoraFxError(
+            f"{file} is an .onnx graph, and {target.name} would be a program of torch",
+            "export the model that the file was made from, or write an .onnx file",
+        )
+    if quantise:
+        raise LoraFxError(
+            f"{target.name}: codes of 4 or 8 bits are read by an operator of lora-fx, which other "
+            "runtimes do not have",
+            "leave quantise out, or write an .onnx file",
+        )
+    if genai is not None:
+        raise LoraFxError(
+            f"{target.name}: onnxruntime-genai reads .onnx files", "write an .onnx file"
+        )
 
 
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:

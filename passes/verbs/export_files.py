@@ -10,13 +10,17 @@ from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.compare import Parity, Report
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import check_output
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.side_outputs import Beside
+from lora_fx.formats.graph_inputs import write_inputs
 from lora_fx.formats.io import check_real
 from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.onnx.rewrites.fast_codes import said_of_slow_codes
+from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
@@ -25,6 +29,12 @@ from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+BASE = ""
+"""The name of the file that stands for the base, among those of adapters."""
+NO_UPDATE = Adapter({})
+"""What stands for the base where A and B have to be given: those of every target are zeros."""
 
 
 def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
@@ -43,11 +53,39 @@ def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
 
 
 def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
-    """Return the paths of a switchable file's adapters; raise if one exists already."""
-    paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
+    """Return the paths of a switchable file's adapters; raise if one exists already.
+
+    A file that has to be given A and B has one more, by an empty name: what stands for the base.
+    """
+    paths = {name: options.target.with_name(f"{name}{options.adapter_ending}") for name in adapters}
+    if options.requires_factors:
+        paths[BASE] = options.target.with_name(f"{options.target.stem}.base.safetensors")
     for path in paths.values():
         check_output(path, force=options.force)
     return paths
+
+
+def write_adapters(
+    paths: Mapping[str, Path],
+    adapters: Mapping[str, Adapter],
+    manifest: Manifest,
+    options: ExportOptions,
+    beside: Beside,
+) -> None:
+    """Write the adapters of a switchable file.
+
+    Args:
+        paths: Those of `adapter_paths`.
+        adapters: The adapters by name, bound.
+        manifest: That of the file.
+        options: What export is asked for.
+        beside: The outputs that belong to the file.
+    """
+    write = write_inputs if options.requires_factors else write_adapter
+    for name, path in paths.items():
+        adapter = NO_UPDATE if name == BASE else adapters[name]
+        with replacing(path, force=options.force, beside=beside) as temporary:
+            write(adapter, manifest, temporary)
 
 
 def save_within(

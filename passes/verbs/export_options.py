@@ -20,7 +20,7 @@ from lora_fx.errors import (
     expect_name,
 )
 from lora_fx.inputs import Named
-from lora_fx.onnx.made_for import CPU, MADE_FOR
+from lora_fx.onnx.made_for import CPU, MADE_FOR, PORTABLE, TARGETS
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 from lora_fx.text import is_whole
@@ -64,6 +64,10 @@ EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
     NoSay(
         ("external_over",), lambda o: o.mode == "train",
         "in mode train: its two files share the weights of a third file",
+    ),
+    NoSay(
+        ("external_over", "within"), lambda o: o.is_program,
+        "for a .pt2 file, which holds all its weights and is checked by torch",
     ),
 )  # fmt: skip
 """The rules for the options of every export; ExportOptions checks the rules of each mode."""
@@ -119,7 +123,7 @@ class ExportOptions:
         `precision` takes its long name.
         """
         expect_name(self.mode, MODES, "unknown mode", "use merged, switch, load, batch or train")
-        expect_name(self.made_for, MADE_FOR, "unknown target", "use cpu, cuda or webgpu")
+        expect_name(self.made_for, MADE_FOR, "unknown target", TARGETS)
         self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
@@ -150,8 +154,12 @@ class ExportOptions:
             )
         if self.mode == "train":
             self._check_step()
+        if self.is_program:
+            self._check_program()
         if self.tol is not None:
             self._check_tol(self.tol)
+        if self.made_for == PORTABLE:
+            self._check_portable()
 
     def _check_modes(self) -> None:
         """Raise for an option that belongs to another mode."""
@@ -161,7 +169,7 @@ class ExportOptions:
         elif self.mode == "train":
             modes.update(("switch", "load"))
         for mode, names in MODES.items():
-            if mode in modes:
+            if mode in modes or (mode == "load" and self.is_program):
                 continue
             if any(is_given(getattr(self, name)) for name in names):
                 raise LoraFxError(
@@ -169,6 +177,50 @@ class ExportOptions:
                     f"{' and '.join(names)}",
                     "leave it out",
                 )
+
+    def _check_program(self) -> None:
+        """Raise for a mode or option that a .pt2 file does not have."""
+        name = self.target.name
+        if self.mode != "switch":
+            raise LoraFxError(
+                f"{name}: a .pt2 file is written in mode switch, not in mode {self.mode}",
+                "pass --mode switch; or fold an adapter with lora-fx merge MODEL ADAPTER -o X.pt2",
+            )
+        options_of_onnx = {
+            "--opset": self.opset is not None,
+            "--optimise": self.optimise,
+            "--precision": self.precision is not None,
+            "--accuracy-level": self.accuracy_level != 0,
+            "--target": self.made_for != CPU,
+            "--triton": bool(self.places),
+        }
+        for option, was_given in options_of_onnx.items():
+            if was_given:
+                raise LoraFxError(
+                    f"{name}: {option} is for .onnx files; what runs a .pt2 file compiles it",
+                    f"leave {option} out, or write an .onnx file",
+                )
+
+    def _check_portable(self) -> None:
+        """Raise for what only ONNX Runtime, or not every other runtime, has."""
+        if self.mode == "load":
+            raise LoraFxError(
+                "mode load is not portable: only ONNX Runtime exchanges the tensors of a data file "
+                "when a session is made",
+                "use --mode switch, whose A and B are inputs",
+            )
+        if self.precision == "bfloat16":
+            raise LoraFxError(
+                "precision bfloat16 is not portable: browsers have no arrays of it",
+                "leave --precision out, or use float16 or int8",
+            )
+        if self.accuracy_level:
+            raise _codes_not_portable("an accuracy level")
+
+    def refuse_codes(self) -> None:
+        """Raise if the file cannot have weights in codes of 4 or 8 bits."""
+        if self.made_for == PORTABLE:
+            raise _codes_not_portable("quantise")
 
     def _check_step(self) -> None:
         """Raise for an unsupported loss, optimizer or number, and for a server's folder."""
@@ -217,6 +269,21 @@ class ExportOptions:
         return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
 
     @property
+    def is_program(self) -> bool:
+        """Whether the file is a .pt2 file."""
+        return self.target.suffix == ".pt2"
+
+    @property
+    def requires_factors(self) -> bool:
+        """Whether A and B are inputs of the file that have no defaults."""
+        return self.is_program or (self.mode == "switch" and self.made_for == PORTABLE)
+
+    @property
+    def adapter_ending(self) -> str:
+        """The ending of the adapters' files beside a switchable file."""
+        return ".safetensors" if self.requires_factors else ".onnx_adapter"
+
+    @property
     def rewrites(self) -> bool:
         """Whether the graph of an .onnx file is rewritten beyond its weights, and so has to run."""
         return self.optimise or self.precision is not None or self.made_for != CPU
@@ -242,3 +309,12 @@ class ExportOptions:
             return list(keys), False
         plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
         return list(plan.entries), not self.include
+
+
+def _codes_not_portable(option: str) -> LoraFxError:
+    """Return the error for an option about codes, in a file for any runtime."""
+    return LoraFxError(
+        f"{option} is not portable: products over codes are MatMulNBits, an operator of "
+        "com.microsoft that only ONNX Runtime has",
+        "leave it out, or use --precision int8, whose operators are ONNX's own",
+    )

@@ -56,7 +56,7 @@ def export_slots(model: object, options: ExportOptions) -> Report:
 
     notes_of_base: list[str] = []
     if options.mode == "switch" and len(bound) == 1:
-        captured, bound, notes_of_base = _with_whole_tensors(captured, bound)
+        captured, bound, notes_of_base = with_whole_tensors(captured, bound)
         if notes_of_base:
             targets = find(captured)
     reference = torch_reference(captured, options, level_gate(options))
@@ -87,7 +87,7 @@ def _export_batch(
     return write_batch(graph, reference, sources, adapters, options, notes)
 
 
-def _with_whole_tensors(
+def with_whole_tensors(
     captured: Captured, adapters: Mapping[str, Adapter]
 ) -> tuple[Captured, dict[str, Adapter], list[str]]:
     """Return a base that holds the adapter's whole tensors, the other updates, and a note.

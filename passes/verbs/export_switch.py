@@ -7,29 +7,24 @@ session is made, and an adapter takes their place there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import Parity, Report, compare, demand
-from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.files.atomic import replacing
-from lora_fx.inputs import SIZES, Named
+from lora_fx.compare import Report
+from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.made_for import LEAST_RANKS
 from lora_fx.onnx.manifest import Manifest
-from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.tensor_copies import copies_of, join_copies
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.reference import Reference, Run
+from lora_fx.passes.proofs.switchable import prove_switchable
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.export_files import (
     adapter_paths,
@@ -37,17 +32,14 @@ from lora_fx.passes.verbs.export_files import (
     refuse_unexchangeable,
     report_of,
     save_within,
+    write_adapters,
 )
 from lora_fx.passes.verbs.export_options import Companions, ExportOptions
 from lora_fx.targets.found import Found
-from lora_fx.targets.keys import base_name, own_use, split_use
+from lora_fx.targets.keys import base_name, split_use
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
-RANK = 4
-"""The rank of the random adapter that proves a file without adapters."""
-SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
-"""Scales of the random adapter; the first that changes no output by more than its size is used."""
 LOAD_RANK = 16
 """The rank of the slots in mode load if neither a rank nor an adapter is given."""
 SERVES_THE_BASE = (
@@ -104,6 +96,7 @@ def write_switch(
         slots.stored_apart,
         slots.transposed_lookups(layouts),
         LEAST_RANKS.get(options.made_for, 0),
+        required=options.requires_factors,
     )
     manifest = _made_switchable(graph, switch, copies)
 
@@ -119,10 +112,8 @@ def write_switch(
         )
         session = Session(output.path, options.provider)
         file = _SwitchableFile(output.path, options, manifest, rank, session)
-        parity = _prove(file, reference, layouts, adapters, warnings)
-        for name, path in paths.items():
-            with replacing(path, force=options.force, beside=output.beside) as temporary:
-                write_adapter(adapters[name], manifest, temporary)
+        parity = prove_switchable(file, reference, layouts, adapters, warnings)
+        write_adapters(paths, adapters, manifest, options, output.beside)
         output.adapters += paths.values()
         companions = options.also(output, manifest) if options.also else Companions()
 
@@ -285,9 +276,12 @@ class _SwitchableFile:
     manifest: Manifest
     rank: int
     session: Session
+    runtime: str = "ONNX Runtime"
 
-    def run_with(self, adapter: Adapter) -> Run:
+    def run_with(self, adapter: Adapter | None) -> Run:
         """Return a run of the file with an adapter; mode load makes a new session for it."""
+        if adapter is None:
+            return self.session.run
         if self.options.mode == "load":
             return Session(self.path, self.options.provider, adapter=adapter).run
         self.session.load("adapter", adapter)
@@ -301,62 +295,3 @@ class _SwitchableFile:
             stored = self.manifest.padded(tensors) if tensors else {}
             return FileRerun(self.path, provider, stored=stored)
         return FileRerun(self.path, provider, lambda feeds: {**feeds, **tensors})
-
-
-def _prove(
-    file: _SwitchableFile,
-    reference: Reference,
-    layouts: Mapping[str, Layout],
-    adapters: Mapping[str, Adapter],
-    warnings: list[str],
-) -> list[Parity]:
-    """Compare the file with the reference: without an adapter, then with each adapter.
-
-    Without adapters a random adapter is used. `warnings` gets a line for each adapter that changes
-    nothing.
-
-    Raises:
-        NoEffectError: The outputs differ, or the random adapter changes nothing.
-    """
-    parity = reference.prove(file.session.run, None, "base", file.rerun_with(None))
-    feeds = reference.feeds(SIZES[0])
-    base = file.session.run(feeds)
-
-    def changes_little(adapter: Adapter) -> bool:
-        """Whether no output changes by more than its size."""
-        return compare(file.run_with(adapter)(feeds), base, {}, 1.0).ok
-
-    proven = adapters
-    if not adapters:
-        proven = {"random": _random_adapter(layouts, file.rank or RANK, changes_little)}
-    for name, adapter in proven.items():
-        run = file.run_with(adapter)
-        if _all_equal(run(feeds), base):
-            if not adapters:
-                raise NoEffectError(
-                    "a random adapter changes nothing in the exported file", "report this model"
-                )
-            warnings.append(f"the adapter {name!r} changes nothing")
-        parity += reference.prove(run, adapter, name, file.rerun_with(adapter))
-    demand(parity, "ONNX Runtime differs from the model")
-    return parity
-
-
-def _all_equal(outputs: Named, expected: Named) -> bool:
-    return all(np.array_equal(outputs[name], expected[name]) for name in expected)
-
-
-def _random_adapter(
-    layouts: Mapping[str, Layout], most: int, changes_little: Callable[[Adapter], bool]
-) -> Adapter:
-    """Draw an update of every target: large enough to see, without exploding rounding."""
-    for scale in SCALES:
-        entries = {}
-        for key, layout in layouts.items():
-            rank = min(RANK, most, layout.max_rank)
-            a, b = draw(key, layout, rank, 0, "probe")
-            entries[key] = LowRank(a, b, scale * a.shape[-2], layout, use=own_use(key))
-        adapter = Adapter(entries)
-        if changes_little(adapter):
-            break
-    return adapter

@@ -377,7 +377,7 @@ class _Files:
             "updates": {key: row_of(update) for key, update in self.updates.items()},
             "metadata": self.adapter.metadata,
         }
-        return Manifest(slots_of_rank, "train", training)
+        return Manifest(slots_of_rank, "train", training=training)
 
 
 def _refuse_taken_names(graph: TrainGraph) -> None:

@@ -70,7 +70,7 @@ def save_program(
             paths = {training: _paths(module, training) for training in modes}
             write_programs(module.eval(), temporary, paths)
             loaded = load_program(temporary)
-            loaded_by_torch = _load_by_torch(temporary)
+            loaded_by_torch = load_by_torch(temporary)
             _share_memory(loaded, module, "the file")
             _share_memory(loaded_by_torch, module, "the file that torch loads")
             for training, paths_of_mode in paths.items():
@@ -206,7 +206,7 @@ def _demand(outputs: Mapping[str, Array], expected: Mapping[str, Array], what: s
             )
 
 
-def _load_by_torch(file: Path) -> nn.Module:
+def load_by_torch(file: Path) -> nn.Module:
     """Load the eval program by torch itself; this is safe, since the file was just written."""
     try:
         return torch.export.load(str(file)).module(check_guards=False)

@@ -151,7 +151,10 @@ def _has_no_mode(program: ExportedProgram, graph: fx.Graph) -> bool:
 
 
 def export_program(
-    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    shapes: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
 ) -> ExportedProgram:
     """Call torch.export in the way of all captures and re-exports.
 
@@ -168,6 +171,7 @@ def export_program(
         return torch.export.export(
             module,
             args,
+            kwargs,
             dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,

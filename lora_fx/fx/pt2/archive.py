@@ -23,7 +23,6 @@ from lora_fx.files.strict_json import json_object
 from lora_fx.fx.pt2.serialised import dtype_of_code
 from lora_fx.text import Json, JsonView
 
-MANIFEST = "data/extra/lora_fx.json"
 AGAIN = "write it again: torch.export.save(program, FILE)"
 BROKEN = "the file is damaged or was not written by torch.export.save"
 

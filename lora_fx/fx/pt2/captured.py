@@ -2,11 +2,13 @@
 
 It has no source, so no other mode, dtype or set of arguments can be traced. Where a file of ours
 has branches, the graphs here are those of the model without them, and `adapter` is what they held.
+Of a file of mode switch, whose A and B are inputs, it is the base.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -18,6 +20,7 @@ from torch import fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, check_format, silenced
+from lora_fx.files.program_manifest import MANIFEST, SWITCH
 from lora_fx.fx.capture.call import leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.cleaned_graph import Traced, clean_module, match_places
@@ -26,9 +29,10 @@ from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.model_source import base_dtype
 from lora_fx.fx.dequantise_nodes import declare_codes
 from lora_fx.fx.graph.nodes import is_marked, unmark
-from lora_fx.fx.pt2.archive import MANIFEST, open_archive
+from lora_fx.fx.pt2.archive import open_archive
+from lora_fx.fx.pt2.factor_inputs import take_away_inputs
 from lora_fx.fx.pt2.file_manifest import (
-    FORMAT,
+    SWITCH_FORMAT,
     adapter_names,
     is_constant,
     read_adapter,
@@ -47,6 +51,7 @@ from lora_fx.fx.pt2.program import LoadedProgram, load_program, tensor_places
 from lora_fx.fx.pt2.program_modes import modal_nodes, modals_text, mode_of, pick_programs
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
+from lora_fx.onnx.manifest import Manifest
 from lora_fx.text import JsonView
 
 LATER = (
@@ -88,6 +93,7 @@ class FileCaptured(Captured):
         self.notes: list[str] = []
         self.tracings = {}
         self.unproven = {}
+        self._factors: tuple[str, ...] = ()  # the inputs that take A and B, after the model's own
         try:
             self._read(manifest)
             if args or kwargs:  # an example of the caller's: a call that the programs take
@@ -101,7 +107,7 @@ class FileCaptured(Captured):
     def _read(self, manifest: JsonView) -> None:
         """Read the call, the adapter and the modules from the programs and the manifest."""
         if manifest:
-            check_format(manifest, f"{self.path}: its manifest", FORMAT)
+            check_format(manifest, f"{self.path}: its manifest", SWITCH_FORMAT)
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
         if manifest.get("recorded"):
             self.notes.append(
@@ -120,6 +126,12 @@ class FileCaptured(Captured):
         """Read the programs of each mode, the signature and the example."""
         programs = self._loaded
         named = dict(self._example_program.named)
+        if SWITCH in manifest:
+            slots = Manifest.from_text(json.dumps(manifest[SWITCH]), self.path).slots
+            for slot in slots.values():
+                self._factors += (slot.a, slot.b)
+        for name in self._factors:
+            del named[name]
         signature = plain_signature(named)  # of a file without a manifest
         self.programs: dict[bool, list[str]]
         if manifest:
@@ -212,7 +224,8 @@ class FileCaptured(Captured):
             rows: The inputs of the manifest, by name.
         """
         first_program = self._loaded[next(iter(self.programs.values()))[0]]
-        shapes = [tuple(place.shape) for place in tensor_places(first_program.program)]
+        places = tensor_places(first_program.program)
+        shapes = [tuple(place.shape) for place in places[: len(self.inputs.names)]]
         batch = ""
         if shapes and shapes[0]:
             batch = str(shapes[0][0])
@@ -301,6 +314,7 @@ class FileCaptured(Captured):
         loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
         strip_branches(module.graph)
+        take_away_inputs(module.graph, len(self._factors))
         match_places(module.graph, tree_leaves(self.named))
         names = leaf_names(self.named)
         traced = clean_module(module, loaded.program, names, self.requested, GuardLog())

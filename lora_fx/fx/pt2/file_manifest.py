@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.variant import bare, expect_variant, fields_of_files
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
+from lora_fx.files.program_manifest import SWITCH
 from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -23,20 +25,28 @@ from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import Input
+from lora_fx.onnx.manifest import Manifest
 from lora_fx.text import Json, JsonView
 
 FORMAT = 2
-"""The format of a file with several programs per mode, chosen by sizes; other files have 1."""
+"""The format of a file with several programs per mode, chosen by sizes."""
+SWITCH_FORMAT = 3
+"""The format of a file that takes A and B as inputs; a file with neither has 1."""
 MODES = {False: "eval", True: "train"}
 """Whether a program is for training → the name of its mode in a manifest."""
 
 
-def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
+def make_manifest(
+    module: CapturedModule,
+    programs: Mapping[str, tuple[bool, Traced]],
+    switch: Manifest | None = None,
+) -> Json:
     """Make the manifest: everything that a reader needs in addition to the programs.
 
     Args:
         module: What is saved.
         programs: {program name: (training, what it was made from)}.
+        switch: The inputs that take A and B, where the programs have any.
     """
     training_modes = [training for training, _ in programs.values()]
     has_paths = len(training_modes) > len(set(training_modes))
@@ -46,8 +56,11 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
     adapter = None
     if isinstance(module, AdaptedModule):
         adapter = _adapter_rows(module)
+    format_number = FORMAT if has_paths else 1
+    if switch is not None:
+        format_number = SWITCH_FORMAT
     return {
-        **stamp(FORMAT if has_paths else 1),
+        **stamp(format_number),
         "programs": {name: MODES[training] for name, (training, _) in programs.items()},
         "class": type(module).__name__,
         "parameters": [
@@ -64,6 +77,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
         "norm_stats": execution.norm_stats,
         "recorded": captured.recorded,
         "adapter": adapter,
+        **({} if switch is None else {SWITCH: json.loads(switch.to_text())}),
     }
 
 

@@ -11,26 +11,32 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
+from lora_fx.adapter.factor_tensors import slot_names
 from lora_fx.errors import LoraFxError, retold
+from lora_fx.files.program_manifest import MANIFEST
 from lora_fx.fx.capture.call import leaves_of
 from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.root_module import RootModule
 from lora_fx.fx.capture.size_nodes import drop_layout, put_asserts
 from lora_fx.fx.capture.trace import at_least_two, export_program
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.flat_graph import flat_program
-from lora_fx.fx.pt2.archive import MANIFEST
+from lora_fx.fx.pt2.factor_inputs import EXAMPLE_RANK, put_inputs
 from lora_fx.fx.pt2.file_manifest import make_manifest
 from lora_fx.fx.pt2.output_trees import plain_spec
 from lora_fx.fx.pt2.program import tensor_places
 from lora_fx.fx.pt2.serialised import bytes_of, json_of, table_of
 from lora_fx.inputs import Named
+from lora_fx.onnx.manifest import Manifest
 from lora_fx.text import Json
 
 Paths = Sequence[tuple[Named, Traced]]
 """The paths of a mode, each with a call that takes this path; the example's path comes first."""
+Dims = Mapping[int, object] | None
+"""The dynamic dimensions of a tensor, as torch.export takes them."""
 NAMES = {False: "model", True: "train"}
 ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
 """The class that torch records as a graph's root; files name the user's class instead."""
@@ -46,16 +52,50 @@ def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Path
             if i:
                 name = f"{name}_{i}"
             traced_programs[name] = (training, traced)
-            exported_programs[name] = _export(module, training, named, traced)
+            graph = module.graph(training, portable=True, named=named)
+            exported_programs[name] = _export(module, graph, named, traced)
     manifest = make_manifest(module, traced_programs)
-    all_tensors = module.state_dict(keep_vars=True)
+    _write(path, module, exported_programs, module.state_dict(keep_vars=True), manifest)
+
+
+def write_switchable(module: CapturedModule, graph: FxGraph, path: Path, switch: Manifest) -> None:
+    """Write the eval program of a module, with A and B of its branches as inputs.
+
+    Args:
+        module: The base.
+        graph: Its eval graph, with a branch for each slot; edited.
+        path: The file.
+        switch: The slot of each key, whose names the inputs get, and the rank of all, if any.
+    """
+    captured = execution_of(module).captured
+    named = captured.named
+    traced = captured.traced(False, named, execution_of(module).base_dtype)
+    put_inputs(graph.graph, switch.slots)
+    program = _export(module, graph, named, traced, _factors(switch))
+
+    tensors = dict(module.state_dict(keep_vars=True))
+    for key in switch.slots:
+        for name_in_tree in slot_names(key):
+            del tensors[name_in_tree]
+    manifest = make_manifest(module, {NAMES[False]: (False, traced)}, switch)
+    _write(path, module, {NAMES[False]: program}, tensors, manifest)
+
+
+def _write(
+    path: Path,
+    module: CapturedModule,
+    programs: Mapping[str, tuple[ExportedProgram, str]],
+    tensors: Mapping[str, torch.Tensor],
+    manifest: Json,
+) -> None:
+    """Write exported programs, each with its tree of outputs, over the tensors of a module."""
     with PT2ArchiveWriter(str(path)) as archive:
         store = _Store(archive)
-        for name, (program, spec) in exported_programs.items():
+        for name, (program, spec) in programs.items():
             weights = dict(program.state_dict)
             if name == NAMES[False]:
                 # tensors that no graph reads, and second names of others, stand beside one program
-                weights = {**all_tensors, **weights}
+                weights = {**tensors, **weights}
             store.table("weights", "weight_", name, weights)
             store.table("constants", "tensor_", name, program.constants)
             archive.write_bytes(f"models/{name}.json", _json(program, spec, module))
@@ -100,16 +140,42 @@ class _Store:
         return self.files[key]
 
 
+def _factors(switch: Manifest) -> dict[str, tuple[torch.Tensor, Dims]]:
+    """Return an example of A and B of every slot by name, each with its dynamic dimensions."""
+    factors: dict[str, tuple[torch.Tensor, Dims]] = {}
+    rank = switch.rank
+    for slot in switch.slots.values():
+        dtype = getattr(torch, slot.dtype)
+        for name, shape in slot.tensor_shapes(None).items():
+            sizes = [(rank or EXAMPLE_RANK) if size is None else size for size in shape]
+            dims = None if rank else {shape.index(None): Dim.AUTO}
+            factors[name] = (torch.zeros(sizes, dtype=dtype), dims)
+    return factors
+
+
 def _export(
-    module: CapturedModule, training: bool, named: Named, traced: Traced
+    module: CapturedModule,
+    graph: FxGraph,
+    named: Named,
+    traced: Traced,
+    factors: Mapping[str, tuple[torch.Tensor, Dims]] | None = None,
 ) -> tuple[ExportedProgram, str]:
-    """Export the program of one mode and path; return it with its plain tree of outputs."""
-    graph = module.graph(training, portable=True, named=named)
+    """Export the program of one mode and path; return it with its plain tree of outputs.
+
+    Args:
+        module: The module that holds the tensors.
+        graph: Its graph for the mode and path; edited.
+        named: A call that takes the path.
+        traced: What the graph was made from.
+        factors: A and B that the graph takes after the call's tensors, which the program takes by
+            keyword: an example of each, and its dynamic dimensions.
+    """
+    factors = factors or {}
     flat, names, _ = flat_program(module, graph.graph, traced)
     _keep_volatile(flat, module)
     conditions = traced.door.conditions
     free = traced.door.free(execution_of(module).captured.requested)
-    shapes = []
+    shapes: list[Dims] = []
     for dimensions in free.values():
         shapes.append({dimension: Dim.AUTO for dimension in dimensions} or None)
     # of the call's own sizes, for FLOPs are counted at them
@@ -117,21 +183,25 @@ def _export(
     tensors = []
     for name, dimensions in free.items():
         tensors.append(at_least_two(examples[name], dimensions).cpu())
-    places = dict(zip(free, flat.graph.find_nodes(op="placeholder"), strict=True))
+    places_of_call = flat.graph.find_nodes(op="placeholder")[: len(free)]
+    places = dict(zip(free, places_of_call, strict=True))
     put_asserts(flat.graph, places, conditions)
     flat.recompile()
 
+    examples_of_factors = {name: example for name, (example, _) in factors.items()}
+    shapes += [dims for _, dims in factors.values()]
     log = GuardLog()
-    mode = "train" if training else "eval"
+    mode = "train" if graph.training else "eval"
     what = f"the {mode} program cannot be exported"
     with retold(what, "please report this model"), log.listening():
-        program = export_program(flat, tuple(tensors), tuple(shapes))
-    sizes = {name: place.shape for name, place in zip(free, tensor_places(program), strict=True)}
+        program = export_program(flat, tuple(tensors), tuple(shapes), examples_of_factors)
+    places_of_program = tensor_places(program)[: len(free)]
+    sizes = {name: place.shape for name, place in zip(free, places_of_program, strict=True)}
     drop_layout(program.graph, log, sizes, conditions)
     program._example_inputs = None  # they would be a pickle
     call = program.module_call_graph[0].signature
     assert call is not None
-    call.forward_arg_names = list(names)
+    call.forward_arg_names = [*names, *factors]
     return program, json.dumps([1, plain_spec(traced.out_spec)])
 
 

@@ -1,0 +1,116 @@
+"""Adapters as the inputs of one graph: a safetensors file with a tensor for each input.
+
+=====================  ==================================  =======================
+input                  shape                               value
+=====================  ==================================  =======================
+A of a target          [*batch, in, rank]                  a transposed
+B of a target          [*batch, rank, out]                 s·b transposed
+=====================  ==================================  =======================
+
+The names, shapes and dtypes are those of the file that an export wrote in mode switch, a .pt2 file
+or a portable .onnx file, and there is a tensor for every A and B that it takes: zeros, which change
+nothing, for targets that the adapter has no update of. So a runtime needs nothing but the file.
+The header's metadata has under `lora_fx.inputs` the key of each update with the names of its A and
+B, so that the file can be read as an adapter again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Entry
+from lora_fx.dtypes import Array
+from lora_fx.files.strict_json import json_object
+from lora_fx.files.tensor_files import read_tensors, write_tensors
+from lora_fx.formats.checked_file import File
+from lora_fx.formats.format import FileHead, Format
+from lora_fx.targets.keys import own_use
+
+if TYPE_CHECKING:
+    from lora_fx.onnx.manifest import Manifest
+
+KEYS = "lora_fx.inputs"
+"""The field of the header that has key → [name of A, name of B]."""
+
+
+class GraphInputs(Format):
+    """A safetensors file whose tensors are the inputs of one switchable graph."""
+
+    name = "graph_inputs"
+    suffixes = (".safetensors",)
+    only_read = True
+    one_model = True
+    fits_graphs = True
+
+    def detect(self, seen: FileHead) -> bool:
+        """Whether the header says which tensors are A and B."""
+        return KEYS in seen.metadata
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read an adapter; the keys are those of the graph that the file was written for.
+
+        Returns:
+            An Adapter: LowRank in fp32 with alpha = rank; layouts are None.
+
+        Raises:
+            LoraFxError: A header that names no such tensors, or shapes that do not fit.
+        """
+        tensors, metadata = read_tensors(path)
+        file = File(str(path))
+        keys = json_object(metadata[KEYS], f"{path}: {KEYS} in its header")
+        entries: dict[str, Entry] = {}
+        for key, names in keys.items():
+            entries[key] = _lowrank(key, names, tensors, file)
+        return Adapter(entries, {"notes": file.notes})
+
+    def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
+        """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
+        from lora_fx.onnx.manifest import manifest_of
+
+        write_inputs(adapter, manifest_of(graph), path)
+        return ()
+
+
+def write_inputs(adapter: Adapter, manifest: Manifest, path: Path) -> None:
+    """Write the inputs that a switchable file takes for an adapter, all of them.
+
+    Args:
+        adapter: What the file takes; without entries, zeros for the base.
+        manifest: That of the switchable file.
+        path: The file to create.
+
+    Raises:
+        LoraFxError: An update that does not fit.
+    """
+    tensors = manifest.all_tensors(adapter)
+    keys: dict[str, tuple[str, str]] = {}
+    for key in adapter.resolved(manifest.slots).entries:
+        slot = manifest.slots[key]
+        keys[key] = (slot.a, slot.b)
+    write_tensors(path, tensors, {"format": "pt", KEYS: json.dumps(keys)})
+
+
+def _lowrank(key: str, names: object, tensors: Mapping[str, Array], file: File) -> LowRank:
+    """Return the update of one key; raise for names and shapes that do not fit."""
+    if not isinstance(names, list) or len(names) != 2 or not {*names} <= tensors.keys():
+        raise file.error(key, f"has the tensors {names!r}; expected the names of its A and B")
+    a, b = (file.master(name, tensors[name]) for name in names)
+    if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise file.error(
+            key,
+            f"has A {list(a.shape)} and B {list(b.shape)}; expected [*batch, in, rank] and "
+            "[*batch, rank, out]",
+        )
+    a = np.ascontiguousarray(a.swapaxes(-1, -2))
+    b = np.ascontiguousarray(b.swapaxes(-1, -2))
+    return LowRank(a, b, float(a.shape[-2]), use=own_use(key))
+
+
+GRAPH_INPUTS = GraphInputs()

@@ -1,0 +1,146 @@
+"""A and B of a program's branches as inputs, in the form that the products read.
+
+insert reads a [*batch, rank, in] and b [*batch, out, rank] from the tree. A program that takes them
+as inputs gets A [*batch, in, rank] and B [*batch, rank, out], as a switchable ONNX file does, so
+that one adapter has the same arrays for every runtime and no transpose is left at run time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import fx
+
+from lora_fx.adapter.factor_tensors import slot_names
+from lora_fx.fx.graph.nodes import MARK, is_marked, make_marked, value
+from lora_fx.ir.kinds import swap_last
+from lora_fx.onnx.manifest import SwitchSlot
+from lora_fx.targets.target import Target
+from lora_fx.text import free_name
+
+aten = torch.ops.aten
+EXAMPLE_RANK = 3
+"""The rank of the example with which a program of any rank is exported."""
+
+
+def input_slots(
+    targets: Mapping[str, Target], rank: int, reserved: Iterable[str]
+) -> dict[str, SwitchSlot]:
+    """Return the slot of each target, with names of inputs that Python takes as keywords.
+
+    Args:
+        targets: Key → target.
+        rank: The rank of all slots; 0 where an adapter may have any.
+        reserved: Names of the model's own inputs.
+    """
+    used = {*reserved}
+    slots: dict[str, SwitchSlot] = {}
+    for key, target in targets.items():
+        names: list[str] = []
+        for half in ("lora_A", "lora_B"):
+            name = free_name(re.sub(r"\W", "_", f"{key}.{half}", flags=re.ASCII), used, "_")
+            used.add(name)
+            names.append(name)
+        layout = target.layout
+        stored = tuple(target.parameter.shape)
+        slots[key] = SwitchSlot(
+            names[0], names[1], layout.in_size, layout.out_size, layout.batch_shape, stored,
+            target.op, target.role, rank or 1,
+        )  # fmt: skip
+    return slots
+
+
+def put_inputs(graph: fx.Graph, slots: Mapping[str, SwitchSlot]) -> None:
+    """Make every branch of a graph read A and B from inputs, which follow all others.
+
+    Args:
+        graph: It reads a and b from its tree; edited in place.
+        slots: The slot of each key.
+    """
+    for node in list(graph.nodes):
+        if is_marked(node) and _is_product_with_one(node):  # the scale of an update of zeros
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+    for key, slot in slots.items():
+        perm = swap_last(len(slot.batch))
+        for stored_name, input_name in zip(slot_names(key), (slot.a, slot.b), strict=True):
+            with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+                factor = graph.placeholder(input_name)
+            for node in graph.find_nodes(op="get_attr"):
+                if node.target == stored_name:
+                    _read_transposed(node, factor, perm)
+                    graph.erase_node(node)
+
+
+def take_away_inputs(graph: fx.Graph, count: int) -> None:
+    """Remove the last inputs of a graph whose branches are gone, with the asserts on their sizes.
+
+    Args:
+        graph: Edited in place.
+        count: How many inputs are those of A and B.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    for factor in inputs[len(inputs) - count :]:
+        _erase_with_users(factor)
+
+
+def _erase_with_users(node: fx.Node) -> None:
+    """Erase a node and all that is computed of it."""
+    for user in list(node.users):
+        _erase_with_users(user)
+    if not node._erased:
+        node.graph.erase_node(node)
+
+
+def _read_transposed(node: fx.Node, transposed: fx.Node, perm: tuple[int, ...]) -> None:
+    """Let users of a node read its transpose, with as few transposes as possible.
+
+    By what reads the node:
+    1. A cast to float32, which A and B have, goes away, and its users read on; another one casts
+       the transpose.
+    2. A transpose by perm goes away.
+    3. Everything else reads a transpose of the transpose.
+
+    Args:
+        node: What is read now.
+        transposed: What is read then: the node, transposed by perm.
+        perm: The permutation.
+    """
+    graph = node.graph
+    for user in list(node.users):
+        if user.target is aten.type_as.default and user.args[0] is node:
+            cast = transposed
+            if not _is_float32(user.args[1]):
+                cast = _beside(user, aten.type_as.default, (transposed, user.args[1]))
+            _read_transposed(user, cast, perm)
+            graph.erase_node(user)
+        elif user.target is aten.permute.default and tuple(user.args[1]) == perm:  # type: ignore[arg-type]
+            user.replace_all_uses_with(transposed)
+            graph.erase_node(user)
+        else:
+            back = _beside(user, aten.permute.default, (transposed, list(perm)))
+            user.replace_input_with(node, back)
+
+
+def _beside(user: fx.Node, target: object, args: tuple[object, ...]) -> fx.Node:
+    """Make a node of the branch that a node belongs to, before this node."""
+    site = user.meta["custom"][MARK]["site"]
+    return make_marked(user, user, site, target, args)
+
+
+def _is_product_with_one(node: fx.Node) -> bool:
+    """Whether a node multiplies its first operand by the number 1."""
+    if node.target not in (aten.mul.Scalar, aten.mul.Tensor):
+        return False
+    factor = node.args[1]
+    return isinstance(factor, float) and factor == 1.0
+
+
+def _is_float32(node: object) -> bool:
+    """Whether a node is known to give float32."""
+    assert isinstance(node, fx.Node)
+    place = value(node)
+    return isinstance(place, torch.Tensor) and place.dtype == torch.float32

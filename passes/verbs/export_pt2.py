@@ -1,0 +1,168 @@
+"""The .pt2 file of mode switch: one program that takes A and B of every target as inputs.
+
+Whatever runs an ExportedProgram, or compiles one, can run it with every adapter: the adapters lie
+beside it, each as a safetensors file with a tensor for each input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.compare import Report
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import replacing
+from lora_fx.files.side_outputs import Beside
+from lora_fx.fx.adapter_with_base import with_base
+from lora_fx.fx.capture.unchanged import alike
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import Execution, execution_of
+from lora_fx.fx.module.module import CapturedModule, by_output
+from lora_fx.fx.pt2.factor_inputs import input_slots
+from lora_fx.fx.pt2.write import write_switchable
+from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.trees import tree_leaves
+from lora_fx.inputs import Named
+from lora_fx.ir.graph import Role
+from lora_fx.onnx.manifest import Manifest
+from lora_fx.passes.find import find as find_in
+from lora_fx.passes.proofs.proof_inputs import named_of
+from lora_fx.passes.proofs.reference import Run
+from lora_fx.passes.proofs.switchable import prove_switchable
+from lora_fx.passes.switch import insert_switchable
+from lora_fx.passes.verbs.adapt import find
+from lora_fx.passes.verbs.export_files import (
+    NO_UPDATE,
+    adapter_paths,
+    adapters_of,
+    refuse_unexchangeable,
+    report_of,
+    write_adapters,
+)
+from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_slots import torch_reference, with_whole_tensors
+from lora_fx.passes.verbs.export_torch import folded_already
+from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
+from lora_fx.passes.verbs.program import load_by_torch
+from lora_fx.progress import stage
+from lora_fx.targets.target import Target
+from lora_fx.text import Json
+
+
+def export_pt2(model: object, options: ExportOptions) -> Report:
+    """Export a torch model as a .pt2 file of mode switch; see lora_fx.passes.verbs.export.
+
+    Raises:
+        LoraFxError: A target that the program has not; nothing is written.
+        NoEffectError: The outputs differ, or a target changes nothing.
+    """
+    model = opened(model)
+    if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
+        raise folded_already()
+    options = replace(options, adapters=own_adapters(model, options.adapters))
+    adapters = adapters_of(options)
+    captured = captured_of(model, options.capture_of_base())
+    found = find(captured)
+    bound = {
+        name: bind(with_base(adapter, captured.model), found) for name, adapter in adapters.items()
+    }
+    notes: list[str] = []
+    if len(bound) == 1:
+        captured, bound, notes = with_whole_tensors(captured, bound)
+    refuse_unexchangeable(bound, "a switchable file")
+    found = find(captured)
+    keys, is_default_plan = options.chosen(found, bound)
+    reference = torch_reference(captured, options)
+    base = plain(captured).eval()
+    graph = base.graph(False, portable=True)
+    targets, left_out = _targets(graph, keys, loose=is_default_plan)
+    warnings = [*map(str, captured.pinned), *notes, *left_out]
+
+    rank = options.rank or 0
+    slots = input_slots(targets, rank, reference.inputs.names)
+    manifest = Manifest(slots, required=True, rank=rank)
+    paths = adapter_paths(bound, options)
+    insert_switchable(graph, [*targets.values()], Role.FROZEN)
+    layouts = {key: found[key].layout for key in targets}
+    beside = Beside()
+    with replacing(options.target, force=options.force, parts=beside) as temporary:
+        with stage("writing the program"):
+            write_switchable(base, graph, temporary, manifest)
+        file = _SwitchableProgram(manifest, execution_of(base), load_by_torch(temporary), rank)
+        parity = prove_switchable(file, reference, layouts, bound, warnings)
+        write_adapters(paths, bound, manifest, options, beside)
+
+    details: Json = {"mode": "switch", "targets": len(slots), **reference.details()}
+    files = [options.target, *paths.values()]
+    return report_of(files, "torch", parity, warnings, details)
+
+
+def _targets(
+    graph: FxGraph, keys: Sequence[str], *, loose: bool
+) -> tuple[dict[str, Target], list[str]]:
+    """Return the graph's target of each key, and a line for each key that is left out.
+
+    Raises:
+        LoraFxError: A key that the graph has no target for, unless `loose`; no target at all.
+    """
+    in_graph = find_in(graph)
+    targets: dict[str, Target] = {}
+    left_out: list[str] = []
+    for key in keys:
+        target = in_graph.get(key)
+        if target is not None:
+            targets[key] = target
+        elif loose:
+            left_out.append(f"{key}: left out, the exported graph has no such target")
+        else:
+            raise LoraFxError(
+                f"{key!r} is not a target of the exported graph", "leave it out with --exclude"
+            )
+    if not targets:
+        raise LoraFxError(
+            "the model has no target that can be switched",
+            "run lora-fx targets MODEL to list the targets",
+        )
+    return targets, left_out
+
+
+@dataclass(frozen=True)
+class _SwitchableProgram:
+    """A written program as torch runs it with different adapters.
+
+    Attributes:
+        manifest: Its inputs for A and B.
+        call: The calls of the model.
+        program: What torch.export.load gives.
+        rank: The rank of the slots; 0 if they take any rank.
+    """
+
+    manifest: Manifest
+    call: Execution
+    program: nn.Module
+    rank: int
+    runtime: str = "the program"
+
+    def run_with(self, adapter: Adapter | None) -> Run:
+        """Return a run of the program with an adapter, or with zeros."""
+        factors: dict[str, torch.Tensor] = {}
+        for name, array in self.manifest.all_tensors(adapter or NO_UPDATE).items():
+            factors[name] = from_numpy(array)
+
+        def run(feeds: Named) -> dict[str, Array]:
+            named = named_of(self.call.in_own_dtype(), feeds)
+            tensors = [leaf for leaf in tree_leaves(named) if isinstance(leaf, torch.Tensor)]
+            with torch.no_grad(), alike(self.program):
+                return by_output(self.program(*tensors, **factors))
+
+        return run
+
+    def rerun_with(self, adapter: Adapter | None) -> None:
+        """Return None: torch runs the program in one way."""
