@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,21 @@ if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
 
 
+def _sizes_by_name(_: object, __: object, text: str | None) -> dict[str, int] | None:
+    """Return the sizes of `batch=8,length=128`; None without a text."""
+    if text is None:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if not name or not number.isdecimal():
+            raise LoraFxError(
+                f"--largest {part!r} is no NAME=N", "pass --largest batch=8,length=128, for example"
+            )
+        sizes[name] = int(number)
+    return sizes
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModeOptions:
     """The options that belong to single modes."""
@@ -48,6 +64,12 @@ class ModeOptions:
         type=int,
         help="Set the highest rank that can be loaded (mode load, and a .pt2 file), or the rank "
         "of a new adapter (mode train: 8).",
+    )
+    largest: Mapping[str, int] | None = option(
+        "--largest",
+        metavar="NAME=N,…",
+        callback=_sizes_by_name,
+        help="Set the largest sizes of free dimensions, and of the rank (a .pt2 file).",
     )
     loss: str | None = option(
         "--loss", help="Choose the loss: ce, mse or module:function (mode train)."
@@ -223,6 +245,7 @@ def command(
         include=of_mode.include,
         exclude=of_mode.exclude,
         rank=of_mode.rank,
+        largest=of_mode.largest,
         scales=of_mode.scales,
         loss=loss,
         optimizer=of_mode.optimizer,

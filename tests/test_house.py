@@ -464,7 +464,7 @@ NODES = {
     "lora_fx.fx.lowering": 9_000,
     "lora_fx.fx.module": 12_000,
     "lora_fx.fx.onnx_export": 9_000,
-    "lora_fx.fx.pt2": 14_000,
+    "lora_fx.fx.pt2": 16_500,
     "lora_fx.fx.train": 27_500,
     "lora_fx.ir": 13_000,
     "lora_fx.onnx": 62_000,

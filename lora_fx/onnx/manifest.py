@@ -99,6 +99,7 @@ class Manifest:
             what `adapter` reads) and the `metadata` of the adapter.
         required: In mode switch: A and B have no defaults, and every run has to give them.
         rank: In mode switch, the rank that A and B have in every run; 0 where each may have any.
+        largest_rank: The largest of ranks that are free; 0 where there is none.
     """
 
     slots: Mapping[str, SwitchSlot]
@@ -106,6 +107,7 @@ class Manifest:
     training: JsonView = field(default_factory=dict)
     required: bool = False
     rank: int = 0
+    largest_rank: int = 0
 
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
@@ -113,6 +115,8 @@ class Manifest:
         data["slots"] = {key: asdict(slot) for key, slot in self.slots.items()}
         if self.rank:
             data["rank"] = self.rank
+        if self.largest_rank:
+            data["largest_rank"] = self.largest_rank
         if self.training:
             data["training"] = self.training
         if self.required:
@@ -135,9 +139,14 @@ class Manifest:
                     "export a file that takes adapters: lora-fx export --mode switch or load",
                 )
             slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
-            required = data.get("required", False) is True
-            rank = int(data.get("rank", 0))
-            return cls(slots, str(data["mode"]), data.get("training", {}), required, rank)
+            return cls(
+                slots,
+                str(data["mode"]),
+                data.get("training", {}),
+                data.get("required", False) is True,
+                int(data.get("rank", 0)),
+                int(data.get("largest_rank", 0)),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
@@ -249,10 +258,12 @@ class Manifest:
 
         a = tensors[slot.a]
         rank = a.shape[-1] if a.ndim else 0
-        is_fixed = self.mode == "load" or self.rank > 0
-        if is_fixed and rank > slot.rank:
+        largest_rank = self.largest_rank
+        if self.mode == "load" or self.rank:
+            largest_rank = slot.rank
+        if largest_rank and rank > largest_rank:
             raise LoraFxError(
-                f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
+                f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {largest_rank}",
                 f"export the file with lora-fx export --mode {self.mode} --rank {rank}",
             )
 

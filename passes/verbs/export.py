@@ -89,6 +89,7 @@ def export(
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
+    Where the path ends in .pt2, mode switch writes a program of torch whose A and B are inputs.
     In mode merged the fold is compared with the unfolded module, and ONNX Runtime's outputs with
     the unfolded module's, at three sizes; only then the file gets its name.
 
@@ -100,14 +101,15 @@ def export(
         kwargs: Example inputs by keyword.
         adapters: What to fold instead, or its path; for the other modes {name: adapter}, or a list,
             of which paths are named after their last part and others adapter_1, adapter_2 …
-            Those of switch and load are written beside the file as `NAME.onnx_adapter`.
+            Those of switch and load are written beside the file as `NAME.onnx_adapter`; beside a
+            .pt2 and a portable file as `NAME.safetensors`.
         mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); load: one is
             chosen when a session is made; batch: one graph whose rows use different adapters
             (docs/export.md); train: a training step, beside its forward (docs/train-onnx.md).
             What belongs to one mode is said by lora_fx.Switch(…), Load(…), Batch(…), TrainStep(…).
         include: Of mode switch, load and train; see lora_fx.Switch.
         exclude: The same.
-        rank: Of mode load and train; see lora_fx.Load and lora_fx.TrainStep.
+        rank: Of mode load and train, and of a .pt2 file; see lora_fx.Load, TrainStep and Switch.
         scales: Of mode batch; see lora_fx.Batch.
         names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.

@@ -106,6 +106,7 @@ class ExportOptions:
     optimise: bool
     precision: str | None
     places: Sequence[Place]
+    largest: Mapping[str, int] | None = None
     made_for: str = CPU
     within: bool = False
     accuracy_level: int = 0
@@ -160,6 +161,8 @@ class ExportOptions:
             self._check_tol(self.tol)
         if self.made_for == PORTABLE:
             self._check_portable()
+        if self.largest:
+            self._check_largest(self.largest)
 
     def _check_modes(self) -> None:
         """Raise for an option that belongs to another mode."""
@@ -177,6 +180,23 @@ class ExportOptions:
                     f"{' and '.join(names)}",
                     "leave it out",
                 )
+
+    def _check_largest(self, largest: Mapping[str, int]) -> None:
+        """Raise for sizes that are no sizes, and for a file that has no largest ones."""
+        if not self.is_program:
+            raise LoraFxError(
+                f"{self.target.name}: largest sizes are for .pt2 files: an .onnx file takes any",
+                "leave --largest out, or write a .pt2 file",
+            )
+        for name, size in largest.items():
+            if not is_whole(size) or size < 1:
+                raise LoraFxError(
+                    f"the largest {name} is {size!r}; expected 1 or more", "pass batch=8, say"
+                )
+        if "rank" in largest and self.rank:
+            raise LoraFxError(
+                "the rank is fixed, and has no largest one", "pass rank or the largest rank"
+            )
 
     def _check_program(self) -> None:
         """Raise for a mode or option that a .pt2 file does not have."""

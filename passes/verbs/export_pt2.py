@@ -19,6 +19,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.fx.adapter_with_base import with_base
+from lora_fx.fx.capture.largest import with_largest
 from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -69,6 +70,9 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     options = replace(options, adapters=own_adapters(model, options.adapters))
     adapters = adapters_of(options)
     captured = captured_of(model, options.capture_of_base())
+    largest = dict(options.largest or {})
+    largest_rank = largest.pop("rank", 0)
+    captured = with_largest(captured, largest)
     found = find(captured)
     bound = {
         name: bind(with_base(adapter, captured.model), found) for name, adapter in adapters.items()
@@ -87,7 +91,7 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
 
     rank = options.rank or 0
     slots = input_slots(targets, rank, reference.inputs.names)
-    manifest = Manifest(slots, required=True, rank=rank)
+    manifest = Manifest(slots, required=True, rank=rank, largest_rank=largest_rank)
     paths = adapter_paths(bound, options)
     insert_switchable(graph, [*targets.values()], Role.FROZEN)
     layouts = {key: found[key].layout for key in targets}

@@ -22,11 +22,17 @@ class Switch:
     Attributes:
         include: Targets instead of the adapters', or of the default plan's without adapters.
         exclude: Targets to leave out.
+        rank: Of a .pt2 file: the rank that A and B have in every run, to which adapters of lower
+            ranks are padded; None where each may have any.
+        largest: Of a .pt2 file: the largest sizes of free dimensions by name (batch, length …), and
+            `rank` for free ranks; what compiles the program may plan memory for them.
     """
 
     name: ClassVar[str] = "switch"
     include: Selectors = None
     exclude: Selectors = None
+    rank: int | None = None
+    largest: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +122,7 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
     kind = type(mode)
     options = dict(keywords)
     for name in field_names(kind):
-        if is_given(keywords[name]):
+        if is_given(keywords.get(name)):
             raise LoraFxError(
                 f"{name}= with mode=lora_fx.{kind.__name__}(…), which has this option too",
                 f"pass it to the mode only: {kind.__name__}({name}=…)",
@@ -127,7 +133,7 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
 
 def _warn_of_keywords(kind: type[ModeOptions], keywords: Json) -> None:
     """Warn of keywords that are now fields of a mode's class."""
-    names = [name for name in field_names(kind) if is_given(keywords[name])]
+    names = [name for name in field_names(kind) if is_given(keywords.get(name))]
     if names:
         fields_of_mode = ", ".join(f"{name}=…" for name in names)
         spelling = f"mode=lora_fx.{kind.__name__}({fields_of_mode})"

@@ -137,7 +137,7 @@ def test_the_other_commands_take_it(place: Path) -> None:
 
 def test_it_is_listed(place: Path) -> None:
     text = " ".join(run("convert --help").stdout.split())
-    assert "onnx_adapter, gguf, toy. OUT is" in text
+    assert "onnx_adapter, gguf, graph_inputs, toy. OUT is" in text
     assert (
         "Choose the format of OUT: peft, kohya, diffusers, onnx_adapter, gguf, toy, peft-0.18"
         in text
@@ -152,7 +152,8 @@ def test_what_it_cannot_say_is_refused(work: Path, place: Path) -> None:
     done = run("convert start -o x --format toy")
     refused(done, "format toy needs a name that ends in .toy")
     refused(
-        run("convert start -o x.toy --for m.onnx"), "--for works with onnx_adapter, not with toy"
+        run("convert start -o x.toy --for m.onnx"),
+        "--for works with onnx_adapter or graph_inputs, not with toy",
     )
     assert sorted(p.name for p in work.iterdir()) == ["base.safetensors", "start"]
 

@@ -33,7 +33,7 @@ def test_the_page_lists_the_formats() -> None:
     assert list(table) == [format.name for format in OURS]
     for format in OURS:
         files, read, written = table[format.name]
-        assert (written == "no") == format.only_read
+        assert written.startswith("no") == format.only_read
         assert read != "no"
         assert ("folder" in files) == bool(format.folder_files), format.name
         assert not format.suffixes or any(s in files for s in format.suffixes), format.name
@@ -83,7 +83,7 @@ ELSEWHERE = {
     ("lora_fx.onnx.train_session", "peft"): "a default, as save_adapter has it",
     ("lora_fx.onnx.feeds", SERVED): "what a session loads",
     ("lora_fx.onnx.train_session", SERVED): "the same",
-    ("lora_fx.passes.verbs.export_files", SERVED): "what an export writes",
+    ("lora_fx.passes.verbs.export_options", SERVED): "what an export writes",
     ("lora_fx.passes.verbs.export_train", SERVED): "the same",
 }
 

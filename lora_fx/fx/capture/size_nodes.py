@@ -121,7 +121,7 @@ def put_asserts(
     def compute(op: str, operands: Sequence[Any]) -> fx.Node:
         return graph.call_function(_OPERATORS[op], tuple(operands))
 
-    last_place = list(places.values())[-1]
+    last_place = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_before(last_place.next):
         for condition in conditions:
             if not all(name in places for _, name, _ in condition.sizes):

@@ -40,7 +40,7 @@ def input_slots(
     for key, target in targets.items():
         names: list[str] = []
         for half in ("lora_A", "lora_B"):
-            name = free_name(re.sub(r"\W", "_", f"{key}.{half}", flags=re.ASCII), used, "_")
+            name = free_name(_keyword(f"{key}.{half}"), used, "_")
             used.add(name)
             names.append(name)
         layout = target.layout
@@ -50,6 +50,16 @@ def input_slots(
             target.op, target.role, rank or 1,
         )  # fmt: skip
     return slots
+
+
+def _keyword(name: str) -> str:
+    """Return a dotted name as a keyword in small letters, as torch writes the inputs of a graph.
+
+    >>> _keyword("0.weight[1:3].lora_A")
+    '_0_weight_1_3__lora_a'
+    """
+    word = re.sub(r"\W", "_", name, flags=re.ASCII).lower()
+    return f"_{word}" if word[:1].isdigit() else word
 
 
 def put_inputs(graph: fx.Graph, slots: Mapping[str, SwitchSlot]) -> None:

@@ -65,7 +65,7 @@ def write_switchable(module: CapturedModule, graph: FxGraph, path: Path, switch:
         module: The base.
         graph: Its eval graph, with a branch for each slot; edited.
         path: The file.
-        switch: The slot of each key, whose names the inputs get, and the rank of all, if any.
+        switch: The slot of each key, whose names the inputs get, and what ranks they take.
     """
     captured = execution_of(module).captured
     named = captured.named
@@ -142,13 +142,17 @@ class _Store:
 
 def _factors(switch: Manifest) -> dict[str, tuple[torch.Tensor, Dims]]:
     """Return an example of A and B of every slot by name, each with its dynamic dimensions."""
+    free_rank = Dim.AUTO
+    example_rank = switch.rank or EXAMPLE_RANK
+    if switch.largest_rank:
+        free_rank = Dim.AUTO(max=switch.largest_rank)
+        example_rank = min(example_rank, switch.largest_rank)
     factors: dict[str, tuple[torch.Tensor, Dims]] = {}
-    rank = switch.rank
     for slot in switch.slots.values():
         dtype = getattr(torch, slot.dtype)
         for name, shape in slot.tensor_shapes(None).items():
-            sizes = [(rank or EXAMPLE_RANK) if size is None else size for size in shape]
-            dims = None if rank else {shape.index(None): Dim.AUTO}
+            sizes = [example_rank if size is None else size for size in shape]
+            dims = None if switch.rank else {shape.index(None): free_rank}
             factors[name] = (torch.zeros(sizes, dtype=dtype), dims)
     return factors
 

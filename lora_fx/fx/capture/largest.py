@@ -1,0 +1,58 @@
+"""Largest sizes of a capture's free dimensions, for runtimes that plan memory ahead."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lora_fx.conditions import Condition
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.trees import tree_leaves
+from lora_fx.text import near
+
+ASKED = "largest"
+"""What stands for the line of code in a condition that the user asked for."""
+
+
+def with_largest(captured: Captured, largest: Mapping[str, int]) -> Captured:
+    """Return a capture of the example's path that is true up to these sizes only.
+
+    Args:
+        captured: It is not changed.
+        largest: Symbol of a free dimension (batch, length …) → its largest size.
+
+    Raises:
+        LoraFxError: A symbol that no dimension has, or an example that is larger.
+    """
+    conditions: list[Condition] = []
+    free = captured.traced(False, captured.named).door.free(captured.requested)
+    for symbol, size in largest.items():
+        dimensions = [
+            (name, dimension)
+            for name, symbols in free.items()
+            for dimension, symbol_of_it in symbols.items()
+            if symbol_of_it == symbol
+        ]
+        if not dimensions:
+            symbols_of_all = {symbol for symbols in free.values() for symbol in symbols.values()}
+            raise LoraFxError(
+                f"no dimension that is free has the name {symbol!r}",
+                near(symbol, sorted(symbols_of_all), "name one with --dynamic NAME:0=batch"),
+            )
+        for name, dimension in dimensions:
+            conditions.append(Condition(f"s0 <= {size}", (("s0", name, dimension),), ASKED, True))
+
+    bounded = copy.copy(captured)
+    bounded.tracings = {}
+    for key, tracings in captured.tracings.items():
+        door = tracings[0].door
+        door = replace(door, conditions=(*door.conditions, *conditions))
+        bounded.tracings[key] = [replace(tracings[0], door=door, analyses={})]
+    bounded.inputs = replace(captured.inputs, conditions=(*captured.inputs.conditions, *conditions))
+    bounded._limits_known = False
+    bounded.unproven = {}
+    # an example that is larger could be none
+    bounded.traced(False, bounded.named).door.check(tree_leaves(bounded.named))
+    return bounded
