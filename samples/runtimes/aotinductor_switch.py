@@ -1,10 +1,10 @@
 """One model, two adapters, AOTInductor: A and B are inputs, so an adapter is swapped between two runs.
 
-`python aotinductor_switch.py X.pt2 X.aoti.pt2 de.safetensors fr.safetensors INPUTS.npz OUTPUTS.npz`
-compiles X.pt2 where X.aoti.pt2 does not exist yet, runs the base and each adapter on the arrays of
-INPUTS.npz, and writes what comes out. It needs `pip install torch numpy safetensors` and, to
-compile, a C++ compiler; and a file that was exported with
-`lora-fx export MODEL ./de ./fr -o X.pt2 --mode switch`.
+`python aotinductor_switch.py X.pt2 X.aoti.pt2 INPUTS.npz OUTPUTS.npz X.base.safetensors
+de.safetensors fr.safetensors` compiles X.pt2 unless X.aoti.pt2 exists, runs the base and each
+adapter on the arrays of INPUTS.npz, and writes what comes out. It needs
+`pip install torch numpy safetensors` and, to compile, a C++ compiler; and a file that was exported
+with `lora-fx export MODEL ./de ./fr -o X.pt2 --mode switch`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-# Without this, a package runs on sizes that it was not compiled for. It is read at the first run.
+# Unasked, a package runs on sizes that it was not compiled for. This is read at the first run.
 os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
 
 import numpy as np
@@ -23,26 +22,17 @@ import torch
 from safetensors.torch import load_file
 from torch.utils import _pytree
 
-FACTORS = ("lora_a", "lora_b")
+Tensors = dict[str, torch.Tensor]
 
 
-def compile_program(path: str, package: str, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Compile an exported program into a package. The inputs of any allowed size are an example."""
-    program = torch.export.load(path)
-    names = program.graph_signature.user_inputs
-    zeros = {}
-    for node in program.graph.find_nodes(op="placeholder"):
-        if node.name in names and node.name.endswith(FACTORS):
-            # A free size is the rank, and zeros of any rank change nothing.
-            zeros[node.name] = [s if isinstance(s, int) else 1 for s in node.meta["val"].shape]
-
-    # The file has no example, and the compiler asks for one.
-    example = {**{name: torch.zeros(shape) for name, shape in zeros.items()}, **inputs}
-    flat = [example[name] for name in names]
-    program.example_inputs = _pytree.tree_unflatten(flat, program.call_spec.in_spec)
-
+def compile_program(program_path: str, package: str, inputs: Tensors, adapter: Tensors) -> None:
+    """Compile an exported program; inputs and adapter are an example of any allowed sizes."""
+    program = torch.export.load(program_path)
+    names = [name for name in program.graph_signature.user_inputs if name not in adapter]
+    # The file stores no example, and the compiler asks for one.
+    program.example_inputs = (tuple(inputs[name] for name in names), adapter)
     options = {
-        "aot_inductor.metadata": {"names": json.dumps(names), "zeros": json.dumps(zeros)},
+        "aot_inductor.metadata": {"names": json.dumps(names)},
         "aot_inductor.check_lowerbound": False,  # it would refuse sizes of 0 and 1, which are right
     }
     torch._inductor.aoti_compile_and_package(
@@ -51,41 +41,30 @@ def compile_program(path: str, package: str, inputs: Mapping[str, torch.Tensor])
 
 
 class SwitchModel:
-    """A compiled package whose adapter can change before every run; nothing is compiled again."""
+    """A compiled package whose adapter can change with every run; nothing is compiled again."""
 
     def __init__(self, package: str) -> None:
         self.compiled = torch._inductor.aoti_load_package(package)
-        metadata = self.compiled.get_metadata()
-        self.names = json.loads(metadata["names"])
-        self.zeros = {n: torch.zeros(s) for n, s in json.loads(metadata["zeros"]).items()}
-        self.use({})
+        self.names = json.loads(self.compiled.get_metadata()["names"])
 
-    def use(self, adapter: Mapping[str, torch.Tensor]) -> None:
-        """Choose the adapter of the runs that follow; {} is the base model. Nothing is copied."""
-        unknown = sorted(adapter.keys() - self.zeros.keys())
-        if unknown:
-            raise ValueError(f"{unknown[0]} is no input of this model: the adapter is of another")
-        self.adapter = {**self.zeros, **adapter}
-
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Run once; the outputs in the program's order."""
-        tensors = {**inputs, **self.adapter}
-        return self.compiled.loader.boxed_run([tensors[name] for name in self.names])
+    def run(self, inputs: Tensors, adapter: Tensors) -> list[torch.Tensor]:
+        """Run once with an adapter, which is read where it lies; the outputs in their order."""
+        outputs = self.compiled(*[inputs[name] for name in self.names], **adapter)
+        return _pytree.tree_leaves(outputs)
 
 
-def main(program: str, package: str, *paths: str) -> None:
-    """Run the base and each adapter, with one compilation."""
-    *adapters, inputs_path, outputs_path = paths
+def main(program: str, package: str, inputs_path: str, outputs_path: str, *adapters: str) -> None:
+    """Run every adapter, the base among them, with one compilation."""
     inputs = {name: torch.from_numpy(array) for name, array in np.load(inputs_path).items()}
     if not Path(package).exists():
-        compile_program(program, package, inputs)
-    switch = SwitchModel(package)
-    outputs = {}
-    for path in [None, *adapters]:
-        switch.use(load_file(path) if path else {})
-        for number, tensor in enumerate(switch.run(inputs)):
-            outputs[f"{Path(path).stem if path else 'base'}/{number}"] = tensor.numpy()
-    np.savez(outputs_path, **outputs)
+        compile_program(program, package, inputs, load_file(adapters[0]))
+    model = SwitchModel(package)
+    results = {}
+    for path in adapters:
+        adapter = load_file(path)
+        for number, output in enumerate(model.run(inputs, adapter)):
+            results[f"{Path(path).stem}/{number}"] = output.numpy()
+    np.savez(outputs_path, **results)
 
 
 if __name__ == "__main__":
