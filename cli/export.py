@@ -199,6 +199,7 @@ def command(
     from lora_fx.errors import given_options
     from lora_fx.files.atomic import check_output
     from lora_fx.onnx.save import EXTERNAL_OVER
+    from lora_fx.onnx.session import check_provider
     from lora_fx.onnx.triton import repository_of
     from lora_fx.passes.verbs.export import export_as, refuse_genai
     from lora_fx.passes.verbs.export_options import ExportOptions
@@ -210,6 +211,7 @@ def command(
             f"{output} does not end in .onnx", "pass a name that ends in .onnx: -o model.onnx"
         )
     check_output(output, force=force)
+    check_provider(file.provider)
     if mode == "merged" and len(adapters) > 1:
         raise LoraFxError(
             f"--mode merged takes one adapter, not {len(adapters)}", "pass --mode switch or batch"

@@ -96,10 +96,10 @@ def add_inputs(
     checker.name = f"lora_fx: {IDS} out of range, 0 to {count - 1}"  # the runtime's error quotes it
     checked = emitter.call("Where", outside, zero, gathered)
     size = OnnxEmitter(graph, emitter.node, NAME, before=True).call("Shape", checked)
+    remaining = RemainingSize(emitter, size)
     shared = None
     if target == CPU:
-        shared = SharedFactors(emitter, checked, count, size, batch)
-    remaining = RemainingSize(emitter, size)
+        shared = SharedFactors(emitter, checked, count, remaining, batch)
     return RowAdapters(checked, count, weights, outside, size, shared, remaining)
 
 

@@ -16,7 +16,7 @@ from lora_fx.compare import sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.load import checked
-from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.session import RuntimeSession, check_provider, open_session
 from lora_fx.onnx.session_memory import check_sessions
 from lora_fx.onnx.signature import signature
 from lora_fx.onnx.timing import Sample, interleave, summary, timed
@@ -116,13 +116,14 @@ def bench(
         provider: The provider: auto, cpu, cuda or webgpu.
 
     Raises:
-        LoraFxError: A file does not load, or does not run at a size.
+        LoraFxError: A file does not load, or does not run at a size; the provider cannot be used.
     """
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value < 1:
             raise LoraFxError(f"{name} is {value}; expected 1 or more", "pass 1 or more")
     if not files:
         raise LoraFxError("no file to measure", "pass one or more files: bench A.onnx B.onnx")
+    check_provider(provider)
     for file in files:
         checked(file)
     check_sessions("timing", [files[0], *files], provider, packed=True)

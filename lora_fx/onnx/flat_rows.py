@@ -14,7 +14,14 @@ import onnx_ir as ir
 from lora_fx.onnx.graph.emitter import EmittingGraph, OnnxEmitter, add_initialiser
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.marks import MARK
-from lora_fx.onnx.graph.values import constant, made_by, rank, remove_unread
+from lora_fx.onnx.graph.values import (
+    constant,
+    delete_unread,
+    made_by,
+    rank,
+    remove_unread,
+)
+from lora_fx.onnx.unnamed_sizes import NamedTarget, unnamed_size
 
 
 def product_operands(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
@@ -39,6 +46,7 @@ class FlatRows:
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self._rows: dict[tuple[int, int], ir.Value] = {}
+        self._targets: dict[tuple[int, ir.Node, int | str], ir.Value] = {}
 
     def emit(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         """Emit a new node of the branch that ends in `add`."""
@@ -71,9 +79,11 @@ class FlatRows:
         """
         product = y.producer()
         assert product is not None
-        w = product.inputs[1]
+        x, w = product.inputs
         b = _other_input(bias, add.outputs[0])
-        assert w is not None and b is not None
+        assert x is not None and w is not None and b is not None
+        for reshape in bias.outputs[0].consumers():
+            self._name_size(add, reshape, x)
         layer = self.emit(add, "Gemm", x_rows, w, b)
         gemm = layer.producer()
         assert gemm is not None
@@ -81,6 +91,28 @@ class FlatRows:
         gemm.metadata_props.clear()
         gemm.metadata_props.update(product.metadata_props)
         return layer
+
+    def _name_size(self, add: ir.Node, reshape: ir.Node, x: ir.Value) -> None:
+        """Write out the −1 beside computed sizes in the target of a Reshape, where it has one.
+
+        Args:
+            add: The sum, before which nodes are emitted.
+            reshape: A Reshape of the result.
+            x: The activation; it has the size where that is no number.
+        """
+        unnamed = unnamed_size(reshape)
+        if unnamed is None:
+            return
+        assert unnamed.size is not None
+        key = (id(add.graph), unnamed.concat, unnamed.size)
+        if key not in self._targets:
+            mark = add.metadata_props.get(MARK, "")
+            emitter = NamedTarget(self.graph, add, mark, before=True)
+            self._targets[key] = emitter.target(unnamed, x)
+        reshape.replace_input_with(1, self._targets[key])
+        part = unnamed.part
+        remove_unread(unnamed.concat)
+        delete_unread(part)
 
     def flatten_layers(self) -> None:
         """Rewrite every branch of the form in the module's docstring."""
@@ -136,7 +168,7 @@ def reshaped_bias(add: ir.Node, x: ir.Value | None, y: ir.Value | None) -> ir.No
     bias = _other_input(bias_add, total)
     if bias is None or bias.const_value is None or rank(bias) != 1:
         return None
-    return bias_add if _is_only_reshaped(bias_add.outputs[0]) else None
+    return bias_add if _is_only_reshaped(bias_add.outputs[0], x) else None
 
 
 def _other_input(add: ir.Node, value: ir.Value) -> ir.Value | None:
@@ -144,8 +176,13 @@ def _other_input(add: ir.Node, value: ir.Value) -> ir.Value | None:
     return next(term for term in add.inputs if term is not value)
 
 
-def _is_only_reshaped(value: ir.Value) -> bool:
-    """Whether only Reshapes read a value, and none of them copies a size from it."""
+def _is_only_reshaped(value: ir.Value, x: ir.Value) -> bool:
+    """Whether only Reshapes read a value, and flat rows of it leave no size of theirs unknown.
+
+    Args:
+        value: The result of the layer.
+        x: The layer's activation, which has the sizes of the rows.
+    """
     if value.is_graph_output():
         return False
     readers = value.consumers()
@@ -153,6 +190,9 @@ def _is_only_reshaped(value: ir.Value) -> bool:
         if node.op_type != "Reshape" or node.inputs[0] is not value:
             return False
         if not _names_all_sizes(node.inputs[1]):
+            return False
+        unnamed = unnamed_size(node)
+        if unnamed is not None and not unnamed.is_known_of(x):
             return False
     return bool(readers)
 

@@ -7,7 +7,8 @@
 
 Facts: models/builders/base.py of the onnxruntime-genai 0.18.0 wheel, and its runtime. That ends at
 a `type` that it does not know, and `decoder` is its type for any decoder. A cache that grows, as
-ours, is past_present_share_buffer = false. Of `position_ids` it gives what the config names.
+ours, is past_present_share_buffer = false, with which it captures no CUDA graph. Of `position_ids`
+it gives what the config names. A device is named as its model builder names it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lora_fx.files.links import companion
 from lora_fx.files.permissions import copy_file
 from lora_fx.files.side_outputs import Beside
 from lora_fx.files.strict_json import read_json
+from lora_fx.onnx.made_for import CPU
 from lora_fx.onnx.place import MODEL, copy_model
 from lora_fx.onnx.session import open_session
 from lora_fx.text import Json, is_whole, some
@@ -49,6 +51,13 @@ SEARCH: Json = {
     "min_length": 0, "num_return_sequences": 1,
 }  # fmt: skip
 """The fields of generation_config.json that the runtime supports, with their defaults."""
+PROVIDER_OPTIONS: Mapping[str, list[Json]] = {
+    "cpu": [],
+    "cuda": [{"cuda": {"enable_cuda_graph": "0"}}],
+    "webgpu": [{"webgpu": {}}],
+}
+"""The entries that name the provider by the target of the file. A package of the runtime that has
+no such provider refuses the folder."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class GenaiFolder:
         search: The search of genai_config.json.
         notes: Lines on fields of generation_config.json that have no place there.
         force: Replace a folder that lora-fx made.
+        made_for: The target that the file is made for.
     """
 
     folder: Path
@@ -70,6 +80,7 @@ class GenaiFolder:
     search: Json
     notes: Sequence[str]
     force: bool
+    made_for: str = CPU
 
     def config(self, model: Path) -> Json:
         """Return the genai_config.json for an .onnx file.
@@ -87,7 +98,7 @@ class GenaiFolder:
         decoder: Json = {
             **self.model["decoder"],
             "filename": MODEL,
-            "session_options": {"provider_options": []},
+            "session_options": {"provider_options": PROVIDER_OPTIONS[self.made_for]},
             "head_size": width,
             "num_key_value_heads": heads,
             "num_hidden_layers": len(caches) // 2,
@@ -146,7 +157,7 @@ def _one_cache_shape(
 
 
 def genai_folder(
-    folder: str | PathLike[str], target: Path, config: Any, *, force: bool
+    folder: str | PathLike[str], target: Path, config: Any, *, force: bool, made_for: str = CPU
 ) -> GenaiFolder:
     """Prepare the folder for a copy of `target`, before the model is exported.
 
@@ -155,6 +166,7 @@ def genai_folder(
         target: The .onnx file.
         config: The model's own of transformers; it knows the folder that it was read from.
         force: Replace a folder that lora-fx made.
+        made_for: The target that the file is made for: cpu, cuda or webgpu.
 
     Raises:
         LoraFxError: No folder, no tokenizer in it, no end of sequence, or a size that is not known.
@@ -183,7 +195,7 @@ def genai_folder(
     search["max_length"] = context_length
     search["past_present_share_buffer"] = False
     notes = _notes(generation, search, generation_file)
-    return GenaiFolder(Path(folder), tokenizer, model, search, notes, force)
+    return GenaiFolder(Path(folder), tokenizer, model, search, notes, force, made_for)
 
 
 def _source(config: Any) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.onnx.graph.emitter import add_initialiser
+from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.onnx.graph.values import constant, delete_unread, made_by
 
 LOWEST = -6e4
@@ -21,6 +22,7 @@ def mask_by_infinity(model: ir.Model) -> None:
     before a prompt is, then is the mean of all values. In torch it is 0, which the nodes IsNaN and
     Where behind the softmax make of −∞: its softmax is 0/0.
     """
+    names = NewNames(model)
     for node in list(model.graph.all_nodes()):
         for value in _masked_sum(node):
             where = made_by(value, "Where")
@@ -29,7 +31,7 @@ def mask_by_infinity(model: ir.Model) -> None:
             least = where.inputs[2]
             low = constant(least)
             if low is not None and low.size == 1 and low.item() < LOWEST:
-                name = f"{where.outputs[0].name}_left_out"
+                name = names.take(f"{where.outputs[0].name}_left_out")
                 infinity = np.full(low.shape, -np.inf, low.dtype)
                 where.replace_input_with(2, add_initialiser(model.graph, name, infinity))
                 delete_unread(least)

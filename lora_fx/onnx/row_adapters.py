@@ -7,7 +7,7 @@ On a device every row reads its own pair, picked by its id. On the CPU that is o
 With g = b and k = 1 every row has its own pair: b small products, and b copies of factors. With
 g = 1 and k = u, the number of different adapters in this batch, all rows share one product with
 all of them, and the mask leaves each row its own: u times the arithmetic, u copies. Which one is
-a matter of sizes, so one graph does both, and decides by its inputs: u·(u − 1)·m ≤ 5·b, where m
+a matter of sizes, so one graph does both, and decides by its inputs: u·(u − 1)·m < 5·b, where m
 is the positions of a row. So a batch of one adapter, and steps of a few tokens with a few
 adapters, share. Uses of one x (query, key, value) share the product with A too: their tables lie
 below each other in one Gather, and the masked product is split.
@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array
 from lora_fx.onnx.adapter_ids import IDS
+from lora_fx.onnx.flat_rows import keep_zeros
 from lora_fx.onnx.graph.emitter import OnnxEmitter
 
 LIMIT = 5
@@ -83,35 +84,39 @@ class SharedFactors(OnnxEmitter):
         first: The emitter before all nodes of the graph, whose inputs the next one is.
         ids: The adapters' numbers, checked, [batch].
         count: How many adapters there are, the base among them.
-        size: The number of rows, as a shape [1].
+        remaining: The size that follows from the number of rows and others.
         batch: The symbol of the batch dimension.
     """
 
     def __init__(
-        self, first: OnnxEmitter, ids: ir.Value, count: int, size: ir.Value, batch: str
+        self, first: OnnxEmitter, ids: ir.Value, count: int, remaining: RemainingSize, batch: str
     ) -> None:
         super().__init__(first.owner, first.node, NAME, before=True)
         self._emitted: dict[tuple[object, ...], ir.Value] = {}
         self.count = count
+        size = remaining.rows
 
-        # u·(u − 1)·m > 5·b: every row reads its own pair, by_row; else all read those in use.
+        # u·(u − 1)·m < 5·b: all read those in use; else every row its own pair. So an empty batch
+        # has g = 0 groups: products of 0 rows want 0 pairs or a number more than 1 beside them, and
+        # in the runtime's FusedMatMul (1.31) those of 0 columns end the process.
         (used_ids,) = self.results("Unique", ids, count=1)
         used_count = self.call("Shape", used_ids)
         one = self._ints(1)
         pairs = self.call("Mul", used_count, self.call("Sub", used_count, one))
         shared_cost = self.call("Mul", pairs, self._positions(batch))
         copied_cost = self.call("Mul", size, self._ints(LIMIT))
-        by_row = self.call("Greater", shared_cost, copied_cost)
+        all_share = self.call("Less", shared_cost, copied_cost)
 
         everything = np.iinfo(np.int64).max
-        # The ids that are read, [g · k]: those of the rows stand behind those in use.
-        begin = self.call("Where", by_row, used_count, self._ints(0))
-        end = self.call("Where", by_row, self._ints(everything), used_count)
-        self._groups = self.call("Where", by_row, size, one)
+        # The ids that are read, [g, k, 1]: those of the rows stand behind those in use.
+        begin = self.call("Where", all_share, self._ints(0), used_count)
+        end = self.call("Where", all_share, used_count, self._ints(everything))
+        groups = self.call("Where", all_share, one, size)
         all_of_mask = self._ints(everything, everything)
-        self._ends_of_mask = self.call("Where", by_row, self._ints(1, 1), all_of_mask)
+        self._ends_of_mask = self.call("Where", all_share, all_of_mask, self._ints(1, 1))
         read_ids = self.call("Slice", self.call("Concat", used_ids, ids, axis=0), begin, end)
-        self._read_ids = self.call("Reshape", read_ids, self._shape(-1, 1))
+        shape = self.call("Concat", groups, remaining.value, one, axis=0)
+        self._read_ids = self.call("Reshape", read_ids, shape, **keep_zeros(first.owner))
         self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
 
     def rows(self, rank: int, tables: int = 1) -> ir.Value:
@@ -119,13 +124,24 @@ class SharedFactors(OnnxEmitter):
         key = ("rows", rank, tables)
         if key not in self._emitted:
             if tables > 1:
-                first_rows = self.call("Reshape", self.rows(rank), self._shape(1, -1))
+                first_rows = self._rows_behind_one(rank)
                 offsets = np.arange(tables)[:, None] * (self.count * rank)
             else:
                 first_rows = self.call("Mul", self._read_ids, self._ints(rank))
                 offsets = np.arange(rank)
             numbers = self.call("Add", first_rows, self._constant(offsets))
-            self._emitted[key] = self.call("Reshape", numbers, self._shape(-1))
+            self._emitted[key] = self.call("Flatten", numbers, axis=1)
+        return self._emitted[key]
+
+    def _rows_behind_one(self, rank: int) -> ir.Value:
+        """Return `rows` of one table as [g, 1, k·rank]."""
+        key = ("rows behind one", rank)
+        if key not in self._emitted:
+            rows = self.rows(rank)
+            if self._opset < 13:
+                self._emitted[key] = self.call("Unsqueeze", rows, axes=[1])
+            else:
+                self._emitted[key] = self.call("Unsqueeze", rows, self._ints(1))
         return self._emitted[key]
 
     def mask(self, rank: int, tables: int = 1) -> ir.Value:
@@ -136,8 +152,7 @@ class SharedFactors(OnnxEmitter):
         """
         key = ("mask", rank, tables)
         if key not in self._emitted:
-            adapter_ids = self.call("Div", self.rows(rank), self._ints(rank))
-            adapter_ids = self.call("Reshape", adapter_ids, self._shape(1, -1))
+            adapter_ids = self.call("Div", self._rows_behind_one(rank), self._ints(rank))
             mask = self.call("Equal", self._column, adapter_ids)
             if tables > 1:
                 mask = self.call("Concat", *[mask] * tables, axis=-1)
@@ -145,13 +160,6 @@ class SharedFactors(OnnxEmitter):
             self._emitted[key] = self.call(
                 "Slice", mask, starts, self._ends_of_mask, self._ints(0, 2)
             )
-        return self._emitted[key]
-
-    def _shape(self, *sizes: int) -> ir.Value:
-        """Return [g, *sizes] as a shape."""
-        key = ("shape", *sizes)
-        if key not in self._emitted:
-            self._emitted[key] = self.call("Concat", self._groups, self._ints(*sizes), axis=0)
         return self._emitted[key]
 
     def _positions(self, batch: str) -> ir.Value:

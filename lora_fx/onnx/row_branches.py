@@ -198,8 +198,7 @@ class BatchEmitter(OnnxEmitter):
         if not self._has_matrices(order):
             sizes = self.call("Gather", self.call("Shape", x), self._ints(*order[:-1]))
             assert b.shape is not None
-            columns = -1 if self.adapters.shared else int(b.shape.numpy()[-1])
-            delta = self._reshaped(delta, sizes, columns)
+            delta = self._reshaped(delta, sizes, int(b.shape.numpy()[-1]))
         back = [order.index(axis) for axis in range(len(order))]
         delta = self.call("Transpose", delta, perm=back)
         return self._shaped(delta, y) if self.rows.inner else delta
@@ -233,10 +232,11 @@ class BatchEmitter(OnnxEmitter):
         dtype = numpy_dtype(dtype_name(x) or "float32")
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         if self.rows.inner:
-            x = self._reshaped(x, self._remaining, self.adapters.size, width)
+            x = self._reshaped(x, self.adapters.remaining.value, self.adapters.size, width)
         matrices = self.call("Transpose", x, perm=order) if order[0] else x
         if not self._has_matrices(order):
-            matrices = self._reshaped(matrices, self.adapters.size, self._remaining, width)
+            positions = self.adapters.remaining.value
+            matrices = self._reshaped(matrices, self.adapters.size, positions, width)
 
         if self.adapters.shared:
             product = self._shared_product(self.adapters.shared, matrices, tables, dtype)
@@ -279,11 +279,6 @@ class BatchEmitter(OnnxEmitter):
             attributes["num_outputs"] = count
         return self.results("Split", value, count=count, **attributes)
 
-    @property
-    def _remaining(self) -> int | ir.Value:
-        """The size that follows from the others; a file for the CPU takes no empty batch here."""
-        return -1 if self.adapters.shared else self.adapters.remaining.value
-
     def _reshaped(self, x: ir.Value, *sizes: int | ir.Value) -> ir.Value:
         """Return x in another shape: numbers, and values of one or more sizes."""
         parts: list[ir.Value] = []
@@ -299,9 +294,7 @@ class BatchEmitter(OnnxEmitter):
         if numbers:
             parts.append(self._ints(*numbers))
         shape = self.call("Concat", *parts, axis=0)
-        # beside a −1 that stands in the file, a 0 cannot be kept
-        attributes = {} if -1 in sizes else keep_zeros(self.owner)
-        return self.call("Reshape", x, shape, **attributes)
+        return self.call("Reshape", x, shape, **keep_zeros(self.owner))
 
     def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
         shape = self.call("Shape", y)
@@ -321,7 +314,7 @@ class BatchEmitter(OnnxEmitter):
         row_count = self.site.operand[0]
         table = self.call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))
         tokens = self.call("Cast", x, to=int(ir.DataType.INT64))
-        tokens = self._reshaped(tokens, self.adapters.size, self._remaining)
+        tokens = self._reshaped(tokens, self.adapters.size, self.adapters.remaining.value)
         tokens = self.call("Mod", tokens, self._ints(row_count))  # negative ones count from the end
         ids = self.call("Reshape", self.adapters.ids, self._ints(-1, 1))
         starts = self.call("Mul", ids, self._ints(row_count))

@@ -29,7 +29,7 @@ from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices
 from lora_fx.onnx.provider_nodes import CUDA, NAMES, RECORD
 from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.onnx.unverified import CUDA_PACKAGES, never_run
-from lora_fx.onnx.webgpu import cpu_nodes_of, exclusive, webgpu_devices
+from lora_fx.onnx.webgpu import NEGATION, cpu_nodes_of, exclusive, webgpu_devices
 from lora_fx.progress import stage
 from lora_fx.text import is_whole
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 Wanted = list[str | tuple[str, dict[str, str]]]
 """The runtime's names of providers, with options, in the order of preference."""
 
+WITHOUT_CUDA = (
+    "install lora-fx[gpu] on a machine with a GPU (pip install 'lora-fx[gpu]'), or use --provider "
+    "cpu"
+)
 MOST_THREADS = 1024
 MOST_WITHOUT_DATA = 256 << 20
 """The size in bytes above which a model's own file holds its weights."""
@@ -253,9 +257,7 @@ def open_session(
     import onnxruntime as ort
 
     expect_path(path, "the model", "the path of an .onnx file")
-    use = "use auto, cpu, cuda or webgpu"
-    expect(provider, str, "provider", "a text", use)
-    expect_name(provider, ("auto", "cpu", "cuda", "webgpu"), "unknown provider", use)
+    _check_name(provider)
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
         text = one_line(repr(threads), 60)
         raise LoraFxError(
@@ -302,12 +304,7 @@ def open_session(
     if used_provider == "cuda":
         refuse_stand_in()
     if provider == "cuda" and used_provider != "cuda":
-        why = "the driver did not load" if not driver_present() else "its libraries did not load"
-        raise LoraFxError(
-            f"CUDA was requested, but cannot be used: {why}",
-            "install lora-fx[gpu] on a machine with a GPU (pip install 'lora-fx[gpu]'), or use "
-            "--provider cpu",
-        )
+        raise _without_cuda()
     if used_provider == "cuda" and CUDA not in ort.get_available_providers():
         note = never_run(CUDA_PACKAGES)
     # A machine without a GPU runs on its CPU, which is no news.
@@ -322,6 +319,57 @@ def _threads_of_user() -> int:
     if not first.isdecimal():
         return 0
     return min(int(first), MOST_THREADS)
+
+
+def check_provider(provider: str) -> None:
+    """Raise for a provider that no session gets on this machine, before other work is done.
+
+    Every verb that takes a provider calls this first: a model may take minutes to capture. It
+    imports ONNX Runtime for cuda and webgpu, and nothing for auto and cpu.
+
+    Args:
+        provider: auto, cpu, cuda or webgpu.
+
+    Raises:
+        LoraFxError: The name is unknown, or the provider cannot be had, in the words of
+            `open_session`.
+    """
+    _check_name(provider)
+    if provider == "webgpu":
+        webgpu_devices()
+    elif provider == "cuda":
+        _check_cuda()
+
+
+def _check_name(provider: str) -> None:
+    """Raise for what is no name of a provider."""
+    use = "use auto, cpu, cuda or webgpu"
+    expect(provider, str, "provider", "a text", use)
+    expect_name(provider, ("auto", "cpu", "cuda", "webgpu"), "unknown provider", use)
+
+
+def _check_cuda() -> None:
+    """Raise if a session of one node would not be on CUDA."""
+    if not driver_present():
+        raise _without_cuda()
+
+    import onnxruntime as ort
+    from onnx import parser
+
+    options = quiet_options()
+    wanted = cuda_providers(options, {})
+    negation = parser.parse_model(NEGATION).SerializeToString()
+    with retold("CUDA was requested, but cannot be used", WITHOUT_CUDA):
+        session = ort.InferenceSession(negation, options, providers=wanted)
+    if NAMES.get(session.get_providers()[0]) != "cuda":
+        raise _without_cuda()
+    refuse_stand_in()
+
+
+def _without_cuda() -> LoraFxError:
+    """Return the error of a session that was to be on CUDA and is not."""
+    why = "its libraries did not load" if driver_present() else "the driver did not load"
+    return LoraFxError(f"CUDA was requested, but cannot be used: {why}", WITHOUT_CUDA)
 
 
 def cuda_providers(options: ort.SessionOptions, of_cuda: Mapping[str, str]) -> Wanted | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.targets.keys import base_name
 
 COPY_OF = "lora_fx.copy_of"
@@ -55,7 +56,7 @@ def _replace_by_transpose(model: ir.Model, first: ir.Value, copy: ir.Value) -> N
     """
     transpose = ir.Node("", "Transpose", [copy])
     result = transpose.outputs[0]
-    result.name = f"{first.name}_turned"
+    result.name = NewNames(model).take(f"{first.name}_turned")
     result.shape = first.shape
     result.type = first.type
     model.graph.insert_before(model.graph[0], transpose)

@@ -21,6 +21,7 @@ from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
 from lora_fx.onnx.made_for import CPU, PORTABLE
 from lora_fx.onnx.save import EXTERNAL_OVER
+from lora_fx.onnx.session import check_provider
 from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_onnx import export_onnx
@@ -197,9 +198,11 @@ def export_as(
         genai: As in export.
 
     Raises:
-        LoraFxError: An option that has no effect for the model or the mode.
+        LoraFxError: A provider that cannot be used, or an option that has no effect for the model
+            or the mode.
         NoEffectError: The outputs differ; nothing is written.
     """
+    check_provider(options.provider)
     file = None
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         file = fspath(model)
@@ -337,7 +340,9 @@ def _with_cache(
         return captured_of(model, options.capture), options, []
 
     def place_of_copy(config: object) -> GenaiFolder:
-        return genai_folder(genai, options.target, config, force=options.force)
+        return genai_folder(
+            genai, options.target, config, force=options.force, made_for=options.made_for
+        )
 
     captured = captured_of(model, replace(options.capture, check=place_of_copy))
     copy = place_of_copy(captured.model.config)

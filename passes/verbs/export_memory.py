@@ -8,6 +8,8 @@
     rewriting  candidates of a rewritten graph, and the sessions that compare them
     writing    tensors on their way to the file: the writer's 64 MiB, and one tensor that is
                computed
+    program    of a .pt2 file, as torch loads it for the proof, until its tensors are compared with
+               the model's; there are no sessions then. Certain.
 
 The file has float32 where the model has bfloat16, so its weights may be twice the model's. What is
 not counted: the graph itself, the runs of the proofs, which are at small sizes, and the floats that
@@ -68,6 +70,10 @@ def memory_of_export(module: nn.Module, options: ExportOptions) -> PeakMemory:
     """Return the estimate of an export of a model that is in memory."""
     tensors = [*module.parameters(), *module.buffers()]
     loaded = sum(tensor.nbytes for tensor in tensors)
+    if options.is_program:
+        largest = max((tensor.nbytes for tensor in tensors), default=0)
+        program = (MemoryPart("the program", loaded, loaded), MemoryPart("writing", largest))
+        return PeakMemory("export", program, loaded, f"the file has about {sized(loaded)}")
     keeps = options.precision == "bfloat16"
     in_file = sum(tensor.nbytes if keeps else _bytes_in_file(tensor) for tensor in tensors)
     largest = max((_bytes_in_file(tensor) for tensor in tensors), default=0)
@@ -123,5 +129,7 @@ def _ways_out(module: nn.Module, options: ExportOptions, free: int) -> Iterator[
         needed = memory_of_export(module, other).expected
         if needed <= free:
             yield f"{advice} needs {sized(needed)} then"
+    if options.is_program:
+        return
     if options.mode != "train" and options.precision is None and not forms(module):
         yield "--quantise int4 makes the file and its session about a quarter"

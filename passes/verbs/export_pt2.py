@@ -51,7 +51,7 @@ from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_slots import torch_reference, with_whole_tensors
 from lora_fx.passes.verbs.export_torch import folded_already
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
-from lora_fx.passes.verbs.program import load_by_torch
+from lora_fx.passes.verbs.program import load_by_torch, share_memory
 from lora_fx.progress import stage
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
@@ -99,7 +99,10 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     with replacing(options.target, force=options.force, parts=beside) as temporary:
         with stage("writing the program"):
             write_switchable(base, graph, temporary, manifest)
-        file = _SwitchableProgram(manifest, execution_of(base), load_by_torch(temporary), rank)
+        program = load_by_torch(temporary)
+        share_memory(program, base, "the file that torch loads")
+        most = rank or largest_rank
+        file = _SwitchableProgram(manifest, execution_of(base), program, most)
         parity = prove_switchable(file, reference, layouts, bound, warnings)
         write_adapters(paths, bound, manifest, options, beside)
 
@@ -145,7 +148,7 @@ class _SwitchableProgram:
         manifest: Its inputs for A and B.
         call: The calls of the model.
         program: What torch.export.load gives.
-        rank: The rank of the slots; 0 if they take any rank.
+        rank: The largest rank that an adapter may have; 0 where any fits.
     """
 
     manifest: Manifest

@@ -33,7 +33,7 @@ from lora_fx.onnx.manifest import PROPERTY, check_no_slots
 from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.output_file import output
 from lora_fx.onnx.save import EXTERNAL_OVER
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.session import check_provider, open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.insert import Insert
@@ -95,6 +95,7 @@ def insert_into_file(
     target = Path(path)
     remember(source)
     check_output(target, force=options.force)
+    check_provider(options.provider)
     graph, _ = named_graph(source)
     check_no_slots(graph.model, source)
 

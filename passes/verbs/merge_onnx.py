@@ -30,7 +30,7 @@ from lora_fx.onnx.match import Matched
 from lora_fx.onnx.output_file import output
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.session import check_provider, open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.merged_tensors import prove_merge
@@ -66,6 +66,8 @@ def merge_into_file(
     target = Path(out)
     remember(source)
     check_output(target, force=options.force)
+    if options.run:
+        check_provider(options.provider)
     plan = plan_onnx(source, adapters, options)
     has_data_file = is_external(source)  # once it is known to be a file that can be read
     if options.delta:

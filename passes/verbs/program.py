@@ -71,8 +71,8 @@ def save_program(
             write_programs(module.eval(), temporary, paths)
             loaded = load_program(temporary)
             loaded_by_torch = load_by_torch(temporary)
-            _share_memory(loaded, module, "the file")
-            _share_memory(loaded_by_torch, module, "the file that torch loads")
+            share_memory(loaded, module, "the file")
+            share_memory(loaded_by_torch, module, "the file that torch loads")
             for training, paths_of_mode in paths.items():
                 by_torch = None if training else loaded_by_torch
                 _prove(module, loaded, training, paths_of_mode, by_torch)
@@ -108,7 +108,7 @@ def _paths(module: CapturedModule, training: bool) -> Paths:
     return paths
 
 
-def _share_memory(loaded: nn.Module, module: nn.Module, what: str) -> None:
+def share_memory(loaded: nn.Module, module: nn.Module, what: str) -> None:
     """Raise unless tensors of one name have equal bits; then let both modules share the memory.
 
     How a product is summed up depends on the strides of its operands and on where they lie, and a

@@ -25,6 +25,7 @@ from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.formats.registry import FORMATS
 from lora_fx.inputs import Named
+from lora_fx.onnx.session import check_provider
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.verify_onnx import verify_onnx
 from lora_fx.passes.verbs.verify_run import RunOptions, is_onnx, is_path, verify_run
@@ -94,14 +95,15 @@ def verify(
             where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
             several, and pairs (adapter, weight).
         tol: Gate on max|a − b| / max|b|: of each output, 2e-6; of each tensor, 0.
-        provider: The provider of .onnx files: auto, the default, cpu or cuda.
+        provider: The provider of .onnx files: auto, the default, cpu, cuda or webgpu.
         run: Run tensor files too, as models.
         rows: With adapters of tensor files, rows of every touched tensor that are computed again;
             None for all.
         trust: Read pickles, by torch's unpickler that runs no code.
 
     Raises:
-        LoraFxError: What cannot be compared; an adapter that does not fit.
+        LoraFxError: What cannot be compared; an adapter that does not fit; a provider that cannot
+            be used.
     """
     with trusting(trust):
         expect(tol or 0, Real, "tol", "a number", "pass --tol 1e-5, for example")
@@ -132,6 +134,7 @@ def verify(
             "rows": _spelling_of_rows(rows),
         }
         refuse_no_say(VERIFY_RULES, kind, given_options(keywords))
+        check_provider(provider or "auto")
 
         if kind.tensors and is_path(model):
             if fits:

@@ -151,7 +151,34 @@ def _in_dtypes(name: str, model: onnx.ModelProto, arrays: Sequence[Array]) -> It
             name: a.astype(helper.tensor_dtype_to_np_dtype(types[name]))
             for name, a in constants.items()
         }
-        yield NodeCase(f"{name}-{dtype_name(dtype)}", opset, node, types, shapes, typed)
+        label = f"{name}-{dtype_name(dtype)}"
+        for result, of_result in _results(node, schema, dtype):
+            of_node = dict.fromkeys(node.output, result) if result else {}
+            title = f"{label}-{dtype_name(result)}" if of_result is not node else label
+            yield NodeCase(title, opset, of_result, {**types, **of_node}, shapes, typed)
+
+
+def _results(
+    node: onnx.NodeProto, schema: onnx.defs.OpSchema, dtype: int
+) -> Iterator[tuple[int, onnx.NodeProto]]:
+    """The node with each dtype that its attribute `dtype` can give its result, and that dtype.
+
+    Without the attribute the result has the dtype of the input (Bernoulli, EyeLike). The dtype is 0
+    where an operator has no such attribute.
+    """
+    attribute = schema.attributes.get("dtype")
+    if attribute is None or attribute.default_value.type or not node.input:
+        yield 0, node
+        return
+    given = [one.i for one in node.attribute if one.name == "dtype"]
+    yield (given or [dtype])[0], node
+    if not given:
+        return
+    for other in DTYPES:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        next(one for one in copy.attribute if one.name == "dtype").i = other
+        yield other, copy
 
 
 def opset_of(model: onnx.ModelProto) -> int:

@@ -21,8 +21,8 @@ from tests.cuda.kernels import (
     stored,
 )
 
-QUICK = ("Add", "ArgMax", "BitwiseAnd", "Dropout", "Hardmax", "Mean", "Mish", "NonZero", "Pad",
-         "ReduceL1", "ReduceProd", "Sinh", "Where")  # fmt: skip
+QUICK = ("Add", "ArgMax", "Bernoulli", "BitwiseAnd", "Dropout", "Hardmax", "Mean", "Mish",
+         "NonZero", "Pad", "ReduceL1", "ReduceProd", "Sinh", "Where")  # fmt: skip
 """Operators whose nodes are placed in the default run."""
 VERSION_OF_TABLE = pytest.mark.skipif(
     onnxruntime.__version__ not in stored(),
@@ -50,10 +50,8 @@ def test_a_node_copies_where_the_table_has_no_kernel(
     operators: Collection[str], stand_in_folder: Path, tmp_path: Path
 ) -> None:
     """Nodes that count their results copy a number alone, which is no node of the graph, and some
-    Scans copy nothing. A Constant is none here, and the dtype of Bernoulli's result is the input's,
-    which the cases of other dtypes do not know."""
-    left_out = ("Bernoulli", "Constant")
-    cases = [case for case in one_node.cases(operators) if case.node.op_type not in left_out]
+    Scans copy nothing. A Constant is none here."""
+    cases = [case for case in one_node.cases(operators) if case.node.op_type != "Constant"]
     placed = one_node.placed(cases, stand_in_folder, tmp_path)
     compared = set()
     wrong = {}

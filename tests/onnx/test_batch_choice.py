@@ -48,7 +48,7 @@ def made(tmp_path: Path, kind: str) -> RuntimeSession:
 def expected(ids: Any, positions: int) -> tuple[Any, Any, bool]:
     """Rows, mask and whether they are shared, by loops."""
     used = sorted(set(ids))
-    few = len(used) * (len(used) - 1) * positions <= LIMIT * len(ids)
+    few = len(used) * (len(used) - 1) * positions < LIMIT * len(ids)
     groups = [used] if few else [[i] for i in ids]
     rows = [[i * RANK + j for i in group for j in range(RANK)] for group in groups]
     if not few:  # true for all rows, which one number says

@@ -123,6 +123,23 @@ def test_what_is_in_the_folder(source: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("made_for", "options"),
+    [
+        ("cpu", []),
+        ("cuda", [{"cuda": {"enable_cuda_graph": "0"}}]),
+        ("webgpu", [{"webgpu": {}}]),
+    ],
+)
+def test_the_provider_is_that_of_the_target(source: Path, made_for: str, options: Any) -> None:
+    """With a cache that grows the runtime refuses CUDA graphs; the builder's own names, 0.18.0."""
+    write_decoder(Path("m.onnx"))
+    made = genai_folder("genai", Path("m.onnx"), settings(), force=False, made_for=made_for)
+    place(made, Path("m.onnx"))
+    config = json.loads(Path("genai/genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"] == {"provider_options": options}
+
+
+@pytest.mark.parametrize(
     ("generation", "config", "wanted"),
     [
         ({}, {}, {"eos_token_id": 3, "pad_token_id": 0}),

@@ -138,3 +138,40 @@ def test_the_tokens_of_generate(build: Any, mode: str, python: str, tmp_path: Pa
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert got["text"] == tokenizer(TEXT)["input_ids"]
     assert got["chat"] == tokenizer.apply_chat_template(CHAT, tokenize=False)
+
+
+PARSER = """
+import json, pathlib, sys
+import onnxruntime_genai as og
+
+folder = sys.argv[1]
+og.Config(folder)
+results = []
+for name in ("cuda", "no provider"):
+    file = pathlib.Path(folder, "genai_config.json")
+    file.write_text(file.read_text().replace('"cuda"', json.dumps(name)))
+    try:
+        og.Model(folder)
+    except Exception as error:
+        results.append(str(error))
+print(json.dumps(results))
+"""
+
+
+def test_a_folder_for_cuda_is_read_by_the_runtime(python: str, tmp_path: Path) -> None:
+    """The runtime for the CPU takes the config, and then lacks its library of CUDA."""
+    source = tmp_path / "model"
+    llama().save_pretrained(source)
+    write_tokenizer(source)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    lora_fx.export(
+        source, tmp_path / "m.onnx", cache=True, genai=tmp_path / "genai", provider="cpu",
+        target="cuda",
+    )  # fmt: skip
+    done = subprocess.run(
+        [python, "-c", PARSER, tmp_path / "genai"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    of_cuda, of_no_provider = json.loads(done.stdout)
+    assert of_cuda.startswith("Cuda interface not available")
+    assert of_no_provider.startswith("Unknown provider name 'no provider'")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtimes import consumers, environments
+from tests.runtimes import consumers, environments, page
 
 
 def test_a_row_is_stored_once_and_in_order() -> None:
@@ -36,3 +36,20 @@ def test_a_measured_row_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         consumers.agree(consumers.Row(**{**vars(row), "loads": False}))
     with pytest.raises(AssertionError, match="is not in"):
         consumers.agree(consumers.Row(**{**vars(row), "model": "other"}))
+
+
+def test_the_page_has_the_rows() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert text == page.with_table(text, consumers.stored_rows()), "python -m tests.runtimes.page"
+
+
+def test_a_cell_says_for_which_models_it_holds() -> None:
+    rows = [
+        consumers.Row(
+            runtime="r", version="1", file="onnx", mode="switch", model=model, loads=True,
+            base=model != "b",
+        )
+        for model in ("a", "b")
+    ]  # fmt: skip
+    line = page.table(rows).splitlines()[-1]
+    assert line == "| .onnx, switch | r 1 | yes | yes: a; **no**: b | – | – | – | – | – |"

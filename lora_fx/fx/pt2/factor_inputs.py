@@ -35,7 +35,7 @@ def input_slots(
         rank: The rank of all slots; 0 where an adapter may have any.
         reserved: Names of the model's own inputs.
     """
-    used = {*reserved}
+    used = {name.lower() for name in argument_names(reserved)}
     slots: dict[str, SwitchSlot] = {}
     for key, target in targets.items():
         names: list[str] = []
@@ -50,6 +50,18 @@ def input_slots(
             target.op, target.role, rank or 1,
         )  # fmt: skip
     return slots
+
+
+def argument_names(names: Iterable[str]) -> list[str]:
+    """Return the names of a call's tensors as Python takes them; an input of a cache has dots.
+
+    >>> argument_names(["input_ids", "past_key_values.0.key"])
+    ['input_ids', 'past_key_values_0_key']
+    """
+    arguments: list[str] = []
+    for name in names:
+        arguments.append(free_name(name.replace(".", "_"), arguments, "_"))
+    return arguments
 
 
 def _keyword(name: str) -> str:

@@ -24,7 +24,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.flat_graph import flat_program
-from lora_fx.fx.pt2.factor_inputs import EXAMPLE_RANK, put_inputs
+from lora_fx.fx.pt2.factor_inputs import EXAMPLE_RANK, argument_names, put_inputs
 from lora_fx.fx.pt2.file_manifest import make_manifest
 from lora_fx.fx.pt2.output_trees import plain_spec
 from lora_fx.fx.pt2.program import tensor_places
@@ -188,6 +188,9 @@ def _export(
     for name, dimensions in free.items():
         tensors.append(at_least_two(examples[name], dimensions).cpu())
     places_of_call = flat.graph.find_nodes(op="placeholder")[: len(free)]
+    arguments = argument_names(names)
+    for place, argument in zip(places_of_call, arguments, strict=True):
+        place.target = argument  # the program's inputs get the names of its parameters
     places = dict(zip(free, places_of_call, strict=True))
     put_asserts(flat.graph, places, conditions)
     flat.recompile()
@@ -205,7 +208,7 @@ def _export(
     program._example_inputs = None  # they would be a pickle
     call = program.module_call_graph[0].signature
     assert call is not None
-    call.forward_arg_names = [*names, *factors]
+    call.forward_arg_names = [*arguments, *factors]
     return program, json.dumps([1, plain_spec(traced.out_spec)])
 
 

@@ -22,7 +22,7 @@ from lora_fx.onnx.graph.flow import OnnxFlow, OnnxWeightUse, follow
 from lora_fx.onnx.graph.inlining import inline_functions
 from lora_fx.onnx.graph.marks import MARK, WAS, site_name
 from lora_fx.onnx.graph.shape_inference import infer_shapes
-from lora_fx.onnx.graph.values import bodies_of, constant, operand
+from lora_fx.onnx.graph.values import bodies_of, constant, operand, values_of
 from lora_fx.text import free_name
 
 OLDEST = 11
@@ -60,9 +60,7 @@ class OnnxGraph(Analysed):
         if not infer_shapes(model):
             self.notes.append(UNKNOWN_SHAPES)
         self._name_count = 0
-        self._names_in_file = set[str | None]()
-        for node in model.graph.all_nodes():
-            self._names_in_file.update(value.name for value in node.outputs)
+        self._names_in_file = {value.name for value in values_of(model)}
         # These two hold through every edit of the graph.
         self._uses: dict[str, OnnxWeightUse] = {}
         self._stores: dict[str, ir.Value] = {}

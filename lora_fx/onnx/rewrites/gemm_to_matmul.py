@@ -8,13 +8,14 @@ reshape to the shape that the product has now goes away.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_fx.onnx.graph.emitter import add_initialiser
+from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.onnx.graph.values import constant, made_by, numbers, operand
 
 
@@ -25,13 +26,13 @@ class GemmToMatMul(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
         gemms = [node for node in model.graph if node.op_type == "Gemm" and not node.domain]
-        modified = False
+        names: NewNames | None = None
         for gemm in gemms:
             flat_gemm = _flat_gemm(gemm)
             if flat_gemm is not None:
-                _replace(model.graph, flat_gemm)
-                modified = True
-        return ir.passes.PassResult(model, modified)
+                names = names or NewNames(model)
+                _replace(model.graph, flat_gemm, names)
+        return ir.passes.PassResult(model, names is not None)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _keeps_order(node: ir.Node, value: ir.Value) -> bool:
     return target is not None and bool((target != 0).all())
 
 
-def _replace(graph: ir.Graph, flat: _FlatGemm) -> None:
+def _replace(graph: ir.Graph, flat: _FlatGemm, names: NewNames) -> None:
     """Replace the Gemm by a MatMul, and an Add of the bias."""
     product = flat.product
     assert product.shape is not None
@@ -147,19 +148,19 @@ def _replace(graph: ir.Graph, flat: _FlatGemm) -> None:
     x = flat.source
     if flat.joins_heads:
         sizes = np.array([0, 0, flat.width], np.int64)
-        target = add_initialiser(graph, f"{product.name}_rows", sizes)
+        target = add_initialiser(graph, names.take(f"{product.name}_rows"), sizes)
         rows_shape = ir.Shape([*flat.lead, flat.width])
-        nodes.append(_node("Reshape", (x, target), product, rows_shape))
+        nodes.append(_node("Reshape", (x, target), product, rows_shape, names))
         x = nodes[-1].outputs[0]
 
     weight = flat.weight
     if flat.gemm.attributes.get_int("transB", 0):
-        nodes.append(_node("Transpose", (weight,), product, None, {"perm": [1, 0]}))
+        nodes.append(_node("Transpose", (weight,), product, None, names, perm=[1, 0]))
         weight = nodes[-1].outputs[0]
 
-    nodes.append(_node("MatMul", (x, weight), product, shape))
+    nodes.append(_node("MatMul", (x, weight), product, shape, names))
     if flat.bias is not None:
-        nodes.append(_node("Add", (nodes[-1].outputs[0], flat.bias), product, shape))
+        nodes.append(_node("Add", (nodes[-1].outputs[0], flat.bias), product, shape, names))
     y = nodes[-1].outputs[0]
 
     flat.gemm.prepend(nodes)
@@ -173,10 +174,11 @@ def _node(
     inputs: Sequence[ir.Value],
     product: ir.Value,
     shape: ir.Shape | None,
-    attributes: Mapping[str, list[int]] | None = None,
+    names: NewNames,
+    **attributes: list[int],
 ) -> ir.Node:
-    """Return a node for a product, named after it: torch may already use NAME_1."""
-    node = ir.node(op_type, inputs, attributes, name=f"{product.name}_{op_type}")
+    """Return a node for a product, named after it."""
+    node = ir.node(op_type, inputs, attributes, name=names.take(f"{product.name}_{op_type}"))
     value = node.outputs[0]
     value.name = node.name
     value.type = product.type

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.onnx.graph.values import made_by, operand
 
 NORMS = {
@@ -29,15 +30,17 @@ class SplitSkipNorm(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
         changed = False
+        names: NewNames | None = None
         for node in list(model.graph.all_nodes()):
             if node.domain == "com.microsoft" and node.op_type in NORMS:
-                changed |= _split(node)
+                names = names or NewNames(model)
+                changed |= _split(node, names)
             elif not node.domain and node.op_type in NORMS.values():
                 changed |= _keep_apart(node)
         return ir.passes.PassResult(model, changed)
 
 
-def _split(fused: ir.Node) -> bool:
+def _split(fused: ir.Node, names: NewNames) -> bool:
     """Replace a fused op by a Sum and a norm, unless its mean or deviation is read."""
     if any(output.uses() or output.is_graph_output() for output in fused.outputs[1:3]):
         return False
@@ -52,7 +55,7 @@ def _split(fused: ir.Node) -> bool:
 
     y = fused.outputs[0]
     total = ir.node("Sum", [value for value in (x, skip, bias) if value is not None])
-    total.outputs[0].name = f"{y.name}_sum"
+    total.outputs[0].name = names.take(f"{y.name}_sum")
     total.outputs[0].type = y.type
     total.outputs[0].shape = y.shape
 

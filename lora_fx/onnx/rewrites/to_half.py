@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.onnx.graph.emitter import add_initialiser
+from lora_fx.onnx.graph.new_names import NewNames
 from lora_fx.onnx.graph.values import bodies_of, is_tensor
 
 FLOAT32_ONLY = frozenset({
@@ -50,6 +51,7 @@ class ToHalf(ir.passes.InPlacePass):
         4. An output of the graph is float32 as before.
         """
         graph = model.graph
+        names = NewNames(model)
         converted = dict.fromkeys(node for node in graph if self._converts(node))
         halved = _float32_outputs(converted)
         halved_outputs = [output for output in graph.outputs if output in halved]
@@ -61,7 +63,7 @@ class ToHalf(ir.passes.InPlacePass):
                     continue
                 value_dtype = HALF if value in halved else value.dtype
                 if {value_dtype, dtype} == {FULL, HALF}:
-                    node.replace_input_with(i, self._cast(graph, value, dtype))
+                    node.replace_input_with(i, self._cast(graph, value, dtype, names))
 
         for node in converted:
             if node.op_type == "Cast" and node.attributes["to"].as_int() == FULL:
@@ -70,7 +72,7 @@ class ToHalf(ir.passes.InPlacePass):
             value.type = ir.TensorType(HALF)
 
         for value in dict.fromkeys(halved_outputs):
-            self._restore_output(graph, value)
+            self._restore_output(graph, value, names)
         return ir.passes.PassResult(model, bool(converted))
 
     def _converts(self, node: ir.Node) -> bool:
@@ -84,13 +86,15 @@ class ToHalf(ir.passes.InPlacePass):
             return False
         return any(value.dtype == FULL for value in values)
 
-    def _cast(self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    def _cast(
+        self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType, names: NewNames
+    ) -> ir.Value:
         """Return a value in another dtype: a converted initialiser, or the result of a cast."""
         if (value, dtype) in self._casts:
             return self._casts[value, dtype]
 
         stem = "half" if dtype == HALF else "full"
-        name = f"{value.name}_{stem}"
+        name = names.take(f"{value.name}_{stem}")
         if value.const_value is not None and value.name in graph.initializers:
             # a mask's -3e38 becomes -Inf: where that is wrong, the comparison finds it
             with np.errstate(over="ignore"):
@@ -111,11 +115,11 @@ class ToHalf(ir.passes.InPlacePass):
         self._casts[value, dtype] = cast
         return cast
 
-    def _restore_output(self, graph: ir.Graph, value: ir.Value) -> None:
+    def _restore_output(self, graph: ir.Graph, value: ir.Value, names: NewNames) -> None:
         """Restore an output's name and dtype, by a cast of the converted value."""
         name = value.name
-        value.name = f"{name}_half"
-        full = self._cast(graph, value, FULL)
+        value.name = names.take(f"{name}_half")
+        full = self._cast(graph, value, FULL, names)
         full.name = name
         graph.outputs[graph.outputs.index(value)] = full
 
