@@ -28,9 +28,11 @@ Tensors = dict[str, torch.Tensor]
 def compile_program(program_path: str, package: str, inputs: Tensors, adapter: Tensors) -> None:
     """Compile an exported program; inputs and adapter are an example of any allowed sizes."""
     program = torch.export.load(program_path)
-    names = [name for name in program.graph_signature.user_inputs if name not in adapter]
+    all_names = program.graph_signature.user_inputs
+    names = [name for name in all_names if name in inputs]
+    factors = {name: adapter[name] for name in all_names if name not in inputs}
     # The file stores no example, and the compiler asks for one.
-    program.example_inputs = (tuple(inputs[name] for name in names), adapter)
+    program.example_inputs = (tuple(inputs[name] for name in names), factors)
     options = {
         "aot_inductor.metadata": {"names": json.dumps(names)},
         "aot_inductor.check_lowerbound": False,  # it would refuse sizes of 0 and 1, which are right

@@ -27,6 +27,18 @@ def lower(program_path: str, lowered: str) -> None:
     """Lower an exported program to XNNPACK; its second method gives the names of the inputs."""
     program = torch.export.load(program_path)
     names = json.dumps(program.graph_signature.user_inputs)
+    # ExecuTorch drops these checks of sizes, but not what computes them, which it refuses then.
+    for check in program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_scalar.default
+    ):
+        program.graph.erase_node(check)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    # A branch stands where its layer stands; XNNPACK would take it for the layer.
+    for node in program.graph.nodes:
+        if "lora_fx" in node.meta.get("custom", {}):
+            node.meta.pop("nn_module_stack", None)
+
     # With either of these on, batches of 16 and more may be lost where there are convolutions.
     with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
         edge = to_edge_transform_and_lower(
