@@ -21,7 +21,7 @@ from lora_fx.onnx.graph.values import (
     rank,
     remove_unread,
 )
-from lora_fx.onnx.unnamed_sizes import NamedTarget, unnamed_size
+from lora_fx.onnx.unnamed_sizes import TargetEmitter, UnnamedSize, unnamed_size
 
 
 def product_operands(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
@@ -46,7 +46,7 @@ class FlatRows:
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self._rows: dict[tuple[int, int], ir.Value] = {}
-        self._targets: dict[tuple[int, ir.Node, int | str], ir.Value] = {}
+        self._targets: dict[tuple[object, ...], ir.Value] = {}
 
     def emit(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         """Emit a new node of the branch that ends in `add`."""
@@ -81,9 +81,15 @@ class FlatRows:
         assert product is not None
         x, w = product.inputs
         b = _other_input(bias, add.outputs[0])
-        assert x is not None and w is not None and b is not None
-        for reshape in bias.outputs[0].consumers():
-            self._name_size(add, reshape, x)
+        assert x is not None and w is not None and w.shape is not None and b is not None
+        for reshape in tuple(bias.outputs[0].consumers()):
+            unnamed = unnamed_size(reshape)
+            if unnamed is None:
+                continue
+            if unnamed.is_known_of(x):
+                self._name_size(add, reshape, unnamed, x)
+            else:
+                self._unflatten(add, reshape, x, int(w.shape.numpy()[1]))
         layer = self.emit(add, "Gemm", x_rows, w, b)
         gemm = layer.producer()
         assert gemm is not None
@@ -92,27 +98,43 @@ class FlatRows:
         gemm.metadata_props.update(product.metadata_props)
         return layer
 
-    def _name_size(self, add: ir.Node, reshape: ir.Node, x: ir.Value) -> None:
-        """Write out the −1 beside computed sizes in the target of a Reshape, where it has one.
+    def _name_size(self, add: ir.Node, reshape: ir.Node, unnamed: UnnamedSize, x: ir.Value) -> None:
+        """Write out the −1 beside computed sizes in the target of a Reshape.
 
         Args:
             add: The sum, before which nodes are emitted.
             reshape: A Reshape of the result.
+            unnamed: The −1.
             x: The activation; it has the size where that is no number.
         """
-        unnamed = unnamed_size(reshape)
-        if unnamed is None:
-            return
-        assert unnamed.size is not None
         key = (id(add.graph), unnamed.concat, unnamed.size)
         if key not in self._targets:
-            mark = add.metadata_props.get(MARK, "")
-            emitter = NamedTarget(self.graph, add, mark, before=True)
-            self._targets[key] = emitter.target(unnamed, x)
+            self._targets[key] = self._target_emitter(add).target(unnamed, x)
         reshape.replace_input_with(1, self._targets[key])
         part = unnamed.part
         remove_unread(unnamed.concat)
         delete_unread(part)
+
+    def _unflatten(self, add: ir.Node, reshape: ir.Node, x: ir.Value, width: int) -> None:
+        """Let a Reshape whose −1 has no known size read the result in the shape of the layer's.
+
+        Args:
+            add: The sum, before which nodes are emitted.
+            reshape: A Reshape of the result.
+            x: The activation.
+            width: The last size of the result; the others are those of x.
+        """
+        key = (id(add.graph), x, width)
+        if key not in self._targets:
+            self._targets[key] = self._target_emitter(add).sizes_of_layer(x, width)
+        flat = reshape.inputs[0]
+        assert flat is not None
+        emitter = OnnxEmitter(self.graph, reshape, add.metadata_props.get(MARK, ""), before=True)
+        shaped = emitter.call("Reshape", flat, self._targets[key], **keep_zeros(self.graph))
+        reshape.replace_input_with(0, shaped)
+
+    def _target_emitter(self, add: ir.Node) -> TargetEmitter:
+        return TargetEmitter(self.graph, add, add.metadata_props.get(MARK, ""), before=True)
 
     def flatten_layers(self) -> None:
         """Rewrite every branch of the form in the module's docstring."""
@@ -168,7 +190,7 @@ def reshaped_bias(add: ir.Node, x: ir.Value | None, y: ir.Value | None) -> ir.No
     bias = _other_input(bias_add, total)
     if bias is None or bias.const_value is None or rank(bias) != 1:
         return None
-    return bias_add if _is_only_reshaped(bias_add.outputs[0], x) else None
+    return bias_add if _is_only_reshaped(bias_add.outputs[0]) else None
 
 
 def _other_input(add: ir.Node, value: ir.Value) -> ir.Value | None:
@@ -176,13 +198,8 @@ def _other_input(add: ir.Node, value: ir.Value) -> ir.Value | None:
     return next(term for term in add.inputs if term is not value)
 
 
-def _is_only_reshaped(value: ir.Value, x: ir.Value) -> bool:
-    """Whether only Reshapes read a value, and flat rows of it leave no size of theirs unknown.
-
-    Args:
-        value: The result of the layer.
-        x: The layer's activation, which has the sizes of the rows.
-    """
+def _is_only_reshaped(value: ir.Value) -> bool:
+    """Whether only Reshapes read a value, and none of them copies a size from it."""
     if value.is_graph_output():
         return False
     readers = value.consumers()
@@ -190,9 +207,6 @@ def _is_only_reshaped(value: ir.Value, x: ir.Value) -> bool:
         if node.op_type != "Reshape" or node.inputs[0] is not value:
             return False
         if not _names_all_sizes(node.inputs[1]):
-            return False
-        unnamed = unnamed_size(node)
-        if unnamed is not None and not unnamed.is_known_of(x):
             return False
     return bool(readers)
 

@@ -1,4 +1,4 @@
-"""What a file is made for: a processor or device, whose kernels its graph suits, or any runtime.
+"""What a file is made for: a processor or a device whose kernels its graph suits, or any runtime.
 
 A file computes the same on every provider. On a device, a node without a kernel there is a copy
 between host and device in every run, so a file that is made for a device has other forms of what
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lora_fx.onnx.consumers import require_portable
 from lora_fx.onnx.rewrites.fast_codes import FastCodes
+from lora_fx.onnx.rewrites.guard_lookups import GuardLookups
 from lora_fx.onnx.rewrites.pad_to_concat import PadToConcat
 from lora_fx.onnx.rewrites.range_from_size import RangeFromSize
 
@@ -39,6 +40,9 @@ DEVICE_FORMS: Mapping[str, ir.passes.InPlacePass] = {
 }
 """The rewrites of a graph for a device, in order, by the names of stages."""
 
+PORTABLE_FORMS: Mapping[str, ir.passes.InPlacePass] = {"lookups that tell": GuardLookups()}
+"""The rewrites of a graph for any runtime, by the names of stages."""
+
 
 def make_for(model: ir.Model, target: str) -> None:
     """Give a graph the forms that its target has kernels for, and write the target into it.
@@ -50,10 +54,16 @@ def make_for(model: ir.Model, target: str) -> None:
     Raises:
         LoraFxError: It cannot be portable, as it should be.
     """
-    if is_device(target):
-        for rewrite in DEVICE_FORMS.values():
-            rewrite(model)
+    for rewrite in forms_for(target).values():
+        rewrite(model)
     say_target(model, target)
+
+
+def forms_for(target: str) -> Mapping[str, ir.passes.InPlacePass]:
+    """Return the rewrites of a graph for a target, in order, by the names of stages."""
+    if target == PORTABLE:
+        return PORTABLE_FORMS
+    return DEVICE_FORMS if is_device(target) else {}
 
 
 def is_device(target: str) -> bool:

@@ -20,7 +20,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import one_line
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.candidate_error import Feeds, WorstError, open_model
-from lora_fx.onnx.made_for import CPU, DEVICE_FORMS, is_device
+from lora_fx.onnx.made_for import CPU, DEVICE_FORMS, PORTABLE_FORMS, is_device
 from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
 from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
 from lora_fx.onnx.rewrites.onnxscript_passes import FoldConstants, FuseForRuntime
@@ -60,9 +60,10 @@ Sums and norms stay together: SkipLayerNormalization is one kernel on CUDA
 tests/cuda counts the fused operators that are left.
 """
 PORTABLE_STAGES: Mapping[str, Rewrite] = {
-    name: rewrite for name, rewrite in STAGES.items() if name != "runtime fusions"
+    **{name: rewrite for name, rewrite in STAGES.items() if name != "runtime fusions"},
+    **PORTABLE_FORMS,
 }
-"""The stages of a portable file: the fused operators are ONNX Runtime's own."""
+"""The stages of a portable file; fused operators are ONNX Runtime's own."""
 ROUNDS = 5
 
 

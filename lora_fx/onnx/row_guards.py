@@ -1,4 +1,4 @@
-"""Guards of a batch-mode graph: rows with an id out of range become NaN."""
+"""Guards of a graph's outputs: what an id out of range would decide becomes NaN."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.marks import MARK, WAS
 from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
 
-NAN = f"{IDS}_nan"
-"""The beginning of the names of NaN constants."""
 WITH_NAN = ("float16", "bfloat16", "float32", "float64")
 """The output dtypes that can hold NaN and that Where supports in every runtime."""
 
@@ -26,15 +24,16 @@ def outputs_without_nan(model: ir.Model) -> list[str]:
     return [str(y.name) for y in outputs if dtype_name(y) not in WITH_NAN]
 
 
-def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
+def guard_outputs(graph: OnnxGraph, outside: ir.Value, mark: str = IDS) -> None:
     """Make rows with an id out of range NaN in every float output.
 
     Args:
         graph: The graph, whose outputs have their rows on axis 0.
-        outside: Which rows those are, bool [batch].
+        outside: Which rows those are, bool [batch]; or whether all are, bool [1].
+        mark: What the guards are marked with, and how their constants begin.
     """
     owner = graph.model.graph
-    guards = _Guards(graph, outside)
+    guards = _Guards(graph, outside, mark)
     # NaN inside of the model would reach a range over all rows, and outputs of integers.
     early = not shares_ranges(graph.model) and not outputs_without_nan(graph.model)
 
@@ -45,7 +44,7 @@ def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
         for node, slot in operands:
             guards.guard_operand(node, slot)
         if not operands:
-            emitter = OnnxEmitter(graph, owner[-1], IDS, before=False)
+            emitter = OnnxEmitter(graph, owner[-1], mark, before=False)
             guarded = guards.guarded(emitter, y)
             y.metadata_props.setdefault(WAS, str(y.name))
             unguarded_name = graph.fresh(f"{y.name}_unguarded")
@@ -57,8 +56,9 @@ def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
 class _Guards:
     """The emitter of guards Where(outside, NaN, y)."""
 
-    def __init__(self, graph: OnnxGraph, outside: ir.Value) -> None:
+    def __init__(self, graph: OnnxGraph, outside: ir.Value, mark: str) -> None:
         self.graph = graph
+        self.mark = mark
         self.outside = outside
         self._columns: dict[int, ir.Value] = {1: outside}
 
@@ -66,10 +66,10 @@ class _Guards:
         """Emit the guard of y: y with NaN in the rows that are outside."""
         initialisers = self.graph.model.graph.initializers
         dtype = dtype_name(y)
-        name = f"{NAN}_{dtype}"
+        name = f"{self.mark}_nan_{dtype}"
         if name not in initialisers:
             nan = np.array(np.nan, numpy_dtype(dtype))
-            add_initialiser(self.graph.model.graph, name, nan, IDS)
+            add_initialiser(self.graph.model.graph, name, nan, self.mark)
         guarded = emitter.call("Where", self._column(emitter, y), initialisers[name], y)
         guarded.shape = y.shape
         guarded.type = y.type
@@ -79,8 +79,8 @@ class _Guards:
         """Let a node read the guard of its operand in a slot."""
         x = node.inputs[slot]
         assert x is not None
-        if not is_guard(x.producer()):
-            emitter = OnnxEmitter(self.graph, node, IDS, before=True)
+        if not is_guard(x.producer(), self.mark):
+            emitter = OnnxEmitter(self.graph, node, self.mark, before=True)
             node.replace_input_with(slot, self.guarded(emitter, x))
 
     def _column(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
@@ -92,9 +92,12 @@ class _Guards:
             first = self.outside.producer()
             assert first is not None
             # Behind `outside`, so that every later node may read it.
-            emitter = OnnxEmitter(self.graph, first, IDS, before=False)
-            shape = self._ints(-1, *[1] * (y_rank - 1))
-            self._columns[y_rank] = emitter.call("Reshape", self.outside, shape)
+            emitter = OnnxEmitter(self.graph, first, self.mark, before=False)
+            if y_rank:
+                shape = self._ints(-1, *[1] * (y_rank - 1))
+                self._columns[y_rank] = emitter.call("Reshape", self.outside, shape)
+            else:  # of one number, which no row decides alone
+                self._columns[y_rank] = emitter.call("Squeeze", self.outside)
         return self._columns[y_rank]
 
     def _column_at_run_time(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
@@ -108,8 +111,8 @@ class _Guards:
         return emitter.call("Reshape", self.outside, shape)
 
     def _ints(self, *values: int) -> ir.Value:
-        name = self.graph.fresh(f"{IDS}_const")
-        return add_initialiser(self.graph.model.graph, name, np.array(values, np.int64), IDS)
+        name = self.graph.fresh(f"{self.mark}_const")
+        return add_initialiser(self.graph.model.graph, name, np.array(values, np.int64), self.mark)
 
 
 def _deciding_operands(y: ir.Value) -> list[tuple[ir.Node, int]]:
@@ -195,12 +198,12 @@ def _widens(w: ir.Value | None) -> bool:
     return isinstance(height, int) and isinstance(width, int) and 0 < height <= width
 
 
-def is_guard(node: ir.Node | None) -> bool:
+def is_guard(node: ir.Node | None, mark: str = IDS) -> bool:
     """Whether a node makes rows NaN."""
-    if node is None or node.op_type != "Where" or node.metadata_props.get(MARK) != IDS:
+    if node is None or node.op_type != "Where" or node.metadata_props.get(MARK) != mark:
         return False
     nan = node.inputs[1]
-    return nan is not None and str(nan.name).startswith(NAN)
+    return nan is not None and str(nan.name).startswith(f"{mark}_nan")
 
 
 def guards_alone(model: ir.Model) -> ir.Model:

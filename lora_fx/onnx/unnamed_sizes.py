@@ -4,7 +4,8 @@
 
 Of an empty batch the runtime tells a −1 by the sizes of the input that are not 0 (1.31). Of flat
 rows these are fewer: it refuses [0, s, -1, 12], and makes [0, 1, 2, 12] of [0, -1, 2, 12]. A target
-of numbers alone is as it was: its −1 follows from the number of elements.
+of numbers alone is as it was: its −1 follows from the number of elements. Where a file does not
+tell the size, the flat rows get the shape of the layer's result back first.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class UnnamedSize:
         return part
 
 
-class NamedTarget(OnnxEmitter):
-    """The emitter of the nodes of a target whose sizes all have names."""
+class TargetEmitter(OnnxEmitter):
+    """The emitter of the nodes of targets without a −1."""
 
     def target(self, unnamed: UnnamedSize, x: ir.Value) -> ir.Value:
         """Return a target with the size in the place of its −1.
@@ -71,6 +72,11 @@ class NamedTarget(OnnxEmitter):
         parts = list(unnamed.concat.inputs)
         parts[unnamed.slot : unnamed.slot + 1] = self._named(before, unnamed, behind, x)
         return self.call("Concat", *parts, axis=0)
+
+    def sizes_of_layer(self, x: ir.Value, width: int) -> ir.Value:
+        """Return the sizes of x with another last one, as a target."""
+        sizes = self.call("Slice", self.call("Shape", x), self._ints(0), self._ints(-1))
+        return self.call("Concat", sizes, self._ints(width), axis=0)
 
     def _named(
         self, before: list[int], unnamed: UnnamedSize, behind: list[int], x: ir.Value

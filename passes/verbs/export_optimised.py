@@ -14,7 +14,7 @@ from lora_fx.compare import Report
 from lora_fx.files.run_files import remember
 from lora_fx.inputs import Named
 from lora_fx.onnx.load import load
-from lora_fx.onnx.made_for import DEVICE_FORMS, is_device
+from lora_fx.onnx.made_for import forms_for
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
@@ -73,7 +73,7 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
 
     chosen_stages: Mapping[str, Rewrite] | None = None
     if not options.optimise:
-        chosen_stages = DEVICE_FORMS if is_device(options.made_for) else {}
+        chosen_stages = forms_for(options.made_for)
     model, stages = optimised(original, feeds, provider, options.made_for, chosen_stages)
     mark_changed(model, values)
     notes = [session.note] if session.note else []
@@ -102,5 +102,5 @@ def _said_of_forms(stages: Sequence[RewriteStage], target: str) -> list[str]:
         f"the form {stage.name!r} for {target} was rolled back, and its nodes are as they were: "
         f"{stage.why}"
         for stage in stages
-        if stage.name in DEVICE_FORMS and not stage.kept
+        if stage.name in forms_for(target) and not stage.kept
     ]

@@ -4,12 +4,12 @@
 // two states of each; it returns `loss`, and the new values as NAME.next. `forward.onnx` is the
 // network with A and B as inputs. `step.onnx_adapter` has their initial values. Its B is zero,
 // which is the network without an adapter.
+//
+// The network runs on WebGPU where the browser has it. The step always runs on WebAssembly: it
+// computes AdamW's corrections in float64, for which the runtime with WebGPU has no kernels.
 
 import * as ort from './ort.wasm.min.mjs';
 import {SERVED, read, write} from './onnx_adapter.js';
-
-ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
-ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
 
 const SIDE = 8, PIXELS = SIDE * SIDE, DIGITS = 10;
 const RATE = 0.01;
@@ -31,20 +31,46 @@ async function fetched(name) {
   return answer;
 }
 
-async function session(name, data) {
-  const model = new Uint8Array(await (await fetched(name)).arrayBuffer());
-  return ort.InferenceSession.create(model, {externalData: [{path: 'step.onnx.data', data}]});
+const bytes = async name => new Uint8Array(await (await fetched(name)).arrayBuffer());
+
+/** A session of one of the two builds of the runtime. */
+function session(runtime, model, options) {
+  runtime.env.wasm.numThreads = 1; // more need headers that a plain server does not send
+  runtime.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
+  return runtime.InferenceSession.create(model, options);
+}
+
+/** The network on WebGPU where that is possible, else on WebAssembly; and what the page says. */
+async function opened(model) {
+  let reason = 'This browser has no WebGPU';
+  try {
+    if (await navigator.gpu?.requestAdapter()) {
+      const options = {executionProviders: ['webgpu']};
+      return [await session(await import('./ort.webgpu.min.mjs'), model, options),
+        'Ready. The network runs on WebGPU, and its training on WebAssembly.'];
+    }
+  } catch (error) {
+    reason = `WebGPU cannot be used here (${error.message ?? error})`;
+  }
+  return [await session(ort, model), `Ready. ${reason}: all runs on WebAssembly.`];
 }
 
 async function load() {
-  const data = new Uint8Array(await (await fetched('step.onnx.data')).arrayBuffer());
-  [step, forward] = [await session('step.onnx', data), await session('forward.onnx', data)];
+  const externalData = [{path: 'step.onnx.data', data: await bytes('step.onnx.data')}];
+  step = await session(ort, await bytes('step.onnx'), {externalData});
+  const [network, where] = await opened(await bytes('forward.onnx'));
+  forward = network;
   state.base = read(await (await fetched('step.onnx_adapter')).arrayBuffer());
   const digits = await (await fetched('digits.json')).json();
   const parts = ({pixels, labels}) => labels.map((label, i) => (
     {label, pixels: Float32Array.from(pixels.slice(PIXELS * i, PIXELS * (i + 1)), v => v / 16)}));
   [shown, held] = [parts(digits.shown), parts(digits.held)];
+  return where;
 }
+
+/** Work in its turn: a session on WebGPU takes no second run before the first one is done. */
+let last = Promise.resolve();
+const inTurn = work => last = last.then(work, work);
 
 const tensors = adapter => Object.fromEntries(
   Object.entries(adapter).map(([name, {dims, data}]) => [name, floats(data, dims)]));
@@ -58,7 +84,7 @@ function images(list) {
 /** Chances of every class, a row an image. */
 export async function predict(list, adapter) {
   if (!list.length) return [];
-  const {output} = await forward.run({input: images(list), ...tensors(adapter)});
+  const {output} = await inTurn(() => forward.run({input: images(list), ...tensors(adapter)}));
   return list.map((_, i) => {
     const scores = output.data.subarray(names.length * i, names.length * (i + 1));
     const most = Math.max(...scores), powers = Array.from(scores, s => Math.exp(s - most));
@@ -314,11 +340,11 @@ function say(text, error = false) {
 }
 
 /** Work of which there is one at a time; what goes wrong is said. */
-async function busily(work, done) {
+async function busily(work) {
   state.busy = true;
   changed();
   try {
-    say(await work() ?? done);
+    say(await work());
   } catch (error) {
     say(`Error: ${error.message ?? error}`, true);
   }
@@ -329,6 +355,7 @@ $('clear').onclick = () => { state.strokes = []; changed(); };
 $('add').onclick = () => {
   state.examples.push({pixels: pixelsOf(state.strokes), label: chosen()});
   state.strokes = [];
+  changed(); // at once: what show() asks the network may take a while
   return show();
 };
 $('train').onclick = async () => {
@@ -338,7 +365,8 @@ $('train').onclick = async () => {
     say(`Training on ${state.examples.length} examples …`);
     const start = performance.now();
     await train(steps);
-    return `${steps} steps in ${((performance.now() - start) / 1000).toFixed(1)} s.`;
+    const seconds = ((performance.now() - start) / 1000).toFixed(1);
+    return `${steps} steps in ${seconds} s on WebAssembly.`;
   });
   document.querySelector('#adapters [value=yours]').checked = Boolean(state.yours);
   await show();
@@ -350,7 +378,7 @@ $('serve').onclick = () => download('served.onnx_adapter', state.yours, SERVED);
 matchMedia('(prefers-color-scheme: dark)').onchange = show;
 chips();
 followPointer();
-await busily(load, 'Ready.');
+await busily(load);
 if (state.base) {
   $('shown').textContent = shown.length;
   drawCurve(30);

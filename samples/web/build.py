@@ -1,6 +1,6 @@
 """Build the page of samples/web: a network that reads digits, its training step and the runtime.
 
-Run `npm ci --prefix samples/web && python samples/web/build.py [FOLDER]`; FOLDER is `dist` in the
+Run `npm ci --prefix samples && python samples/web/build.py [FOLDER]`; FOLDER is `dist` in the
 folder of this file by default. It needs `pip install 'lora-fx[samples]'`. To serve the page, run
 `python -m http.server --bind 127.0.0.1 --directory FOLDER`.
 
@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -26,7 +25,12 @@ import lora_fx
 
 HERE = Path(__file__).resolve().parent
 PAGE = ("index.html", "style.css", "app.js", "onnx_adapter.js")
-RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+RUNTIME = (
+    "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm",
+    "ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm",
+)  # fmt: skip
+"""The runtime without WebGPU, and with it: a browser loads the second where it has WebGPU."""
 CLASSES, SPARE, RANK = 10, 3, 4
 SHOWN, HELD = 30, 300
 """Digits of each class that the page trains with, and digits that training never sees."""
@@ -53,24 +57,15 @@ def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 800) 
         optimizer.step()
 
 
-def without_defaults(path: Path, output: Path) -> None:
-    """Make A and B required inputs: onnxruntime-web takes no value for an input with a default."""
-    model = onnx.load(path, load_external_data=False)
-    inputs = {i.name for i in model.graph.input}
-    kept = [t for t in model.graph.initializer if t.name not in inputs]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    onnx.save(model, output)
-
-
 def build(folder: Path) -> None:
     """Write all files that are served."""
-    runtime = HERE / "node_modules" / "onnxruntime-web" / "dist"
+    runtime = HERE.parent / "node_modules" / "onnxruntime-web" / "dist"
     if not runtime.is_dir():
-        sys.exit(f"Error: {runtime} does not exist\nHint: npm ci --prefix {HERE}")
+        sys.exit(f"Error: {runtime} does not exist\nHint: npm ci --prefix {HERE.parent}")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("step.*"):  # export does not overwrite an old data file
-        old.unlink()
+    for name in ("step.*", "forward.*"):  # export does not overwrite an old file
+        for old in folder.glob(name):
+            old.unlink()
     for path in (*(HERE / name for name in PAGE), *(runtime / name for name in RUNTIME)):
         shutil.copy(path, folder)
 
@@ -98,7 +93,11 @@ def build(folder: Path) -> None:
         provider="cpu",
     )  # fmt: skip
     print(report)
-    without_defaults(folder / "step.switch.onnx", folder / "forward.onnx")
+    # step.switch.onnx has defaults for A and B, for which onnxruntime-web takes no other value
+    report = lora_fx.export(
+        model, folder / "forward.onnx", (x[:2],), mode="switch", target="portable", provider="cpu"
+    )
+    print(report)
     print(f"python -m http.server --bind 127.0.0.1 --directory {folder}")
 
 

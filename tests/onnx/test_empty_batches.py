@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lora_fx.compare import rel
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.unnamed_sizes import unnamed_size
 from tests.onnx.test_batch import Front, Words, adapter
-from tests.onnx.test_batch_forms import Attention
+from tests.onnx.test_batch_forms import Attention, adapters
 
 
 class Layers(nn.Module):
@@ -96,10 +97,10 @@ def test_no_rows_give_no_rows(name: str, tmp_path: Path) -> None:
     x = case.args()
     cap = lora_fx.capture(case.model().eval(), (x,))
     include = None if case.include is None else [*case.include]
-    adapters = [adapter(cap, seed, 2, include) for seed in (1, 2)]
+    two = [adapter(cap, seed, 2, include) for seed in (1, 2)]
     for label, options in COMBINATIONS.items():
         path = tmp_path / "model.onnx"
-        lora_fx.export(cap, path, adapters=adapters, provider="cpu", force=True, **options)
+        lora_fx.export(cap, path, adapters=two, provider="cpu", force=True, **options)
         session = open_session(path, "cpu")
         x_name = next(n for n in session.input_names if not n.startswith("adapter_"))
         feeds = {
@@ -114,6 +115,41 @@ def test_no_rows_give_no_rows(name: str, tmp_path: Path) -> None:
             alone = {key: value[row : row + 1] for key, value in feeds.items()}
             (y,) = session.run(alone).values()
             assert rel(y[0], all_rows[row]) < 2e-6, (label, row)
+
+
+@pytest.mark.parametrize("mode", COMBINATIONS)
+def test_heads_in_a_file_that_does_not_tell_their_number(mode: str, tmp_path: Path) -> None:
+    """As in other exporters' files: inference does not know the largest of a size."""
+    w = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 20]>
+    g (float[batch, length, 6] x) => (float[batch, n, heads, width] y)
+    <int64[1] minus = {-1}, int64[1] three = {3}, float[6] bias = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}> {
+        rows = Shape<start = 0, end = 1>(x)
+        positions = Shape<start = 1, end = 2>(x)
+        longest = ReduceMax(positions)
+        product = MatMul(x, w)
+        layer = Add(product, bias)
+        target = Concat<axis = 0>(rows, longest, minus, three)
+        heads = Reshape<allowzero = 1>(layer, target)
+        y = Tanh(heads)
+    }""")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+    onnx.save(model, tmp_path / "m.onnx")
+    factors = adapters(tmp_path / "m.onnx")
+    path = tmp_path / "adapted.onnx"
+    lora_fx.export(
+        tmp_path / "m.onnx", path, adapters=factors, provider="cpu", **COMBINATIONS[mode]
+    )
+    assert "Gemm" in {node.op_type for node in onnx.load(path).graph.node}
+
+    session = open_session(path, "cpu")
+    x = np.random.default_rng(1).standard_normal((3, 5, 6)).astype(np.float32)
+    ids = np.array([2, 0, 1])
+    feeds = {"x": x, "adapter_ids": ids, "adapter_scales": np.ones(3, np.float32)}
+    (all_rows,) = session.run(feeds).values()
+    assert all_rows.shape == (3, 5, 2, 3)
+    (nothing,) = session.run({key: value[:0] for key, value in feeds.items()}).values()
+    assert nothing.shape == (0, 5, 2, 3)
 
 
 TARGETS = {

@@ -21,18 +21,25 @@ from typing import Any
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 WAIT = 120.0
 """Seconds for one answer; a loaded machine is slow, a hung browser is not waited for."""
+WEBGPU = ("--enable-unsafe-webgpu",)
+"""Options with which it has WebGPU on the CPU (SwiftShader), on a machine without a GPU."""
 
 
 class Browser:
-    """One tab. `requests` lists the addresses that it asked for, `errors` what its console said."""
+    """One tab. `requests` lists the addresses that it asked for, `errors` what its console said.
 
-    def __init__(self, profile: Path) -> None:
+    Args:
+        profile: An empty folder.
+        options: Further ones of the program.
+    """
+
+    def __init__(self, profile: Path, options: Sequence[str] = ()) -> None:
         read, self._write = os.pipe()
         self._read, write = os.pipe()
         shell = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        own = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         self._process = subprocess.Popen(
-            ["bash", "-c", shell, str(read), str(write), str(PROGRAM), *options,
+            ["bash", "-c", shell, str(read), str(write), str(PROGRAM), *own, *options,
              "--hide-scrollbars", f"--user-data-dir={profile}", "--no-first-run", "about:blank"],
             pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -146,9 +153,9 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(profile: Path) -> Iterator[Browser]:
+def browser(profile: Path, options: Sequence[str] = ()) -> Iterator[Browser]:
     """A browser that ends with the block."""
-    one = Browser(profile)
+    one = Browser(profile, options)
     try:
         yield one
     finally:

@@ -4,6 +4,7 @@
     python -m tests.runtimes openvino simplifiers   some: see requirements/
     python -m tests.runtimes openvino --write       store the rows that are measured
     python -m tests.runtimes openvino -- -k bert    with arguments of pytest
+    python -m tests.runtimes web                    onnxruntime-web: npm ci --prefix samples
 
 The environments are made in `.venv-runtimes` at their first call, and anew where their requirements
 have changed. The exit code is pytest's, or 1 where an environment cannot be made.
@@ -20,6 +21,19 @@ from collections.abc import Sequence
 from tests.runtimes.consumers import WRITE
 from tests.runtimes.environments import ROOT, make, names
 
+WEB = "web"
+"""The environment of npm, whose packages samples/package-lock.json pins."""
+
+
+def make_web() -> None:
+    """Install what samples/package-lock.json pins.
+
+    Raises:
+        CalledProcessError: npm cannot install it.
+        OSError: There is no npm.
+    """
+    subprocess.run(["npm", "ci", "--prefix", ROOT / "samples"], check=True)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Make the environments, and run the tests of this folder that belong to them."""
@@ -28,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names()))
+    known = [*names(), WEB]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--write", action="store_true", help="Store the rows that are measured.")
     of_pytest: list[str] = []
     if "--" in arguments:
@@ -36,14 +51,14 @@ def main(arguments: Sequence[str]) -> int:
         of_pytest = [*arguments[split + 1 :]]
         arguments = arguments[:split]
     options = parser.parse_args(arguments)
-    unknown = sorted({*options.names}.difference(names()))
+    unknown = sorted({*options.names}.difference(known))
     if unknown:
-        parser.error(f"no requirements/{unknown[0]}.txt; there are {', '.join(names())}")
+        parser.error(f"no environment {unknown[0]!r}; there are {', '.join(known)}")
 
-    for name in options.names or names():
+    for name in options.names or known:
         try:
-            make(name)
-        except subprocess.CalledProcessError as error:
+            make_web() if name == WEB else make(name)
+        except (subprocess.CalledProcessError, OSError) as error:
             print(f"the environment {name!r} cannot be made: {error}", file=sys.stderr)
             return 1
 
