@@ -1,4 +1,4 @@
-"""One model, two adapters, AOTInductor: A and B are inputs, so an adapter is swapped between two runs.
+"""One model, two adapters, AOTInductor: A and B are inputs, so runs swap adapters.
 
 `python aotinductor_switch.py X.pt2 X.aoti.pt2 INPUTS.npz OUTPUTS.npz X.base.safetensors
 de.safetensors fr.safetensors` compiles X.pt2 unless X.aoti.pt2 exists, runs the base and each

@@ -1,4 +1,4 @@
-"""One model, two adapters, ExecuTorch: A and B are inputs, so an adapter is swapped between two runs.
+"""One model, two adapters, ExecuTorch: A and B are inputs, so runs swap adapters.
 
 `python executorch_switch.py X.pt2 X.pte INPUTS.npz OUTPUTS.npz X.base.safetensors de.safetensors
 fr.safetensors` lowers X.pt2 to XNNPACK unless X.pte exists, runs the base and each adapter on the

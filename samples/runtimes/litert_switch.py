@@ -1,4 +1,4 @@
-"""One model, two adapters, LiteRT: A and B are inputs, so an adapter is swapped between two runs.
+"""One model, two adapters, LiteRT: A and B are inputs, so runs swap adapters.
 
 `python litert_switch.py X.pt2 X.tflite INPUTS.npz OUTPUTS.npz X.base.safetensors de.safetensors
 fr.safetensors` converts X.pt2 unless X.tflite exists, runs the base and each adapter on the arrays

@@ -1,4 +1,4 @@
-"""A .pt2 file in a runtime that compiles it: the sample, then every size and adapter, then a row."""
+"""A .pt2 file in a runtime that compiles it: the sample, every size and adapter, and a row."""
 
 from __future__ import annotations
 

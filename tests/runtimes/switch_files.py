@@ -1,9 +1,9 @@
 """Portable switch files with two adapters, beside what torch gives: read by tests of any runtime.
 
-A folder has for each NAME the file NAME.onnx or NAME.pt2, its adapters NAME.a.safetensors, NAME.b.safetensors
-and NAME.base.safetensors, whose tensors have the names of the file's inputs, and NAME.npz with
-arrays `SIZE/KIND/TENSOR`: SIZE is 0, 1 …, KIND is `in` for the file's inputs, or `base`, `a`, `b`
-for the outputs of the model's own code, on W and on W + s·BA.
+A folder has for each NAME the file NAME.onnx or NAME.pt2, its adapters NAME.a.safetensors,
+NAME.b.safetensors and NAME.base.safetensors, whose tensors have the names of the file's inputs, and
+NAME.npz with arrays `SIZE/KIND/TENSOR`: SIZE is 0, 1 …, KIND is `in` for the file's inputs, or
+`base`, `a`, `b` for the outputs of the model's own code, on W and on W + s·BA.
 """
 
 from __future__ import annotations

@@ -51,4 +51,5 @@ def test_the_row(
 
 @pytest.mark.usefixtures("compilations")
 def test_adapters_padded_to_one_rank(tmp_path: Path) -> None:
-    exported("text", tmp_path, RUNTIME, lora_fx.Switch(rank=max(models.RANKS.values()))).run_sample()
+    mode = lora_fx.Switch(rank=max(models.RANKS.values()))
+    exported("text", tmp_path, RUNTIME, mode).run_sample()

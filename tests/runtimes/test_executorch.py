@@ -1,4 +1,4 @@
-"""ExecuTorch with XNNPACK: one lowering, base and two adapters, equal to torch; the table's rows."""
+"""ExecuTorch with XNNPACK: one lowering, base and two adapters, equal to torch; the rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def test_the_row(name: str, tmp_path: Path) -> None:
     result = program.measured()
     assert program.compiled.read_bytes() == lowered
     all_equal = max(result["errors"].values()) <= models.GATE
-    agree(program.row(result, "0 lowerings", dynamic_sizes="to the largest" if all_equal else False))
+    sizes = "to the largest" if all_equal else False
+    agree(program.row(result, "0 lowerings", dynamic_sizes=sizes))
 
 
 def test_adapters_padded_to_one_rank(tmp_path: Path) -> None:

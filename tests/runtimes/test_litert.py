@@ -1,4 +1,4 @@
-"""LiteRT: programs of fixed sizes, base and two adapters, equal to torch; what it refuses, by name."""
+"""LiteRT: programs of fixed sizes, base and two adapters, equal to torch; the rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 import lora_fx
 from tests.runtimes import environments, models, switch_files
-from tests.runtimes.consumers import Row, agree
-from tests.runtimes.programs import LARGEST, Program, Runtime, exported
+from tests.runtimes.consumers import agree
+from tests.runtimes.programs import Program, Runtime
 
 pytestmark = pytest.mark.slow
 RUNTIME = Runtime("LiteRT, CPU", "litert", "litert-torch", ".tflite")
