@@ -34,10 +34,6 @@ def lower(program_path: str, lowered: str) -> None:
         program.graph.erase_node(check)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
-    # A branch stands where its layer stands; XNNPACK would take it for the layer.
-    for node in program.graph.nodes:
-        if "lora_fx" in node.meta.get("custom", {}):
-            node.meta.pop("nn_module_stack", None)
 
     # With either of these on, batches of 16 and more may be lost where there are convolutions.
     with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
