@@ -177,7 +177,8 @@ def command(
 
     \b
     --mode merged  folds ADAPTER into the weights; without ADAPTER the base model is written
-    --mode switch  keeps adapters apart, as NAME.onnx_adapter; each run chooses one
+    --mode switch  keeps adapters apart, as NAME.onnx_adapter (.safetensors for other runtimes,
+                   with --target portable or -o X.pt2); each run chooses one
     --mode load    keeps adapters apart likewise; a session is created with one
     --mode batch   stores all adapters in the file; each row of a batch chooses one
     --mode train   writes a training step for ADAPTER or a new one, and its forward pass

@@ -30,9 +30,10 @@ def table(report: Report) -> str:
 
 
 def wrote(report: Report) -> str:
-    """The lines that name the written file and its copy for Triton."""
-    copies = [f for f in report.outputs[1:] if f.endswith("model.onnx")]
-    return "\n".join(f"wrote {f}" for f in [report.outputs[0], *copies])
+    """The lines that name the written file, its adapters by input name, its copy for Triton."""
+    endings = ("model.onnx", ".safetensors")
+    others = [file for file in report.outputs[1:] if file.endswith(endings)]
+    return "\n".join(f"wrote {file}" for file in [report.outputs[0], *others])
 
 
 def emit(

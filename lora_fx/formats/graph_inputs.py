@@ -27,6 +27,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
 from lora_fx.files.strict_json import json_object
 from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.checked_file import File
@@ -74,7 +75,14 @@ class GraphInputs(Format):
         """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
         from lora_fx.onnx.manifest import manifest_of
 
-        write_inputs(adapter, manifest_of(graph), path)
+        manifest = manifest_of(graph)
+        if not manifest.required:
+            raise LoraFxError(
+                f"{graph}: its A and B have defaults, and runtimes that take tensors by name take "
+                "no others for them",
+                "write an .onnx_adapter; or export the file with --target portable",
+            )
+        write_inputs(adapter, manifest, path)
         return ()
 
 

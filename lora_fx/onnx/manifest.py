@@ -201,7 +201,11 @@ class Manifest:
         name = key
         if update.use and "@" not in key:
             name = f"{key}@{update.use}"
-        raise LoraFxError(f"{where}: {name!r} is not a target of the file", near(key, self.slots))
+        hint = near(key, self.slots)
+        raise LoraFxError(
+            f"{where}: {name!r} is not a target of the file",
+            f"{hint}; an export chooses the targets of a file with --include",
+        )
 
     def zeros(self) -> dict[str, Array]:
         """Return tensors that change nothing, by name, in the ranks of the slots."""

@@ -16,6 +16,8 @@ import openvino as ov
 from safetensors.numpy import load_file
 
 Arrays = dict[str, np.ndarray]
+Adapter = list[tuple[ov.Output, ov.Tensor]]
+"""The tensors of a NAME.safetensors, each with the input that it is for."""
 
 
 class SwitchModel:
@@ -26,15 +28,21 @@ class SwitchModel:
         hints = {"INFERENCE_PRECISION_HINT": "f32"}
         self.compiled = ov.Core().compile_model(path, "CPU", hints)
         self.request = self.compiled.create_infer_request()
+        self.ports = {port.any_name: port for port in self.compiled.inputs}
 
-    def use(self, adapter: Arrays) -> None:
-        """Choose the adapter of the runs that follow: the arrays of NAME.safetensors by name.
+    def load(self, path: str | Path) -> Adapter:
+        """Read an adapter, once; any number of them may be in memory."""
+        arrays = load_file(path)
+        return [
+            (self.ports[name], ov.Tensor(array, shared_memory=True))
+            for name, array in arrays.items()
+        ]
 
-        Nothing is copied: a run reads the arrays where they lie.
-        """
+    def use(self, adapter: Adapter) -> None:
+        """Choose the adapter of the runs that follow; nothing is copied."""
         self.adapter = adapter  # the request holds no reference, and would read freed memory
-        for name, array in adapter.items():
-            self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        for port, tensor in adapter:
+            self.request.set_tensor(port, tensor)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run once; arrays by output name."""
@@ -53,7 +61,7 @@ def main(model: str, inputs_path: str, outputs_path: str, *adapters: str) -> Non
     inputs = dict(np.load(inputs_path))
     outputs = {}
     for path in adapters:
-        switch.use(load_file(path))
+        switch.use(switch.load(path))
         for name, array in switch.run(inputs).items():
             outputs[f"{Path(path).stem}/{name}"] = array
     np.savez(outputs_path, **outputs)

@@ -10,6 +10,12 @@ import {basename} from 'node:path';
 import * as ort from 'onnxruntime-web';
 import {noAdapter, readSafetensors, run, shown} from './switch.mjs';
 
+// Without this, node prints a page of the package's source before an error's message.
+process.on('uncaughtException', error => {
+  console.error(`Error: ${error.message ?? error}`);
+  process.exit(1);
+});
+
 const [model, feeds, ...files] = process.argv.slice(2);
 const session = await ort.InferenceSession.create(await readFile(model));
 const inputs = JSON.parse(await readFile(feeds));

@@ -102,6 +102,7 @@ TRAIN = "train model.py:build data.npz -o out"
 MERGE = "merge base.safetensors start -o out.safetensors"
 IN_ONNX = "merge m.onnx start -o out.onnx"
 EXPORT = "export model.py:build start -o out.onnx"
+PROGRAM = "export model.py:build start -o out.pt2 --mode switch"
 FROM_ONNX = "export m.onnx start -o out.onnx"
 PLAN = "plan model.py:build -o out.json"
 FITS = "verify base.safetensors start"
@@ -186,6 +187,15 @@ NO_SAY: list[tuple[str, str, str]] = [
         (f"{EXPORT} --mode batch", o, "ignore an option of mode")
         for o in ("--include fc1", "--exclude fc1", "--rank 4", "--optimise", "--clip 1")
     ),
+    (f"{EXPORT} --mode switch", "--largest batch=4", "largest sizes are for .pt2 files"),
+    (f"{PROGRAM} --rank 4", "--largest rank=8", "the rank is fixed"),
+    *(
+        (PROGRAM, o, "for .onnx files")
+        for o in ("--opset 20", "--accuracy-level 4", "--target cuda", "--triton out")
+    ),
+    *((PROGRAM, o, "ignore an option of mode") for o in ("--optimise", "--precision float16")),
+    (PROGRAM, "--within", "for a .pt2 file"),
+    (PROGRAM, "--quantise nf4", "codes of 4 or 8 bits"),
     (f"{EXPORT} --mode train", "--quantise nf4", "float32 only"),
     (f"{EXPORT} --mode train", "--accuracy-level 4", "accuracy level 4 is not available"),
     (EXPORT, "--tol 0.1", "this export rounds nothing"),

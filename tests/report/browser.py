@@ -21,8 +21,11 @@ from typing import Any
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 WAIT = 120.0
 """Seconds for one answer; a loaded machine is slow, a hung browser is not waited for."""
-WEBGPU = ("--enable-unsafe-webgpu",)
-"""Options with which it has WebGPU on the CPU (SwiftShader), on a machine without a GPU."""
+WEBGPU = ("--enable-unsafe-webgpu", "--disable-gpu-watchdog")
+"""Options with which it has WebGPU on the CPU (SwiftShader), on a machine without a GPU.
+
+The watchdog ends a process that computes for long, as this one does on a loaded machine.
+"""
 
 
 class Browser:

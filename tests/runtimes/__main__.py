@@ -57,7 +57,10 @@ def main(arguments: Sequence[str]) -> int:
 
     for name in options.names or known:
         try:
-            make_web() if name == WEB else make(name)
+            if name == WEB:
+                make_web()
+            else:
+                make(name)
         except (subprocess.CalledProcessError, OSError) as error:
             print(f"the environment {name!r} cannot be made: {error}", file=sys.stderr)
             return 1

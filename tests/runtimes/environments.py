@@ -59,8 +59,8 @@ def make(name: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     requirements = REQUIREMENTS / f"{name}.txt"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, "-r", requirements], check=True)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "-r", str(requirements)], check=True)
     (folder / INSTALLED).write_text(requirements_of(name), encoding="utf-8")
     return python
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from safetensors.numpy import load_file
 
 KINDS = ("base", "a", "b")
 ROUNDS = 101
@@ -73,8 +72,9 @@ def out_of_range(switch: Any, inputs: Arrays, name: str, rows: int) -> str:
 
 def figures(switch: Any, inputs: Arrays, paths: dict[str, Path]) -> dict[str, float]:
     """Times in microseconds, medians of interleaved rounds, and bytes."""
-    first, second = load_file(paths["a"]), load_file(paths["b"])
-    target = {name: np.empty_like(array) for name, array in second.items()}
+    first, second = switch.load(paths["a"]), switch.load(paths["b"])
+    source = [tensor.data for _, tensor in second]
+    target = [np.empty_like(array) for array in source]
     times: dict[str, list[float]] = {"swap": [], "copy": [], "run": [], "run_after_swap": []}
 
     def timed(what: str, call: Any, *arguments: Any) -> None:
@@ -83,8 +83,8 @@ def figures(switch: Any, inputs: Arrays, paths: dict[str, Path]) -> dict[str, fl
         times[what].append((time.perf_counter() - start) * 1e6)
 
     def copy() -> None:
-        for name, array in second.items():
-            np.copyto(target[name], array)
+        for ours, array in zip(target, source, strict=True):
+            np.copyto(ours, array)
 
     for _ in range(ROUNDS):
         switch.use(first)
@@ -95,7 +95,7 @@ def figures(switch: Any, inputs: Arrays, paths: dict[str, Path]) -> dict[str, fl
         timed("run_after_swap", switch.run, inputs)
 
     before = resident()
-    more = [load_file(paths["b"]) for _ in range(COPIES)]
+    more = [switch.load(paths["b"]) for _ in range(COPIES)]
     for adapter in more:
         switch.use(adapter)
         switch.run(inputs)
@@ -122,10 +122,10 @@ def main(sample: str, folder: str, *tables: str) -> None:
     for path in sorted(Path(folder).glob("*.onnx")):
         name = path.stem
         paths = {kind: path.with_name(f"{name}.{kind}.safetensors") for kind in KINDS}
-        adapters = {kind: load_file(of_kind) for kind, of_kind in paths.items()}
         sizes = stored(path.with_suffix(".npz"))
         try:
             switch = module.SwitchModel(path)
+            adapters = {kind: switch.load(of_kind) for kind, of_kind in paths.items()}
             results[name] = {"errors": compared(switch, sizes, adapters)}
         except RuntimeError as error:
             results[name] = {"refused": str(error)}

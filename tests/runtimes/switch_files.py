@@ -1,15 +1,16 @@
 """Portable switch files with two adapters, beside what torch gives: read by tests of any runtime.
 
-A folder has for each NAME the file NAME.onnx, its adapters NAME.a.safetensors, NAME.b.safetensors
-and NAME.base.safetensors, whose tensors have the names of the file's inputs, and NAME.npz with
-arrays `SIZE/KIND/TENSOR`: SIZE is 0, 1 …, KIND is `in` for the file's inputs, or `base`, `a`, `b`
-for the outputs of the model's own code, on W and on W + s·BA.
+A folder has for each NAME the file NAME.onnx or NAME.pt2, its adapters NAME.a.safetensors,
+NAME.b.safetensors and NAME.base.safetensors, whose tensors have the names of the file's inputs, and
+NAME.npz with arrays `SIZE/KIND/TENSOR`: SIZE is 0, 1 …, KIND is `in` for the file's inputs, or
+`base`, `a`, `b` for the outputs of the model's own code, on W and on W + s·BA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,9 @@ def write(
     adapters: Mapping[str, Adapter],
     sizes: Iterable[Mapping[str, Array]],
     outputs: Outputs,
-    **options: object,
+    *,
+    suffix: str = ".onnx",
+    **options: Any,
 ) -> None:
     """Export a model with its adapters a and b, and store what torch gives for each.
 
@@ -44,13 +47,15 @@ def write(
         adapters: a and b.
         sizes: Inputs by the names of the file, at one or more sizes.
         outputs: The reference.
+        suffix: That of the file, .onnx or .pt2.
         options: Further ones of export.
     """
-    path = folder / f"{name}.onnx"
+    path = folder / f"{name}{suffix}"
     by_file = {f"{name}.{which}": adapters[which] for which in ADAPTERS}
-    lora_fx.export(
-        model, path, adapters=by_file, mode="switch", target="portable", provider="cpu", **options
-    )
+    options = {"mode": "switch", **options}
+    if suffix == ".onnx":
+        options.update(target="portable", provider="cpu")
+    lora_fx.export(model, path, adapters=by_file, **options)
 
     arrays: dict[str, Array] = {}
     for number, inputs in enumerate(sizes):

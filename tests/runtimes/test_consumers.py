@@ -21,6 +21,14 @@ def test_requirements_are_pinned() -> None:
             assert re.fullmatch(r"[\w.\[\]-]+==[\w.+]+|--\S+ \S+|#.*|", line), (name, line)
 
 
+@pytest.mark.parametrize("sample", ["openvino_switch.py"])
+def test_a_page_has_the_whole_sample(sample: str) -> None:
+    code = (environments.ROOT / "samples" / "runtimes" / sample).read_text(encoding="utf-8")
+    pages = (environments.ROOT / "docs" / "runtimes").glob("*.md")
+    begin = code.index("import sys")
+    assert any(code[begin:] in page.read_text(encoding="utf-8") for page in pages)
+
+
 def test_a_measured_row_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consumers, "STORED", tmp_path / "consumers.json")
     monkeypatch.setenv(consumers.WRITE, "1")

@@ -64,14 +64,15 @@ class Job:
         adapters: Files of tensors by name.
         cases: The name of an adapter, or base, and the other inputs by name.
         cpu: Nodes that WebGPU leaves to WebAssembly.
-        measure: Whether times and memory are measured too; needs adapters a and b.
+        rounds: How often runs are timed, in microseconds, and whether memory is measured; needs
+            adapters a and b.
     """
 
     model: Path
     adapters: Mapping[str, Path]
     cases: Sequence[tuple[str, Mapping[str, Array]]]
     cpu: Sequence[str] = ()
-    measure: bool = False
+    rounds: int = 0
 
     def to_json(self, provider: str, names: Mapping[Path, str]) -> dict[str, Any]:
         """What web_runner.mjs reads; files have the names that it can read."""
@@ -84,7 +85,7 @@ class Job:
                 {"adapter": adapter, "feeds": {name: numbers(x) for name, x in inputs.items()}}
                 for adapter, inputs in self.cases
             ],
-            "measure": self.measure,
+            "rounds": self.rounds,
         }
 
     @property

@@ -2,7 +2,6 @@
 // prints the results; in a page, `runJob` is imported. A job and its results are described in
 // web.py, and the files of a job are read by `read`, which gives an ArrayBuffer.
 
-const ROUNDS = 21;
 const REPEATED = 100; // a browser's clock is coarse
 const COPIES = 16; // adapters that are read to see what one takes
 
@@ -43,7 +42,7 @@ export async function runJob(ort, sample, read, job) {
       results.cases.push({error: String(error.message ?? error), outputs: {}});
     }
   }
-  if (job.measure) results.figures = await figures(ort, sample, session, job.cases[0].feeds, adapters);
+  if (job.rounds) results.figures = await figures(ort, sample, session, job, adapters);
   await session.release();
   return results;
 }
@@ -51,7 +50,7 @@ export async function runJob(ort, sample, read, job) {
 const median = numbers => numbers.sort((x, y) => x - y)[Math.floor(numbers.length / 2)];
 
 /** Microseconds, medians of interleaved rounds: runs that keep the adapter and that change it. */
-async function figures(ort, sample, session, feeds, {a, b}) {
+async function figures(ort, sample, session, {rounds, cases: [{feeds}]}, {a, b}) {
   const times = {run: [], run_after_swap: [], swap: [], copy: []};
   const timed = async (what, work) => {
     const start = performance.now();
@@ -68,7 +67,7 @@ async function figures(ort, sample, session, feeds, {a, b}) {
   const copy = () => Object.values(b).forEach(({data}, i) => copies[i].set(data));
   const swap = () => Object.values(b).map(({dims, data}) => new ort.Tensor('float32', data, dims));
   await run(b);
-  for (let i = 0; i < ROUNDS; i++) {
+  for (let i = 0; i < rounds; i++) {
     await run(a);
     await timed('run_after_swap', () => run(b));
     await timed('run', () => run(b));
@@ -103,6 +102,6 @@ if (typeof process !== 'undefined' && import.meta.filename === process.argv[1]) 
   const read = async path => Uint8Array.from(await readFile(path)).buffer;
   const job = JSON.parse(await readFile(process.argv[2]));
   const results = await runJob(ort, sample, read, job);
-  if (job.measure) results.figures.second_adapter_bytes = await memory(ort, sample, read, job);
+  if (job.rounds) results.figures.second_adapter_bytes = await memory(ort, sample, read, job);
   process.stdout.write(JSON.stringify(results));
 }

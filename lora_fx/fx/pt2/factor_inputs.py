@@ -101,6 +101,20 @@ def put_inputs(graph: fx.Graph, slots: Mapping[str, SwitchSlot]) -> None:
                 if node.target == stored_name:
                     _read_transposed(node, factor, perm)
                     graph.erase_node(node)
+    for node in graph.nodes:
+        if is_marked(node):
+            _set_beside_layer(node)
+
+
+def _set_beside_layer(node: fx.Node) -> None:
+    """Take a node of a branch out of the module of its layer, into the one around it.
+
+    XNNPACK's partitioner of ExecuTorch 1.5 takes all nodes of a Linear for one product.
+    """
+    modules = dict(node.meta.get("nn_module_stack") or {})
+    if modules:
+        modules.popitem()
+        node.meta["nn_module_stack"] = modules
 
 
 def take_away_inputs(graph: fx.Graph, count: int) -> None:
