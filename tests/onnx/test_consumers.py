@@ -305,6 +305,9 @@ def test_the_lookups_that_are_guarded(name: str) -> None:
     nodes, guarded = LOOKUPS[name]
     body = f"(int64[n] i) => (float[m, k] y) <float[3, 2] w = {{1, 2, 3, 4, 5, 6}}> {{ {nodes} }}"
     model = graph_of(body)
+    for node in model.graph:
+        if node.op_type == "Gather":
+            node.name = "node_embedding"  # as torch's exporter calls that of an embedding
     assert GuardLookups()(model).modified is guarded
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
@@ -315,3 +318,23 @@ def test_the_lookups_that_are_guarded(name: str) -> None:
     assert np.isnan(wrong).all() == guarded
     (empty,) = session.run(None, {"i": np.zeros(0, np.int64)})
     assert not np.isnan(empty).any()
+
+
+def test_ids_that_count_from_the_end_stay_right() -> None:
+    """ONNX takes them; so does a table that a torch model indexes, unlike an embedding."""
+    body = (
+        "(int64[n] i) => (float[m, k] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> { y = Gather(w, i) }"
+    )
+    model = graph_of(body)
+    assert GuardLookups()(model).modified
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (last,) = session.run(None, {"i": np.array([-1, 0])})
+    assert np.array_equal(last, [[5, 6], [1, 2]])
+    bounds = {
+        value.name: int(value.const_value.numpy().reshape(()))
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.size == 1
+    }
+    assert {-3, 2} <= {*bounds.values()}

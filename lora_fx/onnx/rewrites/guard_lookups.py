@@ -1,4 +1,7 @@
-"""y → Where(any(ids < 0 or ids ≥ n), NaN, y), for float outputs y and tables of n rows.
+"""y → Where(any(ids < first or ids ≥ n), NaN, y), for float outputs y and tables of n rows.
+
+first is 0 for a table that torch's exporter took from an embedding, and −n elsewhere: ONNX counts
+negative ids from the end, and so do a table that a torch model indexes and many .onnx files.
 
 What a kernel does with an id that no row has differs: ONNX Runtime's CPU provider raises, but takes
 −1 for the last row; OpenVINO 2026.4.1 reads zeros. torch raises for all of them. So the graph says
@@ -41,7 +44,7 @@ class GuardLookups(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         graph = OnnxGraph(model)
         emitter = graph.emit_first(MARK)
-        flags = [_any_outside(graph, emitter, inputs[name], count) for name, count in rows.items()]
+        flags = [_any_outside(graph, emitter, inputs[name], ids) for name, ids in rows.items()]
         outside = flags[0]
         for flag in flags[1:]:
             outside = emitter.call("Or", outside, flag)
@@ -61,16 +64,16 @@ def _has_row_guards(model: ir.Model) -> bool:
     return any(is_guard(node) for node in model.graph)
 
 
-def _any_outside(graph: OnnxGraph, emitter: OnnxEmitter, ids: ir.Value, rows: int) -> ir.Value:
-    """Emit whether any of the ids is in no row, bool [1]."""
+def _any_outside(graph: OnnxGraph, emitter: OnnxEmitter, ids: ir.Value, rows: range) -> ir.Value:
+    """Emit whether any of the ids is none of the rows', bool [1]."""
 
     def constant(what: str, value: Array) -> ir.Value:
         name = graph.fresh(f"{MARK}_{what}")
         return add_initialiser(graph.model.graph, name, value, MARK)
 
     dtype = numpy_dtype(dtype_name(ids))
-    below = emitter.call("Less", ids, constant("first", np.array(0, dtype)))
-    above = emitter.call("Greater", ids, constant("last", np.array(rows - 1, dtype)))
+    below = emitter.call("Less", ids, constant("first", np.array(rows.start, dtype)))
+    above = emitter.call("Greater", ids, constant("last", np.array(rows.stop - 1, dtype)))
     outside = emitter.call("Or", below, above)
     flat = emitter.call("Reshape", outside, constant("flat", np.array([-1], np.int64)))
     # floats, which devices have kernels for; and a sum, which is 0 where there are no ids
@@ -79,9 +82,9 @@ def _any_outside(graph: OnnxGraph, emitter: OnnxEmitter, ids: ir.Value, rows: in
     return emitter.call("Greater", count, constant("none", np.array(0, np.float32)))
 
 
-def _rows_of_tables(model: ir.Model) -> dict[str, int]:
-    """Return input → the rows of the smallest table that all its numbers are looked up in."""
-    rows: dict[str, int] = {}
+def _rows_of_tables(model: ir.Model) -> dict[str, range]:
+    """Return input → the ids that all tables which its numbers are looked up in have rows for."""
+    rows: dict[str, range] = {}
     for node in model.graph:
         if node.op_type != "Gather" or node.domain or node.attributes.get_int("axis", 0) != 0:
             continue
@@ -89,8 +92,18 @@ def _rows_of_tables(model: ir.Model) -> dict[str, int]:
         sizes = shape_of(table)
         name = _input_of(ids)
         if name is not None and sizes and isinstance(sizes[0], int) and len(sizes) > 1:
-            rows[name] = min(sizes[0], rows.get(name, sizes[0]))
+            first = 0 if _counts_from_zero(node, ids) else -sizes[0]
+            known = rows.get(name, range(first, sizes[0]))
+            rows[name] = range(max(first, known.start), min(sizes[0], known.stop))
     return rows
+
+
+def _counts_from_zero(node: ir.Node, ids: ir.Value | None) -> bool:
+    """Whether a lookup has no rows for negative ids: an embedding of torch, or unsigned ids."""
+    if ids is not None and ids.dtype is not None and not ids.dtype.is_signed():
+        return True
+    # torch's exporter names a node after the operator that it comes from
+    return (node.name or "").startswith("node_embedding")
 
 
 def _input_of(ids: ir.Value | None) -> str | None:
