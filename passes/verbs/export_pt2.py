@@ -69,23 +69,9 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
         raise folded_already()
     options = replace(options, adapters=own_adapters(model, options.adapters))
-    adapters = adapters_of(options)
-    captured = captured_of(model, options.capture_of_base())
-    largest = dict(options.largest or {})
-    largest_rank = largest.pop("rank", 0)
-    if largest_rank:
-        _refuse_dimension_called_rank(captured)
-    captured = with_largest(captured, largest)
+    captured, adapters, notes = _base_and_adapters(model, options)
     found = find(captured)
-    bound = {
-        name: bind(with_base(adapter, captured.model), found) for name, adapter in adapters.items()
-    }
-    notes: list[str] = []
-    if len(bound) == 1:
-        captured, bound, notes = with_whole_tensors(captured, bound)
-    refuse_unexchangeable(bound, "a switchable file")
-    found = find(captured)
-    keys, is_default_plan = options.chosen(found, bound)
+    keys, is_default_plan = options.chosen(found, adapters)
     reference = torch_reference(captured, options)
     base = plain(captured).eval()
     graph = base.graph(False, portable=True)
@@ -93,9 +79,12 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     warnings = [*map(str, captured.pinned), *notes, *left_out]
 
     rank = options.rank or 0
+    largest_rank = (options.largest or {}).get("rank", 0)
     slots = input_slots(targets, rank, reference.inputs.names)
     manifest = Manifest(slots, required=True, rank=rank, largest_rank=largest_rank)
-    paths = adapter_paths(bound, options)
+    for name, adapter in adapters.items():
+        manifest.tensors(adapter, f"adapter {name!r}")  # refused before the program is written
+    paths = adapter_paths(adapters, options)
     insert_switchable(graph, [*targets.values()], Role.FROZEN)
     layouts = {key: found[key].layout for key in targets}
     beside = Beside()
@@ -106,8 +95,8 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
         share_memory(program, base, "the file that torch loads")
         most = rank or largest_rank
         file = _SwitchableProgram(manifest, execution_of(base), program, most)
-        parity = prove_switchable(file, reference, layouts, bound, warnings)
-        write_adapters(paths, bound, manifest, options, beside)
+        parity = prove_switchable(file, reference, layouts, adapters, warnings)
+        write_adapters(paths, adapters, manifest, options, beside)
 
     details: Json = {"mode": "switch", "targets": len(slots), **reference.details()}
     files = [options.target, *paths.values()]
@@ -122,6 +111,30 @@ def _refuse_dimension_called_rank(captured: Captured) -> None:
                 "the largest 'rank' is that of A and B, and a dimension has this name too",
                 "give the dimension another name with --dynamic",
             )
+
+
+def _base_and_adapters(
+    model: object, options: ExportOptions
+) -> tuple[Captured, dict[str, Adapter], list[str]]:
+    """Return the capture of the base, the adapters, bound to it, and what has to be said.
+
+    The base has the largest sizes that are asked for, and the whole tensors of a single adapter.
+    """
+    adapters = adapters_of(options)
+    captured = captured_of(model, options.capture_of_base())
+    largest = dict(options.largest or {})
+    if largest.pop("rank", 0):
+        _refuse_dimension_called_rank(captured)
+    captured = with_largest(captured, largest)
+    found = find(captured)
+    bound = {
+        name: bind(with_base(adapter, captured.model), found) for name, adapter in adapters.items()
+    }
+    notes: list[str] = []
+    if len(bound) == 1:
+        captured, bound, notes = with_whole_tensors(captured, bound)
+    refuse_unexchangeable(bound, "a switchable file")
+    return captured, bound, notes
 
 
 def _targets(

@@ -42,11 +42,7 @@ def with_largest(captured: Captured, largest: Mapping[str, int]) -> Captured:
                 "leave it out, and fix all sizes with --static",
             )
         if not dimensions:
-            symbols_of_all = {symbol for symbols in free.values() for symbol in symbols.values()}
-            raise LoraFxError(
-                f"no dimension that is free has the name {symbol!r}",
-                near(symbol, sorted(symbols_of_all), "name one with --dynamic NAME:0=batch"),
-            )
+            raise _no_such_dimension(captured, symbol, free)
         for name, dimension in dimensions:
             conditions.append(Condition(f"s0 <= {size}", (("s0", name, dimension),), ASKED, True))
 
@@ -62,3 +58,19 @@ def with_largest(captured: Captured, largest: Mapping[str, int]) -> Captured:
     # an example that is larger could be none
     bounded.traced(False, bounded.named).door.check(tree_leaves(bounded.named))
     return bounded
+
+
+def _no_such_dimension(
+    captured: Captured, symbol: str, free: Mapping[str, Mapping[int, str]]
+) -> LoraFxError:
+    """Return the error for a symbol that no free dimension has; a pin may be the reason."""
+    for pin in captured.pinned:
+        if captured.requested.get(pin.input, {}).get(pin.dim) == symbol:
+            return LoraFxError(f"{symbol} has no largest size: {pin}", "leave it out")
+    symbols: list[str] = []
+    for names in free.values():
+        symbols += names.values()
+    return LoraFxError(
+        f"no dimension that is free has the name {symbol!r}",
+        near(symbol, sorted({*symbols}), "name one with --dynamic NAME:0=batch"),
+    )
