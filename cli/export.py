@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
 
 
-def _sizes_by_name(_: object, __: object, text: str | None) -> dict[str, int] | None:
+def _sizes_by_name(text: str | None) -> dict[str, int] | None:
     """Return the sizes of `batch=8,length=128`; None without a text."""
     if text is None:
         return None
@@ -67,10 +66,9 @@ class ModeOptions:
         help="Set the highest rank that can be loaded (mode load, and a .pt2 file), or the rank "
         "of a new adapter (mode train: 8).",
     )
-    largest: Mapping[str, int] | None = option(
+    largest: str | None = option(
         "--largest",
         metavar="NAME=N,…",
-        callback=_sizes_by_name,
         help="Set the largest sizes of free dimensions, and of the rank (a .pt2 file).",
     )
     loss: str | None = option(
@@ -251,7 +249,7 @@ def command(
         include=of_mode.include,
         exclude=of_mode.exclude,
         rank=of_mode.rank,
-        largest=of_mode.largest,
+        largest=_sizes_by_name(of_mode.largest),
         scales=of_mode.scales,
         loss=loss,
         optimizer=of_mode.optimizer,

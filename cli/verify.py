@@ -125,7 +125,6 @@ def command(
     from lora_fx.checkpoint.prove import ROWS
     from lora_fx.checkpoint.verify import lines
     from lora_fx.formats.io import is_adapter
-    from lora_fx.onnx.session import check_provider
     from lora_fx.passes.verbs.verify import refuse_adapter_as_model, verify
 
     refuse_adapter_as_model(a, b)
@@ -140,6 +139,8 @@ def command(
         adapter = adapter_of(b)  # before the model, which takes longer to open
         report = verify(captured(a, capture, meta=True), adapter)
     else:
+        from lora_fx.onnx.session import check_provider
+
         check_provider(provider or "auto")
         loaded = [adapter_of(path).weighted(w) for path, w in map(split_weight, adapters)]
         arrays = load_npz(capture.inputs_file) or None

@@ -469,7 +469,7 @@ NODES = {
     "lora_fx.ir": 13_000,
     "lora_fx.onnx": 64_000,
     "lora_fx.onnx.graph": 18_000,
-    "lora_fx.onnx.rewrites": 7_000,
+    "lora_fx.onnx.rewrites": 7_400,
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 26_000,
     "lora_fx.passes.verbs": 44_000,

@@ -158,7 +158,7 @@ def member(path: Path, name: str) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as new:
         for info, content in members.items():
             if info.filename.endswith(name):
-                content = json.dumps({**json.loads(content), "format": 3}).encode()
+                content = json.dumps({**json.loads(content), "format": 4}).encode()
             new.writestr(info, content)
 
 
@@ -190,7 +190,7 @@ def test_a_later_format_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / name
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     edit(path / inside, field)
-    known = 2 if kind == "pt2" else 1
+    known = 3 if kind == "pt2" else 1
     said = f"format {known + 1}; this lora-fx reads formats up to {known}"
     with pytest.raises(LoraFxError, match=said) as caught:
         read(path)

@@ -25,7 +25,6 @@ from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.formats.registry import FORMATS
 from lora_fx.inputs import Named
-from lora_fx.onnx.session import check_provider
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.verify_onnx import verify_onnx
 from lora_fx.passes.verbs.verify_run import RunOptions, is_onnx, is_path, verify_run
@@ -134,12 +133,11 @@ def verify(
             "rows": _spelling_of_rows(rows),
         }
         refuse_no_say(VERIFY_RULES, kind, given_options(keywords))
-        check_provider(provider or "auto")
-
         if kind.tensors and is_path(model):
             if fits:
                 return fits_files(model, reference)
             return verify_files(model, reference, adapter, tol=tol or 0.0, rows=rows)
+        _check_provider(provider)
         if fits and is_onnx(model):
             return fits_switch(model, reference)
         options = RunOptions(inputs, adapter, tol, provider or "auto")
@@ -148,6 +146,13 @@ def verify(
         if fits and not isinstance(reference, Adapter):
             reference = load_adapter(reference)
         return verify_run(model, reference, options)
+
+
+def _check_provider(provider: str | None) -> None:
+    """Raise for a provider that cannot be used, before a model is opened."""
+    from lora_fx.onnx.session import check_provider  # a comparison of tensors needs no onnx
+
+    check_provider(provider or "auto")
 
 
 def _local(model: Any) -> Any:
