@@ -189,6 +189,8 @@ def command(
     \b
     lora-fx export ./my-bert ./adapter -o bert.onnx
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode switch
+    lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode switch --target portable
+    lora-fx export ./my-bert ./de ./fr -o bert.pt2 --mode switch
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode batch
     lora-fx export ./my-llama ./adapter -o llama.onnx --cache
     lora-fx export ./my-llama ./de ./fr -o llama.onnx --cache --mode batch
