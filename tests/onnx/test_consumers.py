@@ -320,6 +320,22 @@ def test_the_lookups_that_are_guarded(name: str) -> None:
     assert not np.isnan(empty).any()
 
 
+def test_ids_beyond_the_table_are_told_where_the_kernel_answers() -> None:
+    """The table gets more rows than its guard knows, so that the kernel does not raise."""
+    tables = "<float[3, 2] w = {1, 2, 3, 4, 5, 6}>"
+    model = graph_of(f"(int64[n] i) => (float[m, k] y) {tables} {{ y = Gather(w, i) }}")
+    assert GuardLookups()(model).modified
+    table = model.graph.initializers["w"]
+    table.const_value = ir.tensor(np.ones((9, 2), np.float32))
+    table.shape = ir.Shape((9, 2))
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for bad in (3, 8, -4):
+        (wrong,) = session.run(None, {"i": np.array([0, bad])})
+        assert np.isnan(wrong).all(), bad
+
+
 def test_ids_that_count_from_the_end_stay_right() -> None:
     """ONNX takes them; so does a table that a torch model indexes, unlike an embedding."""
     body = (

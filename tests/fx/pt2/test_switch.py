@@ -321,6 +321,21 @@ def test_a_wrong_adapter_is_refused_by_torch_itself(tmp_path: Path) -> None:
         program(x)
 
 
+def test_an_older_lora_fx_refuses_the_file_by_its_format(tmp_path: Path) -> None:
+    (model, x), adapters = adapters_of("linear")
+    lora_fx.export(model, tmp_path / "m.pt2", (x,), mode="switch", adapters=adapters)
+    assert json.loads(_member(tmp_path / "m.pt2"))["format"] == 3
+
+
+def test_a_file_whose_factors_have_defaults_takes_no_tensors_by_name(tmp_path: Path) -> None:
+    (model, x), adapters = adapters_of("linear")
+    lora_fx.export(model, tmp_path / "m.onnx", (x,), mode="switch", adapters=adapters)
+    with pytest.raises(LoraFxError, match="its A and B have defaults"):
+        save_for(
+            str(tmp_path / "m.onnx"), adapters["a1"], tmp_path / "a.safetensors", "graph_inputs"
+        )
+
+
 REFUSED: Mapping[str, tuple[dict[str, object], str]] = {
     "merged": ({"mode": "merged"}, "is written in mode switch, not in mode merged"),
     "batch": ({"mode": "batch"}, "not in mode batch"),
