@@ -15,6 +15,11 @@ MANIFEST = "data/extra/lora_fx.json"
 """The member of the archive, below its root folder."""
 SWITCH = "switch"
 """The field of the manifest that names the inputs for A and B."""
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError,
+    RuntimeError,  # of an encrypted member
+)  # fmt: skip
+"""What Python's zipfile raises for a damaged archive, or one of another kind."""
 
 
 def program_manifest(path: Path) -> Json:
@@ -33,6 +38,6 @@ def program_manifest(path: Path) -> Json:
                 if members[0].file_size > MAX_JSON:
                     raise LoraFxError(f"{path}: its manifest is too large", hint)
                 data = archive.read(members[0])
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as e:
+        except UNREADABLE as e:
             raise LoraFxError(f"{path}: not a .pt2 file: {one_line(e, 120)}", hint) from e
     return json_object(data, f"{path}: its manifest", hint=hint)

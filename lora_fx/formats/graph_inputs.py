@@ -107,7 +107,10 @@ def write_inputs(adapter: Adapter, manifest: Manifest, path: Path) -> None:
 
 def _lowrank(key: str, names: object, tensors: Mapping[str, Array], file: File) -> LowRank:
     """Return the update of one key; raise for names and shapes that do not fit."""
-    if not isinstance(names, list) or len(names) != 2 or not {*names} <= tensors.keys():
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not isinstance(names, list) or not are_names or len(names) != 2:
+        raise file.error(key, f"has {str(names)[:80]!r}; expected the names of its A and B")
+    if not {*names} <= tensors.keys():
         raise file.error(key, f"has the tensors {names!r}; expected the names of its A and B")
     a, b = (file.master(name, tensors[name]) for name in names)
     if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:

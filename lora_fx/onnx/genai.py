@@ -55,9 +55,10 @@ PROVIDER_OPTIONS: Mapping[str, list[Json]] = {
     "cpu": [],
     "cuda": [{"cuda": {"enable_cuda_graph": "0"}}],
     "webgpu": [{"webgpu": {}}],
+    "portable": [],
 }
-"""The entries that name the provider by the target of the file. A package of the runtime that has
-no such provider refuses the folder."""
+"""The entries that name the provider by the target of the file; none is the CPU. A package of the
+runtime that has no such provider refuses the folder."""
 
 
 @dataclass(frozen=True)

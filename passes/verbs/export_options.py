@@ -216,6 +216,7 @@ class ExportOptions:
             "--accuracy-level": self.accuracy_level != 0,
             "--target": self.made_for != CPU,
             "--triton": bool(self.places),
+            "--provider": self.provider not in ("auto", "cpu"),
         }
         for option, was_given in options_of_onnx.items():
             if was_given:

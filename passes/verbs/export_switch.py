@@ -115,7 +115,6 @@ def write_switch(
         parity = prove_switchable(file, reference, layouts, adapters, warnings)
         write_adapters(paths, adapters, manifest, options, output.beside)
         output.adapters += paths.values()
-        output.adapters += paths.values()
         companions = options.also(output, manifest) if options.also else Companions()
 
     parity += companions.parity

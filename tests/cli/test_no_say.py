@@ -195,6 +195,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     ),
     *((PROGRAM, o, "ignore an option of mode") for o in ("--optimise", "--precision float16")),
     (PROGRAM, "--within", "for a .pt2 file"),
+    (f"{PROGRAM} --provider cpu", "--opset 20", "for .onnx files"),
     (PROGRAM, "--quantise nf4", "codes of 4 or 8 bits"),
     (f"{EXPORT} --mode train", "--quantise nf4", "float32 only"),
     (f"{EXPORT} --mode train", "--accuracy-level 4", "accuracy level 4 is not available"),

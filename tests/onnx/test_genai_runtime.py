@@ -152,7 +152,7 @@ for name in ("cuda", "no provider"):
     file.write_text(file.read_text().replace('"cuda"', json.dumps(name)))
     try:
         og.Model(folder)
-    except Exception as error:
+    except Exception as error:  # the runtime's own classes
         results.append(str(error))
 print(json.dumps(results))
 """

@@ -30,12 +30,9 @@ def with_largest(captured: Captured, largest: Mapping[str, int]) -> Captured:
     conditions: list[Condition] = []
     free = captured.traced(False, captured.named).door.free(captured.requested)
     for symbol, size in largest.items():
-        dimensions = [
-            (name, dimension)
-            for name, symbols in free.items()
-            for dimension, symbol_of_it in symbols.items()
-            if symbol_of_it == symbol
-        ]
+        dimensions: list[tuple[str, int]] = []
+        for name, symbols in free.items():
+            dimensions += [(name, axis) for axis, other in symbols.items() if other == symbol]
         if dimensions and size < 2:
             raise LoraFxError(
                 f"the largest {symbol} is {size}, which leaves it no other size",

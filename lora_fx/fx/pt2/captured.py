@@ -130,6 +130,8 @@ class FileCaptured(Captured):
             slots = Manifest.from_text(json.dumps(manifest[SWITCH]), self.path).slots
             for slot in slots.values():
                 self._factors += (slot.a, slot.b)
+        if self._factors and tuple(named)[-len(self._factors) :] != self._factors:
+            raise ValueError("A and B are not the last inputs of the program, in its order")
         for name in self._factors:
             del named[name]
         signature = plain_signature(named)  # of a file without a manifest

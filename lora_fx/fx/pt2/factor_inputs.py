@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapter.factor_tensors import slot_names
+from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import MARK, is_marked, make_marked, value
 from lora_fx.ir.kinds import swap_last
 from lora_fx.onnx.manifest import SwitchSlot
@@ -130,7 +131,12 @@ def take_away_inputs(graph: fx.Graph, count: int) -> None:
 
 
 def _erase_with_users(node: fx.Node) -> None:
-    """Erase a node and all that is computed of it."""
+    """Erase a node and all that is computed of it, which is no output."""
+    if node.op == "output":
+        raise LoraFxError(
+            "an output depends on A and B without a branch that lora-fx marked",
+            "use the file as lora-fx export wrote it",
+        )
     for user in list(node.users):
         _erase_with_users(user)
     if not node._erased:
@@ -159,7 +165,7 @@ def _read_transposed(node: fx.Node, transposed: fx.Node, perm: tuple[int, ...]) 
                 cast = _beside(user, aten.type_as.default, (transposed, user.args[1]))
             _read_transposed(user, cast, perm)
             graph.erase_node(user)
-        elif user.target is aten.permute.default and tuple(user.args[1]) == perm:  # type: ignore[arg-type]
+        elif user.target is aten.permute.default and user.args[1] == list(perm):
             user.replace_all_uses_with(transposed)
             graph.erase_node(user)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -327,6 +327,34 @@ def test_an_older_lora_fx_refuses_the_file_by_its_format(tmp_path: Path) -> None
     assert json.loads(_member(tmp_path / "m.pt2"))["format"] == 3
 
 
+def test_a_header_that_names_no_tensors_is_refused(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(3, 2), "b": torch.ones(2, 4)}
+    for names in ([["a"], ["b"]], ["a"], "ab", ["a", "c"], {"a": "b"}):
+        save_file(tensors, tmp_path / "x.safetensors", {"lora_fx.inputs": json.dumps({"w": names})})
+        with pytest.raises(LoraFxError, match="expected the names of its A and B"):
+            lora_fx.load_adapter(tmp_path / "x.safetensors")
+
+
+def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data/extra/lora_fx.json", "{}")
+    data = bytearray(path.read_bytes())
+    data[6] |= 1  # the flag of the member, and of its entry in the directory
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(LoraFxError, match=r"m\.pt2: not a \.pt2 file"):
+        manifest_of(path)
+
+
+def test_adapters_of_a_portable_file_are_listed_once(tmp_path: Path) -> None:
+    (model, x), adapters = adapters_of("linear")
+    options = {"mode": "switch", "target": "portable", "adapters": adapters}
+    report = lora_fx.export(model, tmp_path / "m.onnx", (x,), **options)  # type: ignore[arg-type]
+    names = [Path(output).name for output in report.outputs]
+    assert names == ["m.onnx", "a1.safetensors", "a2.safetensors", "m.base.safetensors"]
+
+
 def test_a_file_whose_factors_have_defaults_takes_no_tensors_by_name(tmp_path: Path) -> None:
     (model, x), adapters = adapters_of("linear")
     lora_fx.export(model, tmp_path / "m.onnx", (x,), mode="switch", adapters=adapters)
@@ -362,6 +390,7 @@ DAMAGED: Mapping[str, Callable[[dict[str, object]], object]] = {
     "another mode": lambda switch: switch.update(mode="batch"),
     "a name that is no input": lambda switch: switch["slots"]["0.weight"].update(a="x"),
     "a later format": lambda switch: switch.update(format=9),
+    "another order": lambda switch: switch.update(slots=dict([*switch["slots"].items()][::-1])),
 }
 
 
