@@ -128,6 +128,7 @@ def test_what_is_in_the_folder(source: Path) -> None:
         ("cpu", []),
         ("cuda", [{"cuda": {"enable_cuda_graph": "0"}}]),
         ("webgpu", [{"webgpu": {}}]),
+        ("portable", []),
     ],
 )
 def test_the_provider_is_that_of_the_target(source: Path, made_for: str, options: Any) -> None:
