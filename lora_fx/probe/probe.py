@@ -39,6 +39,11 @@ MOST_POINTS = 64
 MOST_ELEMENTS = 1 << 25
 """The number of elements of all inputs together, above which nothing is run."""
 MOST_AXES = 64
+FULL = "full"
+SHORT = "short"
+NONE = "none"
+KINDS = (FULL, SHORT, NONE)
+"""The probes that an export can write: short is without groups of targets."""
 MODES = ("merged", "switch", "load", "batch", "train", "adapter")
 WITHOUT_BASE = ("merged", "train", "adapter")
 """The modes of files that hold one adapter, which cannot be taken out."""
