@@ -38,6 +38,7 @@ ORDER = (
     ("lora_fx.files.quantised",),
     ("lora_fx.targets",),
     ("lora_fx.adapter",),
+    ("lora_fx.probe",),
     ("lora_fx.onnx.graph",),
     ("lora_fx.onnx",),
     ("lora_fx.formats.peft", "lora_fx.formats"),

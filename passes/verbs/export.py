@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["merged", "switch", "load", "batch", "train"]
 MadeFor = Literal["cpu", "cuda", "webgpu", "portable"]
+ProbeKind = Literal["full", "short", "none"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
@@ -86,6 +87,7 @@ def export(
     clip: float | None = None,
     tol: float | None = None,
     repeat: bool = True,
+    probe: ProbeKind = "full",
     progress: Listener | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
@@ -149,6 +151,9 @@ def export(
             without such a precision, keep their gates.
         repeat: Trace and translate what a model has many times, its layers, once. False goes the
             exporter's own way, which takes longer and gives a file that computes the same.
+        probe: The file gets an input of ours and what the outputs are on it, by which
+            lora_fx.verify(path) tells anywhere whether its adapters take effect (docs/probe.md).
+            full; short, without groups of targets; or none.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:
@@ -170,7 +175,7 @@ def export(
         external_over=EXTERNAL_OVER if external_over is None else external_over,
         capture=capture, force=force, optimise=optimise, precision=precision,
         places=repository_of(triton, path, max_batch), within=within,
-        accuracy_level=accuracy_level, tol=tol, **of_mode,
+        accuracy_level=accuracy_level, tol=tol, probe=probe, **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
     spellings = given_options({"external_over": external_over, "inputs": inputs, "within": within})

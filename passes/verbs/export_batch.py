@@ -8,24 +8,29 @@ Only where all rows agree (`prove_rows`) the file gets its name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report, demand
-from lora_fx.inputs import SIZES
+from lora_fx.dtypes import Array
+from lora_fx.inputs import SIZES, Named
+from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.batch_inputs import SCALES as SCALES_BY_ROW
 from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.row_guards import outputs_without_nan
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.tensor_copies import join_copies
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.proofs.batch_rows import prove_rows
 from lora_fx.passes.proofs.onnx_reference import FileRerun
-from lora_fx.passes.proofs.reference import Reference
+from lora_fx.passes.proofs.probe_making import Subject
+from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.proofs.row_ids import prove_ids
+from lora_fx.passes.proofs.varied_runs import VariedRuns
 from lora_fx.passes.verbs.export_files import (
     on_device,
     refuse_unexchangeable,
@@ -33,6 +38,7 @@ from lora_fx.passes.verbs.export_files import (
     save_within,
 )
 from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_probe import probe_file, targets_of, varied_runs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -87,6 +93,8 @@ def write_batch(
         if options.scales:
             feeds[SCALES_BY_ROW] = np.ones(rows, np.float32)
         prove_ids(session, model, feeds, rows, len(adapters) + 1)
+        subject = _subject(session, reference, adapters, inputs_by_row, options)
+        of_probe = probe_file(output.path, subject, options.probe, session.provider, notes)
 
     notes += [
         f"output {name!r} cannot hold NaN: if a runtime accepts adapter_ids out of range, such a "
@@ -102,8 +110,52 @@ def write_batch(
         "nodes_of_base": nodes_of_base,
         **on_device(output, session),
         **reference.details(),
+        **of_probe,
     }
     return report_of(output.files, session.provider, parity, [*warnings, *notes], details)
+
+
+def _subject(
+    session: RuntimeSession,
+    reference: Reference,
+    adapters: Mapping[str, Adapter],
+    inputs_by_row: Sequence[str],
+    options: ExportOptions,
+) -> Subject:
+    """Return a proven file as a probe is made of it."""
+    runs = varied_runs(reference)
+    numbers = {name: number for number, name in enumerate(adapters, 1)}
+
+    def of_file(name: str) -> Run:
+        return partial(_run_with_id, session, inputs_by_row, options, numbers.get(name, 0))
+
+    return Subject(
+        mode="batch",
+        run=of_file,
+        reference=runs.run,
+        vary=runs.run,
+        adapters=adapters,
+        found=targets_of(reference),
+        feeds=partial(reference.feeds, SIZES[0]),
+        numbers=numbers,
+        precision=options.computes_in,
+        narrow=runs.narrow if isinstance(runs, VariedRuns) else None,
+    )
+
+
+def _run_with_id(
+    session: RuntimeSession,
+    inputs_by_row: Sequence[str],
+    options: ExportOptions,
+    number: int,
+    feeds: Named,
+) -> dict[str, Array]:
+    """Run with one adapter for every row."""
+    rows = next(feeds[name].shape[0] for name in inputs_by_row if name in feeds)
+    feeds = {**feeds, IDS: np.full(rows, number, np.int64)}
+    if options.scales:
+        feeds[SCALES_BY_ROW] = np.ones(rows, np.float32)
+    return session.run(feeds)
 
 
 def _count_nodes(model: ir.Model) -> int:

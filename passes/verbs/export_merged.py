@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from lora_fx.compare import FOLD_TOL, Parity, Report, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapter_with_base import with_base
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.onnx_names import onnx_conditions
 from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.dotted_names import named_tensors, parameter_of
@@ -25,7 +27,7 @@ from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.inputs import Named
+from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.bfloat16 import unround
 from lora_fx.onnx.names import mark_changed
 from lora_fx.onnx.optimise import RewriteStage
@@ -37,11 +39,16 @@ from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.passes.fold import Folded, said_of_zeros
 from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.parity import guards, prove, rows_of, torch_rerun, torch_run
+from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.proof_inputs import feeds_of
+from lora_fx.passes.proofs.reference import Run
+from lora_fx.passes.proofs.torch_reference import TorchReference
+from lora_fx.passes.proofs.varied_runs import VariedRuns, with_its_adapter
 from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.export_optimised import optimised
 from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_probe import probe_file
 from lora_fx.passes.verbs.export_torch import WIDENED, folded_already, level_gate, translated
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.text import Json
@@ -94,6 +101,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     with options.output() as output:
         written = _write_proven(output, branched, translation.model, rewriting, options)
         demand(written.parity, "ONNX Runtime differs from torch")
+        of_probe = _add_probe(output, branched, written.session, options, warnings)
 
     warnings += written.notes
     if written.session.note:
@@ -107,6 +115,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         "grown_bytes": sum(change.grew for change in changes),
         **files.on_device(output, written.session),
         **rows_of(execution_of(branched).captured),
+        **of_probe,
     }
     if options.optimise:
         details["stages"] = [stage.to_json() for stage in written.stages]
@@ -285,6 +294,46 @@ def _write_and_compare(
         rerun=FileRerun(output.path, options.provider),
     )
     return _Written(nodes, stages, session, parity, notes)
+
+
+def _add_probe(
+    output: Output,
+    branched: CapturedModule,
+    session: RuntimeSession,
+    options: ExportOptions,
+    warnings: list[str],
+) -> Json:
+    """Put a probe into the file; return the field of the report."""
+    captured = execution_of(branched).captured
+    base = plain(captured).eval()
+    reference = TorchReference(captured, partial(_inserted, captured), options.inputs)
+    runs = VariedRuns(base, reference.branched)
+    with contextlib.ExitStack() as stack:
+        adapters: dict[str, Adapter] = {}
+        if isinstance(branched, AdaptedModule) and branched.active:
+            adapters = {"adapter": stack.enter_context(with_its_adapter(branched))}
+            if len(branched.active) == 1:
+                runs.module = branched
+
+        def of_file(name: str) -> Run | None:
+            return session.run if name in adapters or not adapters else None
+
+        subject = Subject(
+            mode="merged",
+            run=of_file,
+            reference=runs.run,
+            vary=runs.run,
+            adapters=adapters,
+            found=find(captured),
+            feeds=partial(reference.feeds, SIZES[0]),
+            precision=options.computes_in,
+            narrow=runs.narrow,
+        )
+        return probe_file(output.path, subject, options.probe, session.provider, warnings)
+
+
+def _inserted(captured: Captured, adapter: Adapter) -> CapturedModule:
+    return insert(captured, adapter=adapter, dead="allow")
 
 
 def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:

@@ -21,6 +21,7 @@ from lora_fx.errors import (
 )
 from lora_fx.inputs import Named
 from lora_fx.onnx.made_for import CPU, MADE_FOR, PORTABLE, TARGETS
+from lora_fx.probe.probe import FULL, KINDS
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 from lora_fx.text import is_whole
@@ -117,6 +118,7 @@ class ExportOptions:
     owner: Path | None = None
     also: Callable[[Output, Manifest], Companions] | None = None
     tol: float | None = None
+    probe: str = FULL
 
     def __post_init__(self) -> None:
         """Raise for an unknown mode, and for an option that the mode would ignore.
@@ -125,6 +127,7 @@ class ExportOptions:
         """
         expect_name(self.mode, MODES, "unknown mode", "use merged, switch, load, batch or train")
         expect_name(self.made_for, MADE_FOR, "unknown target", TARGETS)
+        expect_name(self.probe, KINDS, "unknown probe", "use full, short or none")
         self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
@@ -296,6 +299,13 @@ class ExportOptions:
     def is_program(self) -> bool:
         """Whether the file is a .pt2 file."""
         return self.target.suffix == ".pt2"
+
+    @property
+    def computes_in(self) -> str:
+        """The precision whose rounding decides how far two runs of the file may lie apart."""
+        if self.accuracy_level:
+            return "int8"
+        return self.precision or "float32"
 
     @property
     def requires_factors(self) -> bool:

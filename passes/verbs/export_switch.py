@@ -15,6 +15,7 @@ from pathlib import Path
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
+from lora_fx.inputs import SIZES
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -23,8 +24,10 @@ from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.tensor_copies import copies_of, join_copies
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.onnx_reference import FileRerun
+from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.proofs.switchable import prove_switchable
+from lora_fx.passes.proofs.varied_runs import VariedRuns
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.export_files import (
     adapter_paths,
@@ -35,6 +38,7 @@ from lora_fx.passes.verbs.export_files import (
     write_adapters,
 )
 from lora_fx.passes.verbs.export_options import Companions, ExportOptions
+from lora_fx.passes.verbs.export_probe import probe_file, varied_runs
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import base_name, split_use
 from lora_fx.targets.target import Target
@@ -115,6 +119,8 @@ def write_switch(
         parity = prove_switchable(file, reference, layouts, adapters, warnings)
         write_adapters(paths, adapters, manifest, options, output.beside)
         output.adapters += paths.values()
+        subject = _subject(file, reference, adapters, captured_targets)
+        of_probe = probe_file(output.path, subject, options.probe, session.provider, warnings)
         companions = options.also(output, manifest) if options.also else Companions()
 
     parity += companions.parity
@@ -127,9 +133,34 @@ def write_switch(
         **reference.details(),
         "nodes": sum(1 for _ in graph.model.graph.all_nodes()),
         **on_device(output, session),
+        **of_probe,
     }
     files = [*output.files, *companions.files]
     return report_of(files, session.provider, parity, warnings, details)
+
+
+def _subject(
+    file: _SwitchableFile, reference: Reference, adapters: Mapping[str, Adapter], found: Found
+) -> Subject:
+    """Return a proven file as a probe is made of it."""
+    runs = varied_runs(reference)
+
+    def of_file(name: str) -> Run:
+        return file.run_with(adapters.get(name))
+
+    return Subject(
+        mode=file.options.mode,
+        run=of_file,
+        reference=runs.run,
+        # in mode load a file needs a session for every adapter
+        vary=runs.run if file.options.mode == "load" else file.run_with,
+        adapters=adapters,
+        found=found,
+        feeds=partial(reference.feeds, SIZES[0]),
+        files={name: f"{name}{file.options.adapter_ending}" for name in adapters},
+        precision=file.options.computes_in,
+        narrow=runs.narrow if isinstance(runs, VariedRuns) else None,
+    )
 
 
 def _made_switchable(graph: OnnxGraph, switch: Switch, copies: Sequence[str]) -> Manifest:

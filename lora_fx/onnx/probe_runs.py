@@ -1,0 +1,189 @@
+"""The runs of a probe in ONNX Runtime: the file itself, with its base and each of its adapters.
+
+Nothing is needed but the file, and in modes switch and load the adapters' files beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from os import PathLike, fspath
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.inputs import Named
+from lora_fx.onnx.adapter_ids import IDS
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.batch_inputs import SCALES
+from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.train_session import TrainSession
+from lora_fx.probe.probe import BASE, PROPERTY, Probe
+from lora_fx.probe.verdict import RIGHT, UNCHECKED_IDS
+
+NO_PROBE = (
+    "export it again: lora-fx export writes a probe unless --probe none is given; or compare it "
+    "with the model: lora-fx verify FILE MODEL"
+)
+LOSS = "loss"
+"""The output of a training step that its probe has."""
+RATE = 1e-3
+"""The learning rate of the step of a probe, which its loss does not depend on."""
+
+
+@dataclass(frozen=True)
+class ProbeRuns:
+    """What a file gave for its probe.
+
+    Attributes:
+        answers: The outputs at the points by the adapter's name; those of the base by BASE.
+        absent: Why an adapter was not run, by its name.
+        ids: The verdict on ids out of range; empty but in mode batch.
+        provider: Where it ran.
+        note: A line of the session for the user, or empty.
+    """
+
+    answers: Mapping[str, Array]
+    absent: Mapping[str, str] = field(default_factory=dict)
+    ids: str = ""
+    provider: str = "cpu"
+    note: str = ""
+
+
+def add_probe(path: Path, probe: Probe) -> None:
+    """Add a probe to the metadata of an .onnx file, whose other bytes stay.
+
+    A message of protobuf is continued by what is appended to it.
+    """
+    entry = onnx.StringStringEntryProto(key=PROPERTY, value=probe.to_text())
+    with path.open("ab") as file:
+        file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+
+
+def probe_of(path: str | PathLike[str]) -> Probe:
+    """Return the probe of an .onnx file, read without its data file.
+
+    Raises:
+        LoraFxError: The file cannot be read, has no probe, or a damaged one.
+    """
+    where = fspath(path)
+    try:
+        model = onnx.load(where, load_external_data=False)
+    except Exception as e:  # protobuf's and the system's errors have no common base
+        raise LoraFxError(
+            f"{where}: cannot be read as an ONNX file", "pass a file that lora-fx export wrote"
+        ) from e
+    texts = [entry.value for entry in model.metadata_props if entry.key == PROPERTY]
+    if not texts:
+        raise LoraFxError(f"{where}: it has no probe", NO_PROBE)
+    return Probe.from_text(texts[-1], where)
+
+
+def run_probe(
+    path: str | PathLike[str], probe: Probe, provider: str = "auto", threads: int = 0
+) -> ProbeRuns:
+    """Run a file on its probe: for the base, and for each adapter.
+
+    Args:
+        path: The .onnx file.
+        probe: Its probe.
+        provider: auto, cpu, cuda or webgpu.
+        threads: The number of threads; 0 leaves it to the runtime.
+
+    Raises:
+        LoraFxError: The file does not load, or does not take the probe.
+    """
+    if probe.mode in ("switch", "load"):
+        return _switchable(Path(path), probe, provider, threads)
+    if probe.mode == "train":
+        return _step(path, probe, provider, threads)
+    session = open_session(path, provider, threads)
+    if probe.mode == "batch":
+        return _batch(path, probe, session)
+    outputs = session.run(probe.feeds())
+    name = next(iter(probe.adapters), BASE)
+    answers = {name: probe.at_points(outputs, fspath(path))}
+    return ProbeRuns(answers, provider=session.provider, note=session.note)
+
+
+def _switchable(path: Path, probe: Probe, provider: str, threads: int) -> ProbeRuns:
+    """Run a file of mode switch or load with each adapter whose file lies beside it."""
+    feeds = probe.feeds()
+    session = Session(path, provider, threads)
+    outputs = session.run(feeds)
+    answers = {BASE: probe.at_points(outputs, str(path))}
+    absent: dict[str, str] = {}
+    for name, adapter in probe.adapters.items():
+        if adapter.file is None:
+            absent[name] = "the probe names no file of it"
+            continue
+        file = path.with_name(adapter.file)
+        if not file.exists():
+            absent[name] = f"{file} does not exist"
+            continue
+        if probe.mode == "load":
+            with_adapter = Session(path, provider, threads, adapter=file).run(feeds)
+        else:
+            session.load(name, file)
+            with_adapter = session.run(feeds, adapter=name)
+        answers[name] = probe.at_points(with_adapter, str(path))
+    return ProbeRuns(answers, absent, provider=session.provider, note=session.note)
+
+
+def _batch(path: str | PathLike[str], probe: Probe, session: RuntimeSession) -> ProbeRuns:
+    """Run a file of mode batch with each id in all rows, and with an id that is none."""
+    feeds = probe.feeds()
+    ids_of = session.row_choice
+    rows = _row_count(path, feeds, session)
+    if any(node.name == SCALES for node in session.inputs):
+        feeds[SCALES] = np.ones(rows, np.float32)
+    numbers = {BASE: 0}
+    for name, adapter in probe.adapters.items():
+        if adapter.number is None or ids_of is None or adapter.number > len(ids_of.adapters):
+            raise LoraFxError(
+                f"{fspath(path)}: its probe has adapter {name!r} with the id {adapter.number}, "
+                "which the file has not",
+                NO_PROBE,
+            )
+        numbers[name] = adapter.number
+
+    run = partial(_run_with_id, session, feeds, rows)
+    answers = {}
+    for name, number in numbers.items():
+        answers[name] = probe.at_points(run(number), fspath(path))
+    ids = RIGHT
+    try:
+        wrong = probe.at_points(run(max(numbers.values()) + 1), fspath(path))
+    except Exception:  # the runtime's errors have no common base; any of them is right
+        pass
+    else:
+        if not np.isnan(wrong).all():
+            ids = UNCHECKED_IDS
+    return ProbeRuns(answers, {}, ids, session.provider, session.note)
+
+
+def _run_with_id(session: RuntimeSession, feeds: Named, rows: int, number: int) -> dict[str, Array]:
+    """Run with one id for every row, which is not checked."""
+    return session.outputs({**feeds, IDS: np.full(rows, number, np.int64)})
+
+
+def _row_count(path: str | PathLike[str], feeds: Named, session: RuntimeSession) -> int:
+    """Return the number of rows of a batch."""
+    choice = session.row_choice
+    names = [] if choice is None else [name for name in choice.rowed if name in feeds]
+    for name in names:
+        if feeds[name].ndim:
+            return int(feeds[name].shape[0])
+    raise LoraFxError(f"{fspath(path)}: its probe has no input with rows", NO_PROBE)
+
+
+def _step(path: str | PathLike[str], probe: Probe, provider: str, threads: int) -> ProbeRuns:
+    """Take one training step; its loss is the answer."""
+    session = TrainSession(path, RATE, provider, threads)
+    loss = session.step(probe.feeds())
+    answers = {BASE: probe.at_points({LOSS: np.array(loss)}, fspath(path))}
+    return ProbeRuns(answers, provider=session.provider, note=session.note)

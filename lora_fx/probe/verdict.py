@@ -1,0 +1,205 @@
+"""The verdict on a run: which of the things that a probe knows of an adapter it has computed.
+
+docs/probe.md has the rules, with these numbers. All lists here are a run's outputs at the points of
+the probe, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lora_fx.dtypes import Array
+
+RIGHT = "right"
+RIGHT_IN = "right in "
+"""What a verdict begins with where only the precision is another."""
+TOO_SMALL = "too small to tell"
+NO_EFFECT = "no effect"
+NOT_FINITE = "not finite"
+DIFFERS = "differs"
+UNCHECKED_IDS = "ids are not checked"
+SCALED = "scaled by "
+OR = " or "
+SHARE_OF_EFFECT = 0.02
+"""The distance from a fitted scale's outputs, as a share of the adapter's effect."""
+BETTER = 8.0
+"""How many times nearer a fitted scale has to be than the adapter as it is."""
+NEAR_ONE = 0.1
+"""A fitted scale so near to 1 is none."""
+SCALES = np.arange(2, 61) / 20
+"""The scales that are tried: 0.1, 0.15 … 3.0."""
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """How numbers at the points of a probe are compared.
+
+    Attributes:
+        largest: The largest magnitude of each point's output.
+        tolerance: What each point's output may differ by, as a share of `largest`.
+        precisions: How far outputs move in another precision, as shares of `largest`.
+    """
+
+    largest: Array
+    tolerance: Array
+    precisions: Mapping[str, float] = field(default_factory=dict)
+
+    def distance(self, found: Array, expected: Array) -> float:
+        """Return the largest difference as a share of `largest`; infinite where one is NaN."""
+        return _largest(np.abs(found - expected) / self.largest)
+
+    def excess(self, found: Array, expected: Array) -> float:
+        """Return the largest difference as a multiple of what it may be."""
+        return _largest(np.abs(found - expected) / (self.largest * self.tolerance))
+
+    def apart(self, one: Array, other: Array, level: float) -> bool:
+        """Whether no numbers are within a level of both lists."""
+        return self.distance(one, other) > 2 * level
+
+    def at(self, places: Array) -> Gauge:
+        """Return the gauge of some of the points."""
+        return Gauge(self.largest[places], self.tolerance[places], self.precisions)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a probe knows of one adapter.
+
+    Attributes:
+        expected: The outputs with the adapter.
+        base: Those of the base, where they are known.
+        others: Those with each other adapter, by its name.
+        groups: Those without each group of targets.
+        half: Those with all changes multiplied by 0.5, where they are known.
+        double: Those with all changes multiplied by 2.
+    """
+
+    expected: Array
+    base: Array | None = None
+    others: Mapping[str, Array] = field(default_factory=dict)
+    groups: Mapping[str, Array] = field(default_factory=dict)
+    half: Array | None = None
+    double: Array | None = None
+
+    def causes(self) -> dict[str, Array]:
+        """Return the outputs of each cause of a difference, in the order of docs/probe.md."""
+        causes: dict[str, Array] = {}
+        if self.base is not None:
+            causes[NO_EFFECT] = self.base
+        for name, values in self.others.items():
+            causes[f"adapter {name}"] = values
+        for name, values in self.groups.items():
+            causes[f"without {name}"] = values
+        if self.half is not None:
+            causes[f"{SCALED}0.5"] = self.half
+        if self.double is not None:
+            causes[f"{SCALED}2"] = self.double
+        return causes
+
+
+def verdict_on_adapter(found: Array, known: Known, gauge: Gauge) -> str:
+    """Return the verdict on a run with an adapter."""
+    verdict = _verdict(found, known.expected, known.causes(), known.base, gauge)
+    if verdict == RIGHT and not _shows(known, gauge):
+        return TOO_SMALL
+    if verdict == DIFFERS:
+        scale = fitted_scale(found, known, gauge)
+        return DIFFERS if scale is None else f"{SCALED}{scale:g}"
+    return verdict
+
+
+def _shows(known: Known, gauge: Gauge) -> bool:
+    """Whether the outputs with an adapter can be told from those of the base, where known."""
+    level = float(gauge.tolerance.max())
+    return known.base is None or gauge.apart(known.expected, known.base, level)
+
+
+def verdict_on_base(found: Array, base: Array, adapters: Mapping[str, Array], gauge: Gauge) -> str:
+    """Return the verdict on a run of the base; `adapters` are the outputs with each adapter."""
+    causes = {f"adapter {name}": values for name, values in adapters.items()}
+    return _verdict(found, base, causes, None, gauge)
+
+
+def _verdict(
+    found: Array,
+    expected: Array,
+    causes: Mapping[str, Array],
+    base: Array | None,
+    gauge: Gauge,
+) -> str:
+    """Return the verdict on a run, without the fit of a scale.
+
+    Args:
+        found: The run.
+        expected: What it should be.
+        causes: The outputs of each cause of a difference.
+        base: The base's outputs: a precision is no explanation where it hides their difference.
+        gauge: How numbers are compared.
+    """
+    if not np.isfinite(found).all():
+        return NOT_FINITE
+    if gauge.excess(found, expected) <= 1:
+        return RIGHT
+    matching = [name for name, values in causes.items() if gauge.excess(found, values) <= 1]
+    if matching:
+        return OR.join(matching)
+    for precision, level in gauge.precisions.items():
+        if base is not None and not gauge.apart(expected, base, 2 * level):
+            continue
+        if gauge.distance(found, expected) <= level:
+            return f"{RIGHT_IN}{precision}"
+        matching = [
+            name for name, values in causes.items() if gauge.distance(found, values) <= level
+        ]
+        if matching:
+            return f"{OR.join(matching)} in {precision}"
+    return DIFFERS
+
+
+def fitted_scale(found: Array, known: Known, gauge: Gauge) -> float | None:
+    """Return the scale of an adapter's changes that explains a run; None where none does.
+
+    Every output is a cubic function of the scale, through what is known at 0, 0.5, 1 and 2.
+    """
+    if known.base is None or known.half is None or known.double is None:
+        return None
+    known_scales = (0.0, 0.5, 1.0, 2.0)
+    lists = (known.base, known.half, known.expected, known.double)
+    distances = []
+    for scale in SCALES:
+        values = np.zeros_like(known.base)
+        for at, outputs in zip(known_scales, lists, strict=True):
+            values = values + _lagrange(float(scale), at, known_scales) * outputs
+        distances.append(gauge.distance(found, values))
+
+    nearest = int(np.argmin(distances))
+    scale = float(SCALES[nearest])
+    effect = gauge.distance(known.expected, known.base)
+    unscaled = gauge.distance(found, known.expected)
+    explains = distances[nearest] <= min(SHARE_OF_EFFECT * effect, unscaled / BETTER)
+    return scale if explains and abs(scale - 1) > NEAR_ONE + 1e-9 else None
+
+
+def _lagrange(scale: float, at: float, scales: Sequence[float]) -> float:
+    """Return the weight at `scale` of what is known at one of the scales."""
+    weight = 1.0
+    for other in scales:
+        if other != at:
+            weight *= (scale - other) / (at - other)
+    return weight
+
+
+def is_right(verdict: str) -> bool:
+    """Whether a verdict says that the outputs are right, in whatever precision."""
+    return verdict == RIGHT or verdict.startswith(RIGHT_IN)
+
+
+def _largest(differences: Array) -> float:
+    """Return the largest difference; infinite where one is NaN, 0 for none."""
+    if not differences.size:
+        return 0.0
+    largest = float(differences.max())
+    return largest if np.isfinite(largest) else float("inf")

@@ -1,0 +1,419 @@
+"""The making of a probe: an input that shows every adapter, and what the outputs are on it.
+
+The proven file itself gives the outputs for its base and adapters; a file of one adapter leaves the
+base to the reference. How far file and reference lie apart at this input, two implementations of
+one model, is what the file may differ by elsewhere: MARGIN times that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import is_plain
+from lora_fx.compare import MASK, rel
+from lora_fx.dtypes import Array, widened
+from lora_fx.errors import LoraFxError
+from lora_fx.inputs import Named
+from lora_fx.passes.proofs.reference import Run
+from lora_fx.probe.groups import groups_of
+from lora_fx.probe.probe import (
+    BASE,
+    FULL,
+    MOST_BYTES,
+    MOST_POINTS,
+    Probe,
+    ProbedAdapter,
+    ProbeInput,
+    ProbeOutput,
+)
+from lora_fx.progress import stage
+from lora_fx.targets.found import Found
+from lora_fx.text import JsonView, counted, some
+
+ATTEMPTS = 3
+"""The number of inputs that are tried: the first that shows every group of targets is taken."""
+MARGIN = 8.0
+"""What another device may differ by, as a multiple of the difference of file and reference."""
+TOLERANCES = {"float16": 4 * 2.0**-10, "bfloat16": 4 * 2.0**-7, "int8": 8 * 2.0**-8}
+"""The least tolerance of a file that computes in another precision than float32."""
+LEAST_TOLERANCE = 1e-5
+"""The least tolerance in float32: what runtimes and devices differ by on small models."""
+LARGEST_TOLERANCE = 0.25
+"""The tolerance above which an output shows nothing."""
+MOST_VALUES = 4096
+"""The number of elements of an integer input, above which it is not written out."""
+CANDIDATES = 1024
+"""The number of places of an output among which points are chosen."""
+NARROWER = 8.0
+"""How many times finer TF32, with 10 bits of fraction, is than bfloat16, with 7."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A proven file, as a probe is made of it.
+
+    Attributes:
+        mode: The mode of the file.
+        run: A run of the file, by the name of the adapter; by BASE of its base, which a file of
+            one adapter gives no run for.
+        reference: A run of the model with an adapter's branches.
+        vary: A run with an adapter that differs from one of the file's in its numbers alone.
+        adapters: The adapters, by name.
+        found: The targets, in the order of the model.
+        feeds: Inputs by a seed.
+        files: The files of adapters beside the file, by name.
+        numbers: The ids of adapters in mode batch.
+        precision: What the file computes in.
+        narrow: Runs the model with bfloat16 products, where that can be done.
+    """
+
+    mode: str
+    run: Callable[[str], Run | None]
+    reference: Callable[[Adapter | None], Run]
+    vary: Callable[[Adapter], Run]
+    adapters: Mapping[str, Adapter]
+    found: Found
+    feeds: Callable[[int], Mapping[str, Array]]
+    files: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    precision: str = "float32"
+    narrow: Callable[[Adapter | None, Named], Named | None] | None = None
+
+
+@stage("making the probe")
+def make_probe(subject: Subject, kind: str, facts: JsonView) -> tuple[Probe | None, list[str]]:
+    """Make the probe of a proven file.
+
+    Args:
+        subject: The file.
+        kind: full; or short, without groups.
+        facts: What the probe says for people.
+
+    Returns:
+        The probe, and what has to be said; None, with the reason, where a file can have none.
+    """
+    best: _Draft | None = None
+    for seed in range(ATTEMPTS):
+        try:
+            draft = _Draft.of(subject, seed)
+        except LoraFxError as e:
+            return None, [f"no probe: {e.message}"]
+        draft.add_adapters(with_groups=kind == FULL)
+        if best is None or len(draft.unseen) < len(best.unseen):
+            best = draft
+        if not best.unseen:
+            break
+    assert best is not None  # ATTEMPTS is not 0
+    best.measure_precision()
+    return _within_size(best.probe(facts), best.notes())
+
+
+def _within_size(probe: Probe, notes: list[str]) -> tuple[Probe | None, list[str]]:
+    """Return a probe of at most MOST_BYTES: the groups of the last adapters go first."""
+    adapters = dict(probe.adapters)
+    without_groups = []
+    for name in reversed(list(adapters)):
+        if replace(probe, adapters=adapters).size <= MOST_BYTES:
+            break
+        if adapters[name].groups:
+            adapters[name] = replace(adapters[name], groups={})
+            without_groups.append(name)
+    smaller = replace(probe, adapters=adapters)
+    if smaller.size > MOST_BYTES:
+        return None, [
+            f"no probe: it would have {smaller.size} bytes; at most {MOST_BYTES} are allowed"
+        ]
+    if without_groups:
+        names = some(sorted(without_groups))
+        notes = [*notes, f"the probe has no groups of {names}: {MOST_BYTES} bytes hold no more"]
+    return smaller, notes
+
+
+@dataclass(eq=False)
+class _Draft:
+    """A probe in the making, for one input.
+
+    Attributes:
+        subject: The file.
+        inputs: The input.
+        outputs: The outputs of floats that are compared, by name.
+        points: Places of these outputs.
+        base: The outputs of the base, whole.
+        answers: The outputs at the points, by adapter.
+        adapters: What is known of each adapter.
+        unseen: What the input does not show: adapters, and groups of targets.
+        precisions: How far outputs move in another precision.
+    """
+
+    subject: Subject
+    inputs: Mapping[str, ProbeInput]
+    outputs: dict[str, ProbeOutput]
+    points: Sequence[tuple[str, int]]
+    base: Named
+    full_answers: Mapping[str, Named]
+    adapters: dict[str, ProbedAdapter] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+    precisions: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, subject: Subject, seed: int) -> _Draft:
+        """Run the base and every adapter on the input of a seed, and choose points.
+
+        Raises:
+            LoraFxError: An input that a probe cannot hold, or no output that can be compared.
+        """
+        inputs = {
+            name: _input(name, array, seed + 1) for name, array in subject.feeds(seed).items()
+        }
+        feeds = {name: value.array() for name, value in inputs.items()}
+        of_reference = subject.reference(None)(feeds)
+        run = subject.run(BASE)
+        base = of_reference if run is None else run(feeds)
+        pairs: list[tuple[Named, Named]] = [(base, of_reference)]
+        answers: dict[str, Named] = {}
+        for name, adapter in subject.adapters.items():
+            run = subject.run(name)
+            assert run is not None  # every adapter is in the file
+            answers[name] = run(feeds)
+            pairs.append((answers[name], subject.reference(adapter)(feeds)))
+
+        outputs = _compared_outputs(pairs, subject.precision)
+        if not outputs:
+            raise LoraFxError(
+                "no output of floats is the same in the file and in the model", "report this model"
+            )
+        points = _points(outputs, base, answers)
+        return cls(subject, inputs, outputs, points, base, answers)
+
+    def feeds(self) -> dict[str, Array]:
+        return {name: value.array() for name, value in self.inputs.items()}
+
+    def add_adapters(self, *, with_groups: bool) -> None:
+        """Run every adapter with half and twice its strength, and without each group."""
+        feeds = self.feeds()
+        for name, adapter in self.subject.adapters.items():
+            values = self._at_points(self.full_answers[name])
+            known = ProbedAdapter(
+                values, self.subject.numbers.get(name), self.subject.files.get(name)
+            )
+            plain = {key: low for key, low in adapter.lowrank.items() if is_plain(low)}
+            if len(plain) == len(adapter.entries):
+                half = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 0.5)))
+                double = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 2.0)))
+                known = replace(
+                    known,
+                    half=self._at_points(half(feeds)),
+                    double=self._at_points(double(feeds)),
+                )
+            groups = self._groups(adapter, plain, feeds) if with_groups else {}
+            self.adapters[name] = self._finite(replace(known, groups=groups))
+            self._note_unseen(name)
+
+    def _groups(
+        self, adapter: Adapter, plain: Mapping[str, LowRank], feeds: Named
+    ) -> dict[str, Array]:
+        """Return the outputs without each group of targets; none where there is one group."""
+        order = {key: i for i, key in enumerate(self.subject.found)}
+        keys = sorted(plain, key=lambda key: order.get(key, len(order)))
+        targets = [target for key in keys if (target := self.subject.found.get(key)) is not None]
+        groups = groups_of(targets)
+        if len(groups) < 2:
+            return {}
+        outputs: dict[str, Array] = {}
+        for name, keys_of_group in groups.items():
+            without = _multiplied(adapter, dict.fromkeys(keys_of_group, 0.0))
+            outputs[name] = self._at_points(self.subject.vary(without)(feeds))
+        return outputs
+
+    def _finite(self, adapter: ProbedAdapter) -> ProbedAdapter:
+        """Return what is known of an adapter without what is not finite."""
+        groups = {name: values for name, values in adapter.groups.items() if _is_finite(values)}
+        adapter = replace(adapter, groups=groups)
+        for values in (adapter.half, adapter.double):
+            if values is not None and not _is_finite(values):
+                return replace(adapter, half=None, double=None)
+        return adapter
+
+    def _note_unseen(self, name: str) -> None:
+        """Note an adapter, or groups of it, that this input does not show."""
+        adapter = self.adapters[name]
+        gauge = self.probe({}).gauge()
+        level = float(gauge.tolerance.max())
+        if not gauge.apart(adapter.values, self._at_points(self.base), level):
+            self.unseen.append(name)
+            return
+        for group, values in adapter.groups.items():
+            if gauge.excess(values, adapter.values) <= 2:
+                self.unseen.append(f"{name}: {group}")
+
+    def measure_precision(self) -> None:
+        """Measure how far bfloat16 products move the base and the first adapter."""
+        if self.subject.narrow is None or self.subject.precision != "float32":
+            return
+        feeds = self.feeds()
+        gauge = self.probe({}).gauge()
+        moved = 0.0
+        named: list[tuple[Adapter | None, Named]] = [(None, self.base)]
+        for name, adapter in list(self.subject.adapters.items())[:1]:
+            named.append((adapter, self.full_answers[name]))
+        for adapter_or_none, outputs in named:
+            narrow = self.subject.narrow(adapter_or_none, feeds)
+            if narrow is None:
+                return
+            moved = max(moved, gauge.distance(self._at_points(narrow), self._at_points(outputs)))
+        if np.isfinite(moved) and moved > 0:
+            self.precisions = {"tf32": 2 * moved / NARROWER, "bfloat16": 2 * moved}
+
+    def probe(self, facts: JsonView) -> Probe:
+        """Return the probe as far as it is known."""
+        precisions = {name: float(f"{level:.4g}") for name, level in self.precisions.items()}
+        return Probe(
+            self.subject.mode,
+            self.inputs,
+            self.outputs,
+            self.points,
+            self._at_points(self.base),
+            self.adapters,
+            precisions,
+            facts,
+        )
+
+    def notes(self) -> list[str]:
+        """Return a line on what the probe does not show."""
+        if not self.unseen:
+            return []
+        count = counted(len(self.unseen), "part")
+        return [
+            f"the probe does not show {count} of the adapters, whose effect on its input is too "
+            f"small: {some(self.unseen)}"
+        ]
+
+    def _at_points(self, outputs: Named) -> Array:
+        numbers = [outputs[name].reshape(-1)[index] for name, index in self.points]
+        return np.array(numbers, np.float64)
+
+
+def _input(name: str, array: Array, seed: int) -> ProbeInput:
+    """Return an input of a probe: floats are drawn, other numbers are written out.
+
+    Raises:
+        LoraFxError: Too many numbers.
+    """
+    dtype = array.dtype.name
+    if array.size and (array == array.reshape(-1)[0]).all():
+        return ProbeInput(dtype, array.shape, fill=array.reshape(-1)[0].item())
+    if "float" in dtype:
+        return ProbeInput(dtype, array.shape, seed=seed)
+    if array.size > MOST_VALUES:
+        raise LoraFxError(
+            f"input {name!r} has {array.size} integers; at most {MOST_VALUES} are written out",
+            "leave it",
+        )
+    values = tuple(int(value) for value in array.reshape(-1))
+    return ProbeInput(dtype, array.shape, values=values)
+
+
+def _compared_outputs(
+    pairs: Sequence[tuple[Named, Named]], precision: str
+) -> dict[str, ProbeOutput]:
+    """Return the outputs of floats that file and reference agree on, with their tolerances."""
+    base = pairs[0][0]
+    least = TOLERANCES.get(precision, LEAST_TOLERANCE)
+    outputs: dict[str, ProbeOutput] = {}
+    for name, value in base.items():
+        is_part = name.endswith("]")  # of a sequence, which other languages have no name for
+        if is_part or "float" not in value.dtype.name or not value.size:
+            continue
+        largest = _largest(value)
+        differences = [rel(file[name], model[name]) for file, model in pairs]
+        tolerance = least
+        if precision not in TOLERANCES:
+            tolerance = max(least, MARGIN * max(differences))
+        if largest > 0 and tolerance <= LARGEST_TOLERANCE:
+            rounded = float(f"{tolerance:.3g}")
+            outputs[name] = ProbeOutput(value.shape, float(f"{largest:.9g}"), rounded)
+    return outputs
+
+
+def _largest(value: Array) -> float:
+    """Return the largest finite magnitude; without those of a mask, where there are others."""
+    sizes = np.abs(widened(value))
+    sizes = sizes[np.isfinite(sizes)]
+    unmasked = sizes[sizes < MASK]
+    if unmasked.size:
+        sizes = unmasked
+    return float(sizes.max(initial=0.0))
+
+
+def _points(
+    outputs: Mapping[str, ProbeOutput], base: Named, answers: Mapping[str, Named]
+) -> list[tuple[str, int]]:
+    """Choose places of the outputs: those that each adapter changes most, in turn.
+
+    Without adapters, and where they change fewer places, places all over the outputs follow.
+    """
+    rankings = [_changed_most(outputs, base, with_adapter) for with_adapter in answers.values()]
+    chosen: dict[tuple[str, int], None] = {}
+    for places in _in_turn([*rankings, _everywhere(outputs, base)]):
+        chosen.setdefault(places)
+        if len(chosen) == MOST_POINTS:
+            break
+    return list(chosen)
+
+
+def _in_turn(
+    rankings: Sequence[Sequence[tuple[str, int]]],
+) -> Iterator[tuple[str, int]]:
+    """Yield the first of every ranking, then the second of each, and so on; the last comes last."""
+    *of_adapters, everywhere = rankings
+    longest = max((len(ranking) for ranking in of_adapters), default=0)
+    for i in range(longest):
+        for ranking in of_adapters:
+            if i < len(ranking):
+                yield ranking[i]
+    yield from everywhere
+
+
+def _changed_most(
+    outputs: Mapping[str, ProbeOutput], base: Named, with_adapter: Named
+) -> list[tuple[str, int]]:
+    """Return the places that an adapter changes, most first, as a share of the output's largest."""
+    changes: list[tuple[float, str, int]] = []
+    for name, output in outputs.items():
+        change = np.abs(widened(with_adapter[name]) - widened(base[name])).reshape(-1)
+        change[~np.isfinite(change)] = 0
+        count = min(CANDIDATES, change.size)
+        places = np.argpartition(change, -count)[-count:]
+        changes += [(float(change[i] / output.largest), name, int(i)) for i in places if change[i]]
+    changes.sort(key=lambda place: (-place[0], place[1], place[2]))
+    return [(name, index) for _, name, index in changes]
+
+
+def _everywhere(outputs: Mapping[str, ProbeOutput], base: Named) -> list[tuple[str, int]]:
+    """Return places that lie evenly in the outputs, where the base is finite."""
+    places = []
+    for name in outputs:
+        flat = base[name].reshape(-1)
+        for index in np.linspace(0, flat.size - 1, min(MOST_POINTS, flat.size)).astype(int):
+            if np.isfinite(flat[index]):
+                places.append((name, int(index)))
+    return places
+
+
+def _multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
+    """Return an adapter with the changes of some keys multiplied; its shapes and scales stay."""
+    entries = dict(adapter.entries)
+    for key, factor in factors.items():
+        update = entries[key]
+        assert isinstance(update, LowRank)  # groups and plain updates are low-rank
+        entries[key] = replace(update, b=update.b * np.float32(factor))
+    return replace(adapter, entries=entries)
+
+
+def _is_finite(values: Array) -> bool:
+    return bool(np.isfinite(values).all())

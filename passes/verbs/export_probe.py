@@ -1,0 +1,99 @@
+"""The probe that export puts into a file, once the file is proven."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.checkpoint.provenance import adapter_hash
+from lora_fx.onnx.probe_runs import add_probe
+from lora_fx.passes.find import find
+from lora_fx.passes.proofs.onnx_reference import OnnxReference
+from lora_fx.passes.proofs.probe_making import Subject, make_probe
+from lora_fx.passes.proofs.reference import Reference
+from lora_fx.passes.proofs.torch_reference import TorchReference
+from lora_fx.passes.proofs.varied_runs import VariedRuns
+from lora_fx.passes.verbs import adapt
+from lora_fx.probe.probe import NONE, Probe
+from lora_fx.targets.found import Found
+from lora_fx.text import Json
+
+LIBRARIES = ("lora-fx", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
+"""The libraries whose versions a probe has."""
+
+
+def probe_file(path: Path, subject: Subject, kind: str, provider: str, warnings: list[str]) -> Json:
+    """Make the probe of a proven .onnx file and put it into the file.
+
+    Args:
+        path: The file, which has no name yet.
+        subject: The file, as a probe is made of it.
+        kind: full, short or none.
+        provider: Where the file was proven.
+        warnings: Gets what the probe does not show.
+
+    Returns:
+        The field `probe` of the report.
+    """
+    if kind == NONE:
+        return {}
+    probe, notes = make_probe(subject, kind, facts_of(subject.adapters, provider))
+    warnings += notes
+    if probe is None:
+        return {}
+    add_probe(path, probe)
+    return {"probe": summary(probe)}
+
+
+def summary(probe: Probe) -> Json:
+    """Return a probe's size, and the effect of each adapter on its input."""
+    effects = {name: float(f"{probe.effect(name):.4g}") for name in probe.adapters}
+    groups = {name: len(adapter.groups) for name, adapter in probe.adapters.items()}
+    return {"bytes": probe.size, "effects": effects, "groups": groups}
+
+
+def facts_of(adapters: Mapping[str, Adapter], provider: str) -> Json:
+    """Return what a probe says for people: versions, processor, provider, and hashes."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    hashes = {name: adapter_hash(adapter) for name, adapter in adapters.items()}
+    return {
+        "versions": versions,
+        "processor": processor(),
+        "provider": provider,
+        "adapters": hashes,
+    }
+
+
+def processor() -> str:
+    """Return the name of the processor, or at least of its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # another system than Linux
+    return platform.processor() or platform.machine()
+
+
+def targets_of(reference: Reference) -> Found:
+    """Return the targets of a reference, in the order of the model."""
+    if isinstance(reference, TorchReference):
+        return adapt.find(reference.captured)
+    assert isinstance(reference, OnnxReference) and reference.graph is not None
+    return find(reference.graph)
+
+
+def varied_runs(reference: Reference) -> VariedRuns | OnnxReference:
+    """Return what runs the adapters of a reference, and others that differ in their numbers."""
+    if isinstance(reference, TorchReference):
+        return VariedRuns(reference.base, reference.branched)
+    assert isinstance(reference, OnnxReference)  # there are two
+    return reference
