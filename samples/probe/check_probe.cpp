@@ -1,9 +1,8 @@
 // Check an .onnx file of lora-fx against the probe that it carries:
 //
 //   apt install g++ libonnxruntime-dev nlohmann-json3-dev
-//   g++ -std=c++17 -O2 check_probe.cpp -o check_probe
-//       -I/usr/include/onnxruntime -lonnxruntime     (one line)
-//   ./check_probe model.onnx
+//   g++ -std=c++17 check_probe.cpp -I/usr/include/onnxruntime -lonnxruntime
+//   ./a.out model.onnx
 //
 // This needs neither lora-fx nor the model that the file was made from.
 // docs/probe.md has the format and the rules of the verdict. The adapters of a
@@ -100,11 +99,6 @@ Ort::Value input_of(const Json &described) {
   return makers.at(described["dtype"])(described);
 }
 
-/// The ids of mode batch: one number for every row.
-Ort::Value ids_of(int64_t rows, int64_t id) {
-  return input_of<int64_t>({{"shape", {rows}}, {"fill", id}});
-}
-
 /// Element `index` of an output, in row-major order.
 double element_of(const Ort::Value &tensor, size_t index) {
   switch (tensor.GetTensorTypeAndShapeInfo().GetElementType()) {
@@ -129,19 +123,6 @@ double element_of(const Ort::Value &tensor, size_t index) {
 
 // Files of adapters
 
-/// The bytes of an element.
-size_t width_of(ONNXTensorElementDataType dtype) {
-  switch (dtype) {
-  case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-    return 4;
-  case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-  case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
-    return 2;
-  default:
-    throw probe::Error("an adapter has a dtype that this program cannot read");
-  }
-}
-
 /// A tensor as a file has it.
 struct Stored {
   std::string name;
@@ -149,13 +130,11 @@ struct Stored {
   Shape shape;
   std::string bytes;
 
-  Ort::Value tensor() const {
-    Ort::Value result = tensor_of(shape, dtype);
-    const size_t count = result.GetTensorTypeAndShapeInfo().GetElementCount();
-    if (bytes.size() != count * width_of(dtype))
-      throw probe::Error("an adapter's file is damaged");
-    std::memcpy(result.GetTensorMutableRawData(), bytes.data(), bytes.size());
-    return result;
+  /// The tensor of a session, which reads these bytes.
+  Ort::Value view() {
+    return Ort::Value::CreateTensor(
+        Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault),
+        bytes.data(), bytes.size(), shape.data(), shape.size(), dtype);
   }
 
   /// Add zeros along an axis, up to a size; those of a rank change no product.
@@ -177,7 +156,7 @@ struct Stored {
 };
 
 /// A .safetensors file: 8 bytes of length, a JSON header, and the data.
-Tensors read_safetensors(const std::string &path) {
+std::vector<Stored> read_safetensors(const std::string &path) {
   static const std::map<std::string, ONNXTensorElementDataType> dtypes = {
       {"F16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
       {"BF16", ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
@@ -186,17 +165,23 @@ Tensors read_safetensors(const std::string &path) {
   const std::string file = bytes_of(path);
   const size_t length = number_at<uint64_t>(file, 0);
   const Json header = Json::parse(part_of(file, 8, length));
-  Tensors tensors;
+  std::vector<Stored> tensors;
   for (const auto &[name, entry] : header.items()) {
     if (name == "__metadata__")
       continue;
     const size_t begin = entry.at("data_offsets").at(0);
     const size_t end = entry.at("data_offsets").at(1);
-    const Stored stored = {name, dtypes.at(entry.at("dtype")),
-                           entry.at("shape"),
-                           part_of(file, 8 + length + begin, end - begin)};
-    tensors.emplace_back(name, stored.tensor());
+    tensors.push_back({name, dtypes.at(entry.at("dtype")), entry.at("shape"),
+                       part_of(file, 8 + length + begin, end - begin)});
   }
+  return tensors;
+}
+
+/// The tensors of a session by name; they read the bytes of `stored`.
+Tensors views(std::vector<Stored> &stored) {
+  Tensors tensors;
+  for (Stored &tensor : stored)
+    tensors.emplace_back(tensor.name, tensor.view());
   return tensors;
 }
 
@@ -277,7 +262,7 @@ public:
   Json check() {
     probe::Runs runs;
     const Json &adapters = probe_["adapters"];
-    if (!probe::is_without_base(mode_) || adapters.empty())
+    if (mode_ != "merged" || adapters.empty())
       runs.base = base();
     for (const auto &[name, fields] : adapters.items())
       runs.adapters.emplace_back(name, adapter(fields));
@@ -291,14 +276,14 @@ private:
     if (mode_ == "batch")
       return with_id(0);
     if (mode_ == "switch" && requires_factors())
-      return run(session_, read_safetensors(stem() + ".base.safetensors"));
+      return run_with(stem() + ".base.safetensors");
     return run(session_, {});
   }
 
   Numbers adapter(const Json &fields) {
     if (mode_ == "batch")
       return with_id(fields["id"]);
-    if (probe::is_without_base(mode_))
+    if (mode_ == "merged")
       return run(session_, {});
 
     const size_t folder =
@@ -306,18 +291,24 @@ private:
     const std::string file =
         path_.substr(0, folder) + std::string(fields["file"]);
     if (mode_ == "load") {
-      const Tensors initializers = padded(file);
-      Ort::Session session = opened(initializers);
+      std::vector<Stored> initializers = padded(file);
+      Ort::Session session = opened(views(initializers));
       return run(session, {});
     }
     if (requires_factors())
-      return run(session_, read_safetensors(file));
+      return run_with(file);
     const std::string bytes = bytes_of(file);
     const auto active = Ort::LoraAdapter::CreateLoraAdapterFromArray(
         bytes.data(), bytes.size(), nullptr);
     Ort::RunOptions options;
     options.AddActiveLoraAdapter(active);
     return run(session_, {}, options);
+  }
+
+  /// Run a portable file with A and B of a .safetensors file.
+  Numbers run_with(const std::string &file) {
+    std::vector<Stored> factors = read_safetensors(file);
+    return run(session_, views(factors));
   }
 
   std::optional<Numbers> beyond_ids() {
@@ -331,21 +322,42 @@ private:
     }
   }
 
-  /// Run a file of mode batch with one id for every row.
+  /// Run a file of mode batch with one id for every row, and with the scale 1.
   Numbers with_id(int64_t id) {
-    Tensors ids;
-    ids.emplace_back("adapter_ids", ids_of(rows(), id));
-    return run(session_, ids);
+    const auto symbols = first_sizes();
+    const std::string batch = symbols.at("adapter_ids");
+    for (const auto &[name, described] : probe_["inputs"].items()) {
+      const auto found = symbols.find(name);
+      if (found == symbols.end() || found->second != batch)
+        continue;
+      const Json rows = Json::array({described["shape"][0]});
+      Tensors tensors;
+      tensors.emplace_back("adapter_ids",
+                           input_of<int64_t>({{"shape", rows}, {"fill", id}}));
+      if (symbols.count("adapter_scales"))
+        tensors.emplace_back("adapter_scales",
+                             input_of<float>({{"shape", rows}, {"fill", 1}}));
+      return run(session_, tensors);
+    }
+    throw probe::Error("no input of the probe has the rows of adapter_ids");
   }
 
-  int64_t rows() const {
-    const Json &inputs = probe_["inputs"];
-    if (inputs.contains("adapter_ids"))
-      return inputs["adapter_ids"]["shape"].at(0);
-    for (const Json &described : inputs)
-      if (!described["shape"].empty())
-        return described["shape"][0];
-    throw probe::Error("no input of the probe has rows");
+  /// The first size of every input that has one: its name, or the number.
+  std::map<std::string, std::string> first_sizes() const {
+    Ort::AllocatorWithDefaultOptions allocator;
+    std::map<std::string, std::string> sizes;
+    for (size_t i = 0; i < session_.GetInputCount(); ++i) {
+      const Ort::TypeInfo type = session_.GetInputTypeInfo(i);
+      const auto info = type.GetTensorTypeAndShapeInfo();
+      std::vector<const char *> symbols(info.GetDimensionsCount(), "");
+      if (symbols.empty())
+        continue;
+      info.GetSymbolicDimensions(symbols.data(), symbols.size());
+      const std::string symbol = symbols[0];
+      sizes[session_.GetInputNameAllocated(i, allocator).get()] =
+          symbol.empty() ? std::to_string(info.GetShape()[0]) : symbol;
+    }
+    return sizes;
   }
 
   /// Open the file, with other tensors for some of its initializers.
@@ -423,21 +435,18 @@ private:
 
   /// The tensors of an .onnx_adapter in the rank that the file of mode load
   /// has: A is [*batch, in, rank], and B [*batch, rank, out].
-  Tensors padded(const std::string &path) const {
-    std::map<std::string, Stored> stored;
-    for (Stored &tensor : AdapterFile(path).tensors())
-      stored.emplace(tensor.name, tensor);
-    Tensors tensors;
+  std::vector<Stored> padded(const std::string &path) const {
+    std::map<std::string, std::pair<int, int64_t>> ranks;
     const Json manifest = Json::parse(manifest_);
-    for (const Json &slot : manifest.at("slots"))
-      for (const auto &[key, from_end] : {std::pair("a", 1), {"b", 2}}) {
-        const auto found = stored.find(slot.at(key));
-        if (found == stored.end())
-          continue;
-        Stored &tensor = found->second;
-        tensor.pad(tensor.shape.size() - from_end, slot.at("rank"));
-        tensors.emplace_back(tensor.name, tensor.tensor());
-      }
+    for (const Json &slot : manifest.at("slots")) {
+      ranks[slot.at("a")] = {1, slot.at("rank")};
+      ranks[slot.at("b")] = {2, slot.at("rank")};
+    }
+    std::vector<Stored> tensors = AdapterFile(path).tensors();
+    for (Stored &tensor : tensors) {
+      const auto [from_end, rank] = ranks.at(tensor.name);
+      tensor.pad(tensor.shape.size() - from_end, rank);
+    }
     return tensors;
   }
 
@@ -476,12 +485,15 @@ int main(int count, char **arguments) {
     std::cerr << "Error: check_probe [--any-precision] MODEL.onnx\n";
     return 2;
   }
+  // Debian's build writes to std::cerr that every operator is there twice
+  std::cerr.setstate(std::ios::failbit);
   try {
     const Json result = Model(paths[0]).check();
     std::cout << probe::escaped(result) << "\n";
     return all_right(result, options.size() > 1) ? 0 : 1;
   } catch (const std::exception &error) {
     const std::string message = probe::escaped(error.what());
+    std::cerr.clear();
     std::cerr << "Error: " << message.substr(1, message.size() - 2) << "\n";
     return 2;
   }

@@ -23,14 +23,13 @@ import {
   atPoints,
   escaped,
   idBeyond,
+  idInputs,
   inputsOf,
   isRight,
-  isWithoutBase,
   outputNames,
   ProbeError,
   probeText,
   readProbe,
-  rowsOf,
   verdicts,
 } from "./probe.mjs";
 
@@ -50,13 +49,14 @@ function checkRunnable(probe) {
 }
 
 /** Open a file, with its data where that lies in a file beside it. */
-function opened(path, bytes) {
-  const data = `${basename(path)}.data`;
-  const file = join(dirname(path), data);
-  return ort.InferenceSession.create(bytes, {
-    logSeverityLevel: 4,
-    externalData: existsSync(file) ? [{ path: data, data: file }] : [],
-  });
+async function opened(path, bytes) {
+  const externalData = [];
+  if (existsSync(`${path}.data`)) {
+    const data = await readFile(`${path}.data`);
+    externalData.push({ path: `${basename(path)}.data`, data });
+  }
+  const options = { logSeverityLevel: 4, externalData };
+  return ort.InferenceSession.create(bytes, options);
 }
 
 /** A and B of a .safetensors file, as tensors by name. */
@@ -79,10 +79,7 @@ async function check(path) {
     atPoints(probe, await session.run({ ...inputs, ...tensors }, names));
 
   const mode = probe.get("mode");
-  const withId = (id) => {
-    const ids = new BigInt64Array(rowsOf(probe)).fill(BigInt(id));
-    return run({ adapter_ids: new ort.Tensor("int64", ids, [ids.length]) });
-  };
+  const withId = (id) => run(idInputs(ort, probe, session.inputMetadata, id));
   const requiresFactors =
     mode === "switch" && session.inputNames.some((name) => !(name in inputs));
   const runBase = async () => {
@@ -92,13 +89,13 @@ async function check(path) {
   };
   const runAdapter = async (adapter) => {
     if (mode === "batch") return withId(adapter.get("id"));
-    if (isWithoutBase(mode)) return run({});
+    if (mode === "merged") return run({});
     return run(await factorsIn(join(dirname(path), adapter.get("file"))));
   };
 
   const runs = { base: null, adapters: new Map(), beyondIds: null };
   const adapters = probe.get("adapters");
-  if (!isWithoutBase(mode) || !adapters.size) runs.base = await runBase();
+  if (mode !== "merged" || !adapters.size) runs.base = await runBase();
   for (const [name, adapter] of adapters)
     runs.adapters.set(name, await runAdapter(adapter));
   if (mode === "batch")

@@ -9,8 +9,9 @@ const MOST_POINTS = 64;
 const MOST_GROUPS = 16;
 const MOST_AXES = 16;
 /** The most elements of all inputs together. */
-const MOST_ELEMENTS = 2 ** 24;
-const MODES = ["merged", "train", "switch", "load", "batch"];
+const MOST_ELEMENTS = 2 ** 25;
+/** The modes of files that can be run. */
+const MODES = ["merged", "switch", "load", "batch"];
 const FLOATS = ["float16", "float32", "float64"];
 /** Larger whole numbers are not exact in JavaScript. */
 const LARGEST_WHOLE = 2 ** 53;
@@ -47,9 +48,6 @@ function ensure(condition, message) {
   if (!condition) throw new ProbeError(`the probe is damaged: ${message}`);
 }
 
-/** Whether a file of this mode holds one adapter, or none, and has no base. */
-export const isWithoutBase = (mode) => mode === "merged" || mode === "train";
-
 /** Text as JSON has it in ASCII, so that no name changes a terminal. */
 export function escaped(text) {
   const code = (sign) => sign.charCodeAt(0).toString(16).padStart(4, "0");
@@ -61,13 +59,15 @@ export function escaped(text) {
 /** The text of the probe in the bytes of an .onnx file. */
 export function probeText(bytes) {
   const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+  let text = null; // of two properties, runtimes take the last
   for (const [number, property] of fieldsOf(bytes)) {
     if (number !== 14) continue; // ModelProto.metadata_props
     const { 1: key, 2: value } = Object.fromEntries(fieldsOf(property));
     if (key && decoder.decode(key) === "lora_fx.probe")
-      return decoder.decode(value);
+      text = decoder.decode(value);
   }
-  throw new ProbeError("the file has no probe");
+  if (text === null) throw new ProbeError("the file has no probe");
+  return text;
 }
 
 /** The fields of a protobuf message that have a length: number and bytes. */
@@ -155,8 +155,8 @@ function checkProbe(probe) {
   if (probe.has("base")) checkValues(probe.get("base"), probe, "base");
   for (const [name, adapter] of adapters) checkAdapter(name, adapter, probe);
   ensure(
-    !isWithoutBase(mode) || adapters.size <= 1,
-    "a file of this mode has one adapter at most",
+    mode !== "merged" || adapters.size <= 1,
+    "a merged file has one adapter at most",
   );
   ensure(probe.has("base") || adapters.size > 0, "it has no values");
 
@@ -395,11 +395,22 @@ export function atPoints(probe, outputs) {
   });
 }
 
-/** The number of rows of a file of mode batch. */
-export function rowsOf(probe) {
-  const inputs = probe.get("inputs");
-  const first = [...inputs.values()].find((input) => input.get("shape").length);
-  return (inputs.get("adapter_ids") ?? first).get("shape")[0];
+/** The inputs of a file of mode batch beside the probe's: one id for every row,
+ *  and the scale 1. `inputMetadata` is that of the session. */
+export function idInputs(ort, probe, inputMetadata, id) {
+  const shapes = new Map(inputMetadata.map(({ name, shape }) => [name, shape]));
+  const [batch] = shapes.get("adapter_ids");
+  const [, input] = [...probe.get("inputs")].find(
+    ([name]) => shapes.get(name)?.[0] === batch,
+  );
+  const [rows] = input.get("shape");
+  const ids = new BigInt64Array(rows).fill(BigInt(id));
+  const inputs = { adapter_ids: new ort.Tensor("int64", ids, [rows]) };
+  if (shapes.has("adapter_scales")) {
+    const scales = new Float32Array(rows).fill(1);
+    inputs.adapter_scales = new ort.Tensor("float32", scales, [rows]);
+  }
+  return inputs;
 }
 
 /** The first number that is no id of an adapter. */
@@ -456,14 +467,15 @@ export function verdicts(probe, runs) {
     baseIsRight = isRight(result.base, true);
   }
   if (probe.get("mode") === "batch") {
-    const isChecked = !runs.beyondIds?.some(Number.isFinite);
+    const isChecked = runs.beyondIds?.every(Number.isNaN) ?? true;
     result.ids = isChecked ? "right" : "ids are not checked";
   }
 
   const adapters = [];
   for (const [name, found] of runs.adapters) {
     let answer = verdictOnAdapter(found, name, probe);
-    if (!baseIsRight && !isRight(answer, true)) answer = "differs";
+    const isKnown = isRight(answer, true) || answer === "not finite";
+    if (!baseIsRight && !isKnown) answer = "differs";
     adapters.push([name, answer]);
   }
   result.adapters = Object.fromEntries(adapters);

@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from lora_fx.dtypes import Array
+from lora_fx.errors import stamp
+from lora_fx.formats.graph_inputs import KEYS
+from lora_fx.onnx.manifest import PROPERTY as MANIFEST
+from lora_fx.onnx.manifest import Manifest, SwitchSlot
 from lora_fx.onnx.runtime_adapter import SERVED, write_file
 from lora_fx.probe.drawn import drawn
+from lora_fx.probe.probe import PROPERTY
 
-PROPERTY = "lora_fx.probe"
 TARGETS = ("w1", "w2")
 MODES = ("merged", "switch", "portable", "load", "batch")
 """Those of a probe, and portable: mode switch without defaults."""
@@ -163,11 +167,17 @@ def write_model(folder: Path, mode: str, computed: Network, probe: str | None) -
     model = helper.make_model(
         graph.proto(), opset_imports=[helper.make_opsetid("", 20)], ir_version=10
     )
-    metadata = {"lora_fx.manifest": _manifest(mode)}
+    metadata = {}
+    if mode != "merged":
+        metadata[MANIFEST] = _manifest(mode, computed)
     if probe is not None:
         metadata[PROPERTY] = probe
     helper.set_model_props(model, metadata)
     path = folder / "model.onnx"
+    if mode == "load":  # a session replaces external data only
+        external_data_helper.convert_model_to_external_data(
+            model, location="model.onnx.data", size_threshold=0
+        )
     onnx.save(model, path)
 
     for name, adapter in computed.adapters.items():
@@ -175,22 +185,29 @@ def write_model(folder: Path, mode: str, computed: Network, probe: str | None) -
             versions = {"adapter_version": SERVED, "model_version": 1}
             write_file(folder / f"{name}.onnx_adapter", adapter, versions)
         if mode == "portable":
-            save_file(adapter, folder / f"{name}.safetensors")
+            keys = {target: [f"{target}.lora_A", f"{target}.lora_B"] for target in TARGETS}
+            save_file(adapter, folder / f"{name}.safetensors", {KEYS: json.dumps(keys)})
     if mode == "portable":
         zeros = {
-            name: np.zeros_like(array) for name, array in factors(np.random.default_rng(), 1).items()
+            name: np.zeros_like(array)
+            for name, array in factors(np.random.default_rng(), 1).items()
         }
         save_file(zeros, folder / "model.base.safetensors")
     return path
 
 
-def _manifest(mode: str) -> str:
-    """What a reader of mode load needs of the manifest."""
-    slots = {
-        target: {"a": f"{target}.lora_A", "b": f"{target}.lora_B", "rank": LARGEST_RANK}
-        for target in TARGETS
-    }
-    return json.dumps({"mode": mode, "slots": slots})
+def _manifest(mode: str, computed: Network) -> str:
+    """Return the manifest of a file that takes or holds several adapters."""
+    if mode == "batch":
+        return json.dumps({**stamp(), "mode": mode, "adapters": list(computed.adapters)})
+    rank = LARGEST_RANK if mode == "load" else 1
+    slots = {}
+    for number, target in enumerate(TARGETS):
+        inside, out = WIDTHS[number : number + 2]
+        names = (f"{target}.lora_A", f"{target}.lora_B")
+        slots[target] = SwitchSlot(*names, inside, out, shape=(inside, out), rank=rank)
+    is_portable = mode == "portable"
+    return Manifest(slots, "load" if mode == "load" else "switch", required=is_portable).to_text()
 
 
 class _Graph:
@@ -232,7 +249,8 @@ class _Graph:
         weight = self.computed.tensors[target]
         if self.mode == "merged":
             for adapter in self.computed.adapters.values():
-                weight = weight + adapter[f"{target}.lora_A"] @ adapter[f"{target}.lora_B"]
+                with np.errstate(over="ignore"):
+                    weight = weight + adapter[f"{target}.lora_A"] @ adapter[f"{target}.lora_B"]
             return self.add("MatMul", hidden, self.constant(target, weight))
 
         a, b = (self.factor(f"{target}.lora_{side}") for side in "AB")
@@ -377,7 +395,7 @@ def rounded(known: Network) -> Network:
 def not_finite(known: Network) -> Network:
     """A factor has overflowed."""
     adapter = dict(known.adapters["de"])
-    adapter["w2.lora_B"] = np.full_like(adapter["w2.lora_B"], np.inf)
+    adapter["w2.lora_B"] = np.full_like(adapter["w2.lora_B"], 3e38)
     return with_adapter(known, "de", adapter)
 
 
@@ -479,9 +497,7 @@ FAILURES: Mapping[str, Failure] = {
     "two causes": Failure(scaled(0), "no effect or without w1", prepare=without("w2")),
     "a short probe": Failure(without("w2"), "differs", edit=without_groups),
     "an unknown base": Failure(scaled(0), "differs", "", edit=lambda probe: probe.pop("base")),
-    "float16": Failure(
-        lambda known: replace(known, dtype="float16"), "right", edit=of_float16
-    ),
+    "float16": Failure(lambda known: replace(known, dtype="float16"), "right", edit=of_float16),
     "no effect in float16": Failure(
         both(scaled(0), lambda known: replace(known, dtype="float16")), "no effect", edit=of_float16
     ),

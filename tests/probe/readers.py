@@ -7,8 +7,11 @@ number that is not finite. The answer is `{"result": verdicts}` or `{"error": me
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +32,7 @@ HERE = Path(__file__).parent
 HEADERS = Path("/usr/include/onnxruntime")
 JSON_HEADER = Path("/usr/include/nlohmann/json.hpp")
 CXX = shutil.which("g++")
-FLAGS = ("-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", f"-I{HEADERS}", f"-I{SAMPLES}")
+STRICT = ("-Wall", "-Wextra", "-Werror")
 
 needs_cxx = pytest.mark.skipif(
     CXX is None or not HEADERS.is_dir() or not JSON_HEADER.exists(),
@@ -107,6 +110,13 @@ class Python(Reader):
     def command(self) -> list[str]:
         return [sys.executable, "-W", "error", str(SAMPLES / "check_probe.py")]
 
+    def check(self, path: Path, *options: str) -> Answer:
+        printed, error = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(error):
+            code = self.module.main([*options, str(path)])
+        text = printed.getvalue()
+        return Answer(code, json.loads(text) if text else None, error.getvalue(), text)
+
     def judge(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         return [self._judged(case) for case in cases]
 
@@ -147,21 +157,30 @@ class Cxx(Reader):
 
     @cached_property
     def command(self) -> list[str]:
-        return [self._compiled(SAMPLES / "check_probe.cpp", "-lonnxruntime")]
+        """The program, compiled by the line at its top."""
+        text = (SAMPLES / "check_probe.cpp").read_text(encoding="utf-8")
+        [line] = re.findall(r"^// +(g\+\+ .*)$", text, re.MULTILINE)
+        return [self._compiled(line.split(), "check_probe")]
 
     @cached_property
     def _judge(self) -> str:
-        return self._compiled(HERE / "judge.cpp")
+        command = ["g++", "-std=c++17", f"-I{SAMPLES}", str(HERE / "judge.cpp")]
+        return self._compiled(command, "judge")
 
     def judge(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         return self._judged_by([self._judge], cases)
 
-    def _compiled(self, source: Path, *libraries: str) -> str:
-        program = self._folder / source.stem
-        command = [str(CXX), *FLAGS, str(source), "-o", str(program), *libraries]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    def _compiled(self, command: Sequence[str], name: str) -> str:
+        program = str(self._folder / name)
+        done = subprocess.run(
+            [*command, *STRICT, "-o", program],
+            cwd=SAMPLES,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
-        return str(program)
+        return program
 
 
 READERS: dict[str, type[Reader]] = {"python": Python, "javascript": JavaScript, "c++": Cxx}
