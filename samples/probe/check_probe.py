@@ -9,8 +9,9 @@ load lie beside it. Printed is one JSON object, such as
 
     {"base": "right", "adapters": {"de": "right", "fr": "no effect"}}
 
-The exit code is 0 if all are right, 1 if one is not, and 2 with one line on stderr if the file has
-no probe, a damaged one, or cannot be run. With --any-precision, "right in bfloat16" is right too.
+The exit code is 0 if all are right, or too small to tell; 1 if one is not; and 2 with one line on
+stderr if the file has no probe, a damaged one, or cannot be run. With --any-precision, "right in
+bfloat16" is right too.
 """
 
 from __future__ import annotations
@@ -567,8 +568,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Error: {escaped[:400]}", file=sys.stderr)
         return 2
     print(json.dumps(result))
-    told = [result.get("base", "right"), result.get("ids", "right"), *result["adapters"].values()]
-    return 0 if all(is_right(answer, bool(options)) for answer in told) else 1
+    answers = [result.get("base", "right"), result.get("ids", "right")]
+    answers += [answer for answer in result["adapters"].values() if answer != "too small to tell"]
+    return 0 if all(is_right(answer, bool(options)) for answer in answers) else 1
 
 
 def is_right(answer: str, any_precision: bool) -> bool:

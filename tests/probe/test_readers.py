@@ -63,7 +63,7 @@ def expect(reader: Reader, path: Path, expected: dict[str, Any]) -> None:
     assert answer.result == expected
     verdicts = {value for key, value in expected.items() if key != "adapters"}
     verdicts |= {*expected["adapters"].values()}
-    assert answer.code == (0 if verdicts == {"right"} else 1)
+    assert answer.code == (0 if verdicts <= {"right", "too small to tell"} else 1)
 
 
 def of_lora_fx(path: Path) -> dict[str, Any]:
