@@ -41,7 +41,8 @@ class ProbeRuns:
 
     Attributes:
         answers: The outputs at the points by the adapter's name; those of the base by BASE.
-        absent: Why an adapter was not run, by its name.
+        absent: Why an adapter was not run, by its name: its file is not there.
+        refused: Why the file of an adapter was refused, by its name.
         ids: The verdict on ids out of range; empty but in mode batch.
         provider: Where it ran.
         note: A line of the session for the user, or empty.
@@ -49,6 +50,7 @@ class ProbeRuns:
 
     answers: Mapping[str, Array]
     absent: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     ids: str = ""
     provider: str = "cpu"
     note: str = ""
@@ -117,6 +119,7 @@ def _switchable(path: Path, probe: Probe, provider: str, threads: int) -> ProbeR
     outputs = session.run(feeds)
     answers = {BASE: probe.at_points(outputs, str(path))}
     absent: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for name, adapter in probe.adapters.items():
         if adapter.file is None:
             absent[name] = "the probe names no file of it"
@@ -125,13 +128,18 @@ def _switchable(path: Path, probe: Probe, provider: str, threads: int) -> ProbeR
         if not file.exists():
             absent[name] = f"{file} does not exist"
             continue
-        if probe.mode == "load":
-            with_adapter = Session(path, provider, threads, adapter=file).run(feeds)
-        else:
-            session.load(name, file)
-            with_adapter = session.run(feeds, adapter=name)
+        try:
+            if probe.mode == "load":
+                run = Session(path, provider, threads, adapter=file).run
+            else:
+                session.load(name, file)
+                run = partial(session.run, adapter=name)
+        except LoraFxError as e:
+            refused[name] = e.message
+            continue
+        with_adapter = run(feeds)
         answers[name] = probe.at_points(with_adapter, str(path))
-    return ProbeRuns(answers, absent, provider=session.provider, note=session.note)
+    return ProbeRuns(answers, absent, refused, provider=session.provider, note=session.note)
 
 
 def _batch(path: str | PathLike[str], probe: Probe, session: RuntimeSession) -> ProbeRuns:
@@ -163,7 +171,7 @@ def _batch(path: str | PathLike[str], probe: Probe, session: RuntimeSession) -> 
     else:
         if not np.isnan(wrong).all():
             ids = UNCHECKED_IDS
-    return ProbeRuns(answers, {}, ids, session.provider, session.note)
+    return ProbeRuns(answers, ids=ids, provider=session.provider, note=session.note)
 
 
 def _run_with_id(session: RuntimeSession, feeds: Named, rows: int, number: int) -> dict[str, Array]:

@@ -65,7 +65,8 @@ class Subject:
         run: A run of the file, by the name of the adapter; by BASE of its base, which a file of
             one adapter gives no run for.
         reference: A run of the model with an adapter's branches.
-        vary: A run with an adapter that differs from one of the file's in its numbers alone.
+        vary: A run with an adapter that differs from one of the file's in its numbers alone; it is
+            used before the next is asked for.
         is_slow: Whether that takes a run of the model in torch, so that groups are fewer.
         adapters: The adapters, by name.
         found: The targets, in the order of the model.
@@ -209,13 +210,9 @@ class _Draft:
             )
             plain = {key: low for key, low in adapter.lowrank.items() if is_plain(low)}
             if len(plain) == len(adapter.entries):
-                half = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 0.5)))
-                double = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 2.0)))
-                known = replace(
-                    known,
-                    half=self._at_points(half(feeds)),
-                    double=self._at_points(double(feeds)),
-                )
+                half = self._varied(adapter, dict.fromkeys(plain, 0.5), feeds)
+                double = self._varied(adapter, dict.fromkeys(plain, 2.0), feeds)
+                known = replace(known, half=half, double=double)
             groups = self._groups(adapter, plain, feeds) if with_groups else {}
             self.adapters[name] = self._finite(replace(known, groups=groups))
             self._note_unseen(name)
@@ -232,9 +229,13 @@ class _Draft:
             return {}
         outputs: dict[str, Array] = {}
         for name, keys_of_group in groups.items():
-            without = _multiplied(adapter, dict.fromkeys(keys_of_group, 0.0))
-            outputs[name] = self._at_points(self.subject.vary(without)(feeds))
+            outputs[name] = self._varied(adapter, dict.fromkeys(keys_of_group, 0.0), feeds)
         return outputs
+
+    def _varied(self, adapter: Adapter, factors: Mapping[str, float], feeds: Named) -> Array:
+        """Return the outputs with the changes of some keys multiplied."""
+        run = self.subject.vary(_multiplied(adapter, factors))
+        return self._at_points(run(feeds))
 
     def _most_groups(self) -> int:
         """Return the largest number of groups of an adapter."""
