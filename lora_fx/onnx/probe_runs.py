@@ -22,13 +22,9 @@ from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.batch_inputs import SCALES
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.train_session import TrainSession
-from lora_fx.probe.probe import BASE, PROPERTY, Probe
+from lora_fx.probe.probe import BASE, NO_PROBE, PROPERTY, Probe, probe_in
 from lora_fx.probe.verdict import RIGHT, UNCHECKED_IDS
 
-NO_PROBE = (
-    "export it again: lora-fx export writes a probe unless --probe none is given; or compare it "
-    "with the model: lora-fx verify FILE MODEL"
-)
 LOSS = "loss"
 """The output of a training step that its probe has."""
 RATE = 1e-3
@@ -79,10 +75,7 @@ def probe_of(path: str | PathLike[str]) -> Probe:
         raise LoraFxError(
             f"{where}: cannot be read as an ONNX file", "pass a file that lora-fx export wrote"
         ) from e
-    texts = [entry.value for entry in model.metadata_props if entry.key == PROPERTY]
-    if not texts:
-        raise LoraFxError(f"{where}: it has no probe", NO_PROBE)
-    return Probe.from_text(texts[-1], where)
+    return probe_in({entry.key: entry.value for entry in model.metadata_props}, where)
 
 
 def run_probe(

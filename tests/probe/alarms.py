@@ -63,7 +63,7 @@ def make(folder: Path, names: Sequence[str], drawn: int, seed: int) -> None:
                 place / "m.onnx",
                 adapters=adapter if form["mode"] == "merged" else given,
                 provider="cpu",
-                **form,  # type: ignore[arg-type]
+                **form,
             )
         except LoraFxError as error:
             counts["refused"] += 1

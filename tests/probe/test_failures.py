@@ -65,7 +65,7 @@ def export(
     given: object = dict(of)
     if mode == "merged":
         given = of["de"]
-    lora_fx.export(model, path, args, adapters=given, mode=mode, target=target, **options)  # type: ignore[arg-type]
+    lora_fx.export(model, path, args, adapters=given, mode=mode, target=target, **options)
 
 
 def verdicts(report: Report) -> dict[str, str]:
