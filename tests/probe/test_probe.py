@@ -278,9 +278,9 @@ def found_targets() -> Found:
 @pytest.mark.parametrize(
     ("most", "count", "first"),
     [
-        (24, 19, "q, first third"),
-        (16, 13, "q, first half"),
-        (8, 7, "q"),
+        (24, 20, "embedding"),
+        (16, 14, "embedding"),
+        (8, 8, "embedding"),
         (3, 3, "all, first third"),
     ],
 )
