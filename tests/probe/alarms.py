@@ -53,6 +53,8 @@ def make(folder: Path, names: Sequence[str], drawn: int, seed: int) -> None:
     counts: Counter[str] = Counter()
     for name, form in forms(names or list(ZOO), drawn, seed):
         place = folder / "-".join((name, *form.values()))
+        if place.exists():
+            continue
         place.mkdir(parents=True)
         try:
             module = checks.perturbed(name).eval()
