@@ -30,7 +30,7 @@ import onnxruntime as ort
 MOST_BYTES = 65536
 MOST_POINTS = 64
 MOST_GROUPS = 16
-MOST_AXES = 16
+MOST_AXES = 64
 MOST_ELEMENTS = 1 << 25
 """The most elements of all inputs together."""
 MODES = ("merged", "switch", "load", "batch")

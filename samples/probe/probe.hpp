@@ -29,7 +29,7 @@ using Named = std::vector<std::pair<std::string, Numbers>>;
 constexpr size_t kMostBytes = 65536;
 constexpr size_t kMostPoints = 64;
 constexpr size_t kMostGroups = 16;
-constexpr size_t kMostAxes = 16;
+constexpr size_t kMostAxes = 64;
 /// The most elements of all inputs together.
 constexpr double kMostElements = 1 << 25;
 /// Larger whole numbers are not exact in every language's JSON.

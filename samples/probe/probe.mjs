@@ -7,7 +7,7 @@
 const MOST_BYTES = 65536;
 const MOST_POINTS = 64;
 const MOST_GROUPS = 16;
-const MOST_AXES = 16;
+const MOST_AXES = 64;
 /** The most elements of all inputs together. */
 const MOST_ELEMENTS = 2 ** 25;
 /** The modes of files that can be run. */

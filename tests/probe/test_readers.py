@@ -285,7 +285,7 @@ HOSTILE = {
     "a precision of 0": edited(precisions={"bfloat16": 0}),
     "a precision of NaN": edited(precisions={"bfloat16": float("nan")}),
 }
-NO_RUNS = {"base": None, "adapters": [], "beyond_ids": None}
+NO_RUNS: dict[str, Any] = {"base": None, "adapters": [], "beyond_ids": None}
 
 
 @pytest.mark.parametrize("reader", EVERY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,13 +69,18 @@ def exported(
     folder: Path,
     mode: str,
     model: nn.Module,
-    args: tuple[torch.Tensor, ...],
-    kwargs: dict[str, torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     adapters: dict[str, Adapter],
 ) -> Path:
-    """Export a model in a mode, of which portable is one; merged has the adapter a."""
+    """Export a model in a mode, of which portable is one; merged has the adapter a.
+
+    Mode batch refuses position embeddings, whose input is the same for every row.
+    """
     path = folder / "model.onnx"
     is_portable = mode == "portable"
+    if mode == "batch":
+        adapters = {name: without_positions(adapter) for name, adapter in adapters.items()}
     lora_fx.export(
         model,
         path,
@@ -86,6 +92,12 @@ def exported(
         provider="cpu",
     )
     return path
+
+
+def without_positions(adapter: Adapter) -> Adapter:
+    """Return an adapter without its updates of position embeddings."""
+    entries = {key: entry for key, entry in adapter.entries.items() if "position" not in key}
+    return Adapter(entries)
 
 
 EXPORTS: dict[str, Export] = {
