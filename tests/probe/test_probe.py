@@ -266,7 +266,6 @@ def test_the_largest_numbers_are_compared() -> None:
     base = np.full(POINTS, 1e308)
     known = Known(-base, base, {}, {"q": base}, base, -base)
     assert verdict_on_adapter(base, known, GAUGE) == "no effect or without q or scaled by 0.5"
-    assert verdict_on_adapter(0 * base, known, GAUGE) == "differs"
 
 
 def test_two_causes_that_are_alike_are_both_named() -> None:
