@@ -123,12 +123,46 @@ double element_of(const Ort::Value &tensor, size_t index) {
 
 // Files of adapters
 
+/// The most bytes of one tensor.
+constexpr double kMostBytes = 1u << 31;
+
+/// The bytes of an element.
+size_t width_of(ONNXTensorElementDataType dtype) {
+  switch (dtype) {
+  case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+    return 4;
+  case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+  case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+    return 2;
+  default:
+    throw probe::Error("an adapter has a dtype that this program cannot read");
+  }
+}
+
 /// A tensor as a file has it.
 struct Stored {
   std::string name;
   ONNXTensorElementDataType dtype;
   Shape shape;
   std::string bytes;
+
+  /// Throw unless there are as many bytes as the shape says.
+  void check() const {
+    for (const int64_t size : shape)
+      if (size < 0)
+        throw probe::Error("tensor " + name + " has a negative size");
+    const double expected = product(0, shape.size()) * width_of(dtype);
+    if (static_cast<double>(bytes.size()) != expected)
+      throw probe::Error("tensor " + name + " has not the bytes of its shape");
+  }
+
+  /// The product of the sizes of some axes.
+  double product(size_t first, size_t end) const {
+    double count = 1;
+    for (size_t axis = first; axis < end; ++axis)
+      count *= static_cast<double>(shape[axis]);
+    return count;
+  }
 
   /// The tensor of a session, which reads these bytes.
   Ort::Value view() {
@@ -141,13 +175,14 @@ struct Stored {
   void pad(size_t axis, int64_t size) {
     if (axis >= shape.size() || shape[axis] > size)
       throw probe::Error("tensor " + name + " has a rank above the file's");
-    size_t rows = 1;
-    for (size_t before = 0; before < axis; ++before)
-      rows *= shape[before];
-    const size_t stored = rows ? bytes.size() / rows : 0;
-    const size_t total = shape[axis] ? stored / shape[axis] * size : 0;
+    const double rows = product(0, axis);
+    const double width = product(axis + 1, shape.size()) * width_of(dtype);
+    if (rows * width * size > kMostBytes)
+      throw probe::Error("tensor " + name + " is too large");
+    const size_t stored = static_cast<size_t>(width * shape[axis]);
+    const size_t total = static_cast<size_t>(width * size);
     std::string padded;
-    for (size_t row = 0; row < rows; ++row)
+    for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
       padded += bytes.substr(row * stored, stored) +
                 std::string(total - stored, '\0');
     bytes = padded;
@@ -173,6 +208,7 @@ std::vector<Stored> read_safetensors(const std::string &path) {
     const size_t end = entry.at("data_offsets").at(1);
     tensors.push_back({name, dtypes.at(entry.at("dtype")), entry.at("shape"),
                        part_of(file, 8 + length + begin, end - begin)});
+    tensors.back().check();
   }
   return tensors;
 }
@@ -215,6 +251,7 @@ public:
       result.push_back({part_of(bytes_, name, name_length),
                         static_cast<ONNXTensorElementDataType>(dtype), shape,
                         part_of(bytes_, data, length)});
+      result.back().check();
     }
     return result;
   }

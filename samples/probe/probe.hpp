@@ -297,8 +297,12 @@ struct Gauge {
 
   double distance(const Numbers &one, const Numbers &other) const {
     double most = 0;
-    for (size_t i = 0; i < one.size(); ++i)
-      most = std::max(most, std::abs(one[i] - other[i]) / largest[i]);
+    for (size_t i = 0; i < one.size(); ++i) {
+      const double ratio = std::abs(one[i] - other[i]) / largest[i];
+      if (std::isnan(ratio)) // numbers of a file may be so large
+        return kInfinity;
+      most = std::max(most, ratio);
+    }
     return most;
   }
 

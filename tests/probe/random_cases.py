@@ -20,6 +20,21 @@ def random_case(seed: int) -> dict[str, Any]:
     return _Draw(seed).case()
 
 
+def huge_case(seed: int) -> dict[str, Any]:
+    """Return a case whose outputs are so large that differences of them overflow."""
+    case = random_case(seed)
+    probe = json.loads(case["text"])
+    lists = [probe["base"]] if "base" in probe else []
+    for adapter in probe["adapters"].values():
+        lists += [adapter[key] for key in ("values", "half", "double") if key in adapter]
+        lists += adapter.get("groups", {}).values()
+    runs = case["runs"]
+    lists += [run for run in (runs["base"], *(of[1] for of in runs["adapters"])) if run is not None]
+    for numbers in lists:
+        numbers[:] = [None if number is None else number * 1e306 for number in numbers]
+    return {"text": json.dumps(probe), "runs": runs}
+
+
 class _Draw:
     """The drawing of one case."""
 

@@ -17,14 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.runtime_adapter import SERVED, write_file
 from lora_fx.passes.verbs.verify_probe import verify_probe
 from lora_fx.probe.probe import BASE, MOST_BYTES, Probe
 from tests.probe.probe_files import FAILURES, Network, network, probe_of, write_model
-from tests.probe.random_cases import random_case
+from tests.probe.random_cases import huge_case, random_case
 from tests.probe.readers import EVERY, READERS, Python, Reader
 
 CASES = [(name, mode) for name, failure in FAILURES.items() for mode in failure.modes]
-RANDOM = 4000
+RANDOM = 1200
 """Random cases that all readers judge."""
 Readers = Callable[[str], Reader]
 Files = Callable[[str, str], Path]
@@ -299,10 +300,7 @@ def test_a_damaged_probe_is_refused(reader: str, readers: Readers) -> None:
     assert accepted == []
 
 
-FOR_LORA_FX = (
-    "a mode of other files", "a broken integer", "a large integer", "a boolean of 2",
-    "a tolerance of almost 0", "no file", "no id", "nothing",
-)  # fmt: skip
+FOR_LORA_FX = ("a mode of other files", "no file", "no id", "nothing")
 """What lora-fx reads: a file of another kind, or a fault that is found when the file is run."""
 
 
@@ -367,6 +365,18 @@ def test_a_damaged_adapter(reader: str, readers: Readers, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("reader", EVERY)
+def test_an_adapter_of_huge_sizes(reader: str, readers: Readers, tmp_path: Path) -> None:
+    """One that has no numbers, and would have 12 TiB in the rank of the file."""
+    if "load" in READERS[reader].modes:
+        path = FAILURES["right"].write(tmp_path, "load")
+        file = tmp_path / "de.onnx_adapter"
+        file.unlink()
+        huge = {"w1.lora_A": np.zeros((1 << 40, 0), np.float32)}
+        write_file(file, huge, {"adapter_version": SERVED, "model_version": 1})
+        check_refusal(readers(reader), path, "")
+
+
+@pytest.mark.parametrize("reader", EVERY)
 def test_outputs_of_another_shape(reader: str, readers: Readers, tmp_path: Path) -> None:
     """A probe that is a good one, of another model."""
     known = without_adapters(network())
@@ -399,21 +409,31 @@ def judged_by_lora_fx(case: dict[str, Any]) -> dict[str, Any]:
     return {"result": {**result, "adapters": verdicts}}
 
 
-@pytest.mark.parametrize("reader", EVERY)
-def test_random_numbers(reader: str, readers: Readers) -> None:
-    """Every reader says what lora-fx says, and every kind of verdict occurs."""
+@pytest.fixture(scope="module")
+def random_cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Random cases, and what lora-fx says of them."""
     cases = [random_case(seed) for seed in range(RANDOM)]
+    cases += [huge_case(seed) for seed in range(RANDOM // 10)]
+    return [(case, judged_by_lora_fx(case)) for case in cases]
+
+
+@pytest.mark.parametrize("reader", EVERY)
+def test_random_numbers(
+    reader: str, readers: Readers, random_cases: list[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    """Every reader says what lora-fx says, and every kind of verdict occurs."""
     kinds: Counter[str] = Counter()
-    for case, answer in zip(cases, readers(reader).judge(cases), strict=True):
+    answers = readers(reader).judge([case for case, _ in random_cases])
+    for (case, expected), answer in zip(random_cases, answers, strict=True):
         ids = answer["result"].pop("ids", None)
-        assert answer == judged_by_lora_fx(case), case
+        assert answer == expected, case
         beyond = case["runs"]["beyond_ids"]
         if ids is not None:
             is_checked = beyond is None or not any(x is not None for x in beyond)
             assert ids == ("right" if is_checked else "ids are not checked")
         verdicts = [*answer["result"]["adapters"].values(), answer["result"].get("base", "")]
         kinds.update(kind_of(verdict) for verdict in verdicts)
-    assert min(kinds[kind] for kind in KINDS) > 5, kinds
+    assert min(kinds[kind] for kind in KINDS) > 1, kinds
 
 
 KINDS = (
