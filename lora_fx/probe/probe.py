@@ -21,7 +21,9 @@ from lora_fx.probe.drawn import drawn
 from lora_fx.probe.groups import MOST_GROUPS
 from lora_fx.probe.verdict import (
     DIFFERS,
+    NOT_FINITE,
     RIGHT,
+    TOO_SMALL,
     Gauge,
     Known,
     is_right,
@@ -164,6 +166,8 @@ class Probe:
         points: The name of an output and a row-major index into it, for each number.
         base: The base's outputs at the points, where they are known.
         adapters: What is known of each adapter, by name; in mode batch in the order of their ids.
+        base_file: The file beside the model with the tensors of the base, where A and B have no
+            defaults.
         precisions: How far outputs move in another precision, as shares of `largest`.
         facts: Versions, processor, provider and hashes, for people.
         language: The question for a server of a language model; see docs/probe.md.
@@ -178,6 +182,7 @@ class Probe:
     precisions: Mapping[str, float] = field(default_factory=dict)
     facts: JsonView = field(default_factory=dict)
     language: JsonView | None = None
+    base_file: str | None = None
 
     def to_text(self) -> str:
         """Return the probe as JSON."""
@@ -191,6 +196,8 @@ class Probe:
         if self.base is not None:
             data["base"] = _numbers(self.base)
         data["adapters"] = {name: value.to_json() for name, value in self.adapters.items()}
+        if self.base_file is not None:
+            data["base_file"] = self.base_file
         if self.precisions:
             data["precisions"] = dict(self.precisions)
         data["facts"] = dict(self.facts)
@@ -292,8 +299,8 @@ class Probe:
             if name not in answers:
                 continue
             verdict = verdict_on_adapter(answers[name], self.known(name), gauge)
-            is_known = is_right(verdict) or not np.isfinite(answers[name]).all()
-            verdicts[name] = verdict if base_is_right or is_known else DIFFERS
+            names_no_cause = is_right(verdict) or verdict in (TOO_SMALL, NOT_FINITE)
+            verdicts[name] = verdict if base_is_right or names_no_cause else DIFFERS
         return verdicts
 
     def with_every_other_point(self) -> Probe:
@@ -366,9 +373,11 @@ class _Reader:
         for name, value in (("facts", facts), ("language", language or {})):
             if not isinstance(value, dict):
                 raise self._error(name, value, "an object")
+        base_file = self._file("base_file", data.get("base_file"))
         return Probe(
-            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language
-        )
+            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language,
+            base_file,
+        )  # fmt: skip
 
     def _table(
         self,
@@ -431,9 +440,7 @@ class _Reader:
         number = fields.get("id")
         if number is not None and (not is_whole(number) or not 0 < number < 1 << 31):
             raise self._error(f"{name}.id", number, "a whole number from 1")
-        file = fields.get("file")
-        if file is not None and not _is_file_name(file):
-            raise self._error(f"{name}.file", file, "the name of a file in the same folder")
+        file = self._file(f"{name}.file", fields.get("file"))
         groups = self._table(
             fields, "groups", lambda group, numbers: self._values(group, numbers, count),
             needed=False,
@@ -444,6 +451,11 @@ class _Reader:
         half = self._optional(fields, "half", count)
         double = self._optional(fields, "double", count)
         return ProbedAdapter(values, number, file, half, double, groups)
+
+    def _file(self, name: str, value: Any) -> str | None:
+        if value is not None and not _is_file_name(value):
+            raise self._error(name, value, "the name of a file in the same folder")
+        return None if value is None else str(value)
 
     def _points(
         self, value: Any, outputs: Mapping[str, ProbeOutput]

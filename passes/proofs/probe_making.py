@@ -77,6 +77,7 @@ class Subject:
         feeds: Inputs by a seed.
         base: The name of the base, and a hash by which it is told from others.
         files: The files of adapters beside the file, by name.
+        base_file: The file with the tensors of the base, where A and B have no defaults.
         numbers: The ids of adapters in mode batch.
         precision: What the file computes in.
         narrow: Runs the model with bfloat16 products, where that can be done.
@@ -91,6 +92,7 @@ class Subject:
     feeds: Callable[[int], Mapping[str, Array]]
     base: JsonView = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    base_file: str | None = None
     numbers: Mapping[str, int] = field(default_factory=dict)
     precision: str = "float32"
     is_slow: bool = False
@@ -327,6 +329,7 @@ class _Draft:
             self.adapters,
             precisions,
             facts,
+            base_file=self.subject.base_file,
         )
 
     def notes(self) -> list[str]:

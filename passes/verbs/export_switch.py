@@ -159,6 +159,7 @@ def _subject(
         feeds=partial(reference.feeds, SIZES[0]),
         base=reference.base_facts(),
         files={name: f"{name}{file.options.adapter_ending}" for name in adapters},
+        base_file=file.options.base_file,
         precision=file.options.computes_in,
         narrow=runs.narrow,
     )
