@@ -34,6 +34,7 @@ class Finding:
         tolerance: What it may be.
         expected_effect: The adapter's largest change of a point, as a share of the largest output.
         found_effect: The same in the run.
+        of_step: Whether the run is a training step, whose loss its base and its start decide.
     """
 
     adapter: str
@@ -42,6 +43,7 @@ class Finding:
     tolerance: float
     expected_effect: float = 0.0
     found_effect: float = 0.0
+    of_step: bool = False
 
     @property
     def passed(self) -> bool:
@@ -63,10 +65,12 @@ class Finding:
 
     def __str__(self) -> str:
         """The verdict as a line for people."""
-        name = self.adapter or "base"
+        name = "step" if self.of_step else self.adapter or "base"
         return visible(f"{name}: {self._sentence()}")
 
     def _sentence(self) -> str:
+        if self.of_step:
+            return self._sentence_on_step()
         if self.adapter == BASE:
             return self._sentence_on_base()
         effects = f"expected {self.expected_effect:.2g}, found {self.found_effect:.2g}"
@@ -86,6 +90,17 @@ class Finding:
         if precision:
             sentence += f", in the precision of {precision}"
         return f"{sentence} ({effects})"
+
+    def _sentence_on_step(self) -> str:
+        if self.verdict == RIGHT:
+            return "its loss is what it was"
+        if self.verdict == NOT_FINITE:
+            return "its loss is not finite (NaN or infinite)"
+        return (
+            f"its loss differs by {self.distance:.1e}, the tolerance is {self.tolerance:.1e}: the "
+            "base or the adapter that it starts from is another, or the step is wrong; which of "
+            "these cannot be told"
+        )
 
     def _sentence_on_base(self) -> str:
         if self.verdict == RIGHT:
@@ -136,7 +151,8 @@ def findings_of(probe: Probe, answers: Answers) -> list[Finding]:
         expected = _expected(probe, name)
         distance = gauge.distance(found, expected)
         if name == BASE:
-            findings.append(Finding(name, verdict, distance, tolerance))
+            is_step = probe.mode == "train"
+            findings.append(Finding(name, verdict, distance, tolerance, of_step=is_step))
             continue
         effect = probe.effect(name)
         found_effect = probe.effect(name, found, answers.get(BASE))

@@ -7,7 +7,7 @@ one model, is what the file may differ by elsewhere: MARGIN times that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -70,6 +70,7 @@ class Subject:
         numbers: The ids of adapters in mode batch.
         precision: What the file computes in.
         narrow: Runs the model with bfloat16 products, where that can be done.
+        written: The inputs whose numbers are written out, since drawn ones would mean nothing.
     """
 
     mode: str
@@ -83,6 +84,7 @@ class Subject:
     numbers: Mapping[str, int] = field(default_factory=dict)
     precision: str = "float32"
     narrow: Callable[[Adapter | None, Named], Named | None] | None = None
+    written: Collection[str] = ()
 
 
 @stage("making the probe")
@@ -167,9 +169,9 @@ class _Draft:
         Raises:
             LoraFxError: An input that a probe cannot hold, or no output that can be compared.
         """
-        inputs = {
-            name: _input(name, array, seed + 1) for name, array in subject.feeds(seed).items()
-        }
+        inputs: dict[str, ProbeInput] = {}
+        for name, array in subject.feeds(seed).items():
+            inputs[name] = _input(name, array, None if name in subject.written else seed + 1)
         feeds = {name: value.array() for name, value in inputs.items()}
         of_reference = subject.reference(None)(feeds)
         run = subject.run(BASE)
@@ -298,8 +300,8 @@ class _Draft:
         return np.array(numbers, np.float64)
 
 
-def _input(name: str, array: Array, seed: int) -> ProbeInput:
-    """Return an input of a probe: floats are drawn, other numbers are written out.
+def _input(name: str, array: Array, seed: int | None) -> ProbeInput:
+    """Return an input of a probe: floats are drawn if there is a seed, others are written out.
 
     Raises:
         LoraFxError: Too many numbers.
@@ -307,13 +309,16 @@ def _input(name: str, array: Array, seed: int) -> ProbeInput:
     dtype = array.dtype.name
     if array.size and (array == array.reshape(-1)[0]).all():
         return ProbeInput(dtype, array.shape, fill=array.reshape(-1)[0].item())
-    if "float" in dtype:
+    if "float" in dtype and seed is not None:
         return ProbeInput(dtype, array.shape, seed=seed)
     if array.size > MOST_VALUES:
         raise LoraFxError(
-            f"input {name!r} has {array.size} integers; at most {MOST_VALUES} are written out",
+            f"input {name!r} has {array.size} numbers; at most {MOST_VALUES} are written out",
             "leave it",
         )
+    if "float" in dtype:
+        digits = tuple(float(f"{value:.9g}") for value in array.reshape(-1).tolist())
+        return ProbeInput(dtype, array.shape, values=digits)
     values = tuple(int(value) for value in array.reshape(-1))
     return ProbeInput(dtype, array.shape, values=values)
 

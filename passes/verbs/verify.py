@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
@@ -29,7 +28,7 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.verify_onnx import verify_onnx
 from lora_fx.passes.verbs.verify_run import RunOptions, is_onnx, is_path, verify_run
-from lora_fx.text import Json
+from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     from lora_fx.passes.verbs.options import Provider
@@ -69,12 +68,13 @@ VERIFY_RULES: tuple[NoSay[Compared], ...] = (
 )  # fmt: skip
 
 
-ALONE: tuple[NoSay[None], ...] = (
+ALONE: tuple[NoSay[object], ...] = (
     NoSay(
         ("inputs", "adapter", "run"), lambda _: True,
         "for a file alone, which is run on its own probe",
         "leave it out, or name the model to compare with",
     ),
+    NoSay(("provider",), lambda path: not is_onnx(path), "when no .onnx file is run"),
 )  # fmt: skip
 """The rules for the options of a verification of one file."""
 
@@ -104,7 +104,7 @@ def verify(
         a: A tensor file, a captured module, a Captured, an .onnx or .pt2 file, what load_model
             returned, or a model's name as on the command line.
         b: Another one, the reference; or an Adapter or its path: does it fit `a`? None, where `a`
-            is an .onnx file with a probe.
+            is a file with a probe.
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
             where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
@@ -129,8 +129,8 @@ def verify(
             )
         model = _local(a)
         if b is None:
-            unused: Json = {"inputs": inputs, "adapter": adapter, "run": run}
-            return _verify_alone(model, given_options(unused), provider or "auto", tol)
+            alone: Json = {"inputs": inputs, "adapter": adapter, "run": run, "provider": provider}
+            return _verify_alone(model, alone, tol)
         reference = _local(b)
         _refuse_missing(model)
         _refuse_missing(reference)
@@ -167,8 +167,13 @@ def verify(
         return verify_run(model, reference, options)
 
 
-def _verify_alone(model: Any, given: Mapping[str, str], provider: str, tol: float | None) -> Report:
+def _verify_alone(model: Any, asked: JsonView, tol: float | None) -> Report:
     """Compare a file with its own probe.
+
+    Args:
+        model: The file.
+        asked: What else was asked for, by option.
+        tol: As in `verify`.
 
     Raises:
         LoraFxError: What is no file, or an option that has no effect.
@@ -179,16 +184,20 @@ def _verify_alone(model: Any, given: Mapping[str, str], provider: str, tol: floa
             "pass the path of a file that lora-fx export wrote, or the model to compare with",
         )
     _refuse_missing(model)
-    refuse_no_say(ALONE, None, given)
-    _check_provider(provider)
-    if not is_onnx(model):
-        raise LoraFxError(
-            f"{os.fspath(model)}: verify asks .onnx files alone",
-            f"name what it should equal: lora-fx verify {os.fspath(model)} MODEL",
-        )
-    from lora_fx.passes.verbs.verify_probe import verify_probe
+    refuse_no_say(ALONE, model, given_options(asked))
+    if is_onnx(model):
+        _check_provider(asked["provider"])
+        from lora_fx.passes.verbs.verify_probe import verify_probe
 
-    return verify_probe(model, provider=provider, tol=tol)
+        return verify_probe(model, provider=asked["provider"] or "auto", tol=tol)
+    if os.fspath(model).endswith(".pt2"):
+        from lora_fx.passes.verbs.verify_program import verify_program
+
+        return verify_program(model, tol=tol)
+    raise LoraFxError(
+        f"{os.fspath(model)}: verify asks .onnx and .pt2 files alone",
+        f"name what it should equal: lora-fx verify {os.fspath(model)} MODEL",
+    )
 
 
 def _check_provider(provider: str | None) -> None:
