@@ -205,13 +205,11 @@ class _Draft:
             )
             plain = {key: low for key, low in adapter.lowrank.items() if is_plain(low)}
             if len(plain) == len(adapter.entries):
-                half = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 0.5)))
-                double = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 2.0)))
-                known = replace(
-                    known,
-                    half=self._at_points(half(feeds)),
-                    double=self._at_points(double(feeds)),
-                )
+                half = _multiplied(adapter, dict.fromkeys(plain, 0.5))
+                double = _multiplied(adapter, dict.fromkeys(plain, 2.0))
+                # each runs before the next is made: a session may hold one such adapter
+                known = replace(known, half=self._at_points(self.subject.vary(half)(feeds)))
+                known = replace(known, double=self._at_points(self.subject.vary(double)(feeds)))
             groups = self._groups(adapter, plain, feeds) if with_groups else {}
             self.adapters[name] = self._finite(replace(known, groups=groups))
             self._note_unseen(name)

@@ -298,8 +298,8 @@ class _Files:
         )
         demand(parity, "ONNX Runtime's step differs from torch's")
         warnings: list[str] = []
-        start = {**self._start(manifest, slots), **FIRST_STEP}
-        subject = self._subject(session, plain, start)
+        at_start = {**self._start(manifest, slots), **FIRST_STEP}
+        subject = self._subject(session, plain, at_start)
         self.of_probe = probe_file(path, subject, options.probe, session.provider, warnings)
 
         with replacing(target, force=options.force, beside=output.beside) as temporary:
