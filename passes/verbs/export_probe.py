@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.provenance import adapter_hash
+from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.onnx.probe_runs import add_probe
 from lora_fx.passes.proofs.probe_making import Subject, make_probe
 from lora_fx.probe.probe import NONE, Probe

@@ -19,14 +19,13 @@ from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.largest import with_largest
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.precision import precision_of
 from lora_fx.fx.pt2.factor_inputs import input_slots
 from lora_fx.fx.pt2.write import write_switchable
-from lora_fx.fx.quantised_parameters import forms
 from lora_fx.inputs import SIZES
 from lora_fx.ir.graph import Role
 from lora_fx.onnx.manifest import Manifest
@@ -36,7 +35,6 @@ from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.proofs.switchable import prove_switchable
 from lora_fx.passes.proofs.switchable_program import SwitchableProgram
 from lora_fx.passes.proofs.torch_reference import TorchReference
-from lora_fx.passes.proofs.varied_runs import VariedRuns
 from lora_fx.passes.switch import insert_switchable
 from lora_fx.passes.verbs.adapt import find
 from lora_fx.passes.verbs.export_files import (
@@ -178,7 +176,7 @@ def _subject(
     options: ExportOptions,
 ) -> Subject:
     """Return a proven file as a probe is made of it."""
-    runs = VariedRuns(reference.base, reference.branched)
+    runs = reference.varied()
 
     def of_file(name: str) -> Run:
         return file.run_with(adapters.get(name))
@@ -188,6 +186,7 @@ def _subject(
         run=of_file,
         reference=runs.run,
         vary=file.run_with,
+        is_slow=True,
         adapters=adapters,
         found=found,
         feeds=partial(reference.feeds, SIZES[0]),
@@ -195,10 +194,3 @@ def _subject(
         precision=precision_of(reference.captured),
         narrow=runs.narrow,
     )
-
-
-def precision_of(captured: Captured) -> str:
-    """Return the precision in which torch computes a model: int8 where weights are codes."""
-    if forms(captured.model):
-        return "int8"
-    return dtype_name(captured.base_dtype) if captured.base_dtype else "float32"
