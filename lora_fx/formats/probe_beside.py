@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
@@ -11,6 +12,7 @@ from lora_fx.files.atomic import replacing
 from lora_fx.files.permissions import copy_file
 from lora_fx.files.read import read_bytes
 from lora_fx.files.tensor_files import copy_with_text
+from lora_fx.formats.detect import format_in, look, tensor_file
 from lora_fx.formats.format import FileHead
 from lora_fx.formats.registry import FORMATS
 from lora_fx.probe.carried import FIELD, FILE, without_probe
@@ -37,6 +39,15 @@ def with_probe(adapter: Adapter, file: Path, head: FileHead) -> Adapter:
         notes = [*metadata.get("notes", []), f"the probe is not read: {e.message}"]
         return replace(adapter, metadata={**metadata, "notes": notes})
     return replace(adapter, metadata={**metadata, FIELD: text})
+
+
+def check_probe(path: str | PathLike[str]) -> None:
+    """Raise if an adapter's probe is damaged; an adapter without one passes."""
+    file = tensor_file(Path(path))
+    adapter = format_in(file, look(file)).read(file)
+    text = _text_of(adapter, file, look(file))
+    if text is not None:
+        Probe.from_text(text, str(file))
 
 
 def add_probe(path: Path, probe: Probe) -> None:

@@ -8,6 +8,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import visible
 from lora_fx.probe.probe import BASE, Answers, Probe
 from lora_fx.probe.verdict import (
+    CANNOT_TELL,
     DIFFERS,
     NO_EFFECT,
     NOT_FINITE,
@@ -19,7 +20,7 @@ from lora_fx.probe.verdict import (
 )
 from lora_fx.text import Json
 
-PASSED = (RIGHT, TOO_SMALL)
+PASSED = (RIGHT, TOO_SMALL, CANNOT_TELL)
 """The verdicts that are no failure: a file whose adapters show nothing is as it was."""
 
 
@@ -79,6 +80,11 @@ class RunVerdict:
             return (
                 f"cannot tell: its effect on the probe's input, {self.expected_effect:.1e}, is "
                 f"within what outputs round by, {self.tolerance:.1e}"
+            )
+        if self.verdict == CANNOT_TELL:
+            return (
+                f"cannot tell: the outputs differ by {self.distance:.1e}, and nobody has measured "
+                "what the codes of quantised weights make them differ by"
             )
         if self.verdict.startswith(RIGHT_IN):
             return f"takes effect ({effects}), but {self._difference()}"
@@ -157,6 +163,13 @@ def findings_of(probe: Probe, answers: Answers) -> list[RunVerdict]:
         found_effect = probe.effect(name, found, answers.get(BASE))
         findings.append(RunVerdict(name, verdict, distance, tolerance, effect, found_effect))
     return findings
+
+
+def of_codes(finding: RunVerdict) -> RunVerdict:
+    """Return the verdict on quantised weights: only what needs no measured precision is told."""
+    if finding.verdict in (RIGHT, TOO_SMALL, NOT_FINITE):
+        return finding
+    return replace(finding, verdict=CANNOT_TELL)
 
 
 def _expected(probe: Probe, name: str) -> Array:

@@ -23,6 +23,7 @@ from lora_fx.errors import LoraFxError, NoSay, expect, given_options, near_path,
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
+from lora_fx.formats.probe_beside import check_probe
 from lora_fx.formats.registry import FORMATS
 from lora_fx.inputs import Named
 from lora_fx.onnx.validity import blaming
@@ -194,9 +195,30 @@ def _verify_alone(model: Any, asked: JsonView, tol: float | None) -> Report:
         from lora_fx.passes.verbs.verify_program import verify_program
 
         return verify_program(model, tol=tol)
-    raise LoraFxError(
-        f"{os.fspath(model)}: verify asks .onnx and .pt2 files alone",
-        f"name what it should equal: lora-fx verify {os.fspath(model)} MODEL",
+    if is_tensor_file(model) and Path(model).exists():
+        from lora_fx.passes.verbs.verify_checkpoint import verify_checkpoint
+
+        return verify_checkpoint(model, tol=tol)
+    raise _not_run_alone(os.fspath(model))
+
+
+def _not_run_alone(path: str) -> LoraFxError:
+    """Return the error for a file that is nothing to run."""
+    if _is_adapter(path):
+        check_probe(path)
+        return LoraFxError(
+            f"{path} is an adapter, which runs only in a model",
+            f"check whether it fits one: lora-fx verify MODEL {path}; or ask the server that "
+            f"serves it: lora-fx probe {path} --server URL --model NAME",
+        )
+    if path.endswith(".gguf"):
+        return LoraFxError(
+            f"{path}: a GGUF model is run by other programs",
+            "serve it, and ask the server: lora-fx probe ADAPTER --server URL --model NAME",
+        )
+    return LoraFxError(
+        f"{path}: verify asks .onnx and .pt2 files and merged folders alone",
+        f"name what it should equal: lora-fx verify {path} MODEL",
     )
 
 
