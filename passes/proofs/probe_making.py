@@ -74,6 +74,7 @@ class Subject:
         numbers: The ids of adapters in mode batch.
         precision: What the file computes in.
         narrow: Runs the model with bfloat16 products, where that can be done.
+        narrows_adapters: Whether it is asked for the adapters too, and not for the base alone.
         written: The inputs whose numbers are written out, since drawn ones would mean nothing.
     """
 
@@ -89,6 +90,7 @@ class Subject:
     precision: str = "float32"
     is_slow: bool = False
     narrow: Callable[[Adapter | None, Named], Named | None] | None = None
+    narrows_adapters: bool = False
     written: Collection[str] = ()
 
 
@@ -264,14 +266,21 @@ class _Draft:
                 self.unseen.append(f"{name}: {group}")
 
     def measure_precision(self) -> None:
-        """Measure how far bfloat16 products move the base."""
+        """Measure how far bfloat16 moves the base, and where it is asked for the adapters."""
         if self.subject.narrow is None or self.subject.precision != "float32":
             return
-        narrow = self.subject.narrow(None, self.feeds())
-        if narrow is None:
-            return
+        feeds = self.feeds()
+        outputs: list[tuple[Adapter | None, Named]] = [(None, self.base)]
+        if self.subject.narrows_adapters:
+            for name, adapter in self.subject.adapters.items():
+                outputs.append((adapter, self.full_answers[name]))
         gauge = self.probe({}).gauge()
-        moved = gauge.distance(self._at_points(narrow), self._at_points(self.base))
+        moved = 0.0
+        for adapter_or_none, exact in outputs:
+            narrow = self.subject.narrow(adapter_or_none, feeds)
+            if narrow is None:
+                return
+            moved = max(moved, gauge.distance(self._at_points(narrow), self._at_points(exact)))
         if np.isfinite(moved) and moved > 0:
             self.precisions = {"tf32": 2 * moved / NARROWER, "bfloat16": 2 * moved}
 

@@ -10,19 +10,26 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.adapter_hash import adapter_hash
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.probe_beside import add_probe
+from lora_fx.fx.capture.call import without_cache
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
-from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.precision import precision_of
-from lora_fx.inputs import SIZES
+from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.trees import tree_map_only
+from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.probe_making import Subject, make_probe
+from lora_fx.passes.proofs.proof_inputs import named_of
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.proofs.varied_runs import VariedRuns, with_its_adapter
@@ -77,7 +84,8 @@ def probe_adapter(
             found=reference.targets(),
             feeds=partial(reference.feeds, SIZES[0]),
             precision=precision_of(captured),
-            narrow=runs.narrow,
+            narrow=partial(_narrow, captured, runs),
+            narrows_adapters=True,
         )
         facts = {**facts_of({}, "torch"), "adapters": {NAME: digest}}
         return make_probe(subject, kind, facts)
@@ -85,6 +93,49 @@ def probe_adapter(
 
 def _inserted(captured: Captured, adapter: Adapter) -> CapturedModule:
     return insert(captured, adapter=adapter, dead="allow")
+
+
+def _narrow(
+    captured: Captured, runs: VariedRuns, adapter: Adapter | None, feeds: Named
+) -> Named | None:
+    """Run the model with all of its parameters in bfloat16, as a merged folder of that dtype runs.
+
+    The live model does so; where there is none that can, its products alone are in bfloat16.
+    """
+    model = captured.model
+    arguments = named_of(captured.named, feeds)
+    arguments = dict(tree_map_only(torch.Tensor, _in_bfloat16, arguments))
+    try:
+        parameters = _merged_in_bfloat16(model, adapter or Adapter({}))
+        with torch.no_grad(), as_it_was(model), silenced():
+            outputs = torch.func.functional_call(model, parameters, (), arguments)
+            return by_output(without_cache(outputs))
+    except (LoraFxError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return runs.narrow(adapter, feeds)  # a file's model, or an op that takes no two dtypes
+
+
+def _merged_in_bfloat16(model: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return the float32 parameters of a model by name, with an adapter merged, in bfloat16.
+
+    Raises:
+        LoraFxError: An update that is not of a whole parameter of the model.
+    """
+    parameters = dict(model.named_parameters())
+    merged: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        if parameter.dtype == torch.float32:
+            merged[name] = parameter.detach().to(torch.bfloat16)
+    for key, entry in adapter.entries.items():
+        if key not in merged:
+            raise LoraFxError(f"{key!r} is no parameter of the model", "measure its products alone")
+        (delta,) = Adapter({key: entry}).deltas(dtype="float32").values()
+        exact = parameters[key].detach() + from_numpy(delta).to(parameters[key].device)
+        merged[key] = exact.to(torch.bfloat16)
+    return merged
+
+
+def _in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
 def add_to_adapter(path: str, module: AdaptedModule, kind: str) -> tuple[Json, list[str]]:
