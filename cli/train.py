@@ -76,7 +76,7 @@ def command(
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert_into
-    from lora_fx.passes.verbs.adapter_probe import add_to_adapter
+    from lora_fx.passes.verbs.probe_adapter import add_to_adapter
     from lora_fx.probe.probe import KINDS
 
     expect_name(loop.probe, KINDS, "unknown probe", "use full, short or none")

@@ -23,9 +23,9 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.precision import precision_of
 from lora_fx.fx.pt2.factor_inputs import input_slots
 from lora_fx.fx.pt2.write import write_switchable
+from lora_fx.fx.weight_precision import precision_of
 from lora_fx.inputs import SIZES
 from lora_fx.ir.graph import Role
 from lora_fx.onnx.manifest import Manifest

@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.passes.verbs.adapter_probe import add_to_adapter
+from lora_fx.passes.verbs.probe_adapter import add_to_adapter
 from tests.fx.train.language_models import folder
 from tests.probe.nets import multiplied
 

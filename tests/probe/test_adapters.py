@@ -20,7 +20,7 @@ from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.probe_beside import add_probe
-from lora_fx.passes.verbs.adapter_probe import add_to_adapter, probe_adapter
+from lora_fx.passes.verbs.probe_adapter import add_to_adapter, probe_adapter
 from lora_fx.probe.probe import Probe
 from tests.fx.train.language_models import rows, write
 from tests.probe import folders
@@ -312,7 +312,7 @@ def test_a_probe_that_cannot_be_made_loses_no_training(
     def fails(*args: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("lora_fx.passes.verbs.adapter_probe.make_probe", fails)
+    monkeypatch.setattr("lora_fx.passes.verbs.probe_adapter.make_probe", fails)
     fields, notes = add_to_adapter(str(tmp_path / "a"), module, "full")
     assert not fields and notes == ["no probe is written: out of memory"]
     assert lora_fx.load_adapter(tmp_path / "a")

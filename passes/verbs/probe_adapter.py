@@ -24,9 +24,9 @@ from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule, by_output
-from lora_fx.fx.precision import precision_of
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.fx.trees import tree_map_only
+from lora_fx.fx.weight_precision import precision_of
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.probe_making import Subject, make_probe
 from lora_fx.passes.proofs.proof_inputs import named_of
