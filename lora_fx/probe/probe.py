@@ -305,6 +305,25 @@ class Probe:
 T = TypeVar("T")
 
 
+NO_PROBE = (
+    "export it again: lora-fx export writes a probe unless --probe none is given; or compare it "
+    "with the model: lora-fx verify FILE MODEL"
+)
+"""The hint for a file without a probe."""
+
+
+def probe_in(metadata: Mapping[str, str], where: str) -> Probe:
+    """Parse the probe in a file's metadata.
+
+    Raises:
+        LoraFxError: There is none, or a damaged one.
+    """
+    text = metadata.get(PROPERTY)
+    if text is None:
+        raise LoraFxError(f"{where}: it has no probe", NO_PROBE)
+    return Probe.from_text(text, where)
+
+
 class _Reader:
     """The strict reading of a probe's JSON; `where` is what messages call it."""
 
@@ -364,17 +383,34 @@ class _Reader:
         source = fields[sources[0]]
         if sources == ["values"]:
             numbers = self._list(f"{name}.values", source, math.prod(shape))
+            self._check_range(f"{name}.values", numbers, dtype)
             return ProbeInput(dtype, shape, values=tuple(numbers))
         if sources == ["fill"]:
-            return ProbeInput(dtype, shape, fill=self._number(f"{name}.fill", source))
+            number = self._number(f"{name}.fill", source)
+            self._check_range(f"{name}.fill", [number], dtype)
+            return ProbeInput(dtype, shape, fill=number)
         if not is_whole(source) or not 0 <= source < 1 << 32 or "float" not in dtype:
             raise self._error(f"{name}.drawn", source, "a seed of 32 bits, for a float dtype")
         return ProbeInput(dtype, shape, seed=int(source))
+
+    def _check_range(self, name: str, numbers: Sequence[float], dtype: str) -> None:
+        """Raise for a number that a dtype of integers does not hold."""
+        if "float" in dtype:
+            return
+        least, most = 0, 1
+        if dtype != "bool":
+            limits = np.iinfo(dtype)
+            least, most = int(limits.min), int(limits.max)
+        for number in numbers:
+            if not is_whole(number) or not least <= number <= most:
+                raise self._error(name, number, f"a number of {dtype}")
 
     def _output(self, name: str, value: Any) -> ProbeOutput:
         fields = self._fields(name, value)
         largest = self._positive(f"{name}.largest", fields.get("largest"))
         tolerance = self._positive(f"{name}.tolerance", fields.get("tolerance"))
+        if largest * tolerance == 0:  # they are divisors
+            raise self._error(f"{name}.tolerance", tolerance, "a larger number")
         return ProbeOutput(self._shape(name, fields), largest, tolerance)
 
     def _adapter(self, name: str, value: Any, count: int) -> ProbedAdapter:

@@ -35,6 +35,10 @@ SCALES = np.arange(2, 61) / 20
 """The scales that are tried: 0.1, 0.15 … 3.0."""
 
 
+OVERFLOWS = np.errstate(over="ignore", invalid="ignore")
+"""Numbers of a file may be so large that their difference is infinite, which is far enough."""
+
+
 @dataclass(frozen=True)
 class Gauge:
     """How numbers at the points of a probe are compared.
@@ -49,10 +53,12 @@ class Gauge:
     tolerance: Array
     precisions: Mapping[str, float] = field(default_factory=dict)
 
+    @OVERFLOWS
     def distance(self, found: Array, expected: Array) -> float:
         """Return the largest difference as a share of `largest`; infinite where one is NaN."""
         return _largest(np.abs(found - expected) / self.largest)
 
+    @OVERFLOWS
     def excess(self, found: Array, expected: Array) -> float:
         """Return the largest difference as a multiple of what it may be."""
         return _largest(np.abs(found - expected) / (self.largest * self.tolerance))
@@ -161,6 +167,7 @@ def _verdict(
     return DIFFERS
 
 
+@OVERFLOWS
 def fitted_scale(found: Array, known: Known, gauge: Gauge) -> float | None:
     """Return the scale of an adapter's changes that explains a run; None where none does.
 

@@ -299,7 +299,7 @@ class _Files:
         demand(parity, "ONNX Runtime's step differs from torch's")
         warnings: list[str] = []
         at_start = {**self._start(manifest, slots), **FIRST_STEP}
-        subject = self._subject(session, plain, at_start)
+        subject = self._subject(session, plain, at_start, reference)
         self.of_probe = probe_file(path, subject, options.probe, session.provider, warnings)
 
         with replacing(target, force=options.force, beside=output.beside) as temporary:
@@ -320,7 +320,13 @@ class _Files:
                     tensors[f"{slot.name}.{suffix}"] = np.zeros_like(tensors[slot.name])
         return tensors
 
-    def _subject(self, session: RuntimeSession, plain: TrainGraph, start: Named) -> Subject:
+    def _subject(
+        self,
+        session: RuntimeSession,
+        plain: TrainGraph,
+        start: Named,
+        reference: TorchReference,
+    ) -> Subject:
         """Return the proven step as a probe is made of it: its loss from a start."""
         names = {node.name for node in session.inputs}
 
@@ -342,6 +348,7 @@ class _Files:
             vary=lambda _: of_file,  # there is no adapter to vary
             adapters={},
             found=find(self.execution.captured),
+            base=reference.base_facts(),
             feeds=batch,
             written=("labels",),
         )

@@ -34,7 +34,7 @@ from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.proofs.varied_runs import VariedRuns, with_its_adapter
 from lora_fx.passes.verbs.adapt import insert
-from lora_fx.passes.verbs.export_probe import facts_of
+from lora_fx.passes.verbs.export_probe import facts_of, summary
 from lora_fx.probe.carried import MODE
 from lora_fx.probe.probe import BASE, FULL, NONE, Probe
 from lora_fx.text import Json
@@ -82,12 +82,13 @@ def probe_adapter(
             is_slow=True,
             adapters=adapters,
             found=reference.targets(),
+            base=reference.base_facts(),
             feeds=partial(reference.feeds, SIZES[0]),
             precision=precision_of(captured),
             narrow=partial(_narrow, captured, runs),
             narrows_adapters=True,
         )
-        facts = {**facts_of({}, "torch"), "adapters": {NAME: digest}}
+        facts = {**facts_of(subject, "torch"), "adapters": {NAME: digest}}
         return make_probe(subject, kind, facts)
 
 
@@ -162,6 +163,4 @@ def add_to_adapter(path: str, module: AdaptedModule, kind: str) -> tuple[Json, l
         return {}, [f"no probe is written: {one_line(e, 200)}"]
     if probe is None:
         return {}, notes
-    effect = float(f"{probe.effect(NAME):.4g}")
-    groups = len(probe.adapters[NAME].groups)
-    return {"probe": {"bytes": probe.size, "effect": effect, "groups": groups}}, notes
+    return {"probe": summary(probe)}, notes
