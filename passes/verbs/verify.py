@@ -22,6 +22,7 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoSay, expect, given_options, near_path, refuse_no_say
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
+from lora_fx.formats.detect import is_foreign_model
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.formats.probe_beside import check_probe
 from lora_fx.formats.registry import FORMATS
@@ -204,17 +205,17 @@ def _verify_alone(model: Any, asked: JsonView, tol: float | None) -> Report:
 
 def _not_run_alone(path: str) -> LoraFxError:
     """Return the error for a file that is nothing to run."""
+    if is_foreign_model(path):
+        return LoraFxError(
+            f"{path}: its model is run by other programs",
+            "serve it, and ask the server: lora-fx probe ADAPTER --server URL --model NAME",
+        )
     if _is_adapter(path):
         check_probe(path)
         return LoraFxError(
             f"{path} is an adapter, which runs only in a model",
             f"check whether it fits one: lora-fx verify MODEL {path}; or ask the server that "
             f"serves it: lora-fx probe {path} --server URL --model NAME",
-        )
-    if path.endswith(".gguf"):
-        return LoraFxError(
-            f"{path}: a GGUF model is run by other programs",
-            "serve it, and ask the server: lora-fx probe ADAPTER --server URL --model NAME",
         )
     return LoraFxError(
         f"{path}: verify asks .onnx and .pt2 files and merged folders alone",

@@ -265,7 +265,7 @@ def test_a_gguf_model_is_run_by_others(tmp_path: Path, capsys: pytest.CaptureFix
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF" + bytes(60))
     code, err = _failed(["verify", str(file)], capsys)
-    assert code == 2, err
+    assert code == 2 and "its model is run by other programs" in err and "--server URL" in err
 
 
 # --- train ------------------------------------------------------------------------------------
