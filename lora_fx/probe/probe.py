@@ -296,6 +296,19 @@ class Probe:
             verdicts[name] = verdict if base_is_right or is_known else DIFFERS
         return verdicts
 
+    def with_every_other_point(self) -> Probe:
+        """Return the probe with half of its points."""
+        adapters = {}
+        for name, adapter in self.adapters.items():
+            groups = {group: values[::2] for group, values in adapter.groups.items()}
+            half = None if adapter.half is None else adapter.half[::2]
+            double = None if adapter.double is None else adapter.double[::2]
+            adapters[name] = replace(
+                adapter, values=adapter.values[::2], half=half, double=double, groups=groups
+            )
+        base = None if self.base is None else self.base[::2]
+        return replace(self, points=self.points[::2], base=base, adapters=adapters)
+
     def without_groups(self) -> Probe:
         """Return the short form of the probe."""
         short = {name: replace(value, groups={}) for name, value in self.adapters.items()}

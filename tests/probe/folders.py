@@ -28,9 +28,13 @@ SHARD = "model.safetensors"
 Tensors = dict[str, Array]
 
 
+captured = functools.cache(lambda base: lora_fx.capture(str(base)))
+"""The capture of a folder, which is made once."""
+
+
 def module_of(base: Path, seed: int = 1) -> AdaptedModule:
     """The model of a folder with an adapter of rank 2, as if it had been trained."""
-    module = lora_fx.insert(str(base), rank=2, alpha=4, include=INCLUDE, seed=seed)
+    module = lora_fx.insert(captured(base), rank=2, alpha=4, include=INCLUDE, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if parameter.requires_grad:
