@@ -473,7 +473,7 @@ NODES = {
     "lora_fx.onnx.rewrites": 7_400,
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 32_000,
-    "lora_fx.passes.verbs": 48_000,
+    "lora_fx.passes.verbs": 50_000,
     "lora_fx.probe": 9_500,
     "lora_fx.report": 9_000,
     "lora_fx.targets": 15_500,

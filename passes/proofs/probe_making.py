@@ -8,7 +8,7 @@ one model, is what the file may differ by elsewhere: MARGIN times that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -81,6 +81,8 @@ class Subject:
         numbers: The ids of adapters in mode batch.
         precision: What the file computes in.
         narrow: Runs the model with bfloat16 products, where that can be done.
+        narrows_adapters: Whether it is asked for the adapters too, and not for the base alone.
+        written: The inputs whose numbers are written out, since drawn ones would mean nothing.
     """
 
     mode: str
@@ -97,6 +99,8 @@ class Subject:
     precision: str = "float32"
     is_slow: bool = False
     narrow: Callable[[Adapter | None, Named], Named | None] | None = None
+    narrows_adapters: bool = False
+    written: Collection[str] = ()
 
 
 @stage("making the probe")
@@ -306,14 +310,21 @@ class _Draft:
                 self.unseen.append(f"{name}: {group}")
 
     def measure_precision(self) -> None:
-        """Measure how far bfloat16 products move the base."""
+        """Measure how far bfloat16 moves the base, and where it is asked for the adapters."""
         if self.subject.narrow is None or self.subject.precision != "float32":
             return
-        narrow = self.subject.narrow(None, self.feeds())
-        if narrow is None:
-            return
+        feeds = self.feeds()
+        outputs: list[tuple[Adapter | None, Array]] = [(None, self.base)]
+        if self.subject.narrows_adapters:
+            for name, adapter in self.subject.adapters.items():
+                outputs.append((adapter, self.answers[name]))
         gauge = self.probe({}).gauge()
-        moved = gauge.distance(self._at_points(narrow), self.base)
+        moved = 0.0
+        for narrowed, exact in outputs:
+            narrow = self.subject.narrow(narrowed, feeds)
+            if narrow is None:
+                return
+            moved = max(moved, gauge.distance(self._at_points(narrow), exact))
         if np.isfinite(moved) and moved > 0:
             self.precisions = {"tf32": 2 * moved / NARROWER, "bfloat16": 2 * moved}
 
@@ -354,10 +365,12 @@ def _inputs(subject: Subject, seed: int) -> dict[str, ProbeInput]:
         LoraFxError: Inputs that a probe cannot hold, or on which the model does not run.
     """
     arrays = subject.feeds(seed)
-    drawn_inputs = {
-        name: _written_out(name, array) if is_whole_dtype(array) else _drawn(array, seed + 1)
-        for name, array in arrays.items()
-    }
+    drawn_inputs: dict[str, ProbeInput] = {}
+    for name, array in arrays.items():
+        if is_whole_dtype(array) or name in subject.written:
+            drawn_inputs[name] = _written_out(name, array)
+        else:
+            drawn_inputs[name] = _drawn(array, seed + 1)
     if _runs(subject, drawn_inputs):
         return drawn_inputs
     # numbers that depend on each other, or that have to be in a range
@@ -550,6 +563,9 @@ def _multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
     for key, factor in factors.items():
         update = entries[key]
         assert isinstance(update, LowRank)  # groups and plain updates are low-rank
+        if update.variant_tensors:  # of which its variant would make another b
+            alpha = update.scale * update.rank
+            update = replace(update, variant="lora", alpha=alpha, variant_tensors={})
         entries[key] = replace(update, b=update.b * np.float32(factor))
     return replace(adapter, entries=entries)
 
