@@ -203,8 +203,8 @@ class _Draft:
             )
             plain = {key: low for key, low in adapter.lowrank.items() if is_plain(low)}
             if len(plain) == len(adapter.entries):
-                half = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 0.5)))
-                double = self.subject.vary(_multiplied(adapter, dict.fromkeys(plain, 2.0)))
+                half = self.subject.vary(multiplied(adapter, dict.fromkeys(plain, 0.5)))
+                double = self.subject.vary(multiplied(adapter, dict.fromkeys(plain, 2.0)))
                 known = replace(
                     known,
                     half=self._at_points(half(feeds)),
@@ -226,7 +226,7 @@ class _Draft:
             return {}
         outputs: dict[str, Array] = {}
         for name, keys_of_group in groups.items():
-            without = _multiplied(adapter, dict.fromkeys(keys_of_group, 0.0))
+            without = multiplied(adapter, dict.fromkeys(keys_of_group, 0.0))
             outputs[name] = self._at_points(self.subject.vary(without)(feeds))
         return outputs
 
@@ -405,7 +405,7 @@ def _everywhere(outputs: Mapping[str, ProbeOutput], base: Named) -> list[tuple[s
     return places
 
 
-def _multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
+def multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
     """Return an adapter with the changes of some keys multiplied; its shapes and scales stay."""
     entries = dict(adapter.entries)
     for key, factor in factors.items():
