@@ -137,7 +137,7 @@ def _choice(server: Server, body: Json, prompt: Prompt) -> JsonView:
 
 def _refused(server: Server, model: str, answer: Answer) -> LoraFxError:
     """Return the error for an answer that is no success: the model is unknown, or what it says."""
-    names = model_names(server) if answer.status in (*_NEXT_FORM, 404) else []
+    names = model_names(server) if 400 <= answer.status < 500 else []
     shown = one_line(model, 80)
     if names and model not in names:
         return LoraFxError(

@@ -1,4 +1,4 @@
-"""What a running server serves under a name: the adapter of a probe, its base, or something else."""
+"""What a server serves under a name: the adapter of a probe, its base, or something else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.probe.completions import Reply, ask
+from lora_fx.probe.completions import Reply, ask, model_names
 from lora_fx.probe.language import FEWEST_POINTS, LanguageProbe, Told
 from lora_fx.probe.server import TOKEN, Server
 from lora_fx.probe.verdict import (
@@ -178,9 +178,24 @@ def ask_server(server: Server, question: Question) -> ServerReport:
         notes.append(
             f"the told points would not show the loss of {some(unseen)}, whose effect is too small"
         )
+    notes += _unlisted(server, rows)
     if server.sends_token_openly:
         notes.append(f"the token of {TOKEN} was sent without encryption")
     return ServerReport(server.url, question.adapter, tuple(rows), tuple(notes))
+
+
+def _unlisted(server: Server, rows: list[Served]) -> list[str]:
+    """Return a note on each wrong name that the server does not list: some answer to any name."""
+    wrong = [row.model for row in rows if not row]
+    if not wrong:
+        return []
+    names = model_names(server)
+    return [
+        f"the server does not list {one_line(model, 80)!r}; it may have answered for another of "
+        f"its models: {some(names, 5)}"
+        for model in wrong
+        if names and model not in names
+    ]
 
 
 def _of_adapter(server: Server, question: Question) -> Served:
