@@ -129,6 +129,11 @@ class FileOptions:
     genai: str | None = option(
         "--genai", metavar="DIR", help="Also write a folder for onnxruntime-genai (with --cache)."
     )
+    probe: str = option(
+        "--probe",
+        default="full",
+        help="Write a probe of the file: full; short, without groups of targets; or none.",
+    )
     within: bool = flag(
         "--within", "Leave out the checks in the file that fail at sizes it is not true for."
     )
@@ -271,6 +276,7 @@ def command(
         within=file.within,
         accuracy_level=file.accuracy_level,
         tol=file.tol,
+        probe=file.probe,
     )
     given = given_options({"inputs": arrays, "within": file.within})
     report = export_as(source, options, given, quantise=file.quantise, genai=file.genai)

@@ -21,14 +21,20 @@ if TYPE_CHECKING:
     from lora_fx.passes.verbs.options import Provider
 
 
+def _alone(asked: JsonView) -> bool:
+    return asked["b"] is None
+
+
 def _fits(asked: JsonView) -> bool:
     from lora_fx.formats.io import is_adapter
 
-    return is_adapter(asked["b"])
+    return not _alone(asked) and is_adapter(asked["b"])
 
 
 def _tensors(asked: JsonView) -> bool:
-    return not asked["run"] and _of_tensors(asked["a"], asked["b"])
+    if _alone(asked) or asked["run"]:
+        return False
+    return _of_tensors(asked["a"], asked["b"])
 
 
 def _of_tensors(a: str, b: str) -> bool:
@@ -43,11 +49,16 @@ def _of_tensors(a: str, b: str) -> bool:
 
 
 def _onnx(asked: JsonView) -> list[bool]:
-    return [asked[name].endswith(".onnx") for name in "ab"]
+    return [str(asked[name]).endswith(".onnx") for name in "ab"]
 
 
 MODEL = ("weights", "dynamic", "static", "no_repeat")
 NO_SAY: Rules = (
+    NoSay(
+        ("adapters", "inputs_file", "run", "everything", *MODEL), _alone,
+        "for {0[a]} alone, which is run on its own probe",
+        "leave it out, or name the model to compare with",
+    ),
     NoSay(
         ("adapters", "tol", "everything", "provider"), _fits,
         "with {0[b]}, an adapter: names and shapes are compared",
@@ -74,7 +85,7 @@ NO_SAY: Rules = (
 
 @click.command("verify", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("a")
-@click.argument("b")
+@click.argument("b", required=False)
 @click.option(
     "--adapter",
     "adapters",
@@ -98,7 +109,7 @@ NO_SAY: Rules = (
 @option_group("capture", ModelOptions)
 def command(
     a: str,
-    b: str,
+    b: str | None,
     adapters: tuple[str, ...],
     tol: float | None,
     everything: bool,
@@ -106,7 +117,10 @@ def command(
     provider: Provider | None,
     capture: ModelOptions,
 ) -> None:
-    r"""Compare models A and B, or check that adapter B fits model A.
+    r"""Compare models A and B, check that adapter B fits model A, or check file A alone.
+
+    Without B, the .onnx file A is run on the probe that export put into it: it says whether the
+    base is the same, whether each adapter takes effect, and where it can tell, what is wrong.
 
     Two Hugging Face folders or .safetensors files are compared tensor by tensor; with --adapter, A
     must equal B with the adapter merged. Other models are run on the same inputs, and their outputs
@@ -116,6 +130,8 @@ def command(
     compared.
 
     \b
+    lora-fx verify model.onnx
+    lora-fx verify model.onnx --provider cuda
     lora-fx verify ./merged ./llama --adapter ./adapter
     lora-fx verify bert.onnx ./my-bert --adapter ./adapter
     lora-fx verify merged.onnx bert.onnx --adapter ./adapter
@@ -127,6 +143,10 @@ def command(
     from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verbs.verify import refuse_adapter_as_model, verify
 
+    if b is None:
+        report = verify(a, tol=tol, provider=provider)
+        emit(lines(report), **{**report.to_json(), "inputs": [{"a": a}]})
+        click.get_current_context().exit(0 if report else 1)
     refuse_adapter_as_model(a, b)
     fits = is_adapter(b)
     if not run and _of_tensors(a, b):

@@ -21,7 +21,7 @@ from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.recorded_merges import chain_of
 from lora_fx.checkpoint.tensor_differences import Difference, unlike
 from lora_fx.compare import Report
-from lora_fx.errors import explained
+from lora_fx.errors import explained, visible
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.run_files import check_unchanged, remembering
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
@@ -149,6 +149,8 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
 def lines(report: Report) -> str:
     """The report for people."""
     details = report.details
+    if "verdicts" in details:
+        return _lines_of_probe(report)
     if "differences" not in details:
         return str(report)
     verdict = "ok" if report else "FAILED"
@@ -170,3 +172,11 @@ def lines(report: Report) -> str:
         text.append(f"  and {len(differences) - _SHOWN} more")
     text += [f"  warning: {warning}" for warning in report.warnings]
     return "\n".join(text)
+
+
+def _lines_of_probe(report: Report) -> str:
+    """The verdicts on a file that was run on its own probe, for people."""
+    text = [f"verify: {'ok' if report else 'FAILED'}, on {report.details['provider']}"]
+    text += [f"  {row['sentence']}" for row in report.details["verdicts"]]
+    text += [f"  warning: {warning}" for warning in report.warnings]
+    return "\n".join(map(visible, text))

@@ -21,6 +21,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.links import inside
 from lora_fx.files.read import open_input, read_bytes, refuse_pointer
 from lora_fx.files.safetensors import MAX_DIMS
+from lora_fx.probe.probe import PROPERTY as PROBE
 
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
@@ -44,6 +45,8 @@ def _damaged(what: str) -> LoraFxError:
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Open a model and check all its tensors; large ones stay in their files.
 
+    What is made of the model computes other numbers, so that its probe is left out.
+
     Raises:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
     """
@@ -53,6 +56,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises whatever its parts raise
         raise _damaged(f"{file}: damaged ONNX file: {one_line(error)}") from error
+    model.metadata_props.pop(PROBE, None)
     functions = (function.graph for function in model.functions.values())
     for graph in (model.graph, *functions):
         ir.external_data.set_base_dir(graph, file.parent)

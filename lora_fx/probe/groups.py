@@ -16,15 +16,16 @@ PARTS: Sequence[Sequence[str]] = (
 """The names of the parts of a depth, for three parts, two and one."""
 
 
-def groups_of(targets: Iterable[Target]) -> dict[str, list[str]]:
+def groups_of(targets: Iterable[Target], most: int = MOST_GROUPS) -> dict[str, list[str]]:
     """Return the keys of each group by its name, such as "q, first third".
 
     A target without a role is grouped by its op. Of three parts of the depth, two and one, the
-    first is taken that makes no more than MOST_GROUPS groups. Where there are more roles than that,
+    first is taken that makes no more than `most` groups. Where there are more roles than that,
     the thirds of all targets are the groups.
 
     Args:
         targets: In the order of the model.
+        most: The largest number of groups, 3 or more.
     """
     all_targets = list(targets)
     by_role: dict[str, list[str]] = {}
@@ -35,7 +36,7 @@ def groups_of(targets: Iterable[Target]) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}
         for role, keys in by_role.items():
             groups |= _split(role, keys, parts)
-        if len(groups) <= MOST_GROUPS:
+        if len(groups) <= most:
             return groups
     return _split("all", [target.key for target in all_targets], PARTS[0])
 

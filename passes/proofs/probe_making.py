@@ -20,7 +20,7 @@ from lora_fx.dtypes import Array, widened
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import Named
 from lora_fx.passes.proofs.reference import Run
-from lora_fx.probe.groups import groups_of
+from lora_fx.probe.groups import MOST_GROUPS, groups_of
 from lora_fx.probe.probe import (
     BASE,
     FULL,
@@ -47,6 +47,9 @@ LARGEST_TOLERANCE = 0.25
 """The tolerance above which an output shows nothing."""
 MOST_VALUES = 4096
 """The number of elements of an integer input, above which it is not written out."""
+MOST_RUNS = 24
+"""The number of groups of all adapters together, where each takes a run of the model in torch."""
+FEWEST_GROUPS = 3
 CANDIDATES = 1024
 """The number of places of an output among which points are chosen."""
 NARROWER = 8.0
@@ -63,6 +66,7 @@ class Subject:
             one adapter gives no run for.
         reference: A run of the model with an adapter's branches.
         vary: A run with an adapter that differs from one of the file's in its numbers alone.
+        is_slow: Whether that takes a run of the model in torch, so that groups are fewer.
         adapters: The adapters, by name.
         found: The targets, in the order of the model.
         feeds: Inputs by a seed.
@@ -82,6 +86,7 @@ class Subject:
     files: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, int] = field(default_factory=dict)
     precision: str = "float32"
+    is_slow: bool = False
     narrow: Callable[[Adapter | None, Named], Named | None] | None = None
 
 
@@ -180,7 +185,8 @@ class _Draft:
             run = subject.run(name)
             assert run is not None  # every adapter is in the file
             answers[name] = run(feeds)
-            pairs.append((answers[name], subject.reference(adapter)(feeds)))
+            if len(pairs) < 2:  # the base and one adapter tell how outputs round
+                pairs.append((answers[name], subject.reference(adapter)(feeds)))
 
         outputs = _compared_outputs(pairs, subject.precision)
         if not outputs:
@@ -221,7 +227,7 @@ class _Draft:
         order = {key: i for i, key in enumerate(self.subject.found)}
         keys = sorted(plain, key=lambda key: order.get(key, len(order)))
         targets = [target for key in keys if (target := self.subject.found.get(key)) is not None]
-        groups = groups_of(targets)
+        groups = groups_of(targets, self._most_groups())
         if len(groups) < 2:
             return {}
         outputs: dict[str, Array] = {}
@@ -229,6 +235,12 @@ class _Draft:
             without = multiplied(adapter, dict.fromkeys(keys_of_group, 0.0))
             outputs[name] = self._at_points(self.subject.vary(without)(feeds))
         return outputs
+
+    def _most_groups(self) -> int:
+        """Return the largest number of groups of an adapter."""
+        if not self.subject.is_slow:
+            return MOST_GROUPS
+        return max(FEWEST_GROUPS, min(MOST_GROUPS, MOST_RUNS // len(self.subject.adapters)))
 
     def _finite(self, adapter: ProbedAdapter) -> ProbedAdapter:
         """Return what is known of an adapter without what is not finite."""
@@ -252,20 +264,14 @@ class _Draft:
                 self.unseen.append(f"{name}: {group}")
 
     def measure_precision(self) -> None:
-        """Measure how far bfloat16 products move the base and the first adapter."""
+        """Measure how far bfloat16 products move the base."""
         if self.subject.narrow is None or self.subject.precision != "float32":
             return
-        feeds = self.feeds()
+        narrow = self.subject.narrow(None, self.feeds())
+        if narrow is None:
+            return
         gauge = self.probe({}).gauge()
-        moved = 0.0
-        named: list[tuple[Adapter | None, Named]] = [(None, self.base)]
-        for name, adapter in list(self.subject.adapters.items())[:1]:
-            named.append((adapter, self.full_answers[name]))
-        for adapter_or_none, outputs in named:
-            narrow = self.subject.narrow(adapter_or_none, feeds)
-            if narrow is None:
-                return
-            moved = max(moved, gauge.distance(self._at_points(narrow), self._at_points(outputs)))
+        moved = gauge.distance(self._at_points(narrow), self._at_points(self.base))
         if np.isfinite(moved) and moved > 0:
             self.precisions = {"tf32": 2 * moved / NARROWER, "bfloat16": 2 * moved}
 

@@ -100,6 +100,12 @@ class TorchReference:
         module = self._module(adapter)
         return prove(run, module, arrays=self.arrays, tol=self.tol, of=of, rerun=rerun)
 
+    def take_branched(self) -> CapturedModule | None:
+        """Hand over the module with branches that ran last, whose factors may then be written."""
+        adapter, module = self._last
+        self._last = (None, self.base)
+        return None if adapter is None else module
+
     def _module(self, adapter: Adapter | None) -> CapturedModule:
         if adapter is None:
             return self.base

@@ -134,6 +134,7 @@ def _subject(
         run=of_file,
         reference=runs.run,
         vary=runs.run,
+        is_slow=True,
         adapters=adapters,
         found=targets_of(reference),
         feeds=partial(reference.feeds, SIZES[0]),

@@ -323,6 +323,7 @@ def _add_probe(
             run=of_file,
             reference=runs.run,
             vary=runs.run,
+            is_slow=True,
             adapters=adapters,
             found=find(captured),
             feeds=partial(reference.feeds, SIZES[0]),

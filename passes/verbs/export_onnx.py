@@ -126,6 +126,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         external_over=options.external_over,
         force=options.force,
         places=options.places,
+        probe=options.probe,
     )
     return replace(report, command="export")
 

@@ -94,6 +94,6 @@ def targets_of(reference: Reference) -> Found:
 def varied_runs(reference: Reference) -> VariedRuns | OnnxReference:
     """Return what runs the adapters of a reference, and others that differ in their numbers."""
     if isinstance(reference, TorchReference):
-        return VariedRuns(reference.base, reference.branched)
+        return VariedRuns(reference.base, reference.branched, reference.take_branched())
     assert isinstance(reference, OnnxReference)  # there are two
     return reference

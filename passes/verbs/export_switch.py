@@ -154,6 +154,7 @@ def _subject(
         reference=runs.run,
         # in mode load a file needs a session for every adapter
         vary=runs.run if file.options.mode == "load" else file.run_with,
+        is_slow=file.options.mode == "load",
         adapters=adapters,
         found=found,
         feeds=partial(reference.feeds, SIZES[0]),

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
@@ -25,17 +27,22 @@ from lora_fx.errors import (
 from lora_fx.files.atomic import check_output
 from lora_fx.files.run_files import remember, remembering
 from lora_fx.files.stored_tensors import same_bytes
+from lora_fx.inputs import SIZES
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched
-from lora_fx.onnx.output_file import output
+from lora_fx.onnx.output_file import Output, output
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
-from lora_fx.onnx.session import check_provider, open_session
+from lora_fx.onnx.session import RuntimeSession, check_provider, open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.merged_tensors import prove_merge
-from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
+from lora_fx.passes.proofs.onnx_reference import FileRerun, OnnxReference, reference_of
+from lora_fx.passes.proofs.probe_making import Subject
+from lora_fx.passes.proofs.reference import Run
+from lora_fx.passes.verbs.export_probe import probe_file
 from lora_fx.passes.verbs.merge_onnx_plan import OnnxMergeOptions, OnnxMergePlan, plan_onnx
+from lora_fx.probe.probe import BASE, NONE
 from lora_fx.progress import stage
 from lora_fx.text import Json, StrPath, counted, table
 
@@ -75,7 +82,7 @@ def merge_into_file(
 
     graph = plan.graph
     before = {name: graph.reader(name) for name in graph.flow.stores}
-    unfolded = graph.clone() if options.run else graph
+    unfolded = graph.clone() if options.probe_kind != NONE or options.run else graph
     fold = _fold_into_graph(plan)
     with output(target, force=options.force, places=options.places) as file:
         external_over = 0 if has_data_file else options.external_over
@@ -92,7 +99,11 @@ def merge_into_file(
             parity = _run_beside_base(source, unfolded, file.loadable, plan.matched, options)
         else:
             notes += _load(source, file.loadable, weight_bytes(graph.model))
-    return _report(file.files, fold, plan, notes, parity)
+        of_probe: Json = {}
+        if options.probe_kind != NONE:
+            of_probe = _add_probe(source, unfolded, file, plan, options, notes)
+    report = _report(file.files, fold, plan, notes, parity)
+    return replace(report, details={**report.details, **of_probe})
 
 
 def _fold_into_graph(plan: OnnxMergePlan) -> Fold:
@@ -160,6 +171,54 @@ def _run_beside_base(
         parity = reference.prove(session.run, adapter, "merged", rerun)
     demand(parity, "the merged file differs from the base with branches")
     return parity
+
+
+def _add_probe(
+    source: Path,
+    graph: OnnxGraph,
+    file: Output,
+    plan: OnnxMergePlan,
+    options: OnnxMergeOptions,
+    notes: list[str],
+) -> Json:
+    """Put a probe into the merged file; return the field of the report.
+
+    Where the merge runs nothing else, a large file or one that does not run gets none.
+    """
+    if not options.run and weight_bytes(graph.model) > EXTERNAL_OVER:
+        notes.append("no probe: the file was not run; pass --run")
+        return {}
+    if plan.matched.whole:
+        notes.append("no probe: the adapter replaces whole tensors, which nothing here runs")
+        return {}
+    try:
+        with reference_of(source, graph, options.provider, options.inputs) as reference:
+            session = open_session(file.loadable, options.provider)
+            subject = _subject(session, reference, plan)
+            return probe_file(file.path, subject, options.probe_kind, session.provider, notes)
+    except LoraFxError as error:
+        if options.run:
+            raise
+        notes.append(f"no probe: {error.message}")
+        return {}
+
+
+def _subject(session: RuntimeSession, reference: OnnxReference, plan: OnnxMergePlan) -> Subject:
+    """Return the merged file as a probe is made of it."""
+
+    def of_file(name: str) -> Run | None:
+        return None if name == BASE else session.run
+
+    adapter = Adapter(dict(plan.matched.updates))
+    return Subject(
+        mode="merged",
+        run=of_file,
+        reference=reference.run,
+        vary=reference.run,
+        adapters={"adapter": adapter},
+        found=plan.targets,
+        feeds=partial(reference.feeds, SIZES[0]),
+    )
 
 
 def _load(source: Path, written: Path, size: int) -> list[str]:

@@ -22,6 +22,7 @@ from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, weight_bytes
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
+from lora_fx.probe.probe import FULL, NONE
 from lora_fx.targets.found import Found
 from lora_fx.text import Json, StrPath, table
 
@@ -44,6 +45,8 @@ class OnnxMergeOptions:
         run: Also run it against the base with branches, at three sizes; that takes memory.
         inputs: Arrays by input name for run, instead of sampled ones.
         provider: The provider of `run`: auto, cpu, cuda or webgpu.
+        probe: The probe that the file gets: full, short or none; empty for full with `run`, and
+            none without.
     """
 
     names: Mapping[str, str] | None = None
@@ -58,12 +61,20 @@ class OnnxMergeOptions:
     run: bool = False
     inputs: Named | None = None
     provider: str = "cpu"
+    probe: str = ""
 
     def __post_init__(self) -> None:
         """Raise for an unknown way to mix adapters."""
         if self.how != "sum" and self.how not in HOWS:
             raise LoraFxError(f"unknown mix {self.how!r}", f"use sum, {', '.join(HOWS)}")
         refuse_rank(self.how, self.rank)
+
+    @property
+    def probe_kind(self) -> str:
+        """The probe that the file gets."""
+        if self.probe:
+            return self.probe
+        return FULL if self.run else NONE
 
     @classmethod
     def of(cls, options: Named) -> OnnxMergeOptions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
@@ -28,6 +29,7 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.verify_onnx import verify_onnx
 from lora_fx.passes.verbs.verify_run import RunOptions, is_onnx, is_path, verify_run
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.passes.verbs.options import Provider
@@ -67,10 +69,20 @@ VERIFY_RULES: tuple[NoSay[Compared], ...] = (
 )  # fmt: skip
 
 
+ALONE: tuple[NoSay[None], ...] = (
+    NoSay(
+        ("inputs", "adapter", "run"), lambda _: True,
+        "for a file alone, which is run on its own probe",
+        "leave it out, or name the model to compare with",
+    ),
+)  # fmt: skip
+"""The rules for the options of a verification of one file."""
+
+
 @blaming
 def verify(
     a: object,
-    b: Any,
+    b: Any = None,
     inputs: Named | None = None,
     *,
     adapter: Adapters | None = None,
@@ -80,7 +92,10 @@ def verify(
     rows: int | None = ROWS,
     trust: bool = False,
 ) -> Report:
-    """Compare two models; `bool(report)` is the answer.
+    """Compare two models, or one file with its own probe; `bool(report)` is the answer.
+
+    Without `b`, the file `a` is run on the input that it holds, with its base and each of its
+    adapters, and compared with what the outputs were when it was made (docs/probe.md).
 
     Two tensor files (Hugging Face folders or `.safetensors`) are compared tensor by tensor,
     everything else output by output at three sizes.
@@ -88,7 +103,8 @@ def verify(
     Args:
         a: A tensor file, a captured module, a Captured, an .onnx or .pt2 file, what load_model
             returned, or a model's name as on the command line.
-        b: Another one, the reference; or an Adapter or its path: does it fit `a`?
+        b: Another one, the reference; or an Adapter or its path: does it fit `a`? None, where `a`
+            is an .onnx file with a probe.
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
             where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
@@ -112,6 +128,9 @@ def verify(
                 "pass --tol 1e-5, for example",
             )
         model = _local(a)
+        if b is None:
+            unused: Json = {"inputs": inputs, "adapter": adapter, "run": run}
+            return _verify_alone(model, given_options(unused), provider or "auto", tol)
         reference = _local(b)
         _refuse_missing(model)
         _refuse_missing(reference)
@@ -146,6 +165,30 @@ def verify(
         if fits and not isinstance(reference, Adapter):
             reference = load_adapter(reference)
         return verify_run(model, reference, options)
+
+
+def _verify_alone(model: Any, given: Mapping[str, str], provider: str, tol: float | None) -> Report:
+    """Compare a file with its own probe.
+
+    Raises:
+        LoraFxError: What is no file, or an option that has no effect.
+    """
+    if not is_path(model):
+        raise LoraFxError(
+            "a model alone has no probe: expected a file, or two models",
+            "pass the path of a file that lora-fx export wrote, or the model to compare with",
+        )
+    _refuse_missing(model)
+    refuse_no_say(ALONE, None, given)
+    _check_provider(provider)
+    if not is_onnx(model):
+        raise LoraFxError(
+            f"{os.fspath(model)}: verify asks .onnx files alone",
+            f"name what it should equal: lora-fx verify {os.fspath(model)} MODEL",
+        )
+    from lora_fx.passes.verbs.verify_probe import verify_probe
+
+    return verify_probe(model, provider=provider, tol=tol)
 
 
 def _check_provider(provider: str | None) -> None:
