@@ -166,6 +166,23 @@ class LanguageProbe:
                 found.append(value)
         return Told(np.array(places, np.int64), np.array(found, np.float64))
 
+    def lacks(self, expected: Array, answers: Sequence[LogProbabilities], count: int) -> bool:
+        """Whether a server left out a token that the expected model would have made it tell.
+
+        Args:
+            expected: The log-probabilities at all points.
+            answers: The server's, for each prompt.
+            count: How many of the most probable tokens it was asked for. It may tell one more, the
+                token that it sampled.
+        """
+        level = 2 * max([self.tolerance, *self.precisions.values()])
+        told = set(self.told(answers).places.tolist())
+        for place, point in enumerate(self.points):
+            values = sorted(answers[point.prompt].values(), reverse=True)[:count]
+            if place not in told and expected[place] > values[-1] + level:
+                return True
+        return False
+
     def verdict_on_adapter(self, told: Told) -> str:
         """Return the verdict on the answers of a server that should have the adapter."""
         places = told.places

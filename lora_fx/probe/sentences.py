@@ -82,7 +82,7 @@ class Finding:
         if self.verdict in (NOT_FINITE, DIFFERS):
             return self._unexplained()
         cause, _, precision = self.verdict.partition(" in ")
-        sentence = OR.join(_sentence_of_cause(one) for one in cause.split(OR))
+        sentence = OR.join(sentence_of_cause(one) for one in cause.split(OR))
         if precision:
             sentence += f", in the precision of {precision}"
         return f"{sentence} ({effects})"
@@ -94,7 +94,7 @@ class Finding:
             return f"as it was, but {self._difference()}"
         if self.verdict in (NOT_FINITE, DIFFERS):
             return f"not the base that the file was made from: {self._unexplained()}"
-        return " or ".join(_sentence_of_cause(one) for one in self.verdict.split(OR))
+        return " or ".join(sentence_of_cause(one) for one in self.verdict.split(OR))
 
     def _difference(self) -> str:
         precision = self.verdict.removeprefix(RIGHT_IN)
@@ -112,7 +112,7 @@ class Finding:
         )
 
 
-def _sentence_of_cause(cause: str) -> str:
+def sentence_of_cause(cause: str) -> str:
     """Return a cause as a sentence."""
     if cause == NO_EFFECT:
         return "no effect: the outputs are those of the base"

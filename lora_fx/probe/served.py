@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.probe.completions import Reply, ask, model_names
 from lora_fx.probe.language import FEWEST_POINTS, LanguageProbe, Told
+from lora_fx.probe.sentences import sentence_of_cause
 from lora_fx.probe.server import TOKEN, Server
 from lora_fx.probe.verdict import (
     DIFFERS,
-    NO_EFFECT,
     NOT_FINITE,
     OR,
     RIGHT,
     RIGHT_IN,
-    SCALED,
     TOO_SMALL,
     is_right,
 )
@@ -25,7 +25,6 @@ from lora_fx.text import Json, some
 
 LOGPROBS = "log-probabilities"
 TEXTS = "texts"
-_WITHOUT = "without "
 _ADAPTER = "adapter "
 
 
@@ -62,36 +61,24 @@ class Served:
     def line(self, adapter: str) -> str:
         """Return the answer as a sentence."""
         name = one_line(self.model, 80)
-        return f"{name}: {self.meaning(adapter)} ({self.evidence()})"
+        return f"{name}: {self.sentence(adapter)} ({self.evidence()})"
 
-    def meaning(self, adapter: str) -> str:
+    def sentence(self, adapter: str) -> str:
         """Return the verdict in words, for the adapter of this name."""
-        verdict, _, precision = self.verdict.rpartition(" in ")
-        if not verdict:
-            verdict, precision = precision, ""
+        expected = f"the adapter {adapter}" if self.role == "adapter" else "the base"
+        if self.verdict == RIGHT:
+            return f"serves {expected}"
         if self.verdict.startswith(RIGHT_IN):
-            return f"{self._expected(adapter)}, in {precision}"
-        if verdict == RIGHT:
-            return self._expected(adapter)
-        suffix = f", in {precision}" if precision else ""
-        if OR in verdict or verdict.startswith(_ADAPTER):
-            return f"not {self._expected(adapter)}, but {verdict}{suffix}"
-        if verdict == NO_EFFECT:
-            return f"the base: the adapter {adapter} has no effect{suffix}"
-        if verdict.startswith(SCALED):
-            factor = verdict.removeprefix(SCALED)
-            return f"the adapter {adapter} with its changes multiplied by {factor}{suffix}"
-        if verdict.startswith(_WITHOUT):
-            group = verdict.removeprefix(_WITHOUT)
-            return f"the adapter {adapter} without its targets {group}{suffix}"
-        return {
-            NOT_FINITE: "numbers that are not finite",
-            TOO_SMALL: f"the adapter {adapter} changes too little of what was told to be seen",
-            DIFFERS: f"not {self._expected(adapter)}; the cause cannot be told",
-        }.get(self.verdict, self.verdict)
-
-    def _expected(self, adapter: str) -> str:
-        return f"the adapter {adapter}" if self.role == "adapter" else "the base"
+            return f"serves {expected}, in the precision of {self.verdict.removeprefix(RIGHT_IN)}"
+        if self.verdict == NOT_FINITE:
+            return "log-probabilities are not finite (NaN or infinite)"
+        if self.verdict == TOO_SMALL:
+            return f"cannot tell: {adapter} changes too little of what the server told"
+        if self.verdict == DIFFERS:
+            return f"does not serve {expected}; the cause cannot be told"
+        cause, _, precision = self.verdict.partition(" in ")
+        sentence = OR.join(sentence_of_cause(one) for one in cause.split(OR))
+        return f"{sentence}, in the precision of {precision}" if precision else sentence
 
     def evidence(self) -> str:
         """Return the numbers behind the verdict."""
@@ -208,8 +195,10 @@ def _of_adapter(server: Server, question: Question) -> Served:
             verdict = _other_by_texts(reply.texts, question)
         count = len(reply.texts)
         return Served(question.model, "adapter", verdict, TEXTS, count, len(probe.prompts))
-    told = _told(server, probe, reply)
-    verdict = probe.verdict_on_adapter(told)
+    told = probe.told(reply.logprobs or ())
+    verdict = DIFFERS
+    if _is_enough(server, probe, reply, told, probe.adapter.values):
+        verdict = probe.verdict_on_adapter(told)
     if verdict == DIFFERS:
         verdict = _other_by_points(reply, question)
     difference = probe.difference(told, of_base=False)
@@ -223,8 +212,10 @@ def _of_base(server: Server, question: Question, model: str) -> Served:
     if reply.texts is not None:
         verdict = probe.verdict_on_texts(reply.texts, of_base=True, name=question.adapter)
         return Served(model, "base", verdict, TEXTS, len(reply.texts), len(probe.prompts))
-    told = _told(server, probe, reply)
-    verdict = probe.verdict_on_base(told, question.adapter)
+    told = probe.told(reply.logprobs or ())
+    verdict = DIFFERS
+    if _is_enough(server, probe, reply, told, probe.base.values):
+        verdict = probe.verdict_on_base(told, question.adapter)
     difference = probe.difference(told, of_base=True)
     return _by_points(model, "base", verdict, probe, told, difference)
 
@@ -251,20 +242,26 @@ def _asked(server: Server, model: str, probe: LanguageProbe) -> Reply:
     return ask(server, model, probe.prompts, longest + 1)
 
 
-def _told(server: Server, probe: LanguageProbe, reply: Reply) -> Told:
-    """Return the told points.
+def _is_enough(
+    server: Server, probe: LanguageProbe, reply: Reply, told: Told, expected: Array
+) -> bool:
+    """Whether a server told enough points for a verdict.
+
+    Returns:
+        False if it did not, because its most probable tokens are others than the expected ones.
 
     Raises:
-        LoraFxError: There are fewer than FEWEST_POINTS.
+        LoraFxError: It did not, and nobody can tell why.
     """
-    told = probe.told(reply.logprobs or ())
-    if len(told.places) < FEWEST_POINTS:
-        raise LoraFxError(
-            f"{server.url}: the server told {len(told.places)} of {len(probe.points)} points; "
-            f"expected at least {FEWEST_POINTS}",
-            "check that it serves this base: the tokens it tells are others",
-        )
-    return told
+    if len(told.places) >= FEWEST_POINTS:
+        return True
+    if probe.lacks(expected, reply.logprobs or (), reply.form.count):
+        return False
+    raise LoraFxError(
+        f"{server.url}: the server told {len(told.places)} of {len(probe.points)} points; "
+        f"expected at least {FEWEST_POINTS}",
+        "let the server tell more of the most probable tokens",
+    )
 
 
 def _other_by_points(reply: Reply, question: Question) -> str:

@@ -147,6 +147,9 @@ class Server:
                 if not piece:
                     break
                 raw += piece
+            is_cut_off = bool(response.length)  # the bytes that are still to come
+        if is_cut_off and len(raw) <= MOST_BYTES:
+            raise LoraFxError(f"{place}: the answer ends before its length", "try again")
         if len(raw) > MOST_BYTES:
             raise LoraFxError(
                 f"{place}: the answer has more than {MOST_BYTES} bytes",
@@ -158,20 +161,21 @@ class Server:
         """Return an answer; one of success has to be JSON."""
         text = one_line(raw[:2000].decode("utf-8", "replace"), 1000)
         answer = Answer(status, None, text)
+        try:
+            answer = Answer(status, json_value(raw, place, constants=True), text)
+        except LoraFxError as error:
+            if status < 300:
+                what = answer.reason if answer.is_html else "no JSON"
+                raise LoraFxError(
+                    f"{place}: the answer is {what}",
+                    "check that this is an OpenAI-compatible server",
+                ) from error
         if status in (401, 403):
             hint = f"set {TOKEN} to the server's token"
             if os.environ.get(TOKEN):
                 hint = f"check the token in {TOKEN}"
             raise LoraFxError(f"{place}: {status}: {answer.reason}", hint)
-        try:
-            return Answer(status, json_value(raw, place, constants=True), text)
-        except LoraFxError as error:
-            if status >= 300:
-                return answer
-            found = f"the answer is {answer.reason}" if answer.is_html else "the answer is no JSON"
-            raise LoraFxError(
-                f"{place}: {found}", "check that this is an OpenAI-compatible server"
-            ) from error
+        return answer
 
     def _connection(self) -> HTTPConnection:
         seconds = self._seconds
