@@ -198,6 +198,7 @@ RUNS = {
         "verify m.onnx model.py:build --provider cpu",
         "verify model.py:build start",
         "verify pair.safetensors pair.safetensors",
+        "verify m.onnx --provider cpu",
         "verify made.safetensors pair.safetensors --adapter pair",
     ],
     "doctor": ["doctor pair.safetensors pair"],
@@ -248,7 +249,8 @@ def test_the_json_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 assert rows.setdefault(path, keys) == keys or path == "inputs[]", path
         fields = documented("Every command") | documented(name)
         assert emitted <= fields, name
-        assert fields - emitted <= {"webgpu"}, name  # which is there with its provider alone
+        # which are there with their provider, or their mode, alone
+        assert fields - emitted <= {"webgpu", "ids"}, name
     for path, keys in rows.items():
         assert path == "inputs[]" or keys == documented(path), path
     assert {"targets[]", "refusals[]", "unreached[]", "pinned[]", "parity[]", "tensors[]"} <= set(

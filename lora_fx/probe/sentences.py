@@ -24,7 +24,7 @@ PASSED = (RIGHT, TOO_SMALL)
 
 
 @dataclass(frozen=True)
-class Finding:
+class RunVerdict:
     """The verdict on one run of a file.
 
     Attributes:
@@ -33,15 +33,15 @@ class Finding:
         distance: The largest difference from what was expected, as a share of the largest output.
         tolerance: What it may be.
         expected_effect: The adapter's largest change of a point, as a share of the largest output.
-        found_effect: The same in the run.
+        found_effect: The same in the run; None, as the expected one, for the base.
     """
 
     adapter: str
     verdict: str
     distance: float
     tolerance: float
-    expected_effect: float = 0.0
-    found_effect: float = 0.0
+    expected_effect: float | None = None
+    found_effect: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -50,16 +50,15 @@ class Finding:
 
     def to_json(self) -> Json:
         """Return a row of `verdicts[]`."""
-        row: Json = {
+        return {
             "adapter": self.adapter or None,
             "verdict": self.verdict,
             "distance": self.distance,
             "tolerance": self.tolerance,
+            "expected_effect": self.expected_effect,
+            "found_effect": self.found_effect,
             "sentence": str(self),
         }
-        if self.adapter != BASE:
-            row |= {"expected_effect": self.expected_effect, "found_effect": self.found_effect}
-        return row
 
     def __str__(self) -> str:
         """The verdict as a line for people."""
@@ -126,7 +125,7 @@ def sentence_of_cause(cause: str) -> str:
     return cause
 
 
-def findings_of(probe: Probe, answers: Answers) -> list[Finding]:
+def findings_of(probe: Probe, answers: Answers) -> list[RunVerdict]:
     """Return the verdict on every run of a file, the base first."""
     gauge = probe.gauge()
     tolerance = float(gauge.tolerance.max())
@@ -136,11 +135,11 @@ def findings_of(probe: Probe, answers: Answers) -> list[Finding]:
         expected = _expected(probe, name)
         distance = gauge.distance(found, expected)
         if name == BASE:
-            findings.append(Finding(name, verdict, distance, tolerance))
+            findings.append(RunVerdict(name, verdict, distance, tolerance))
             continue
         effect = probe.effect(name)
         found_effect = probe.effect(name, found, answers.get(BASE))
-        findings.append(Finding(name, verdict, distance, tolerance, effect, found_effect))
+        findings.append(RunVerdict(name, verdict, distance, tolerance, effect, found_effect))
     return findings
 
 

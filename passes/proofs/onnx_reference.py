@@ -51,6 +51,7 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run, Shown
 from lora_fx.passes.proofs.run_comparison import compared, spread
 from lora_fx.progress import stage
+from lora_fx.targets.found import Found
 from lora_fx.targets.keys import own_use
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
@@ -193,6 +194,18 @@ class OnnxReference:
     def run(self, adapter: Adapter | None) -> Run:
         """Implement `Reference.run`."""
         return partial(self._run, adapter, True)
+
+    def varied(self) -> OnnxReference:
+        """Implement `Reference.varied`: adapters of the same keys and ranks share a session."""
+        return self
+
+    def narrow(self, adapter: Adapter | None, feeds: Named) -> None:
+        """Return None: the runtime has no other precision for a file."""
+
+    def targets(self) -> Found:
+        """Implement `Reference.targets`."""
+        assert self.graph is not None
+        return find(self.graph)
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Yield how far outputs move by the runtime's rewrites and by the rounding of a fold.

@@ -19,6 +19,7 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.inputs import Extents, Inputs, Named
+from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -71,6 +72,16 @@ class Choices:
         return named_choices
 
 
+class Varied(Protocol):
+    """Runs of a model with adapters that differ in their numbers, which costs little."""
+
+    def run(self, adapter: Adapter | None) -> Run:
+        """Return a run with an adapter's branches, or of the base, for use before the next one."""
+
+    def narrow(self, adapter: Adapter | None, feeds: Named) -> Named | None:
+        """Run with products in bfloat16; None where that cannot be done."""
+
+
 class Reference(Protocol):
     """A model whose graph is not rewritten: in torch, or a file in ONNX Runtime.
 
@@ -105,6 +116,12 @@ class Reference(Protocol):
 
     def run(self, adapter: Adapter | None) -> Run:
         """Return {input: array} → {output: array} of the model with an adapter's branches."""
+
+    def varied(self) -> Varied:
+        """Return runs of adapters that differ in their numbers."""
+
+    def targets(self) -> Found:
+        """Return the targets, in the order of the model."""
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Yield the rounding error of each output, the largest so far, after each run."""

@@ -19,11 +19,14 @@ from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.inputs import Extents, Inputs, Named
+from lora_fx.passes.find import find
 from lora_fx.passes.proofs.graph_choices import choices_of
 from lora_fx.passes.proofs.parity import guards, prove, rows_of, torch_run
 from lora_fx.passes.proofs.proof_inputs import arrays_of, is_real, named_of
 from lora_fx.passes.proofs.reference import Choices, Rerun, Run
 from lora_fx.passes.proofs.torch_rounding import own_errors
+from lora_fx.passes.proofs.varied_runs import VariedRuns
+from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
 
@@ -100,11 +103,15 @@ class TorchReference:
         module = self._module(adapter)
         return prove(run, module, arrays=self.arrays, tol=self.tol, of=of, rerun=rerun)
 
-    def take_branched(self) -> CapturedModule | None:
-        """Hand over the module with branches that ran last, whose factors may then be written."""
+    def varied(self) -> VariedRuns:
+        """Implement `Reference.varied`, with the module whose branches ran last."""
         adapter, module = self._last
-        self._last = (None, self.base)
-        return None if adapter is None else module
+        self._last = (None, self.base)  # its factors are written from now on
+        return VariedRuns(self.base, self.branched, None if adapter is None else module)
+
+    def targets(self) -> Found:
+        """Implement `Reference.targets`."""
+        return find(self.base.graph(False))
 
     def _module(self, adapter: Adapter | None) -> CapturedModule:
         if adapter is None:

@@ -30,7 +30,6 @@ from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.proofs.row_ids import prove_ids
-from lora_fx.passes.proofs.varied_runs import VariedRuns
 from lora_fx.passes.verbs.export_files import (
     on_device,
     refuse_unexchangeable,
@@ -38,7 +37,7 @@ from lora_fx.passes.verbs.export_files import (
     save_within,
 )
 from lora_fx.passes.verbs.export_options import ExportOptions
-from lora_fx.passes.verbs.export_probe import probe_file, targets_of, varied_runs
+from lora_fx.passes.verbs.export_probe import probe_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -123,7 +122,7 @@ def _subject(
     options: ExportOptions,
 ) -> Subject:
     """Return a proven file as a probe is made of it."""
-    runs = varied_runs(reference)
+    runs = reference.varied()
     numbers = {name: number for number, name in enumerate(adapters, 1)}
 
     def of_file(name: str) -> Run:
@@ -136,11 +135,11 @@ def _subject(
         vary=runs.run,
         is_slow=True,
         adapters=adapters,
-        found=targets_of(reference),
+        found=reference.targets(),
         feeds=partial(reference.feeds, SIZES[0]),
         numbers=numbers,
         precision=options.computes_in,
-        narrow=runs.narrow if isinstance(runs, VariedRuns) else None,
+        narrow=runs.narrow,
     )
 
 

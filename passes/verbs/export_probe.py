@@ -10,15 +10,8 @@ from pathlib import Path
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.onnx.probe_runs import add_probe
-from lora_fx.passes.find import find
-from lora_fx.passes.proofs.onnx_reference import OnnxReference
 from lora_fx.passes.proofs.probe_making import Subject, make_probe
-from lora_fx.passes.proofs.reference import Reference
-from lora_fx.passes.proofs.torch_reference import TorchReference
-from lora_fx.passes.proofs.varied_runs import VariedRuns
-from lora_fx.passes.verbs import adapt
 from lora_fx.probe.probe import NONE, Probe
-from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
 LIBRARIES = ("lora-fx", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -81,19 +74,3 @@ def processor() -> str:
     except OSError:
         pass  # another system than Linux
     return platform.processor() or platform.machine()
-
-
-def targets_of(reference: Reference) -> Found:
-    """Return the targets of a reference, in the order of the model."""
-    if isinstance(reference, TorchReference):
-        return adapt.find(reference.captured)
-    assert isinstance(reference, OnnxReference) and reference.graph is not None
-    return find(reference.graph)
-
-
-def varied_runs(reference: Reference) -> VariedRuns | OnnxReference:
-    """Return what runs the adapters of a reference, and others that differ in their numbers."""
-    if isinstance(reference, TorchReference):
-        return VariedRuns(reference.base, reference.branched, reference.take_branched())
-    assert isinstance(reference, OnnxReference)  # there are two
-    return reference

@@ -27,7 +27,6 @@ from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.proofs.switchable import prove_switchable
-from lora_fx.passes.proofs.varied_runs import VariedRuns
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.export_files import (
     adapter_paths,
@@ -38,7 +37,7 @@ from lora_fx.passes.verbs.export_files import (
     write_adapters,
 )
 from lora_fx.passes.verbs.export_options import Companions, ExportOptions
-from lora_fx.passes.verbs.export_probe import probe_file, varied_runs
+from lora_fx.passes.verbs.export_probe import probe_file
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import base_name, split_use
 from lora_fx.targets.target import Target
@@ -143,7 +142,7 @@ def _subject(
     file: _SwitchableFile, reference: Reference, adapters: Mapping[str, Adapter], found: Found
 ) -> Subject:
     """Return a proven file as a probe is made of it."""
-    runs = varied_runs(reference)
+    runs = reference.varied()
 
     def of_file(name: str) -> Run:
         return file.run_with(adapters.get(name))
@@ -160,7 +159,7 @@ def _subject(
         feeds=partial(reference.feeds, SIZES[0]),
         files={name: f"{name}{file.options.adapter_ending}" for name in adapters},
         precision=file.options.computes_in,
-        narrow=runs.narrow if isinstance(runs, VariedRuns) else None,
+        narrow=runs.narrow,
     )
 
 

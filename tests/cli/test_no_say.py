@@ -62,7 +62,7 @@ ALWAYS: dict[str, dict[str, str]] = {
     },
     "export": {
         "model": READS, "adapters": READS, "output": WRITES, "mode": GOAL, "optimise": GOAL,
-        "target": GOAL, "triton": WRITES, "trust": PERMITS, "provider": RUNS,
+        "target": GOAL, "triton": WRITES, "trust": PERMITS, "provider": RUNS, "probe": WRITES,
     },
     "extract": {
         "base": READS, "tuned": READS, "output": WRITES, "energy": GOAL, "include": TARGETS,

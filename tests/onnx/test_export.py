@@ -68,7 +68,8 @@ def test_names_dimensions_and_numbers(tmp_path: Path, provider: str) -> None:
     dims = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     assert (model.graph.input[0].name, dims) == ("x", ["batch", 6])
     assert [o.name for o in model.graph.output] == ["y", "parts_0", "parts_1"]
-    assert not model.metadata_props and not any(n.metadata_props for n in model.graph.node)
+    assert [entry.key for entry in model.metadata_props] == ["lora_fx.probe"]
+    assert not any(n.metadata_props for n in model.graph.node)
     x = np.random.default_rng(0).standard_normal((17, 6)).astype(np.float32)
     got = open_session(tmp_path / "m.onnx", provider).run({"x": x})
     assert rel(got["y"], m(torch.from_numpy(x))["y"].detach().numpy()) < 2e-6
