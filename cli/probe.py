@@ -106,8 +106,11 @@ def command(
     lines: list[str] = []
     outputs: list[str] = []
     if base:
+        from lora_fx.passes.verbs.export_probe import summary
+
         inputs["base"] = base
         probe = _made(adapter, base, trust)
+        fields["probe"] = summary(probe)
     if probe is not None and output:
         path = Path(output) / NAME if Path(output).is_dir() else Path(output)
         write_probe(probe, path, force=force)
@@ -116,8 +119,9 @@ def command(
     name = adapter_name(adapter.removesuffix(f"/{NAME}"))
     ok = True
     if serving.server:
-        text, fields = _asked(adapter, name, probe, serving)
-        ok = fields.pop("ok")
+        text, answers = _asked(adapter, name, probe, serving)
+        ok = answers.pop("ok")
+        fields |= answers
         lines.append(text)
     emit("\n".join(lines), ok=ok, inputs=[inputs], outputs=outputs, **fields)
     click.get_current_context().exit(0 if ok else 1)
@@ -126,7 +130,7 @@ def command(
 def _made(adapter: str, base: str, trust: bool) -> Probe:
     """Make the probe of an adapter, and print what it does not show."""
     from lora_fx.formats.io import adapter_name
-    from lora_fx.passes.verbs.adapter_probe import probe_adapter
+    from lora_fx.passes.verbs.probe import probe_adapter
 
     probe, notes = probe_adapter(base, adapter_of(adapter), adapter_name(adapter), trust=trust)
     note(*notes)
@@ -138,7 +142,7 @@ def _asked(
 ) -> tuple[str, Json]:
     """Ask the server, and return the answer as text and for --json."""
     from lora_fx.formats.io import adapter_name
-    from lora_fx.probe.served import Question, ask_server
+    from lora_fx.probe.asked_models import Question, ask_server
     from lora_fx.probe.server import Server
 
     assert serving.server is not None

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.probe.language import LogProbabilities, Prompt
-from lora_fx.probe.server import Answer, Server
+from lora_fx.probe.server import HttpAnswer, Server
 from lora_fx.text import Json, JsonView, counted, is_number, is_whole, near, some
 
 PATH = "/completions"
@@ -28,7 +28,7 @@ _LOWEST = -9000.0
 
 
 @dataclass(frozen=True)
-class Form:
+class QuestionForm:
     """One form of the question.
 
     Attributes:
@@ -58,11 +58,11 @@ class Form:
 
 
 FORMS = (
-    Form(by_tokens=True, count=20, names_ids=True),
-    Form(by_tokens=True, count=20),
-    Form(by_tokens=False, count=20),
-    Form(by_tokens=True, count=5),
-    Form(by_tokens=False, count=5),
+    QuestionForm(by_tokens=True, count=20, names_ids=True),
+    QuestionForm(by_tokens=True, count=20),
+    QuestionForm(by_tokens=False, count=20),
+    QuestionForm(by_tokens=True, count=5),
+    QuestionForm(by_tokens=False, count=5),
 )
 
 
@@ -76,7 +76,7 @@ class Reply:
         texts: In place of these, the continuation of each prompt.
     """
 
-    form: Form
+    form: QuestionForm
     logprobs: tuple[LogProbabilities, ...] | None = None
     texts: tuple[str, ...] | None = None
 
@@ -114,7 +114,7 @@ def ask(server: Server, model: str, prompts: Sequence[Prompt], greedy_tokens: in
     return Reply(form, logprobs=tuple(answers))
 
 
-def _first_answer(server: Server, model: str, prompt: Prompt) -> tuple[Form, JsonView]:
+def _first_answer(server: Server, model: str, prompt: Prompt) -> tuple[QuestionForm, JsonView]:
     """Return the first form that the server takes, and its choice."""
     answer = None
     for form in FORMS:
@@ -135,7 +135,7 @@ def _choice(server: Server, body: Json, prompt: Prompt) -> JsonView:
     return _read_choice(server, answer, prompt)
 
 
-def _refused(server: Server, model: str, answer: Answer) -> LoraFxError:
+def _refused(server: Server, model: str, answer: HttpAnswer) -> LoraFxError:
     """Return the error for an answer that is no success: the model is unknown, or what it says."""
     names = model_names(server) if 400 <= answer.status < 500 else []
     shown = one_line(model, 80)
@@ -167,7 +167,7 @@ def model_names(server: Server) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _read_choice(server: Server, answer: Answer, prompt: Prompt) -> JsonView:
+def _read_choice(server: Server, answer: HttpAnswer, prompt: Prompt) -> JsonView:
     """Return the one choice of an answer.
 
     Raises:
@@ -191,7 +191,7 @@ def _read_choice(server: Server, answer: Answer, prompt: Prompt) -> JsonView:
     return choice
 
 
-def _other_form(server: Server, answer: Answer) -> LoraFxError:
+def _other_form(server: Server, answer: HttpAnswer) -> LoraFxError:
     return LoraFxError(
         f"{server.url}{PATH}: the answer has no choices with a text: {one_line(answer.text, 120)}",
         "check that this is an OpenAI-compatible server",

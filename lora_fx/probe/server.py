@@ -36,7 +36,7 @@ _FORM = "pass --server http://HOST:PORT, or https://HOST"
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     """What a server answered.
 
     Attributes:
@@ -115,15 +115,15 @@ class Server:
         is_here = self._host in ("localhost", "127.0.0.1", "::1")
         return bool(os.environ.get(TOKEN)) and not self._is_encrypted and not is_here
 
-    def get(self, path: str) -> Answer:
+    def get(self, path: str) -> HttpAnswer:
         """Ask for a path below `url`."""
         return self._ask("GET", path, None)
 
-    def post(self, path: str, body: Json) -> Answer:
+    def post(self, path: str, body: Json) -> HttpAnswer:
         """Send a JSON object to a path below `url`."""
         return self._ask("POST", path, json.dumps(body).encode())
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> Answer:
+    def _ask(self, method: str, path: str, body: bytes | None) -> HttpAnswer:
         """Send one request and read its answer.
 
         Raises:
@@ -157,12 +157,12 @@ class Server:
             )
         return self._answer(place, response.status, raw)
 
-    def _answer(self, place: str, status: int, raw: bytes) -> Answer:
+    def _answer(self, place: str, status: int, raw: bytes) -> HttpAnswer:
         """Return an answer; one of success has to be JSON."""
         text = one_line(raw[:2000].decode("utf-8", "replace"), 1000)
-        answer = Answer(status, None, text)
+        answer = HttpAnswer(status, None, text)
         try:
-            answer = Answer(status, json_value(raw, place, constants=True), text)
+            answer = HttpAnswer(status, json_value(raw, place, constants=True), text)
         except LoraFxError as error:
             if status < 300:
                 what = answer.reason if answer.is_html else "no JSON"
