@@ -91,8 +91,9 @@ def command(
     lora-fx probe ./adapter --server http://localhost:8000 --model my-adapter
     lora-fx probe ./adapter --server http://localhost:8000 --model my-adapter --base-model llama
     """
+    from lora_fx.files.replaceable import PROBE
     from lora_fx.formats.io import adapter_name
-    from lora_fx.probe.probe_file import NAME, write_probe
+    from lora_fx.probe.probe_file import write_probe
 
     if not base and not serving.server:
         raise LoraFxError(
@@ -112,11 +113,11 @@ def command(
         probe = _made(adapter, base, trust)
         fields["probe"] = summary(probe)
     if probe is not None and output:
-        path = Path(output) / NAME if Path(output).is_dir() else Path(output)
+        path = Path(output) / PROBE if Path(output).is_dir() else Path(output)
         write_probe(probe, path, force=force)
         outputs.append(str(path))
         lines.append(f"wrote {path}")
-    name = adapter_name(adapter.removesuffix(f"/{NAME}"))
+    name = adapter_name(adapter.removesuffix(f"/{PROBE}"))
     ok = True
     if serving.server:
         text, answers = _asked(adapter, name, probe, serving)

@@ -7,10 +7,8 @@ from pathlib import Path
 from lora_fx.errors import LoraFxError, expect_file, near_path
 from lora_fx.files.atomic import replacing
 from lora_fx.files.read import read_bytes
+from lora_fx.files.replaceable import PROBE
 from lora_fx.probe.probe import MOST_BYTES, Probe
-
-NAME = "lora_fx_probe.json"
-"""The name of the file in an adapter's folder; other programs ignore it."""
 
 
 def write_probe(probe: Probe, path: Path, *, force: bool) -> None:
@@ -34,10 +32,10 @@ def read_probe(path: str) -> Probe:
     """
     file = Path(path)
     if file.is_dir():
-        file = file / NAME
+        file = file / PROBE
         if not file.exists():
             raise LoraFxError(
-                f"{path}: the folder has no probe ({NAME})",
+                f"{path}: the folder has no probe ({PROBE})",
                 f"make one: lora-fx probe {path} --base MODEL -o {path}",
             )
     expect_file(file, near_path(path, "pass the adapter's folder, or its probe"))

@@ -132,9 +132,12 @@ class Server:
         """
         place = f"{self.url}{path}"
         connection = self._connection()
-        with self._explained(place, connection), self._within_time(place, connection):
-            connection.request(method, f"{self._path}{path}", body, self._headers(body))
-            response = connection.getresponse()
+        headers = self._headers(body)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._explained(place))
+            stack.enter_context(self._within_time(place, connection))
+            connection.request(method, f"{self._path}{path}", body, headers)
+            response = stack.enter_context(connection.getresponse())
             if 300 <= response.status < 400:
                 target = response.getheader("Location") or "nowhere"
                 raise LoraFxError(
@@ -207,12 +210,13 @@ class Server:
             LoraFxError: The limit was reached.
         """
         is_late = threading.Event()
+        connection.connect()
+        connected = connection.sock  # which the connection forgets before an answer is read
 
         def cut() -> None:
             is_late.set()
-            if connection.sock is not None:
-                with contextlib.suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(self._seconds, cut)
         timer.daemon = True
@@ -235,7 +239,7 @@ class Server:
         )
 
     @contextlib.contextmanager
-    def _explained(self, place: str, connection: HTTPConnection) -> Iterator[None]:
+    def _explained(self, place: str) -> Iterator[None]:
         """A block whose errors of the network become LoraFxErrors."""
         check = "check the address, and that the server runs"
         try:

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 import lora_fx
 from lora_fx import Adapter, LowRank
 from lora_fx.cli import main
+from lora_fx.files.replaceable import PROBE as NAME
 from lora_fx.probe.language import LanguageProbe
-from lora_fx.probe.probe_file import NAME, read_probe
+from lora_fx.probe.probe_file import read_probe
 from lora_fx.probe.server import MOST_BYTES, TOKEN, Server
 from tests.fx.train import language_models
 from tests.probe import language_server as fake
@@ -262,7 +264,9 @@ def test_a_server_that_cannot_be_asked(name: str, place: Path, ask: Ask) -> None
     if "--path" in options:
         path, options = options[1], ()
     with serving(server(place, **settings)) as there:
+        begun = time.monotonic()
         code, told, err = ask(f"{there.url}{path}", *options)
+        assert time.monotonic() - begun < 2
     lines = err.splitlines()
     assert code == 2 and len(lines) == 2, err
     assert lines[0].startswith("Error: ") and message in lines[0], err
@@ -371,6 +375,26 @@ def test_without_a_server_nothing_is_opened(
 
 
 # The probe itself.
+
+
+def test_a_probe_is_replaced_with_force_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "one", tmp_path / "one")
+    line = ["probe", str(tmp_path / "one"), "--base", str(place / "base"), "-o"]
+    for out, options, expected in (
+        (tmp_path / "one", [], 2),
+        (tmp_path / "one", ["--force"], 0),
+        (tmp_path / "one" / NAME, ["--force"], 0),
+        (tmp_path / "one" / "adapter_config.json", ["--force"], 2),
+        (tmp_path / "nowhere" / "x.json", [], 2),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([*line, str(out), *options])
+        assert end.value.code == expected, out
+    adapter = lora_fx.load_adapter(tmp_path / "one")
+    lora_fx.save_adapter(adapter, tmp_path / "one", force=True)
+    assert not (tmp_path / "one" / NAME).exists(), "the probe of another adapter is gone"
 
 
 def test_the_adapter_folder_is_as_it_was(place: Path) -> None:
