@@ -92,7 +92,6 @@ def command(
     lora-fx probe ./adapter --server http://localhost:8000 --model my-adapter --base-model llama
     """
     from lora_fx.files.replaceable import PROBE
-    from lora_fx.formats.io import adapter_name
     from lora_fx.probe.probe_file import write_probe
 
     if not base and not serving.server:
@@ -117,10 +116,9 @@ def command(
         write_probe(probe, path, force=force)
         outputs.append(str(path))
         lines.append(f"wrote {path}")
-    name = adapter_name(adapter.removesuffix(f"/{PROBE}"))
     ok = True
     if serving.server:
-        text, answers = _asked(adapter, name, probe, serving)
+        text, answers = _asked(adapter, probe, serving)
         ok = answers.pop("ok")
         fields |= answers
         lines.append(text)
@@ -138,18 +136,15 @@ def _made(adapter: str, base: str, trust: bool) -> Probe:
     return probe
 
 
-def _asked(
-    adapter: str, name: str, probe: Probe | None, serving: ServerOptions
-) -> tuple[str, Json]:
+def _asked(adapter: str, probe: Probe | None, serving: ServerOptions) -> tuple[str, Json]:
     """Ask the server, and return the answer as text and for --json."""
-    from lora_fx.formats.io import adapter_name
     from lora_fx.probe.asked_models import Question, ask_server
     from lora_fx.probe.server import Server
 
     assert serving.server is not None
     server = Server(serving.server, serving.timeout)
-    language = _language_of(adapter, probe)
-    others = {adapter_name(other): _language_of(other, None) for other in serving.others}
+    name, language = _question_of(adapter, probe)
+    others = dict(_question_of(other, None) for other in serving.others)
     if not serving.served_model:
         raise _no_model(server)
     question = Question(name, language, serving.served_model, serving.base_model, others)
@@ -158,8 +153,8 @@ def _asked(
     return str(report), report.to_json()
 
 
-def _language_of(adapter: str, probe: Probe | None) -> LanguageProbe:
-    """Return the question of an adapter's probe.
+def _question_of(adapter: str, probe: Probe | None) -> tuple[str, LanguageProbe]:
+    """Return the name of an adapter, and the question of its probe.
 
     Raises:
         LoraFxError: There is no probe, or it has no question for a server.
@@ -169,13 +164,14 @@ def _language_of(adapter: str, probe: Probe | None) -> LanguageProbe:
 
     if probe is None:
         probe = read_probe(adapter)
-    if probe.language is None:
+    if probe.language is None or len(probe.adapters) != 1:
         raise LoraFxError(
             f"{adapter}: its probe has no question for a server",
             "make a probe with the folder of a causal language model that has a tokenizer: "
             f"lora-fx probe {adapter} --base MODEL -o FILE",
         )
-    return LanguageProbe.from_json(probe.language, adapter)
+    (name,) = probe.adapters
+    return name, LanguageProbe.from_json(probe.language, adapter)
 
 
 def _no_model(server: object) -> LoraFxError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_fx.errors import LoraFxError, expect_file, near_path
 from lora_fx.files.atomic import replacing
-from lora_fx.files.read import read_bytes
+from lora_fx.files.read import open_input, read_bytes
 from lora_fx.files.replaceable import PROBE
 from lora_fx.probe.probe import MOST_BYTES, Probe
 
@@ -39,9 +39,15 @@ def read_probe(path: str) -> Probe:
                 f"make one: lora-fx probe {path} --base MODEL -o {path}",
             )
     expect_file(file, near_path(path, "pass the adapter's folder, or its probe"))
-    if file.suffix != ".json":
+    if not _is_json(file):
         raise LoraFxError(
             f"{path}: an adapter without a folder has its probe in a file of its own",
             f"make one: lora-fx probe {path} --base MODEL -o FILE.json",
         )
     return Probe.from_text(read_bytes(file, most=MOST_BYTES + 1), str(file))
+
+
+def _is_json(file: Path) -> bool:
+    """Whether a file begins as an object of JSON, and not as an adapter."""
+    with open_input(file) as opened:
+        return opened.read(64).lstrip().startswith(b"{")
