@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,9 @@ from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
 from lora_fx.onnx.unverified import CUDA_GRAPHS, never_run
 from lora_fx.onnx.webgpu import exclusive
+from lora_fx.probe.check import check_run
+from lora_fx.probe.probe import BASE as BASE_OF_PROBE
+from lora_fx.probe.probe import Probe, probe_in
 from lora_fx.text import Json, is_whole, near
 
 if TYPE_CHECKING:
@@ -49,6 +53,8 @@ class Session:
         exact: As in open_session; False is faster, and less exact, on a GPU and over codes.
         cuda_graph: Capture a CUDA graph for each shape of the inputs, and replay it. An adapter is
             then copied into buffers that stay. Never run on a GPU.
+        check: Run the file on its probe now, and each adapter when it is loaded: the base has to
+            be what it was, and every adapter has to take effect (docs/probe.md).
         rank: With cuda_graph, the rank of these buffers; by default the largest among the adapters
             that are loaded before the first run.
 
@@ -60,7 +66,8 @@ class Session:
 
     Raises:
         LoraFxError: The file does not load, or is not switchable, or no CUDA graph of it can be
-            captured.
+            captured; with check, the file has no probe.
+        NoEffectError: With check: the base is another one, or the adapter is not what it should be.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Session:
         exact: bool = True,
         cuda_graph: bool = False,
         rank: int | None = None,
+        check: bool = False,
     ) -> None:
         _check_graph_options(cuda_graph, rank)
         external = None
@@ -118,6 +126,16 @@ class Session:
         if cuda_graph:
             self.note = never_run(CUDA_GRAPHS)
             warnings.warn(self.note, RuntimeWarning, stacklevel=2)
+        self._probe: Probe | None = None
+        if check:
+            self._probe = probe_in(opened.metadata, fspath(path))
+            name = BASE_OF_PROBE if adapter is None else _name_of(adapter)
+            self._check(self._probe, name, None)
+
+    def _check(self, probe: Probe, name: str, adapter: Choice) -> None:
+        """Raise unless a run on the probe gives what it should; see lora_fx.probe.check."""
+        outputs = self.run(probe.feeds(), adapter)
+        check_run(probe, name, probe.at_points(outputs, "the file"))
 
     def _check_switchable(self, path: str | PathLike[str]) -> None:
         """Raise if the manifest does not fit the file, or an output is no tensor."""
@@ -144,6 +162,7 @@ class Session:
 
         Raises:
             LoraFxError: The adapter does not fit the manifest, or the buffers of CUDA graphs.
+        NoEffectError: In a session that checks, the adapter is not what it should be.
         """
         if self.manifest.mode == "load":
             raise LoraFxError(
@@ -155,11 +174,15 @@ class Session:
         tensors = tensors_of(adapter, self.manifest)
         if self._cuda_graph:
             self._load_for_graphs(name, tensors)
+            if self._probe is not None:
+                self._check(self._probe, name, name)
             return
         self._arrays[name] = tensors
         with exclusive(self.provider):
             self._values[name] = ort_values(tensors, self.provider)
         self._idle_bindings[name] = []
+        if self._probe is not None:
+            self._check(self._probe, name, name)
 
     def _load_for_graphs(self, name: str, tensors: dict[str, Array]) -> None:
         """Keep an adapter on the host, from where runs copy it into the buffers of CUDA graphs."""
@@ -342,6 +365,11 @@ class Session:
         if self._arrays:
             hint = near(text, list(self._arrays), f"loaded: {', '.join(self._arrays)}")
         raise LoraFxError(f"no adapter {text!r} is loaded", hint)
+
+
+def _name_of(adapter: Adapter | str | PathLike[str]) -> str:
+    """Return the name by which a probe knows an adapter: that of its file."""
+    return "adapter" if isinstance(adapter, Adapter) else Path(adapter).stem
 
 
 def _check_graph_options(cuda_graph: bool, rank: int | None) -> None:

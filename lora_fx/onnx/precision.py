@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
-from lora_fx.errors import LoraFxError, silenced
+from lora_fx.errors import LoraFxError, retold, silenced
 from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.candidate_error import Feeds, WorstError, peaks
 from lora_fx.onnx.rewrites.to_half import ToHalf
@@ -226,9 +226,11 @@ def _to_int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
         proto = ir.to_proto(copy)
         del proto.graph.value_info[:]  # the converter turns weights and keeps the shapes they had
         onnx.save(proto, before)
-        quantize_dynamic(
-            before, after, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
-        )
+        refused = "ONNX Runtime cannot make int8 of this graph"  # such as a computed bias
+        with retold(refused, "use --precision float16, or leave --precision out"):
+            quantize_dynamic(
+                before, after, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+            )
         quantised = ir.load(after)
         ir.external_data.load_to_model(quantised)
 

@@ -22,13 +22,9 @@ from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.batch_inputs import SCALES
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.train_session import TrainSession
-from lora_fx.probe.probe import BASE, PROPERTY, Probe
+from lora_fx.probe.probe import BASE, NO_PROBE, PROPERTY, Probe, probe_in
 from lora_fx.probe.verdict import RIGHT, UNCHECKED_IDS
 
-NO_PROBE = (
-    "export it again: lora-fx export writes a probe unless --probe none is given; or compare it "
-    "with the model: lora-fx verify FILE MODEL"
-)
 LOSS = "loss"
 """The output of a training step that its probe has."""
 RATE = 1e-3
@@ -41,7 +37,8 @@ class ProbeRuns:
 
     Attributes:
         answers: The outputs at the points by the adapter's name; those of the base by BASE.
-        absent: Why an adapter was not run, by its name.
+        absent: Why an adapter was not run, by its name: its file is not there.
+        refused: Why the file of an adapter was refused, by its name.
         ids: The verdict on ids out of range; empty but in mode batch.
         provider: Where it ran.
         note: A line of the session for the user, or empty.
@@ -49,6 +46,7 @@ class ProbeRuns:
 
     answers: Mapping[str, Array]
     absent: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     ids: str = ""
     provider: str = "cpu"
     note: str = ""
@@ -77,10 +75,7 @@ def probe_of(path: str | PathLike[str]) -> Probe:
         raise LoraFxError(
             f"{where}: cannot be read as an ONNX file", "pass a file that lora-fx export wrote"
         ) from e
-    texts = [entry.value for entry in model.metadata_props if entry.key == PROPERTY]
-    if not texts:
-        raise LoraFxError(f"{where}: it has no probe", NO_PROBE)
-    return Probe.from_text(texts[-1], where)
+    return probe_in({entry.key: entry.value for entry in model.metadata_props}, where)
 
 
 def run_probe(
@@ -117,6 +112,7 @@ def _switchable(path: Path, probe: Probe, provider: str, threads: int) -> ProbeR
     outputs = session.run(feeds)
     answers = {BASE: probe.at_points(outputs, str(path))}
     absent: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for name, adapter in probe.adapters.items():
         if adapter.file is None:
             absent[name] = "the probe names no file of it"
@@ -125,13 +121,18 @@ def _switchable(path: Path, probe: Probe, provider: str, threads: int) -> ProbeR
         if not file.exists():
             absent[name] = f"{file} does not exist"
             continue
-        if probe.mode == "load":
-            with_adapter = Session(path, provider, threads, adapter=file).run(feeds)
-        else:
-            session.load(name, file)
-            with_adapter = session.run(feeds, adapter=name)
+        try:
+            if probe.mode == "load":
+                run = Session(path, provider, threads, adapter=file).run
+            else:
+                session.load(name, file)
+                run = partial(session.run, adapter=name)
+        except LoraFxError as e:
+            refused[name] = e.message
+            continue
+        with_adapter = run(feeds)
         answers[name] = probe.at_points(with_adapter, str(path))
-    return ProbeRuns(answers, absent, provider=session.provider, note=session.note)
+    return ProbeRuns(answers, absent, refused, provider=session.provider, note=session.note)
 
 
 def _batch(path: str | PathLike[str], probe: Probe, session: RuntimeSession) -> ProbeRuns:
@@ -163,7 +164,7 @@ def _batch(path: str | PathLike[str], probe: Probe, session: RuntimeSession) -> 
     else:
         if not np.isnan(wrong).all():
             ids = UNCHECKED_IDS
-    return ProbeRuns(answers, {}, ids, session.provider, session.note)
+    return ProbeRuns(answers, ids=ids, provider=session.provider, note=session.note)
 
 
 def _run_with_id(session: RuntimeSession, feeds: Named, rows: int, number: int) -> dict[str, Array]:

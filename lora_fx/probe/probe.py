@@ -305,6 +305,25 @@ class Probe:
 T = TypeVar("T")
 
 
+NO_PROBE = (
+    "export it again: lora-fx export writes a probe unless --probe none is given; or compare it "
+    "with the model: lora-fx verify FILE MODEL"
+)
+"""The hint for a file without a probe."""
+
+
+def probe_in(metadata: Mapping[str, str], where: str) -> Probe:
+    """Parse the probe in a file's metadata.
+
+    Raises:
+        LoraFxError: There is none, or a damaged one.
+    """
+    text = metadata.get(PROPERTY)
+    if text is None:
+        raise LoraFxError(f"{where}: it has no probe", NO_PROBE)
+    return Probe.from_text(text, where)
+
+
 class _Reader:
     """The strict reading of a probe's JSON; `where` is what messages call it."""
 

@@ -36,7 +36,7 @@ from lora_fx.targets.found import Found
 from lora_fx.text import JsonView, counted, some
 
 ATTEMPTS = 3
-"""The number of inputs that are tried: the first that shows every group of targets is taken."""
+"""The number of inputs that are tried: the first that shows every adapter is taken."""
 MARGIN = 8.0
 """What another device may differ by, as a multiple of the difference of file and reference."""
 TOLERANCES = {"float16": 4 * 2.0**-10, "bfloat16": 4 * 2.0**-7, "int8": 8 * 2.0**-8}
@@ -65,7 +65,8 @@ class Subject:
         run: A run of the file, by the name of the adapter; by BASE of its base, which a file of
             one adapter gives no run for.
         reference: A run of the model with an adapter's branches.
-        vary: A run with an adapter that differs from one of the file's in its numbers alone.
+        vary: A run with an adapter that differs from one of the file's in its numbers alone; it is
+            used before the next is asked for.
         is_slow: Whether that takes a run of the model in torch, so that groups are fewer.
         adapters: The adapters, by name.
         found: The targets, in the order of the model.
@@ -108,12 +109,12 @@ def make_probe(subject: Subject, kind: str, facts: JsonView) -> tuple[Probe | No
             draft = _Draft.of(subject, seed)
         except LoraFxError as e:
             return None, [f"no probe: {e.message}"]
-        draft.add_adapters(with_groups=kind == FULL)
         if best is None or len(draft.unseen) < len(best.unseen):
             best = draft
         if not best.unseen:
             break
     assert best is not None  # ATTEMPTS is not 0
+    best.add_adapters(with_groups=kind == FULL)
     best.measure_precision()
     return _within_size(best.probe(facts), best.notes())
 
@@ -194,7 +195,11 @@ class _Draft:
                 "no output of floats is the same in the file and in the model", "report this model"
             )
         points = _points(outputs, base, answers)
-        return cls(subject, inputs, outputs, points, base, answers)
+        draft = cls(subject, inputs, outputs, points, base, answers)
+        for name in answers:
+            if not draft.shows(name):
+                draft.unseen.append(name)
+        return draft
 
     def feeds(self) -> dict[str, Array]:
         return {name: value.array() for name, value in self.inputs.items()}
@@ -209,16 +214,13 @@ class _Draft:
             )
             plain = {key: low for key, low in adapter.lowrank.items() if is_plain(low)}
             if len(plain) == len(adapter.entries):
-                half = self.subject.vary(multiplied(adapter, dict.fromkeys(plain, 0.5)))
-                double = self.subject.vary(multiplied(adapter, dict.fromkeys(plain, 2.0)))
-                known = replace(
-                    known,
-                    half=self._at_points(half(feeds)),
-                    double=self._at_points(double(feeds)),
-                )
+                half = self._varied(adapter, dict.fromkeys(plain, 0.5), feeds)
+                double = self._varied(adapter, dict.fromkeys(plain, 2.0), feeds)
+                known = replace(known, half=half, double=double)
             groups = self._groups(adapter, plain, feeds) if with_groups else {}
             self.adapters[name] = self._finite(replace(known, groups=groups))
-            self._note_unseen(name)
+            if name not in self.unseen:
+                self._note_unseen_groups(name)
 
     def _groups(
         self, adapter: Adapter, plain: Mapping[str, LowRank], feeds: Named
@@ -232,9 +234,13 @@ class _Draft:
             return {}
         outputs: dict[str, Array] = {}
         for name, keys_of_group in groups.items():
-            without = multiplied(adapter, dict.fromkeys(keys_of_group, 0.0))
-            outputs[name] = self._at_points(self.subject.vary(without)(feeds))
+            outputs[name] = self._varied(adapter, dict.fromkeys(keys_of_group, 0.0), feeds)
         return outputs
+
+    def _varied(self, adapter: Adapter, factors: Mapping[str, float], feeds: Named) -> Array:
+        """Return the outputs with the changes of some keys multiplied."""
+        run = self.subject.vary(multiplied(adapter, factors))
+        return self._at_points(run(feeds))
 
     def _most_groups(self) -> int:
         """Return the largest number of groups of an adapter."""
@@ -251,14 +257,17 @@ class _Draft:
                 return replace(adapter, half=None, double=None)
         return adapter
 
-    def _note_unseen(self, name: str) -> None:
-        """Note an adapter, or groups of it, that this input does not show."""
+    def shows(self, name: str) -> bool:
+        """Whether an adapter changes a point by more than outputs round by."""
+        gauge = self.probe({}).gauge()
+        with_adapter = self._at_points(self.full_answers[name])
+        level = float(gauge.tolerance.max())
+        return gauge.apart(with_adapter, self._at_points(self.base), level)
+
+    def _note_unseen_groups(self, name: str) -> None:
+        """Note the groups of an adapter that this input does not show."""
         adapter = self.adapters[name]
         gauge = self.probe({}).gauge()
-        level = float(gauge.tolerance.max())
-        if not gauge.apart(adapter.values, self._at_points(self.base), level):
-            self.unseen.append(name)
-            return
         for group, values in adapter.groups.items():
             if gauge.excess(values, adapter.values) <= 2:
                 self.unseen.append(f"{name}: {group}")

@@ -25,6 +25,7 @@ from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.module_base import said_of_other_bases
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES, Named
@@ -88,7 +89,11 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
 
 def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     """Fold and prove the module, translate it, prove the file, and give the file its name."""
-    warnings: list[str] = [str(pinned) for pinned in execution_of(branched).captured.pinned]
+    captured = execution_of(branched).captured
+    warnings: list[str] = [str(pinned) for pinned in captured.pinned]
+    if isinstance(options.adapters, Adapter):
+        metadata = {"the adapter": options.adapters.metadata}
+        warnings += said_of_other_bases(metadata, captured.model)
     folded, parity = _folded(branched, options, warnings)
     changes = getattr(folded, "folded", ())
     translation = _translate(folded, options)

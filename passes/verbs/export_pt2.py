@@ -27,6 +27,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import Execution, execution_of
 from lora_fx.fx.module.module import CapturedModule, by_output
+from lora_fx.fx.module.module_base import said_of_other_bases
 from lora_fx.fx.pt2.factor_inputs import input_slots
 from lora_fx.fx.pt2.write import write_switchable
 from lora_fx.fx.tensors import from_numpy
@@ -49,7 +50,7 @@ from lora_fx.passes.verbs.export_files import (
     write_adapters,
 )
 from lora_fx.passes.verbs.export_options import ExportOptions
-from lora_fx.passes.verbs.export_slots import torch_reference, with_whole_tensors
+from lora_fx.passes.verbs.export_slots import metadata_of, torch_reference, with_whole_tensors
 from lora_fx.passes.verbs.export_torch import folded_already
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.program import load_by_torch, share_memory
@@ -130,9 +131,10 @@ def _base_and_adapters(
     bound = {
         name: bind(with_base(adapter, captured.model), found) for name, adapter in adapters.items()
     }
-    notes: list[str] = []
+    notes = said_of_other_bases(metadata_of(bound), captured.model)
     if len(bound) == 1:
-        captured, bound, notes = with_whole_tensors(captured, bound)
+        captured, bound, notes_of_tensors = with_whole_tensors(captured, bound)
+        notes += notes_of_tensors
     refuse_unexchangeable(bound, "a switchable file")
     return captured, bound, notes
 

@@ -17,6 +17,7 @@ from lora_fx.fx.dotted_names import named_tensors, parameter_of, replace_paramet
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.module_base import said_of_other_bases
 from lora_fx.fx.quantised_parameters import forms
 from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.fx.tensors import from_numpy
@@ -35,7 +36,7 @@ from lora_fx.passes.verbs.export_torch import folded_already, level_gate, transl
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.targets.keys import applies, own_use, split_region, split_use
 from lora_fx.targets.target import Target
-from lora_fx.text import free_name, some
+from lora_fx.text import JsonView, free_name, some
 
 
 def export_slots(model: object, options: ExportOptions) -> Report:
@@ -54,11 +55,12 @@ def export_slots(model: object, options: ExportOptions) -> Report:
     if options.mode == "batch":
         return _export_batch(captured, bound, options)
 
-    notes_of_base: list[str] = []
+    notes_of_base = said_of_other_bases(metadata_of(bound), captured.model)
     if options.mode == "switch" and len(bound) == 1:
-        captured, bound, notes_of_base = with_whole_tensors(captured, bound)
-        if notes_of_base:
+        captured, bound, notes_of_tensors = with_whole_tensors(captured, bound)
+        if notes_of_tensors:
             targets = find(captured)
+            notes_of_base += notes_of_tensors
     reference = torch_reference(captured, options, level_gate(options))
     keys, loose = options.chosen(targets, bound)
     graph, _, notes = base_of(reference, keys, options)
@@ -84,7 +86,13 @@ def _export_batch(
     graph, keys_of, notes = base_of(reference, [*keys], options)
     sources = _sources(reference.base, graph, keys_of)
     batch_symbol(graph.model, *_without_batch(captured))
+    notes += said_of_other_bases(metadata_of(adapters), captured.model)
     return write_batch(graph, reference, sources, adapters, options, notes)
+
+
+def metadata_of(adapters: Mapping[str, Adapter]) -> dict[str, JsonView]:
+    """Return the metadata of each adapter by its name."""
+    return {name: adapter.metadata for name, adapter in adapters.items()}
 
 
 def with_whole_tensors(

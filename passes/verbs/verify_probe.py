@@ -57,6 +57,7 @@ def report_on(path: str | PathLike[str], probe: Probe, runs: ProbeRuns) -> Repor
         )
     ids_checked = runs.ids != UNCHECKED_IDS
     warnings = [f"{name} is not verified: {why}" for name, why in runs.absent.items()]
+    warnings += [f"{name} is refused: {why}" for name, why in runs.refused.items()]
     warnings += [runs.note] if runs.note else []
     warnings += [] if ids_checked else [IDS_UNCHECKED]
     details: Json = {
@@ -67,5 +68,5 @@ def report_on(path: str | PathLike[str], probe: Probe, runs: ProbeRuns) -> Repor
     }
     if runs.ids:
         details["ids"] = runs.ids
-    ok = ids_checked and all(finding.passed for finding in findings)
+    ok = ids_checked and not runs.refused and all(finding.passed for finding in findings)
     return Report("verify", ok, warnings=tuple(warnings), details=details)

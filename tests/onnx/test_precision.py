@@ -169,6 +169,31 @@ def too_far_off() -> tuple[nn.Module, np.ndarray[Any, Any]]:
     return model, x
 
 
+class GivenWeight(nn.Module):
+    """A convolution whose weight is an input, which the runtime's converter does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+def test_int8_that_the_converter_refuses_is_one_line(tmp_path: Path) -> None:
+    args = (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3))
+    with pytest.raises(LoraFxError, match="cannot make int8 of this graph: Expected") as refused:
+        lora_fx.export(
+            GivenWeight().eval(),
+            tmp_path / "m.onnx",
+            args,
+            precision="int8",
+            dynamic={"x": {0: "batch"}},
+        )
+    assert "\n" not in refused.value.message
+    assert not list(tmp_path.iterdir())
+
+
 def test_int8_that_is_too_far_off_is_not_written(tmp_path: Path) -> None:
     model, x = too_far_off()
     with pytest.raises(LoraFxError, match="int8 differs by"):

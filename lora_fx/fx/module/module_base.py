@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -80,6 +80,27 @@ class Base:
         self._keys = keys
         self._last = fingerprint
         return fingerprint
+
+
+def said_of_other_bases(adapters: Mapping[str, Named], root: nn.Module) -> list[str]:
+    """Return a line for each adapter that was trained on other weights than a model's.
+
+    An adapter that records no base, or one that cannot be compared, has no line.
+
+    Args:
+        adapters: The metadata of each adapter by its name.
+        root: The tree that holds the weights.
+    """
+    lines = []
+    for name, metadata in adapters.items():
+        recorded = metadata.get(checkpoint_fingerprint.FIELD)
+        is_same, _ = checkpoint_fingerprint.compared(recorded, partial(_cast_sample, root))
+        if is_same is False:
+            lines.append(
+                f"{name} was trained on other weights than this model's: its effect here is not "
+                "what it learnt"
+            )
+    return lines
 
 
 def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...], Array]:
