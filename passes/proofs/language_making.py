@@ -58,6 +58,7 @@ class Tokenizer(Protocol):
     """The part of a tokenizer of transformers that is used."""
 
     eos_token_id: int | None
+    all_special_ids: Sequence[int]
 
     def __call__(self, text: str) -> Mapping[str, Any]:
         """Return the tokens of a text as `input_ids`."""
@@ -254,8 +255,16 @@ def _most_probable(row: Array) -> list[int]:
 
 
 def _distinct_texts(speaker: Speaker, prompt: Prompt, tokens: Sequence[int]) -> dict[int, str]:
-    """Return the texts of tokens; without those that are no text alone, or that two tokens have."""
-    texts = {token: speaker.text_after(prompt.tokens, [token]) for token in dict.fromkeys(tokens)}
+    """Return the texts of tokens; without those that are no text alone, or that two tokens have.
+
+    Servers write special tokens in different ways.
+    """
+    special = set(speaker.tokenizer.all_special_ids)
+    texts = {
+        token: speaker.text_after(prompt.tokens, [token])
+        for token in dict.fromkeys(tokens)
+        if token not in special
+    }
     counts: dict[str, int] = {}
     for text in texts.values():
         counts[text.lstrip(" ")] = counts.get(text.lstrip(" "), 0) + 1
