@@ -250,8 +250,11 @@ class Server:
             raise LoraFxError(f"{place}: connection refused", check) from error
         except socket.gaierror as error:
             raise LoraFxError(f"{place}: no such host: {self._host}", check) from error
+        except ssl.SSLCertVerificationError as error:
+            hint = "set SSL_CERT_FILE to the file of the server's certificate, if you trust it"
+            raise LoraFxError(f"{place}: {one_line(error, 160)}", hint) from error
         except ssl.SSLError as error:
-            hint = "pass http:// if the server does not encrypt, or install its certificate"
+            hint = "pass http:// if the server does not encrypt"
             raise LoraFxError(f"{place}: {one_line(error, 160)}", hint) from error
         except (OSError, HTTPException) as error:
             why = one_line(error, 160) or type(error).__name__
