@@ -1,4 +1,4 @@
-"""The class of commands on files: --json, --config, --report, and checks before any work."""
+"""The class of commands on files: --json, --config, --report, --attest, and checks first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import sys
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from lora_fx.cli.input_paths import MODELS, input_paths, texts_of
 from lora_fx.cli.options import FORCE, NO_MEMORY_CHECK, Rules, given_here, in_groups
 from lora_fx.cli.output import note, result
 from lora_fx.cli.result_page import check_page, write_page
+from lora_fx.cli.statement import check_statement, write_statement
 from lora_fx.errors import LoraFxError, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import trusting
@@ -26,8 +28,12 @@ from lora_fx.peak_memory import refusing
 from lora_fx.progress import stage
 from lora_fx.text import JsonView, is_whole
 
-WRITTEN = ("output", "out", "report", "curve", "save_state", "resume", "save_config")
+WRITTEN = ("output", "out", "report", "attest", "curve", "save_state", "resume", "save_config")
 """Options that name an output."""
+
+
+Writers = Sequence[Callable[[JsonView], str]]
+"""Functions that write a file on the JSON object of a result, and return its path."""
 
 
 CHECKED = ("train", "export", "bench", "verify")
@@ -40,7 +46,7 @@ class FileCommand(click.Command):
     """A command with --json and --config that never overwrites its inputs."""
 
     reports: ClassVar = False
-    """True if the command also has --report."""
+    """True if the command also has --report and --attest."""
 
     def __init__(self, *args: Any, no_say: Rules = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,6 +64,8 @@ class FileCommand(click.Command):
         if self.reports:
             page_help = "Write the result as an HTML page."
             self.params.append(click.Option(["--report"], metavar="PAGE.html", help=page_help))
+            attest_help = "Write what was done and proven as a JSON statement, to be signed."
+            self.params.append(click.Option(["--attest"], metavar="FILE.json", help=attest_help))
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; ~ becomes the home folder, and Hub models their folders in the cache.
@@ -81,21 +89,21 @@ class FileCommand(click.Command):
             ctx.params = {
                 name: value for name, value in params.items() if name in self.function_params
             }
-            report = params.get("report")
-            if report is None:
+            writers = _writers_of_result(params, ctx.params)
+            if not writers:
                 return super().invoke(ctx)
-            check_page(report, params["force"], ctx.params)
-            return self._invoke_with_page(ctx, report, params["force"])
+            return self._invoke_with(ctx, writers)
 
-    def _invoke_with_page(self, ctx: click.Context, report: str, force: bool) -> object:
-        """Run the command and write a page of its result, or of an error with exit code 1."""
-        write = functools.partial(write_page, report, force)
-        ctx.find_root().obj["report"] = write
+    def _invoke_with(self, ctx: click.Context, writers: Writers) -> object:
+        """Run the command and write files on its result, or on an error with exit code 1."""
+        ctx.find_root().obj["writers"] = writers
         try:
             return super().invoke(ctx)
         except LoraFxError as error:
             if error.exit_code == 1 and not error.told:
-                write(result(False, error=error.message, hint=error.hint))
+                whole = result(False, error=error.message, hint=error.hint)
+                for write in writers:
+                    write(whole)
             raise
 
     def _download_models(self, params: dict[str, Any]) -> None:
@@ -141,6 +149,24 @@ class FileCommand(click.Command):
                 with formatter.section(title):
                     padded = [(names.ljust(width), text) for names, text in rows]
                     formatter.write_dl(padded, width)
+
+
+def _writers_of_result(params: JsonView, given: JsonView) -> Writers:
+    """The writers of --report and --attest, whose paths are checked now.
+
+    Args:
+        params: All options of the command.
+        given: Those of its function, among which are its inputs.
+    """
+    writers: list[Callable[[JsonView], str]] = []
+    force = bool(params.get("force"))
+    if params.get("report") is not None:
+        check_page(params["report"], force, given)
+        writers.append(functools.partial(write_page, params["report"], force))
+    if params.get("attest") is not None:
+        check_statement(params["attest"], force, given)
+        writers.append(functools.partial(write_statement, params["attest"], force))
+    return writers
 
 
 def _check_numbers(ctx: click.Context) -> None:
@@ -193,7 +219,7 @@ def _at_home(value: object) -> object:
 
 
 class ReportCommand(FileCommand):
-    """A command that changes or checks a model, with --report.
+    """A command that changes or checks a model, with --report and --attest.
 
     The path of the page is checked before the work starts. emit() passes the JSON object to the
     page, also after an error with exit code 1.

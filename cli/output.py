@@ -44,7 +44,9 @@ def emit(
     refused: LoraFxError | None = None,
     **fields: object,
 ) -> None:
-    """Print the result, as text or as the JSON object of docs/json.md, and write its --report.
+    """Print the result, as text or as the JSON object of docs/json.md, and write files on it.
+
+    These are the files of --report and --attest.
 
     `refused` ends the command after its result is printed: `ok` is false in the object, and the
     error follows on stderr, with its exit code.
@@ -53,15 +55,15 @@ def emit(
         ok, refused.told = False, True
         fields |= {"error": refused.message, "hint": refused.hint}
     whole = result(ok, warnings, **fields)
-    if page := _run().get("report"):  # what --report left here
+    for write in _run().get("writers", ()):  # what --report and --attest left here
         try:
-            with explained("the page"):
-                say(f"wrote {page(whole)}")
+            with explained("the file on the result"):
+                say(f"wrote {write(whole)}")
         except LoraFxError as e:
             outputs = fields.get("outputs")
             if not isinstance(outputs, list) or not outputs:
                 raise
-            told = f"{', '.join(outputs)} was written, and its page was not: {e.message}"
+            told = f"{', '.join(outputs)} was written, and the file on it was not: {e.message}"
             raise LoraFxError(told, e.hint, exit_code=1) from e
     if _run().get("json"):
         show(whole)

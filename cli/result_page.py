@@ -50,7 +50,7 @@ def write_page(path: str, force: bool, shown: JsonView) -> str:
     outputs = [Path(output) for output in shown["outputs"]]
     inputs = [input_path for input_path in input_paths(ctx.params) if input_path not in outputs]
     rows = [("input", file) for file in inputs] + [("output", file) for file in outputs]
-    added |= _hashed(rows, path)
+    added |= hashed_files(rows, path)
     added["adapters"], without_spectra = _adapters(outputs, ctx.params)
     added["unhashed"] += without_spectra
     _drop_repeated(added["adapters"], shown)
@@ -95,7 +95,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
+def hashed_files(paths: list[tuple[str, Path]], page: str) -> Json:
     """Rows of files with their hashes; a folder gives its files, except hidden ones."""
     rows: list[Json] = []
     unhashed: list[str] = []

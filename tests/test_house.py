@@ -452,7 +452,7 @@ NODES = {
     "lora_fx": 25_000,
     "lora_fx.adapter": 31_000,
     "lora_fx.checkpoint": 63_000,
-    "lora_fx.cli": 29_500,
+    "lora_fx.cli": 30_500,
     "lora_fx.files": 20_000,
     "lora_fx.files.quantised": 13_000,
     "lora_fx.formats": 28_000,
@@ -474,7 +474,7 @@ NODES = {
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 35_000,
     "lora_fx.passes.verbs": 48_000,
-    "lora_fx.probe": 15_000,
+    "lora_fx.probe": 17_000,
     "lora_fx.report": 9_000,
     "lora_fx.targets": 15_500,
 }

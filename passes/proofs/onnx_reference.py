@@ -7,6 +7,7 @@ adapters of the same keys and ranks share one session.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -201,6 +202,12 @@ class OnnxReference:
 
     def narrow(self, adapter: Adapter | None, feeds: Named) -> None:
         """Return None: the runtime has no other precision for a file."""
+
+    def base_facts(self) -> Json:
+        """Implement `Reference.base_facts`, by the bytes of the file without its data file."""
+        with self.source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"name": self.source.name, "sha256": digest}
 
     def targets(self) -> Found:
         """Implement `Reference.targets`."""

@@ -71,6 +71,7 @@ class Subject:
         adapters: The adapters, by name.
         found: The targets, in the order of the model.
         feeds: Inputs by a seed.
+        base: The name of the base, and a hash by which it is told from others.
         files: The files of adapters beside the file, by name.
         numbers: The ids of adapters in mode batch.
         precision: What the file computes in.
@@ -84,6 +85,7 @@ class Subject:
     adapters: Mapping[str, Adapter]
     found: Found
     feeds: Callable[[int], Mapping[str, Array]]
+    base: JsonView = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, int] = field(default_factory=dict)
     precision: str = "float32"

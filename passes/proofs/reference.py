@@ -120,6 +120,9 @@ class Reference(Protocol):
     def varied(self) -> Varied:
         """Return runs of adapters that differ in their numbers."""
 
+    def base_facts(self) -> Json:
+        """Return the name of the base, and a hash by which it is told from others."""
+
     def targets(self) -> Found:
         """Return the targets, in the order of the model."""
 

@@ -18,6 +18,7 @@ from lora_fx.fx.capture.onnx_names import onnx_conditions
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.module_base import base_facts
 from lora_fx.inputs import Extents, Inputs, Named
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.graph_choices import choices_of
@@ -108,6 +109,10 @@ class TorchReference:
         adapter, module = self._last
         self._last = (None, self.base)  # its factors are written from now on
         return VariedRuns(self.base, self.branched, None if adapter is None else module)
+
+    def base_facts(self) -> Json:
+        """Implement `Reference.base_facts`, by a sample of the weights of every target."""
+        return base_facts(self.captured.model, self.targets())
 
     def targets(self) -> Found:
         """Implement `Reference.targets`."""

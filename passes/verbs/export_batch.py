@@ -137,6 +137,7 @@ def _subject(
         adapters=adapters,
         found=reference.targets(),
         feeds=partial(reference.feeds, SIZES[0]),
+        base=reference.base_facts(),
         numbers=numbers,
         precision=options.computes_in,
         narrow=runs.narrow,

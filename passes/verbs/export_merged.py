@@ -332,6 +332,7 @@ def _add_probe(
             adapters=adapters,
             found=find(captured),
             feeds=partial(reference.feeds, SIZES[0]),
+            base=reference.base_facts(),
             precision=options.computes_in,
             narrow=runs.narrow,
         )

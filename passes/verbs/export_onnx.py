@@ -142,6 +142,7 @@ def _merged_and_optimised(source: Path, adapter: Any, options: ExportOptions) ->
                 merged,
                 names=options.names,
                 external_over=options.external_over,
+                probe=options.probe,
             )
         except LoraFxError as e:
             message = e.message.replace(str(merged), str(options.target))

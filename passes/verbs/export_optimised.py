@@ -7,22 +7,35 @@ its signature.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
 from lora_fx.files.run_files import remember
-from lora_fx.inputs import Named
+from lora_fx.inputs import SIZES, Inputs, Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.made_for import forms_for
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
-from lora_fx.onnx.precision import narrow
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.precision import GATES, narrow
+from lora_fx.onnx.probe_runs import add_probe, probe_of, run_probe
+from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.signature import feeds_of_sizes, signature
 from lora_fx.onnx.validity import blaming
+from lora_fx.passes.proofs.probe_making import Subject
+from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_probe import probe_file, summary
+from lora_fx.probe.probe import NONE, SHORT
+from lora_fx.probe.sentences import findings_of, tolerant
+from lora_fx.targets.found import Found
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -84,16 +97,76 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
         notes.append(narrowed.said(options.precision))
 
     with options.output() as output:
-        output.save(model, has_forms=True)  # no run comes after this
+        output.save(model, has_forms=True)
+        of_probe = _add_probe(source, output, session, options, notes)
     details = {
         "provider": session.provider,
         "mode": "optimised",
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "stages": [stage.to_json() for stage in stages],
         **of_obstacles(options.target, output.obstacles, session.provider, options.made_for),
+        **of_probe,
     }
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, tuple(notes), details)
+
+
+def _add_probe(
+    source: str | PathLike[str],
+    output: Output,
+    of_source: RuntimeSession,
+    options: ExportOptions,
+    notes: list[str],
+) -> Json:
+    """Give the rewritten file a probe; return the field of the report.
+
+    It is the source's own, where it has one and the rewritten file passes it within the gate of its
+    precision. Else it knows the source's outputs alone.
+    """
+    if options.probe == NONE:
+        return {}
+    try:
+        probe = tolerant(probe_of(source), GATES.get(options.precision or "", 0.0))
+    except LoraFxError:  # the source has none
+        subject = _subject(output, of_source, options)
+        return probe_file(output.path, subject, options.probe, of_source.provider, notes)
+    runs = run_probe(output.path, probe, options.provider)
+    failed = [str(finding) for finding in findings_of(probe, runs.answers) if not finding.passed]
+    if failed:
+        notes.append(f"no probe: that of {source} does not fit the rewritten file: {failed[0]}")
+        return {}
+    if options.probe == SHORT:
+        probe = probe.without_groups()
+    add_probe(output.path, probe)
+    return {"probe": summary(probe)}
+
+
+def _subject(output: Output, of_source: RuntimeSession, options: ExportOptions) -> Subject:
+    """Return the rewritten file as a probe is made of it: a base without adapters."""
+    rewritten = open_session(output.path, options.provider)
+    inputs = signature(of_source)
+
+    def of_file(_: str) -> Run:
+        return rewritten.run
+
+    def of_model(_: Adapter | None) -> Run:
+        return of_source.run
+
+    return Subject(
+        mode="merged",
+        run=of_file,
+        reference=of_model,
+        vary=of_model,
+        adapters={},
+        found=Found(()),
+        feeds=partial(_feeds, inputs, options.inputs or {}),
+        precision=options.computes_in,
+    )
+
+
+def _feeds(inputs: Inputs, arrays: Named, seed: int) -> dict[str, Array]:
+    """Return drawn inputs, with the user's in their place."""
+    return {**inputs.sample(SIZES[0], seed), **arrays}
 
 
 def _said_of_forms(stages: Sequence[RewriteStage], target: str) -> list[str]:

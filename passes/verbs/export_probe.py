@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.onnx.probe_runs import add_probe
 from lora_fx.passes.proofs.probe_making import Subject, make_probe
@@ -33,7 +31,7 @@ def probe_file(path: Path, subject: Subject, kind: str, provider: str, warnings:
     """
     if kind == NONE:
         return {}
-    probe, notes = make_probe(subject, kind, facts_of(subject.adapters, provider))
+    probe, notes = make_probe(subject, kind, facts_of(subject, provider))
     warnings += notes
     if probe is None:
         return {}
@@ -48,7 +46,7 @@ def summary(probe: Probe) -> Json:
     return {"bytes": probe.size, "effects": effects, "groups": groups}
 
 
-def facts_of(adapters: Mapping[str, Adapter], provider: str) -> Json:
+def facts_of(subject: Subject, provider: str) -> Json:
     """Return what a probe says for people: versions, processor, provider, and hashes."""
     versions = {}
     for name in LIBRARIES:
@@ -56,8 +54,9 @@ def facts_of(adapters: Mapping[str, Adapter], provider: str) -> Json:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    hashes = {name: adapter_hash(adapter) for name, adapter in adapters.items()}
+    hashes = {name: adapter_hash(adapter) for name, adapter in subject.adapters.items()}
     return {
+        "base": dict(subject.base),
         "versions": versions,
         "processor": processor(),
         "provider": provider,

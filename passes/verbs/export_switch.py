@@ -157,6 +157,7 @@ def _subject(
         adapters=adapters,
         found=found,
         feeds=partial(reference.feeds, SIZES[0]),
+        base=reference.base_facts(),
         files={name: f"{name}{file.options.adapter_ending}" for name in adapters},
         precision=file.options.computes_in,
         narrow=runs.narrow,

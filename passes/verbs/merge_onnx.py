@@ -218,6 +218,7 @@ def _subject(session: RuntimeSession, reference: OnnxReference, plan: OnnxMergeP
         adapters={"adapter": adapter},
         found=plan.targets,
         feeds=partial(reference.feeds, SIZES[0]),
+        base=reference.base_facts(),
     )
 
 

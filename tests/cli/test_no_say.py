@@ -34,7 +34,7 @@ TARGETS = "chooses targets of any model"
 RUNS = "says how any run goes"
 DATA = "is data that any of its options may need"
 
-EVERYWHERE = ["as_json", "config", "save_config", "report", "force", "no_memory_check"]
+EVERYWHERE = ["as_json", "config", "save_config", "report", "attest", "force", "no_memory_check"]
 """Options of every command, which are of its result."""
 ALWAYS: dict[str, dict[str, str]] = {
     "targets": {"model": READS},

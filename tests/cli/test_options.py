@@ -110,7 +110,7 @@ def test_a_command_names_each_of_its_arguments(name: str) -> None:
     for parameter in signature.parameters.values():
         group = getattr(module, str(parameter.annotation), None)
         taken += names_of(group) if group else [parameter.name]
-    shared = {"as_json", "config", "save_config", "report", "no_memory_check"}
+    shared = {"as_json", "config", "save_config", "report", "attest", "no_memory_check"}
     own = {p.name for p in module.command.params} - shared
     assert len(taken) == len(set(taken))
     assert own - {"force"} <= set(taken) <= own

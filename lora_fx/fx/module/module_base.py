@@ -13,6 +13,7 @@ from torch import nn
 from lora_fx.checkpoint import base_fingerprint as checkpoint_fingerprint
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.hub import origin
 from lora_fx.fx.dotted_names import parameter_of
 from lora_fx.fx.fake_tensors import is_wrapper
 from lora_fx.fx.graph.nodes import dtype_name
@@ -80,6 +81,26 @@ class Base:
         self._keys = keys
         self._last = fingerprint
         return fingerprint
+
+
+def base_facts(model: nn.Module, keys: Iterable[str]) -> dict[str, Any]:
+    """Return the name of a base, its revision where it is from the Hub, and a sample of it.
+
+    Args:
+        model: The base.
+        keys: The targets whose weights are sampled.
+    """
+    name = type(model).__name__
+    facts: dict[str, Any] = {}
+    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if isinstance(folder, str) and folder:
+        name = folder.rstrip("/").rpartition("/")[2]
+        facts = dict(origin(folder))
+        name = facts.pop(checkpoint_fingerprint.NAMED, name)
+    record = Base().now(keys, model).get(checkpoint_fingerprint.FIELD)
+    if record is not None:
+        facts |= {"tensors": len(record["names"]), "sample": record["sample"]}
+    return {"name": name, **facts}
 
 
 def said_of_other_bases(adapters: Mapping[str, Named], root: nn.Module) -> list[str]:

@@ -1,0 +1,85 @@
+"""Writes what a command did and proved as one JSON statement (--attest FILE.json).
+
+The form is that of an in-toto statement, version 1, which tools that sign and check take: its
+subjects are the files that the command wrote or checked, by the hash of their bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from lora_fx import __version__
+from lora_fx.cli.input_paths import input_paths
+from lora_fx.cli.result_page import hashed_files, versions, when
+from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.text import Json, JsonView, strict_json
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "urn:lora-fx:result:v1"
+"""The type of the predicate: what a command did, with what, and its result as of --json."""
+
+
+def check_statement(path: str, force: bool, given: JsonView) -> None:
+    """Refuse, before any work, a statement that cannot be written or that is also an input."""
+    if not path.endswith(".json"):
+        raise LoraFxError(
+            f"--attest {path} does not end in .json",
+            "pass a name that ends in .json: --attest statement.json",
+        )
+    if Path(path).resolve() in [other.resolve() for other in input_paths(given)]:
+        raise LoraFxError(f"--attest {path} is also an input", "choose another name")
+    check_output(path, force=force)
+    if Path(path).is_dir():
+        raise LoraFxError(f"--attest {path} is a folder", "choose another name")
+
+
+def write_statement(path: str, force: bool, result: JsonView) -> str:
+    """Write the statement on a result, completely or not at all; returns its path."""
+    ctx = click.get_current_context()
+    run = ctx.find_root().obj
+    outputs = [Path(output) for output in result["outputs"]]
+    inputs = _with_data([file for file in input_paths(ctx.params) if file not in outputs])
+    subjects = hashed_files([("output", file) for file in outputs], path)
+    materials = hashed_files([("input", file) for file in inputs], path)
+    if not outputs:  # a check is about what it read
+        subjects, materials = materials, {"files": [], "unhashed": []}
+    statement: Json = {
+        "_type": STATEMENT,
+        "subject": [_resource(row) for row in subjects["files"]],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "tool": {"name": "lora-fx", "version": __version__},
+            "command": ["lora-fx", *(run.get("argv") or [])],
+            "when": when(run["began"])["when"],
+            "materials": [_resource(row) for row in materials["files"]],
+            "notHashed": [*subjects["unhashed"], *materials["unhashed"]],
+            "versions": versions(),
+            "result": dict(result),
+        },
+    }
+    text = json.dumps(strict_json(statement), indent=1, default=str)
+    with replacing(path, force=force) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _with_data(files: Sequence[Path]) -> list[Path]:
+    """Return files, each .onnx file with the files that hold its weights."""
+    with_data = []
+    for file in files:
+        with_data.append(file)
+        if file.suffix == ".onnx":
+            from lora_fx.onnx.load import data_names
+
+            with_data += [file.with_name(name) for name in data_names(file)]
+    return with_data
+
+
+def _resource(row: JsonView) -> Json:
+    """Return a file as a statement names it."""
+    return {"name": row["path"], "digest": {"sha256": row["sha256"]}}
