@@ -7,7 +7,6 @@ texts, which can tell base and adapter apart and no more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.probe.fields import StrictFields
 from lora_fx.probe.groups import MOST_GROUPS
 from lora_fx.probe.verdict import (
     DIFFERS,
@@ -27,7 +26,7 @@ from lora_fx.probe.verdict import (
     verdict_on_adapter,
     verdict_on_base,
 )
-from lora_fx.text import Json, JsonView, is_number, is_whole
+from lora_fx.text import Json, JsonView, is_whole
 
 MOST_POINTS = 64
 MOST_PROMPTS = 16
@@ -147,7 +146,7 @@ class LanguageProbe:
         Raises:
             LoraFxError: A field is missing, too large or of another kind.
         """
-        return _Reader(f"{where}: its probe: language").read(data)
+        return _Reader(f"{where}: its probe: language", AGAIN).read(data)
 
     def told(self, answers: Sequence[LogProbabilities]) -> Told:
         """Return the points among a server's answers, of which there is one for each prompt.
@@ -283,40 +282,39 @@ def _numbers(values: Array) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
 
-class _Reader:
-    """The strict reading of the question's JSON; `where` is what messages call it."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
+class _Reader(StrictFields):
+    """The strict reading of the question's JSON."""
 
     def read(self, data: JsonView) -> LanguageProbe:
-        prompts = tuple(map(self._prompt, self._list("prompts", data, MOST_PROMPTS)))
-        points = self._list("points", data, MOST_POINTS)
-        adapter = self._object("adapter", data)
+        prompts = tuple(map(self._prompt, self._rows("prompts", data, MOST_PROMPTS)))
+        points = self._rows("points", data, MOST_POINTS)
         count = len(points)
-        groups = self._object("groups", adapter) if "groups" in adapter else {}
+        adapter = self._fields("adapter", data.get("adapter"))
+        groups = self._table(
+            adapter, "groups", lambda name, numbers: self._values(name, numbers, count),
+            needed=False,
+        )  # fmt: skip
         if len(groups) > MOST_GROUPS:
             raise self._error("groups", f"{len(groups)} of them", f"at most {MOST_GROUPS}")
-        precisions = self._object("precisions", data) if "precisions" in data else {}
+        base = self._fields("base", data.get("base"))
         return LanguageProbe(
             prompts,
             tuple(self._point(point, len(prompts)) for point in points),
             self._positive("tolerance", data.get("tolerance")),
-            {name: self._positive(name, level) for name, level in precisions.items()},
-            self._continuations("base", self._object("base", data), len(prompts), count),
+            self._table(data, "precisions", self._positive, needed=False),
+            self._continuations("base", base, len(prompts), count),
             self._continuations("adapter", adapter, len(prompts), count),
-            self._values("half", adapter["half"], count) if "half" in adapter else None,
-            self._values("double", adapter["double"], count) if "double" in adapter else None,
-            {name: self._values(name, values, count) for name, values in groups.items()},
+            self._optional(adapter, "half", count),
+            self._optional(adapter, "double", count),
+            groups,
         )
 
     def _prompt(self, value: Any) -> Prompt:
-        if not isinstance(value, dict):
-            raise self._error("prompts", value, "a text and its tokens")
-        tokens = self._tokens("prompts", value.get("tokens"))
+        fields = self._fields("prompts", value)
+        tokens = self._tokens("prompts", fields.get("tokens"))
         if not tokens:
             raise self._error("prompts", value, "at least one token")
-        return Prompt(self._text("prompts", value.get("text")), tokens)
+        return Prompt(self._text("prompts", fields.get("text")), tokens)
 
     def _point(self, value: Any, n_prompts: int) -> NextToken:
         if not isinstance(value, list) or len(value) != 3:
@@ -343,15 +341,6 @@ class _Reader:
             tuple(self._text(f"{name}.texts", text) for text in texts),
         )
 
-    def _values(self, name: str, value: Any, count: int) -> Array:
-        if not isinstance(value, list) or len(value) != count:
-            found = f"{len(value)} numbers" if isinstance(value, list) else value
-            raise self._error(name, found, f"{count} numbers")
-        for number in value:
-            if not is_number(number) or not math.isfinite(number):
-                raise self._error(name, number, "a finite number")
-        return np.array(value, np.float64)
-
     def _tokens(self, name: str, value: Any) -> tuple[int, ...]:
         if not isinstance(value, list) or len(value) > MOST_TOKENS:
             raise self._error(name, value, f"at most {MOST_TOKENS} tokens")
@@ -365,26 +354,9 @@ class _Reader:
             raise self._error(name, value, f"a text of at most {MOST_CHARACTERS} characters")
         return value
 
-    def _positive(self, name: str, value: Any) -> float:
-        if not is_number(value) or not math.isfinite(value) or value <= 0:
-            raise self._error(name, value, "a number above 0")
-        return value
-
-    def _list(self, name: str, data: JsonView, most: int) -> list[Any]:
+    def _rows(self, name: str, data: JsonView, most: int) -> list[Any]:
         value = data.get(name)
         if not isinstance(value, list) or not 0 < len(value) <= most:
             found = f"{len(value)} of them" if isinstance(value, list) else value
             raise self._error(name, found, f"1 to {most}")
         return value
-
-    def _object(self, name: str, data: JsonView) -> JsonView:
-        value = data.get(name)
-        if not isinstance(value, dict):
-            raise self._error(name, value, "an object")
-        return value
-
-    def _error(self, name: str, found: object, expected: str) -> LoraFxError:
-        found_text = one_line(repr(found), 80)
-        return LoraFxError(
-            f"{self._where}: {one_line(name, 80)} is {found_text}; expected {expected}", AGAIN
-        )

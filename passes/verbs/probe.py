@@ -57,9 +57,10 @@ def probe_adapter(
         adapters={name: bound},
         found=found,
         feeds=partial(reference.feeds, SIZES[0]),
+        base=reference.base_facts(),
         narrow=runs.narrow,
     )
-    probe, notes = make_probe(subject, kind, facts_of({name: bound}, "torch"))
+    probe, notes = make_probe(subject, kind, facts_of(subject, "torch"))
     if probe is None:
         raise LoraFxError("; ".join(notes), "report this model")
     folder = cap.tokenizer_folder
