@@ -6,23 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.probe.completions import Reply, ask, model_names
-from lora_fx.probe.language import FEWEST_POINTS, LanguageProbe, Told
+from lora_fx.probe.language import FEWEST_POINTS, IN_TEXTS, LanguageProbe, Told
 from lora_fx.probe.sentences import sentence_of_cause
 from lora_fx.probe.server import TOKEN, Server
 from lora_fx.probe.verdict import (
     DIFFERS,
+    NO_EFFECT,
     NOT_FINITE,
     OR,
     RIGHT,
-    RIGHT_IN,
     TOO_SMALL,
     is_right,
 )
 from lora_fx.text import Json, some
 
+ADAPTER = "adapter"
+BASE = "base"
 LOGPROBS = "log-probabilities"
 TEXTS = "texts"
 _ADAPTER = "adapter "
@@ -65,11 +66,9 @@ class Served:
 
     def sentence(self, adapter: str) -> str:
         """Return the verdict in words, for the adapter of this name."""
-        expected = f"the adapter {adapter}" if self.role == "adapter" else "the base"
+        expected = f"the adapter {adapter}" if self.role == ADAPTER else "the base"
         if self.verdict == RIGHT:
             return f"serves {expected}"
-        if self.verdict.startswith(RIGHT_IN):
-            return f"serves {expected}, in the precision of {self.verdict.removeprefix(RIGHT_IN)}"
         if self.verdict == NOT_FINITE:
             return "log-probabilities are not finite (NaN or infinite)"
         if self.verdict == TOO_SMALL:
@@ -77,13 +76,17 @@ class Served:
         if self.verdict == DIFFERS:
             return f"does not serve {expected}; the cause cannot be told"
         cause, _, precision = self.verdict.partition(" in ")
+        if self.by == TEXTS:
+            return _sentence_on_texts(cause, expected)
+        if cause == RIGHT:
+            return f"serves {expected}, in the precision of {precision}"
         sentence = OR.join(sentence_of_cause(one) for one in cause.split(OR))
         return f"{sentence}, in the precision of {precision}" if precision else sentence
 
     def evidence(self) -> str:
         """Return the numbers behind the verdict."""
         if self.by == TEXTS:
-            return f"by the texts after {self.told} prompts, which show no scale and no part"
+            return f"by texts after {self.told} prompts alone, which show no scale and no part"
         return (
             f"{self.told} of {self.asked} log-probabilities told, largest difference "
             f"{self.difference:.2g}, effect of the adapter {self.effect:.2g}"
@@ -92,6 +95,15 @@ class Served:
     def to_json(self) -> Json:
         """Return the answer as a JSON object."""
         return {**vars(self), "ok": bool(self), "unseen": list(self.unseen)}
+
+
+def _sentence_on_texts(cause: str, expected: str) -> str:
+    """Return a verdict on texts in words."""
+    if cause == RIGHT:
+        return f"says what {expected} says"
+    if cause == NO_EFFECT:
+        return "says what the base says: the adapter has no effect, or too small a one"
+    return f"says what the {cause} says"
 
 
 @dataclass(frozen=True)
@@ -194,15 +206,15 @@ def _of_adapter(server: Server, question: Question) -> Served:
         if verdict == DIFFERS:
             verdict = _other_by_texts(reply.texts, question)
         count = len(reply.texts)
-        return Served(question.model, "adapter", verdict, TEXTS, count, len(probe.prompts))
+        return Served(question.model, ADAPTER, verdict, TEXTS, count, len(probe.prompts))
     told = probe.told(reply.logprobs or ())
     verdict = DIFFERS
-    if _is_enough(server, probe, reply, told, probe.adapter.values):
+    if _is_enough(server, probe, reply, told):
         verdict = probe.verdict_on_adapter(told)
     if verdict == DIFFERS:
         verdict = _other_by_points(reply, question)
     difference = probe.difference(told, of_base=False)
-    return _by_points(question.model, "adapter", verdict, probe, told, difference)
+    return _by_points(question.model, ADAPTER, verdict, probe, told, difference)
 
 
 def _of_base(server: Server, question: Question, model: str) -> Served:
@@ -211,13 +223,13 @@ def _of_base(server: Server, question: Question, model: str) -> Served:
     reply = _asked(server, model, probe)
     if reply.texts is not None:
         verdict = probe.verdict_on_texts(reply.texts, of_base=True, name=question.adapter)
-        return Served(model, "base", verdict, TEXTS, len(reply.texts), len(probe.prompts))
+        return Served(model, BASE, verdict, TEXTS, len(reply.texts), len(probe.prompts))
     told = probe.told(reply.logprobs or ())
     verdict = DIFFERS
-    if _is_enough(server, probe, reply, told, probe.base.values):
+    if _is_enough(server, probe, reply, told):
         verdict = probe.verdict_on_base(told, question.adapter)
     difference = probe.difference(told, of_base=True)
-    return _by_points(model, "base", verdict, probe, told, difference)
+    return _by_points(model, BASE, verdict, probe, told, difference)
 
 
 def _by_points(
@@ -232,7 +244,7 @@ def _by_points(
         len(probe.points),
         difference,
         probe.effect(told),
-        tuple(probe.unseen_groups(told)),
+        tuple(probe.unseen_groups(told, verdict)) if is_right(verdict) and role == ADAPTER else (),
     )
 
 
@@ -242,25 +254,23 @@ def _asked(server: Server, model: str, probe: LanguageProbe) -> Reply:
     return ask(server, model, probe.prompts, longest + 1)
 
 
-def _is_enough(
-    server: Server, probe: LanguageProbe, reply: Reply, told: Told, expected: Array
-) -> bool:
+def _is_enough(server: Server, probe: LanguageProbe, reply: Reply, told: Told) -> bool:
     """Whether a server told enough points for a verdict.
 
-    Returns:
-        False if it did not, because its most probable tokens are others than the expected ones.
+    The two most probable tokens of base and adapter are points, so that a server that told fewer
+    serves neither, unless it has other names for tokens.
 
     Raises:
-        LoraFxError: It did not, and nobody can tell why.
+        LoraFxError: No point was told, and tokens were named by texts.
     """
     if len(told.places) >= FEWEST_POINTS:
         return True
-    if probe.lacks(expected, reply.logprobs or (), reply.form.count):
+    names_ids = any(isinstance(name, int) for answer in reply.logprobs or () for name in answer)
+    if names_ids or len(told.places):
         return False
     raise LoraFxError(
-        f"{server.url}: the server told {len(told.places)} of {len(probe.points)} points; "
-        f"expected at least {FEWEST_POINTS}",
-        "let the server tell more of the most probable tokens",
+        f"{server.url}: none of the tokens that the server told is one of the probe's",
+        "check that it serves a model with the tokenizer of the base",
     )
 
 
@@ -277,8 +287,8 @@ def _other_by_points(reply: Reply, question: Question) -> str:
 def _other_by_texts(texts: tuple[str, ...], question: Question) -> str:
     """Return which other adapter the texts are those of."""
     for name, probe in question.others.items():
-        if probe.verdict_on_texts(texts, of_base=False, name=name) == RIGHT:
-            return f"{_ADAPTER}{name}"
+        if is_right(probe.verdict_on_texts(texts, of_base=False, name=name)):
+            return f"{_ADAPTER}{name}{IN_TEXTS}"
     return DIFFERS
 
 

@@ -20,6 +20,7 @@ from lora_fx.probe.verdict import (
     DIFFERS,
     NO_EFFECT,
     RIGHT,
+    RIGHT_IN,
     TOO_SMALL,
     Gauge,
     Known,
@@ -36,6 +37,8 @@ MOST_CHARACTERS = 4096
 """The length of the longest text."""
 FEWEST_POINTS = 4
 """The number of points that a server has to tell for a verdict on log-probabilities."""
+IN_TEXTS = " in texts"
+"""The end of a verdict for which there were texts alone."""
 AGAIN = "make the probe again: lora-fx probe ADAPTER --base MODEL -o FILE"
 
 LogProbabilities = Mapping[int | str, float]
@@ -165,23 +168,6 @@ class LanguageProbe:
                 found.append(value)
         return Told(np.array(places, np.int64), np.array(found, np.float64))
 
-    def lacks(self, expected: Array, answers: Sequence[LogProbabilities], count: int) -> bool:
-        """Whether a server left out a token that the expected model would have made it tell.
-
-        Args:
-            expected: The log-probabilities at all points.
-            answers: The server's, for each prompt.
-            count: How many of the most probable tokens it was asked for. It may tell one more, the
-                token that it sampled.
-        """
-        level = 2 * max([self.tolerance, *self.precisions.values()])
-        told = set(self.told(answers).places.tolist())
-        for place, point in enumerate(self.points):
-            values = sorted(answers[point.prompt].values(), reverse=True)[:count]
-            if place not in told and expected[place] > values[-1] + level:
-                return True
-        return False
-
     def verdict_on_adapter(self, told: Told) -> str:
         """Return the verdict on the answers of a server that should have the adapter."""
         places = told.places
@@ -211,15 +197,23 @@ class LanguageProbe:
         ones = np.ones(len(places))
         return Gauge(ones, ones * self.tolerance, self.precisions)
 
-    def unseen_groups(self, told: Told) -> list[str]:
-        """Return the groups without which the told points would be as expected."""
+    def unseen_groups(self, told: Told, verdict: str) -> list[str]:
+        """Return the groups without which a server might have got the same verdict.
+
+        Args:
+            told: The points.
+            verdict: The verdict on them, which may be right in a precision.
+        """
+        level = self.tolerance
+        if verdict.startswith(RIGHT_IN):
+            level = self.precisions[verdict.removeprefix(RIGHT_IN)]
         places = told.places
         expected = self.adapter.values[places]
         gauge = self._gauge(places)
         return [
             name
             for name, values in self.groups.items()
-            if gauge.excess(values[places], expected) <= 1
+            if not gauge.apart(values[places], expected, level)
         ]
 
     def difference(self, told: Told, *, of_base: bool) -> float:
@@ -235,7 +229,8 @@ class LanguageProbe:
     def verdict_on_texts(self, texts: Sequence[str], *, of_base: bool, name: str) -> str:
         """Return the verdict on continuations, which a server's texts have to begin with.
 
-        Only prompts after which base and adapter say different things count.
+        Only prompts after which base and adapter say different things count. A verdict other than
+        differs ends in IN_TEXTS: another scale may say the same.
 
         Args:
             texts: The server's continuation of each prompt.
@@ -252,9 +247,9 @@ class LanguageProbe:
         is_base = all(_begins(texts[number], self.base.texts[number]) for number in telling)
         is_adapter = all(_begins(texts[number], self.adapter.texts[number]) for number in telling)
         if is_base:
-            return RIGHT if of_base else NO_EFFECT
+            return f"{RIGHT}{IN_TEXTS}" if of_base else f"{NO_EFFECT}{IN_TEXTS}"
         if is_adapter:
-            return f"adapter {name}" if of_base else RIGHT
+            return f"adapter {name}{IN_TEXTS}" if of_base else f"{RIGHT}{IN_TEXTS}"
         return DIFFERS
 
 

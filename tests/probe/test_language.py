@@ -63,9 +63,9 @@ def test_points_are_matched(answers: list[Mapping[int | str, float]], places: li
 def test_a_verdict_over_the_told_points_alone() -> None:
     told = PROBE.told([{10: -2.0, 11: -1.0}, {}])
     assert PROBE.verdict_on_adapter(told) == "right"
-    assert PROBE.unseen_groups(told) == ["q"], "its one point was not told"
+    assert PROBE.unseen_groups(told, "right") == ["q"], "its one point was not told"
     told = PROBE.told([{10: -2.0, 11: -1.0}, {12: -2.5}])
-    assert PROBE.verdict_on_adapter(told) == "without q" and not PROBE.unseen_groups(told)
+    assert PROBE.verdict_on_adapter(told) == "without q" and not PROBE.unseen_groups(told, "right")
     told = PROBE.told([{10: -1.0}, {12: math.nan}])
     assert PROBE.verdict_on_adapter(told) == "not finite"
 
@@ -73,9 +73,9 @@ def test_a_verdict_over_the_told_points_alone() -> None:
 @pytest.mark.parametrize(
     ("texts", "adapter_verdict", "base_verdict"),
     [
-        ([" a cat sat", " dog"], "right", "adapter x"),
-        (["a cat", "anything"], "right", "adapter x"),
-        ([" the cat", " dog"], "no effect", "right"),
+        ([" a cat sat", " dog"], "right in texts", "adapter x in texts"),
+        (["a cat", "anything"], "right in texts", "adapter x in texts"),
+        ([" the cat", " dog"], "no effect in texts", "right in texts"),
         ([" my cat", " dog"], "differs", "differs"),
         ([" a", " dog"], "differs", "differs"),
         (["", ""], "differs", "differs"),
@@ -87,20 +87,18 @@ def test_texts(texts: list[str], adapter_verdict: str, base_verdict: str) -> Non
     assert PROBE.verdict_on_texts(texts, of_base=True, name="x") == base_verdict
 
 
+def test_groups_that_a_precision_hides() -> None:
+    told = PROBE.told([{10: -2.0, 11: -1.0}, {12: -1.5}])
+    assert PROBE.unseen_groups(told, "right in bfloat16") == []
+    coarse = replace(PROBE, precisions={"bfloat16": 0.6})
+    assert coarse.unseen_groups(told, "right in bfloat16") == ["q"], "without it, 1.0 is missing"
+
+
 def test_texts_that_tell_nothing() -> None:
     alike = replace(PROBE, adapter=replace(WITH, texts=(" the cat sat", " dog")))
     assert alike.verdict_on_texts([" the cat", " dog"], of_base=False, name="x") == (
         "too small to tell"
     )
-
-
-def test_a_token_that_the_server_left_out() -> None:
-    answers = [{10: -2.0, 99: -2.5}, {12: -1.5, 98: -1.6}]
-    assert PROBE.lacks(WITH.values, answers, 2), "token 11 is more probable than 99"
-    assert not PROBE.lacks(BASE.values, [{10: -1.0, 11: -2.0}, {98: -1.0}], 2)
-    # the third is the sampled one, which a server tells beside the most probable ones
-    sampled = [{10: -0.1, 99: -0.5, 97: -8.0}, {98: -1.0}]
-    assert not PROBE.lacks(WITH.values, sampled, 2)
 
 
 ANSWERS: dict[str, tuple[Any, dict[int | str, float] | None]] = {
