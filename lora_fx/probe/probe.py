@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.strict_json import json_object
 from lora_fx.probe.drawn import drawn
+from lora_fx.probe.fields import StrictFields
 from lora_fx.probe.groups import MOST_GROUPS
 from lora_fx.probe.verdict import (
     DIFFERS,
@@ -30,7 +31,7 @@ from lora_fx.probe.verdict import (
     verdict_on_adapter,
     verdict_on_base,
 )
-from lora_fx.text import Json, JsonView, is_number, is_whole
+from lora_fx.text import Json, JsonView, is_whole
 
 PROPERTY = "lora_fx.probe"
 """The name of the probe in the metadata of .onnx, .safetensors and .gguf files."""
@@ -232,7 +233,7 @@ class Probe:
                 f"{place} has the format {one_line(repr(number), 40)}; expected {FORMAT}",
                 "install a newer lora-fx; or export the file again",
             )
-        return _Reader(place).probe(data)
+        return _Reader(place, AGAIN).probe(data)
 
     def feeds(self) -> dict[str, Array]:
         """Return the inputs by name."""
@@ -344,11 +345,8 @@ def probe_in(metadata: Mapping[str, str], where: str) -> Probe:
     return Probe.from_text(text, where)
 
 
-class _Reader:
-    """The strict reading of a probe's JSON; `where` is what messages call it."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
+class _Reader(StrictFields):
+    """The strict reading of a probe's JSON."""
 
     def probe(self, data: JsonView) -> Probe:
         mode = data.get("mode")
@@ -378,20 +376,6 @@ class _Reader:
             str(mode), inputs, outputs, points, base, adapters, precisions, facts, language,
             base_file,
         )  # fmt: skip
-
-    def _table(
-        self,
-        data: JsonView,
-        name: str,
-        read: Callable[[str, Any], T],
-        *,
-        needed: bool = True,
-    ) -> dict[str, T]:
-        """Read an object whose values are alike."""
-        value = data.get(name, None if needed else {})
-        if not isinstance(value, dict):
-            raise self._error(name, value, "an object")
-        return {key: read(f"{name}.{key}", entry) for key, entry in value.items()}
 
     def _input(self, name: str, value: Any) -> ProbeInput:
         fields = self._fields(name, value)
@@ -474,48 +458,12 @@ class _Reader:
             points.append((name, int(index)))
         return tuple(points)
 
-    def _optional(self, fields: JsonView, name: str, count: int) -> Array | None:
-        if fields.get(name) is None:
-            return None
-        return self._values(name, fields[name], count)
-
-    def _values(self, name: str, value: Any, count: int) -> Array:
-        return np.array(self._list(name, value, count), np.float64)
-
-    def _list(self, name: str, value: Any, count: int) -> list[float]:
-        if not isinstance(value, list) or len(value) != count:
-            found = f"{len(value)} numbers" if isinstance(value, list) else value
-            raise self._error(name, found, f"{count} numbers")
-        return [self._number(name, number) for number in value]
-
-    def _number(self, name: str, value: Any) -> float:
-        if not is_number(value) or not math.isfinite(value):
-            raise self._error(name, value, "a finite number")
-        return value
-
-    def _positive(self, name: str, value: Any) -> float:
-        number = self._number(name, value)
-        if number <= 0:
-            raise self._error(name, value, "a number above 0")
-        return number
-
     def _shape(self, name: str, fields: JsonView) -> tuple[int, ...]:
         shape = fields.get("shape")
         is_shape = isinstance(shape, list) and len(shape) <= MOST_AXES
         if not is_shape or not all(is_whole(size) and 0 <= size < 1 << 31 for size in shape or ()):
             raise self._error(f"{name}.shape", shape, f"at most {MOST_AXES} sizes")
         return tuple(shape or ())
-
-    def _fields(self, name: str, value: Any) -> JsonView:
-        if not isinstance(value, dict):
-            raise self._error(name, value, "an object")
-        return value
-
-    def _error(self, name: str, found: object, expected: str) -> LoraFxError:
-        found_text = one_line(repr(found), 80)
-        return LoraFxError(
-            f"{self._where}: {one_line(name, 80)} is {found_text}; expected {expected}", AGAIN
-        )
 
 
 def _is_file_name(name: object) -> bool:

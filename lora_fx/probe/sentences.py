@@ -91,7 +91,7 @@ class RunVerdict:
         if self.verdict in (NOT_FINITE, DIFFERS):
             return self._unexplained()
         cause, _, precision = self.verdict.partition(" in ")
-        sentence = OR.join(_sentence_of_cause(one) for one in cause.split(OR))
+        sentence = OR.join(sentence_of_cause(one) for one in cause.split(OR))
         if precision:
             sentence += f", in the precision of {precision}"
         return f"{sentence} ({effects})"
@@ -114,7 +114,7 @@ class RunVerdict:
             return f"as it was, but {self._difference()}"
         if self.verdict in (NOT_FINITE, DIFFERS):
             return f"not the base that the file was made from: {self._unexplained()}"
-        return " or ".join(_sentence_of_cause(one) for one in self.verdict.split(OR))
+        return " or ".join(sentence_of_cause(one) for one in self.verdict.split(OR))
 
     def _difference(self) -> str:
         precision = self.verdict.removeprefix(RIGHT_IN)
@@ -132,7 +132,7 @@ class RunVerdict:
         )
 
 
-def _sentence_of_cause(cause: str) -> str:
+def sentence_of_cause(cause: str) -> str:
     """Return a cause as a sentence."""
     if cause == NO_EFFECT:
         return "no effect: the outputs are those of the base"

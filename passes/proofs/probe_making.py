@@ -278,7 +278,7 @@ class _Draft:
 
     def _varied(self, adapter: Adapter, factors: Mapping[str, float], feeds: Named) -> Array:
         """Return the outputs with the changes of some keys multiplied."""
-        run = self.subject.vary(_multiplied(adapter, factors))
+        run = self.subject.vary(multiplied(adapter, factors))
         return self._at_points(run(feeds))
 
     def _most_groups(self) -> int:
@@ -557,7 +557,7 @@ def _everywhere(outputs: Mapping[str, ProbeOutput], finite: Named) -> list[tuple
     return places
 
 
-def _multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
+def multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
     """Return an adapter with the changes of some keys multiplied; its shapes and scales stay."""
     entries = dict(adapter.entries)
     for key, factor in factors.items():
