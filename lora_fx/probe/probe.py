@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,17 +18,20 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.strict_json import json_object
 from lora_fx.probe.drawn import drawn
+from lora_fx.probe.fields import StrictFields
 from lora_fx.probe.groups import MOST_GROUPS
 from lora_fx.probe.verdict import (
     DIFFERS,
+    NOT_FINITE,
     RIGHT,
+    TOO_SMALL,
     Gauge,
     Known,
     is_right,
     verdict_on_adapter,
     verdict_on_base,
 )
-from lora_fx.text import Json, JsonView, is_number, is_whole
+from lora_fx.text import Json, JsonView, is_whole
 
 PROPERTY = "lora_fx.probe"
 """The name of the probe in the metadata of .onnx, .safetensors and .gguf files."""
@@ -164,6 +167,8 @@ class Probe:
         points: The name of an output and a row-major index into it, for each number.
         base: The base's outputs at the points, where they are known.
         adapters: What is known of each adapter, by name; in mode batch in the order of their ids.
+        base_file: The file beside the model with the tensors of the base, where A and B have no
+            defaults.
         precisions: How far outputs move in another precision, as shares of `largest`.
         facts: Versions, processor, provider and hashes, for people.
         language: The question for a server of a language model; see docs/probe.md.
@@ -178,6 +183,7 @@ class Probe:
     precisions: Mapping[str, float] = field(default_factory=dict)
     facts: JsonView = field(default_factory=dict)
     language: JsonView | None = None
+    base_file: str | None = None
 
     def to_text(self) -> str:
         """Return the probe as JSON."""
@@ -191,6 +197,8 @@ class Probe:
         if self.base is not None:
             data["base"] = _numbers(self.base)
         data["adapters"] = {name: value.to_json() for name, value in self.adapters.items()}
+        if self.base_file is not None:
+            data["base_file"] = self.base_file
         if self.precisions:
             data["precisions"] = dict(self.precisions)
         data["facts"] = dict(self.facts)
@@ -225,7 +233,7 @@ class Probe:
                 f"{place} has the format {one_line(repr(number), 40)}; expected {FORMAT}",
                 "install a newer lora-fx; or export the file again",
             )
-        return _Reader(place).probe(data)
+        return _Reader(place, AGAIN).probe(data)
 
     def feeds(self) -> dict[str, Array]:
         """Return the inputs by name."""
@@ -292,9 +300,22 @@ class Probe:
             if name not in answers:
                 continue
             verdict = verdict_on_adapter(answers[name], self.known(name), gauge)
-            is_known = is_right(verdict) or not np.isfinite(answers[name]).all()
-            verdicts[name] = verdict if base_is_right or is_known else DIFFERS
+            names_no_cause = is_right(verdict) or verdict in (TOO_SMALL, NOT_FINITE)
+            verdicts[name] = verdict if base_is_right or names_no_cause else DIFFERS
         return verdicts
+
+    def with_every_other_point(self) -> Probe:
+        """Return the probe with half of its points."""
+        adapters = {}
+        for name, adapter in self.adapters.items():
+            groups = {group: values[::2] for group, values in adapter.groups.items()}
+            half = None if adapter.half is None else adapter.half[::2]
+            double = None if adapter.double is None else adapter.double[::2]
+            adapters[name] = replace(
+                adapter, values=adapter.values[::2], half=half, double=double, groups=groups
+            )
+        base = None if self.base is None else self.base[::2]
+        return replace(self, points=self.points[::2], base=base, adapters=adapters)
 
     def without_groups(self) -> Probe:
         """Return the short form of the probe."""
@@ -324,11 +345,8 @@ def probe_in(metadata: Mapping[str, str], where: str) -> Probe:
     return Probe.from_text(text, where)
 
 
-class _Reader:
-    """The strict reading of a probe's JSON; `where` is what messages call it."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
+class _Reader(StrictFields):
+    """The strict reading of a probe's JSON."""
 
     def probe(self, data: JsonView) -> Probe:
         mode = data.get("mode")
@@ -353,23 +371,11 @@ class _Reader:
         for name, value in (("facts", facts), ("language", language or {})):
             if not isinstance(value, dict):
                 raise self._error(name, value, "an object")
+        base_file = self._file("base_file", data.get("base_file"))
         return Probe(
-            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language
-        )
-
-    def _table(
-        self,
-        data: JsonView,
-        name: str,
-        read: Callable[[str, Any], T],
-        *,
-        needed: bool = True,
-    ) -> dict[str, T]:
-        """Read an object whose values are alike."""
-        value = data.get(name, None if needed else {})
-        if not isinstance(value, dict):
-            raise self._error(name, value, "an object")
-        return {key: read(f"{name}.{key}", entry) for key, entry in value.items()}
+            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language,
+            base_file,
+        )  # fmt: skip
 
     def _input(self, name: str, value: Any) -> ProbeInput:
         fields = self._fields(name, value)
@@ -418,9 +424,7 @@ class _Reader:
         number = fields.get("id")
         if number is not None and (not is_whole(number) or not 0 < number < 1 << 31):
             raise self._error(f"{name}.id", number, "a whole number from 1")
-        file = fields.get("file")
-        if file is not None and not _is_file_name(file):
-            raise self._error(f"{name}.file", file, "the name of a file in the same folder")
+        file = self._file(f"{name}.file", fields.get("file"))
         groups = self._table(
             fields, "groups", lambda group, numbers: self._values(group, numbers, count),
             needed=False,
@@ -431,6 +435,11 @@ class _Reader:
         half = self._optional(fields, "half", count)
         double = self._optional(fields, "double", count)
         return ProbedAdapter(values, number, file, half, double, groups)
+
+    def _file(self, name: str, value: Any) -> str | None:
+        if value is not None and not _is_file_name(value):
+            raise self._error(name, value, "the name of a file in the same folder")
+        return None if value is None else str(value)
 
     def _points(
         self, value: Any, outputs: Mapping[str, ProbeOutput]
@@ -449,48 +458,12 @@ class _Reader:
             points.append((name, int(index)))
         return tuple(points)
 
-    def _optional(self, fields: JsonView, name: str, count: int) -> Array | None:
-        if fields.get(name) is None:
-            return None
-        return self._values(name, fields[name], count)
-
-    def _values(self, name: str, value: Any, count: int) -> Array:
-        return np.array(self._list(name, value, count), np.float64)
-
-    def _list(self, name: str, value: Any, count: int) -> list[float]:
-        if not isinstance(value, list) or len(value) != count:
-            found = f"{len(value)} numbers" if isinstance(value, list) else value
-            raise self._error(name, found, f"{count} numbers")
-        return [self._number(name, number) for number in value]
-
-    def _number(self, name: str, value: Any) -> float:
-        if not is_number(value) or not math.isfinite(value):
-            raise self._error(name, value, "a finite number")
-        return value
-
-    def _positive(self, name: str, value: Any) -> float:
-        number = self._number(name, value)
-        if number <= 0:
-            raise self._error(name, value, "a number above 0")
-        return number
-
     def _shape(self, name: str, fields: JsonView) -> tuple[int, ...]:
         shape = fields.get("shape")
         is_shape = isinstance(shape, list) and len(shape) <= MOST_AXES
         if not is_shape or not all(is_whole(size) and 0 <= size < 1 << 31 for size in shape or ()):
             raise self._error(f"{name}.shape", shape, f"at most {MOST_AXES} sizes")
         return tuple(shape or ())
-
-    def _fields(self, name: str, value: Any) -> JsonView:
-        if not isinstance(value, dict):
-            raise self._error(name, value, "an object")
-        return value
-
-    def _error(self, name: str, found: object, expected: str) -> LoraFxError:
-        found_text = one_line(repr(found), 80)
-        return LoraFxError(
-            f"{self._where}: {one_line(name, 80)} is {found_text}; expected {expected}", AGAIN
-        )
 
 
 def _is_file_name(name: object) -> bool:

@@ -17,6 +17,8 @@ RIGHT = "right"
 RIGHT_IN = "right in "
 """What a verdict begins with where only the precision is another."""
 TOO_SMALL = "too small to tell"
+CANNOT_TELL = "cannot tell"
+"""The verdict on quantised weights, whose outputs differ by more than was measured."""
 NO_EFFECT = "no effect"
 NOT_FINITE = "not finite"
 DIFFERS = "differs"
@@ -29,8 +31,8 @@ BETTER = 8.0
 """How many times nearer a fitted scale has to be than the adapter as it is."""
 NEAR_ONE = 0.1
 """A fitted scale so near to 1 is none."""
-SCALES = np.arange(2, 61) / 20
-"""The scales that are tried: 0.1, 0.15 … 3.0."""
+SCALES = np.arange(10, 301) / 100
+"""The scales that are tried: 0.10, 0.11 … 3.00."""
 
 
 OVERFLOWS = np.errstate(over="ignore", invalid="ignore")
@@ -152,7 +154,7 @@ def _verdict(
     matching = [name for name, values in causes.items() if gauge.excess(found, values) <= 1]
     if matching:
         return OR.join(matching)
-    for precision, level in gauge.precisions.items():
+    for precision, level in sorted(gauge.precisions.items(), key=lambda row: row[1]):
         if base is not None and not gauge.apart(expected, base, 2 * level):
             continue
         if gauge.distance(found, expected) <= level:
