@@ -299,7 +299,7 @@ public:
   Json check() {
     probe::Runs runs;
     const Json &adapters = probe_["adapters"];
-    if (mode_ != "merged" || adapters.empty())
+    if (probe_.contains("base") && (mode_ != "merged" || adapters.empty()))
       runs.base = base();
     for (const auto &[name, fields] : adapters.items())
       runs.adapters.emplace_back(name, adapter(fields));
@@ -312,8 +312,8 @@ private:
   Numbers base() {
     if (mode_ == "batch")
       return with_id(0);
-    if (mode_ == "switch" && requires_factors())
-      return run_with(stem() + ".base.safetensors");
+    if (probe_.contains("base_file"))
+      return run_with(beside(probe_["base_file"]));
     return run(session_, {});
   }
 
@@ -323,16 +323,13 @@ private:
     if (mode_ == "merged")
       return run(session_, {});
 
-    const size_t folder =
-        path_.find_last_of("/\\") + 1; // 0 where there is none
-    const std::string file =
-        path_.substr(0, folder) + std::string(fields["file"]);
+    const std::string file = beside(fields["file"]);
     if (mode_ == "load") {
       std::vector<Stored> initializers = padded(file);
       Ort::Session session = opened(views(initializers));
       return run(session, {});
     }
-    if (requires_factors())
+    if (probe_.contains("base_file"))
       return run_with(file);
     const std::string bytes = bytes_of(file);
     const auto active = Ort::LoraAdapter::CreateLoraAdapterFromArray(
@@ -460,16 +457,6 @@ private:
     return numbers;
   }
 
-  /// Whether A and B are inputs without a default, as in a portable file.
-  bool requires_factors() const {
-    Ort::AllocatorWithDefaultOptions allocator;
-    for (size_t i = 0; i < session_.GetInputCount(); ++i)
-      if (!probe_["inputs"].contains(
-              session_.GetInputNameAllocated(i, allocator).get()))
-        return true;
-    return false;
-  }
-
   /// The tensors of an .onnx_adapter in the rank that the file of mode load
   /// has: A is [*batch, in, rank], and B [*batch, rank, out].
   std::vector<Stored> padded(const std::string &path) const {
@@ -487,8 +474,11 @@ private:
     return tensors;
   }
 
-  /// The path without .onnx.
-  std::string stem() const { return path_.substr(0, path_.rfind(".onnx")); }
+  /// The path of a file in the folder of the model.
+  std::string beside(const std::string &name) const {
+    const size_t folder = path_.find_last_of("/\\") + 1; // 0 for none
+    return path_.substr(0, folder) + name;
+  }
 
   Ort::Env env_{ORT_LOGGING_LEVEL_FATAL};
   std::string path_;

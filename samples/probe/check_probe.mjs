@@ -40,8 +40,8 @@ function checkRunnable(probe) {
     throw new ProbeError(
       "mode load: onnxruntime-web cannot replace initializers, which hold the adapter",
     );
-  for (const adapter of adapters.values())
-    if (adapter.get("file")?.endsWith(".onnx_adapter"))
+  if (probe.get("mode") === "switch" && adapters.size)
+    if (!probe.has("base_file"))
       throw new ProbeError(
         "mode switch: onnxruntime-web takes no other value for an input with a default; " +
           "export with --target portable",
@@ -83,12 +83,10 @@ async function check(path) {
 
   const mode = probe.get("mode");
   const withId = (id) => run(idInputs(ort, probe, session.inputMetadata, id));
-  const requiresFactors =
-    mode === "switch" && session.inputNames.some((name) => !(name in inputs));
   const runBase = async () => {
     if (mode === "batch") return withId(0);
-    const file = path.replace(/\.onnx$/, ".base.safetensors");
-    return run(requiresFactors ? await factorsIn(file) : {});
+    const file = probe.get("base_file");
+    return run(file ? await factorsIn(join(dirname(path), file)) : {});
   };
   const runAdapter = async (adapter) => {
     if (mode === "batch") return withId(adapter.get("id"));
@@ -98,7 +96,8 @@ async function check(path) {
 
   const runs = { base: null, adapters: new Map(), beyondIds: null };
   const adapters = probe.get("adapters");
-  if (mode !== "merged" || !adapters.size) runs.base = await runBase();
+  const isBaseRun = mode !== "merged" || !adapters.size;
+  if (probe.has("base") && isBaseRun) runs.base = await runBase();
   for (const [name, adapter] of adapters)
     runs.adapters.set(name, await runAdapter(adapter));
   if (mode === "batch")

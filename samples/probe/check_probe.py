@@ -51,6 +51,10 @@ RANGES = {
 }
 SAFETENSORS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
+TOO_SMALL = "too small to tell"
+NO_CAUSE = (TOO_SMALL, "not finite")
+"""The verdicts that hold for an adapter whatever the base is."""
+
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
 
@@ -107,6 +111,8 @@ def check_probe(probe: dict[str, Any]) -> None:
 
     if "base" in probe:
         check_values(probe["base"], probe, "base")
+    if "base_file" in probe:
+        check_file(probe["base_file"], "base_file")
     for name, adapter in probe["adapters"].items():
         check_adapter(name, adapter, probe)
     if mode == "merged":
@@ -192,10 +198,13 @@ def check_adapter(name: str, adapter: Any, probe: Mapping[str, Any]) -> None:
     if probe["mode"] == "batch":
         require(_is_whole(adapter.get("id"), 1, LARGEST_WHOLE), f"the id of adapter {name}")
     if probe["mode"] in ("switch", "load"):
-        file = adapter.get("file")
-        require(isinstance(file, str), f"the file of adapter {name}")
-        is_beside = file not in ("", ".", "..") and not any(sign in file for sign in "/\\:\0")
-        require(is_beside, f"the file of adapter {name} does not lie beside the model")
+        check_file(adapter.get("file"), f"the file of adapter {name}")
+
+
+def check_file(name: Any, what: str) -> None:
+    """Raise ProbeError unless a name is that of a file beside the model."""
+    require(isinstance(name, str) and name not in ("", ".", ".."), what)
+    require(not any(sign in name for sign in "/\\:\0"), f"{what} does not lie beside the model")
 
 
 def check_values(values: Any, probe: Mapping[str, Any], what: str) -> None:
@@ -272,8 +281,8 @@ class File:
         mode = self.probe["mode"]
         if mode == "batch":
             return self._run_with_id(0)
-        if mode == "switch" and self._requires_factors():
-            base = self._path.with_suffix(".base.safetensors")
+        if "base_file" in self.probe:
+            base = self._path.parent / self.probe["base_file"]
             return self._run(self._session, read_safetensors(base))
         return self._run(self._session, {})
 
@@ -291,7 +300,7 @@ class File:
             raise ProbeError(f"{file}: the file of adapter {name} is missing")
         if mode == "load":
             return self._run(self._opened(self._padded(file)), {})
-        if self._requires_factors():
+        if "base_file" in self.probe:
             return self._run(self._session, read_safetensors(file))
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
@@ -343,10 +352,6 @@ class File:
         found = [arrays[name].reshape(-1)[int(index)] for name, index in self.probe["points"]]
         return np.array(found, np.float64)
 
-    def _requires_factors(self) -> bool:
-        """Whether A and B are inputs without a default, as in a portable file."""
-        return any(value.name not in self._inputs for value in self._session.get_inputs())
-
     def _padded(self, file: Path) -> Tensors:
         """Return the tensors of an .onnx_adapter in the rank that the file of mode load has.
 
@@ -385,8 +390,10 @@ class Gauge:
         outputs = [probe["outputs"][name] for name, _ in probe["points"]]
         self._largest = np.array([output["largest"] for output in outputs], np.float64)
         self._tolerance = np.array([output["tolerance"] for output in outputs], np.float64)
-        self.largest_tolerance = float(self._tolerance.max())
-        self.precisions: Mapping[str, float] = probe["precisions"]
+        self.largest_tolerance = max(of["tolerance"] for of in probe["outputs"].values())
+        self.precisions: list[tuple[str, float]] = sorted(
+            probe["precisions"].items(), key=lambda row: row[1]
+        )
 
     def distance(self, one: Array, other: Array) -> float:
         return _largest_ratio(one, other, self._largest)
@@ -431,8 +438,8 @@ def verdicts(probe: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
     result["adapters"] = {}
     for name, outputs in runs.adapters.items():
         answer = verdict_on_adapter(outputs, name, probe)
-        is_known = is_right(answer, any_precision=True) or answer == "not finite"
-        if not base_is_right and not is_known:
+        names_no_cause = is_right(answer, any_precision=True) or answer in NO_CAUSE
+        if not base_is_right and not names_no_cause:
             answer = "differs"
         result["adapters"][name] = answer
     return result
@@ -460,7 +467,7 @@ def verdict_on_adapter(found: Array, name: str, probe: Mapping[str, Any]) -> str
     effect = math.inf if base is None else gauge.distance(expected, floats(base))
     answer = verdict(found, expected, causes, gauge, effect)
     if answer == "right" and effect <= 2 * gauge.largest_tolerance:
-        return "too small to tell"
+        return TOO_SMALL
     if answer == "differs" and base is not None and {"half", "double"} <= adapter.keys():
         scale = fitted_scale(found, floats(base), adapter, gauge)
         return "differs" if scale is None else f"scaled by {scale:g}"
@@ -492,7 +499,7 @@ def verdict(
     if names:
         return " or ".join(names)
     distances = {name: gauge.distance(found, floats(values)) for name, values in causes.items()}
-    for precision, level in gauge.precisions.items():
+    for precision, level in gauge.precisions:
         if effect <= 4 * level:
             continue
         if gauge.distance(found, expected) <= level:
@@ -508,14 +515,14 @@ def fitted_scale(
 ) -> float | None:
     """Return the scale of the adapter that explains the outputs, by rule 5, or None.
 
-    Scales are counted in twentieths, because 0.9 and 1.1 have no exact distance of 0.1 to 1.
+    Scales are counted in hundredths, because 0.9 and 1.1 have no exact distance of 0.1 to 1.
     """
     values = floats(adapter["values"])
     half = floats(adapter["half"])
     double = floats(adapter["double"])
     nearest, least = 0, math.inf
-    for twentieths in range(2, 61):
-        s = twentieths / 20
+    for hundredths in range(10, 301):
+        s = hundredths / 100
         cubic = (
             -(s - 0.5) * (s - 1) * (s - 2) * base
             + s * (s - 1) * (s - 2) / 0.375 * half
@@ -524,11 +531,11 @@ def fitted_scale(
         )
         distance = gauge.distance(found, cubic)
         if distance < least:
-            nearest, least = twentieths, distance
+            nearest, least = hundredths, distance
     explains = least <= 0.02 * gauge.distance(values, base)
     is_better = least <= gauge.distance(found, values) / 8
-    is_other_scale = nearest > 0 and abs(nearest - 20) > 2
-    return nearest / 20 if explains and is_better and is_other_scale else None
+    is_other_scale = nearest > 0 and abs(nearest - 100) > 10
+    return nearest / 100 if explains and is_better and is_other_scale else None
 
 
 def floats(values: Sequence[float]) -> Array:
@@ -545,7 +552,7 @@ def check(path: Path) -> dict[str, Any]:
     file = File(path)
     probe = file.probe
     runs = Runs()
-    if probe["mode"] != "merged" or not probe["adapters"]:
+    if "base" in probe and (probe["mode"] != "merged" or not probe["adapters"]):
         runs.base = file.base()
     for name in probe["adapters"]:
         runs.adapters[name] = file.adapter(name)
@@ -569,7 +576,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     print(json.dumps(result))
     answers = [result.get("base", "right"), result.get("ids", "right")]
-    answers += [answer for answer in result["adapters"].values() if answer != "too small to tell"]
+    answers += [answer for answer in result["adapters"].values() if answer != TOO_SMALL]
     return 0 if all(is_right(answer, bool(options)) for answer in answers) else 1
 
 

@@ -194,6 +194,13 @@ inline void check_values(const Json &values, size_t points,
          what + ": a value is no number");
 }
 
+inline void check_file(const std::string &name, const std::string &what) {
+  const std::string separators("/\\:\0", 4);
+  ensure(!name.empty() && name != "." && name != "..", what);
+  ensure(name.find_first_of(separators) == std::string::npos,
+         what + " does not lie beside the model");
+}
+
 inline void check_adapter(const std::string &name, Json &adapter,
                           const std::string &mode, size_t points) {
   const std::string what = "adapter " + name;
@@ -214,11 +221,7 @@ inline void check_adapter(const std::string &name, Json &adapter,
     ensure(is_whole(field(adapter, "id"), 1, kLargestWhole),
            "the id of " + what);
   if (mode == "switch" || mode == "load") {
-    const std::string file = text_of(adapter, "file");
-    const std::string separators("/\\:\0", 4);
-    ensure(!file.empty() && file != "." && file != ".." &&
-               file.find_first_of(separators) == std::string::npos,
-           "the file of " + what + " does not lie beside the model");
+    check_file(text_of(adapter, "file"), "the file of " + what);
   }
 }
 
@@ -242,6 +245,8 @@ inline void check_probe(Json &probe) {
   Json &adapters = probe["adapters"];
   if (probe.contains("base"))
     check_values(probe["base"], points, "base");
+  if (probe.contains("base_file"))
+    check_file(text_of(probe, "base_file"), "base_file");
   for (auto &[name, adapter] : adapters.items())
     check_adapter(name, adapter, mode, points);
   ensure(mode != "merged" || adapters.size() <= 1,
@@ -286,6 +291,9 @@ inline double drawn(uint32_t i, uint32_t seed) {
 /// How lists of numbers at the points are compared.
 struct Gauge {
   Numbers largest, tolerance;
+  double largest_tolerance = 0;
+  /// The smallest number first.
+  std::vector<std::pair<double, std::string>> precisions;
 
   explicit Gauge(const Json &probe) {
     for (const Json &point : probe["points"]) {
@@ -293,6 +301,15 @@ struct Gauge {
       largest.push_back(output["largest"]);
       tolerance.push_back(output["tolerance"]);
     }
+    for (const Json &output : probe["outputs"])
+      largest_tolerance =
+          std::max(largest_tolerance, output["tolerance"].get<double>());
+    for (const auto &[name, level] : probe["precisions"].items())
+      precisions.emplace_back(level.get<double>(), name);
+    const auto is_less = [](const auto &one, const auto &other) {
+      return one.first < other.first;
+    };
+    std::stable_sort(precisions.begin(), precisions.end(), is_less);
   }
 
   double distance(const Numbers &one, const Numbers &other) const {
@@ -341,7 +358,7 @@ inline std::string matching(const Named &causes,
 /// precision is not told unless the effect is above four times its level.
 inline std::string verdict(const Numbers &found, const Numbers &expected,
                            const Named &causes, const Gauge &gauge,
-                           const Json &precisions, double effect) {
+                           double effect) {
   if (!all_finite(found))
     return "not finite";
   if (gauge.excess(found, expected) <= 1)
@@ -351,8 +368,9 @@ inline std::string verdict(const Numbers &found, const Numbers &expected,
   });
   if (!names.empty())
     return names;
-  for (const auto &[precision, number] : precisions.items()) {
-    const double level = number;
+  for (const auto &row : gauge.precisions) {
+    const double level = row.first;
+    const std::string &precision = row.second;
     if (effect <= 4 * level)
       continue;
     if (gauge.distance(found, expected) <= level)
@@ -366,17 +384,17 @@ inline std::string verdict(const Numbers &found, const Numbers &expected,
   return "differs";
 }
 
-/// The scale of the adapter that explains the numbers, in twentieths, by rule
+/// The scale of the adapter that explains the numbers, in hundredths, by rule
 /// 5; 0 where none does. 0.9 and 1.1 have no exact distance of 0.1 to 1.
-inline int fitted_twentieths(const Numbers &found, const Numbers &base,
+inline int fitted_hundredths(const Numbers &found, const Numbers &base,
                              const Json &adapter, const Gauge &gauge) {
   const Numbers half = numbers_of(adapter["half"]);
   const Numbers values = numbers_of(adapter["values"]);
   const Numbers twice = numbers_of(adapter["double"]);
   int nearest = 0;
   double least = kInfinity;
-  for (int twentieths = 2; twentieths <= 60; ++twentieths) {
-    const double s = twentieths / 20.0;
+  for (int hundredths = 10; hundredths <= 300; ++hundredths) {
+    const double s = hundredths / 100.0;
     Numbers cubic;
     for (size_t i = 0; i < base.size(); ++i)
       cubic.push_back(-(s - 0.5) * (s - 1) * (s - 2) * base[i] +
@@ -385,13 +403,13 @@ inline int fitted_twentieths(const Numbers &found, const Numbers &base,
                       s * (s - 0.5) * (s - 1) / 3 * twice[i]);
     const double distance = gauge.distance(found, cubic);
     if (distance < least) {
-      nearest = twentieths;
+      nearest = hundredths;
       least = distance;
     }
   }
   const bool explains = least <= 0.02 * gauge.distance(values, base);
   const bool is_better = least <= gauge.distance(found, values) / 8;
-  return explains && is_better && std::abs(nearest - 20) > 2 ? nearest : 0;
+  return explains && is_better && std::abs(nearest - 100) > 10 ? nearest : 0;
 }
 
 inline std::string verdict_on_adapter(const Numbers &found,
@@ -416,21 +434,18 @@ inline std::string verdict_on_adapter(const Numbers &found,
   const Gauge gauge(probe);
   const Numbers expected = numbers_of(adapter["values"]);
   const double effect = has_base ? gauge.distance(expected, base) : kInfinity;
-  const std::string answer =
-      verdict(found, expected, causes, gauge, probe["precisions"], effect);
-  const double largest_tolerance =
-      *std::max_element(gauge.tolerance.begin(), gauge.tolerance.end());
-  if (answer == "right" && effect <= 2 * largest_tolerance)
+  const std::string answer = verdict(found, expected, causes, gauge, effect);
+  if (answer == "right" && effect <= 2 * gauge.largest_tolerance)
     return "too small to tell";
   const bool has_scales =
       has_base && adapter.contains("half") && adapter.contains("double");
   if (answer != "differs" || !has_scales)
     return answer;
-  const int twentieths = fitted_twentieths(found, base, adapter, gauge);
-  if (!twentieths)
+  const int hundredths = fitted_hundredths(found, base, adapter, gauge);
+  if (!hundredths)
     return answer;
   std::ostringstream text;
-  text << "scaled by " << twentieths / 20.0;
+  text << "scaled by " << hundredths / 100.0;
   return text.str();
 }
 
@@ -452,9 +467,8 @@ inline Json verdicts(const Json &probe, const Runs &runs) {
     Named causes;
     for (const auto &[name, adapter] : probe["adapters"].items())
       causes.emplace_back("adapter " + name, numbers_of(adapter["values"]));
-    const std::string answer =
-        verdict(*runs.base, numbers_of(probe["base"]), causes, Gauge(probe),
-                probe["precisions"], kInfinity);
+    const std::string answer = verdict(*runs.base, numbers_of(probe["base"]),
+                                       causes, Gauge(probe), kInfinity);
     result["base"] = answer;
     base_is_right = is_right(answer, true);
   }
@@ -469,8 +483,10 @@ inline Json verdicts(const Json &probe, const Runs &runs) {
   result["adapters"] = Json::object();
   for (const auto &[name, found] : runs.adapters) {
     std::string answer = verdict_on_adapter(found, name, probe);
-    const bool is_known = is_right(answer, true) || answer == "not finite";
-    if (!base_is_right && !is_known)
+    const bool names_no_cause = is_right(answer, true) ||
+                                answer == "too small to tell" ||
+                                answer == "not finite";
+    if (!base_is_right && !names_no_cause)
       answer = "differs";
     result["adapters"][name] = answer;
   }

@@ -153,6 +153,7 @@ function checkProbe(probe) {
 
   const adapters = probe.get("adapters");
   if (probe.has("base")) checkValues(probe.get("base"), probe, "base");
+  if (probe.has("base_file")) checkFile(probe.get("base_file"), "base_file");
   for (const [name, adapter] of adapters) checkAdapter(name, adapter, probe);
   ensure(
     mode !== "merged" || adapters.size <= 1,
@@ -286,13 +287,13 @@ function checkAdapter(name, adapter, probe) {
       `the id of adapter ${name}`,
     );
   if (mode === "switch" || mode === "load") {
-    const file = adapter.get("file");
-    ensure(typeof file === "string", `the file of adapter ${name}`);
-    ensure(
-      !["", ".", ".."].includes(file) && !/[/\\:\0]/.test(file),
-      `the file of adapter ${name} does not lie beside the model`,
-    );
+    checkFile(adapter.get("file"), `the file of adapter ${name}`);
   }
+}
+
+function checkFile(name, what) {
+  ensure(typeof name === "string" && !["", ".", ".."].includes(name), what);
+  ensure(!/[/\\:\0]/.test(name), `${what} does not lie beside the model`);
 }
 
 function checkValues(values, probe, what) {
@@ -421,6 +422,9 @@ export function idBeyond(probe) {
 
 // ── the verdict ─────────────────────────────────────────────────────────────
 
+/** The verdicts that hold for an adapter whatever the base is. */
+const NO_CAUSE = ["too small to tell", "not finite"];
+
 /** How lists of numbers at the points are compared. */
 class Gauge {
   constructor(probe) {
@@ -429,7 +433,9 @@ class Gauge {
       .map(([name]) => probe.get("outputs").get(name));
     this.largest = outputs.map((output) => output.get("largest"));
     this.tolerances = outputs.map((output) => output.get("tolerance"));
-    this.precisions = probe.get("precisions");
+    this.precisions = [...probe.get("precisions")].sort((a, b) => a[1] - b[1]);
+    const every = [...probe.get("outputs").values()];
+    this.largestTolerance = Math.max(...every.map((of) => of.get("tolerance")));
   }
 
   distance(one, other) {
@@ -474,8 +480,8 @@ export function verdicts(probe, runs) {
   const adapters = [];
   for (const [name, found] of runs.adapters) {
     let answer = verdictOnAdapter(found, name, probe);
-    const isKnown = isRight(answer, true) || answer === "not finite";
-    if (!baseIsRight && !isKnown) answer = "differs";
+    const namesNoCause = isRight(answer, true) || NO_CAUSE.includes(answer);
+    if (!baseIsRight && !namesNoCause) answer = "differs";
     adapters.push([name, answer]);
   }
   result.adapters = Object.fromEntries(adapters);
@@ -503,7 +509,7 @@ function verdictOnAdapter(found, name, probe) {
   const gauge = new Gauge(probe);
   const effect = base ? gauge.distance(expected, base) : Infinity;
   const answer = verdict(found, expected, causes, gauge, effect);
-  if (answer === "right" && effect <= 2 * Math.max(...gauge.tolerances))
+  if (answer === "right" && effect <= 2 * gauge.largestTolerance)
     return "too small to tell";
   if (answer === "differs" && base && half && double) {
     const scale = fittedScale(found, base, half, expected, double, gauge);
@@ -535,11 +541,11 @@ function verdict(found, expected, causes, gauge, effect = Infinity) {
 }
 
 /** The scale of the adapter that explains the numbers, by rule 5, or null. It
- *  is counted in twentieths, as 0.9 and 1.1 have no exact distance of 0.1 to 1. */
+ *  is counted in hundredths, as 0.9 and 1.1 have no exact distance of 0.1 to 1. */
 function fittedScale(found, base, half, values, double, gauge) {
   let [nearest, least] = [0, Infinity];
-  for (let twentieths = 2; twentieths <= 60; twentieths++) {
-    const s = twentieths / 20;
+  for (let hundredths = 10; hundredths <= 300; hundredths++) {
+    const s = hundredths / 100;
     const cubic = base.map(
       (_, i) =>
         -(s - 0.5) * (s - 1) * (s - 2) * base[i] +
@@ -548,10 +554,10 @@ function fittedScale(found, base, half, values, double, gauge) {
         ((s * (s - 0.5) * (s - 1)) / 3) * double[i],
     );
     const distance = gauge.distance(found, cubic);
-    if (distance < least) [nearest, least] = [twentieths, distance];
+    if (distance < least) [nearest, least] = [hundredths, distance];
   }
   const explains = least <= 0.02 * gauge.distance(values, base);
   const isBetter = least <= gauge.distance(found, values) / 8;
-  const isOtherScale = nearest > 0 && Math.abs(nearest - 20) > 2;
-  return explains && isBetter && isOtherScale ? nearest / 20 : null;
+  const isOtherScale = nearest > 0 && Math.abs(nearest - 100) > 10;
+  return explains && isBetter && isOtherScale ? nearest / 100 : null;
 }

@@ -43,7 +43,9 @@ class _Draw:
         self.count = int(self.rng.integers(1, 7))
         self.largest = self.rng.choice([0.5, 1.0, 30.0], self.count)
         self.tolerance = self.rng.choice([1e-5, 1e-3], self.count)
-        self.precisions = {"tf32": 2e-3, "bfloat16": 0.02} if self.chance(0.7) else {}
+        self.precisions: dict[str, float] = {}
+        if self.chance(0.7):
+            self.precisions = {"bfloat16": 0.02, "tf32": 2e-3}  # in no order
 
     def chance(self, probability: float) -> bool:
         return bool(self.rng.random() < probability)
@@ -101,7 +103,7 @@ class _Draw:
         fields: dict[str, Any] = {"values": values.tolist()}
         if self.chance(0.8):
             fields["half"], fields["double"] = half.tolist(), double.tolist()
-            s = float(self.rng.integers(2, 61)) / 20
+            s = float(self.rng.integers(10, 301)) / 100
             at = _cubic(base, half, values, double)
             lists += [half, double, at(s)]
         groups = self.rng.permutation(GROUPS)[: self.rng.integers(0, len(GROUPS) + 1)]
