@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.probe.completions import Reply, ask, model_names
-from lora_fx.probe.language import FEWEST_POINTS, IN_TEXTS, LanguageProbe, Told
-from lora_fx.probe.sentences import sentence_of_cause
+from lora_fx.probe.language import FEWEST_POINTS, TEXTS, LanguageProbe, Told
+from lora_fx.probe.sentences import sentence_of_causes
 from lora_fx.probe.server import TOKEN, Server
 from lora_fx.probe.verdict import (
     DIFFERS,
     NO_EFFECT,
     NOT_FINITE,
-    OR,
     RIGHT,
     TOO_SMALL,
-    is_right,
+    Verdict,
 )
 from lora_fx.text import Json, some
 
 ADAPTER = "adapter"
 BASE = "base"
 LOGPROBS = "log-probabilities"
-TEXTS = "texts"
-_ADAPTER = "adapter "
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Served:
 
     model: str
     role: str
-    verdict: str
+    verdict: Verdict
     by: str
     told: int
     asked: int
@@ -57,7 +54,7 @@ class Served:
 
     def __bool__(self) -> bool:
         """Whether the name serves what it should."""
-        return is_right(self.verdict)
+        return self.verdict.is_right
 
     def line(self, adapter: str) -> str:
         """Return the answer as a sentence."""
@@ -75,13 +72,11 @@ class Served:
             return f"cannot tell: {adapter} changes too little of what the server told"
         if self.verdict == DIFFERS:
             return f"does not serve {expected}; the cause cannot be told"
-        cause, _, precision = self.verdict.partition(" in ")
         if self.by == TEXTS:
-            return _sentence_on_texts(cause, expected)
-        if cause == RIGHT:
-            return f"serves {expected}, in the precision of {precision}"
-        sentence = OR.join(sentence_of_cause(one) for one in cause.split(OR))
-        return f"{sentence}, in the precision of {precision}" if precision else sentence
+            return _sentence_on_texts(self.verdict, expected)
+        if self.verdict.is_right:
+            return f"serves {expected}, in the precision of {self.verdict.precision}"
+        return sentence_of_causes(self.verdict)
 
     def evidence(self) -> str:
         """Return the numbers behind the verdict."""
@@ -94,13 +89,19 @@ class Served:
 
     def to_json(self) -> Json:
         """Return the answer as a JSON object."""
-        return {**vars(self), "ok": bool(self), "unseen": list(self.unseen)}
+        return {
+            **vars(self),
+            "verdict": str(self.verdict),
+            "ok": bool(self),
+            "unseen": list(self.unseen),
+        }
 
 
-def _sentence_on_texts(cause: str, expected: str) -> str:
+def _sentence_on_texts(verdict: Verdict, expected: str) -> str:
     """Return a verdict on texts in words."""
-    if cause == RIGHT:
+    if verdict.is_right:
         return f"says what {expected} says"
+    (cause,) = verdict.causes
     if cause == NO_EFFECT:
         return "says what the base says: the adapter has no effect, or too small a one"
     return f"says what the {cause} says"
@@ -169,7 +170,7 @@ def ask_server(server: Server, question: Question) -> ServerReport:
         base = _of_base(server, question, question.base_model)
         if not base and not rows[0] and rows[0].verdict not in (NOT_FINITE, DIFFERS):
             # what is known of the adapter holds on its own base alone
-            rows[0] = _with_verdict(rows[0], DIFFERS)
+            rows[0] = replace(rows[0], verdict=Verdict(DIFFERS))
         rows.append(base)
     notes: list[str] = []
     unseen = rows[0].unseen
@@ -208,7 +209,7 @@ def _of_adapter(server: Server, question: Question) -> Served:
         count = len(reply.texts)
         return Served(question.model, ADAPTER, verdict, TEXTS, count, len(probe.prompts))
     told = probe.told(reply.logprobs or ())
-    verdict = DIFFERS
+    verdict = Verdict(DIFFERS)
     if _is_enough(server, probe, reply, told):
         verdict = probe.verdict_on_adapter(told)
     if verdict == DIFFERS:
@@ -225,7 +226,7 @@ def _of_base(server: Server, question: Question, model: str) -> Served:
         verdict = probe.verdict_on_texts(reply.texts, of_base=True, name=question.adapter)
         return Served(model, BASE, verdict, TEXTS, len(reply.texts), len(probe.prompts))
     told = probe.told(reply.logprobs or ())
-    verdict = DIFFERS
+    verdict = Verdict(DIFFERS)
     if _is_enough(server, probe, reply, told):
         verdict = probe.verdict_on_base(told, question.adapter)
     difference = probe.difference(told, of_base=True)
@@ -233,8 +234,11 @@ def _of_base(server: Server, question: Question, model: str) -> Served:
 
 
 def _by_points(
-    model: str, role: str, verdict: str, probe: LanguageProbe, told: Told, difference: float
+    model: str, role: str, verdict: Verdict, probe: LanguageProbe, told: Told, difference: float
 ) -> Served:
+    unseen: list[str] = []
+    if verdict.is_right and role == ADAPTER:
+        unseen = probe.unseen_groups(told, verdict)
     return Served(
         model,
         role,
@@ -244,7 +248,7 @@ def _by_points(
         len(probe.points),
         difference,
         probe.effect(told),
-        tuple(probe.unseen_groups(told, verdict)) if is_right(verdict) and role == ADAPTER else (),
+        tuple(unseen),
     )
 
 
@@ -274,23 +278,19 @@ def _is_enough(server: Server, probe: LanguageProbe, reply: Reply, told: Told) -
     )
 
 
-def _other_by_points(reply: Reply, question: Question) -> str:
+def _other_by_points(reply: Reply, question: Question) -> Verdict:
     """Return which other adapter the log-probabilities are those of."""
     for name, probe in question.others.items():
         told = probe.told(reply.logprobs or ())
         enough = len(told.places) >= FEWEST_POINTS
-        if enough and is_right(probe.verdict_on_adapter(told)):
-            return f"{_ADAPTER}{name}"
-    return DIFFERS
+        if enough and probe.verdict_on_adapter(told).is_right:
+            return Verdict(causes=[f"adapter {name}"])
+    return Verdict(DIFFERS)
 
 
-def _other_by_texts(texts: tuple[str, ...], question: Question) -> str:
+def _other_by_texts(texts: tuple[str, ...], question: Question) -> Verdict:
     """Return which other adapter the texts are those of."""
     for name, probe in question.others.items():
-        if is_right(probe.verdict_on_texts(texts, of_base=False, name=name)):
-            return f"{_ADAPTER}{name}{IN_TEXTS}"
-    return DIFFERS
-
-
-def _with_verdict(served: Served, verdict: str) -> Served:
-    return Served(**{**vars(served), "verdict": verdict})
+        if probe.verdict_on_texts(texts, of_base=False, name=name).is_right:
+            return Verdict(causes=[f"adapter {name}"], precision=TEXTS)
+    return Verdict(DIFFERS)

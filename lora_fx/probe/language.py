@@ -20,10 +20,10 @@ from lora_fx.probe.verdict import (
     DIFFERS,
     NO_EFFECT,
     RIGHT,
-    RIGHT_IN,
     TOO_SMALL,
     Gauge,
     Known,
+    Verdict,
     verdict_on_adapter,
     verdict_on_base,
 )
@@ -37,7 +37,7 @@ MOST_CHARACTERS = 4096
 """The length of the longest text."""
 FEWEST_POINTS = 4
 """The number of points that a server has to tell for a verdict on log-probabilities."""
-IN_TEXTS = " in texts"
+TEXTS = "texts"
 """The end of a verdict for which there were texts alone."""
 AGAIN = "make the probe again: lora-fx probe ADAPTER --base MODEL -o FILE"
 
@@ -168,7 +168,7 @@ class LanguageProbe:
                 found.append(value)
         return Told(np.array(places, np.int64), np.array(found, np.float64))
 
-    def verdict_on_adapter(self, told: Told) -> str:
+    def verdict_on_adapter(self, told: Told) -> Verdict:
         """Return the verdict on the answers of a server that should have the adapter."""
         places = told.places
         groups = {name: values[places] for name, values in self.groups.items()}
@@ -181,7 +181,7 @@ class LanguageProbe:
         )
         return verdict_on_adapter(told.found, known, self._gauge(places))
 
-    def verdict_on_base(self, told: Told, name: str) -> str:
+    def verdict_on_base(self, told: Told, name: str) -> Verdict:
         """Return the verdict on the answers of a server that should have the base.
 
         Args:
@@ -197,7 +197,7 @@ class LanguageProbe:
         ones = np.ones(len(places))
         return Gauge(ones, ones * self.tolerance, self.precisions)
 
-    def unseen_groups(self, told: Told, verdict: str) -> list[str]:
+    def unseen_groups(self, told: Told, verdict: Verdict) -> list[str]:
         """Return the groups without which a server might have got the same verdict.
 
         Args:
@@ -205,8 +205,8 @@ class LanguageProbe:
             verdict: The verdict on them, which may be right in a precision.
         """
         level = self.tolerance
-        if verdict.startswith(RIGHT_IN):
-            level = self.precisions[verdict.removeprefix(RIGHT_IN)]
+        if verdict.precision:
+            level = self.precisions[verdict.precision]
         places = told.places
         expected = self.adapter.values[places]
         gauge = self._gauge(places)
@@ -226,11 +226,11 @@ class LanguageProbe:
         places = told.places
         return self._gauge(places).distance(self.adapter.values[places], self.base.values[places])
 
-    def verdict_on_texts(self, texts: Sequence[str], *, of_base: bool, name: str) -> str:
+    def verdict_on_texts(self, texts: Sequence[str], *, of_base: bool, name: str) -> Verdict:
         """Return the verdict on continuations, which a server's texts have to begin with.
 
         Only prompts after which base and adapter say different things count. A verdict other than
-        differs ends in IN_TEXTS: another scale may say the same.
+        differs is one in TEXTS: another scale may say the same.
 
         Args:
             texts: The server's continuation of each prompt.
@@ -243,14 +243,16 @@ class LanguageProbe:
             if not _begins(*pair) and not _begins(*reversed(pair))
         ]
         if not telling:
-            return TOO_SMALL
+            return Verdict(TOO_SMALL)
         is_base = all(_begins(texts[number], self.base.texts[number]) for number in telling)
         is_adapter = all(_begins(texts[number], self.adapter.texts[number]) for number in telling)
+        if (is_base and of_base) or (is_adapter and not of_base):
+            return Verdict(RIGHT, precision=TEXTS)
         if is_base:
-            return f"{RIGHT}{IN_TEXTS}" if of_base else f"{NO_EFFECT}{IN_TEXTS}"
+            return Verdict(causes=[NO_EFFECT], precision=TEXTS)
         if is_adapter:
-            return f"adapter {name}{IN_TEXTS}" if of_base else f"{RIGHT}{IN_TEXTS}"
-        return DIFFERS
+            return Verdict(causes=[f"adapter {name}"], precision=TEXTS)
+        return Verdict(DIFFERS)
 
 
 def _text_in(answer: LogProbabilities, text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.strict_json import json_object
 from lora_fx.probe.drawn import drawn
@@ -27,7 +27,7 @@ from lora_fx.probe.verdict import (
     TOO_SMALL,
     Gauge,
     Known,
-    is_right,
+    Verdict,
     verdict_on_adapter,
     verdict_on_base,
 )
@@ -42,6 +42,8 @@ MOST_POINTS = 64
 MOST_ELEMENTS = 1 << 25
 """The number of elements of all inputs together, above which nothing is run."""
 MOST_AXES = 64
+MOST_ADAPTERS = 256
+"""The number of adapters, each of which is a run, and in mode load a session."""
 FULL = "full"
 SHORT = "short"
 NONE = "none"
@@ -288,20 +290,20 @@ class Probe:
             return math.nan
         return self.gauge().distance(with_adapter, without)
 
-    def verdicts(self, answers: Answers) -> dict[str, str]:
+    def verdicts(self, answers: Answers) -> dict[str, Verdict]:
         """Return the verdict on each run, by the name of its adapter."""
         gauge = self.gauge()
-        verdicts: dict[str, str] = {}
+        verdicts: dict[str, Verdict] = {}
         if BASE in answers and self.base is not None:
             values = {name: adapter.values for name, adapter in self.adapters.items()}
             verdicts[BASE] = verdict_on_base(answers[BASE], self.base, values, gauge)
-        base_is_right = is_right(verdicts.get(BASE, RIGHT))
+        base_is_right = verdicts.get(BASE, Verdict(RIGHT)).is_right
         for name in self.adapters:
             if name not in answers:
                 continue
             verdict = verdict_on_adapter(answers[name], self.known(name), gauge)
-            names_no_cause = is_right(verdict) or verdict in (TOO_SMALL, NOT_FINITE)
-            verdicts[name] = verdict if base_is_right or names_no_cause else DIFFERS
+            names_no_cause = verdict.is_right or verdict in (TOO_SMALL, NOT_FINITE)
+            verdicts[name] = verdict if base_is_right or names_no_cause else Verdict(DIFFERS)
         return verdicts
 
     def with_every_other_point(self) -> Probe:
@@ -354,7 +356,8 @@ class _Reader(StrictFields):
             raise self._error("mode", mode, f"one of {', '.join(MODES)}")
         inputs = self._table(data, "inputs", self._input)
         outputs = self._table(data, "outputs", self._output)
-        elements = sum(math.prod(value.shape) for value in inputs.values())
+        # sizes of 0 count as 1: numpy makes no array of an empty shape whose other sizes are huge
+        elements = sum(math.prod(max(1, size) for size in value.shape) for value in inputs.values())
         if elements > MOST_ELEMENTS:
             raise self._error("inputs", f"{elements} elements", f"at most {MOST_ELEMENTS}")
         points = self._points(data.get("points"), outputs)
@@ -363,6 +366,13 @@ class _Reader(StrictFields):
         adapters = self._table(
             data, "adapters", lambda name, value: self._adapter(name, value, count)
         )
+        files = [adapter.file for adapter in adapters.values() if adapter.file is not None]
+        numbers = [adapter.number for adapter in adapters.values() if adapter.number is not None]
+        for name, values in (("file", files), ("id", numbers)):
+            if len(set(values)) < len(values):
+                raise self._error(f"adapters.{name}", "one of two", "another for each adapter")
+        if len(adapters) > MOST_ADAPTERS:
+            raise self._error("adapters", f"{len(adapters)} of them", f"at most {MOST_ADAPTERS}")
         if mode in WITHOUT_BASE and len(adapters) > 1:
             raise self._error("adapters", f"{len(adapters)} of them", f"one in mode {mode}")
         precisions = self._table(data, "precisions", self._positive, needed=False)
@@ -402,6 +412,8 @@ class _Reader(StrictFields):
     def _check_range(self, name: str, numbers: Sequence[float], dtype: str) -> None:
         """Raise for a number that a dtype of integers does not hold."""
         if "float" in dtype:
+            if any(abs(number) > float(finfo(dtype).max) for number in numbers):
+                raise self._error(name, max(numbers, key=abs), f"numbers of {dtype}")
             return
         least, most = 0, 1
         if dtype != "bool":
