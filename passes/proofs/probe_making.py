@@ -72,6 +72,7 @@ class Subject:
         vary: A run with an adapter that differs from one of the file's in its numbers alone; it is
             used before the next is asked for.
         is_slow: Whether that takes a run of the model in torch, so that groups are fewer.
+        most_groups: The largest number of groups of an adapter.
         adapters: The adapters, by name.
         found: The targets, in the order of the model.
         feeds: Inputs of ours by a seed.
@@ -100,6 +101,7 @@ class Subject:
     numbers: Mapping[str, int] = field(default_factory=dict)
     precision: str = "float32"
     is_slow: bool = False
+    most_groups: int = MOST_GROUPS
     narrow: Callable[[Adapter | None, Named], Named | None] | None = None
     narrows_adapters: bool = False
     written: Collection[str] = ()
@@ -187,6 +189,7 @@ class _Draft:
         adapters: What is known of each adapter.
         unseen: What the input does not show: adapters, and groups of targets.
         precisions: How far outputs move in another precision.
+        notes_on_input: What has to be said about the input.
     """
 
     subject: Subject
@@ -198,6 +201,7 @@ class _Draft:
     adapters: dict[str, ProbedAdapter] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     precisions: dict[str, float] = field(default_factory=dict)
+    notes_on_input: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, subject: Subject, seed: int) -> _Draft:
@@ -206,7 +210,7 @@ class _Draft:
         Raises:
             LoraFxError: An input that a probe cannot hold, or no output that can be compared.
         """
-        inputs = _inputs(subject, seed)
+        inputs, notes = _inputs(subject, seed)
         feeds = {name: value.array() for name, value in inputs.items()}
         of_reference = subject.reference(None)(feeds)
         run = subject.run(BASE)
@@ -241,6 +245,7 @@ class _Draft:
         draft = cls(
             subject, inputs, outputs, points, _of_thinned(thinned_base, outputs, points), answers
         )
+        draft.notes_on_input += notes
         for name in answers:
             if not draft.shows(name):
                 draft.unseen.append(name)
@@ -288,9 +293,10 @@ class _Draft:
 
     def _most_groups(self) -> int:
         """Return the largest number of groups of an adapter."""
+        most = self.subject.most_groups
         if not self.subject.is_slow:
-            return MOST_GROUPS
-        return max(FEWEST_GROUPS, min(MOST_GROUPS, MOST_RUNS // len(self.subject.adapters)))
+            return most
+        return max(FEWEST_GROUPS, min(most, MOST_RUNS // len(self.subject.adapters)))
 
     def _finite(self, adapter: ProbedAdapter) -> ProbedAdapter:
         """Return what is known of an adapter without what is not finite."""
@@ -351,11 +357,12 @@ class _Draft:
     def notes(self) -> list[str]:
         """Return a line on what the probe does not show."""
         if not self.unseen:
-            return []
+            return self.notes_on_input
         count = counted(len(self.unseen), "part")
         return [
+            *self.notes_on_input,
             f"the probe does not show {count} of the adapters, whose effect on its input is too "
-            f"small: {some(self.unseen)}"
+            f"small: {some(self.unseen)}",
         ]
 
     def _at_points(self, outputs: Named) -> Array:
@@ -363,8 +370,10 @@ class _Draft:
         return np.array(numbers, np.float64)
 
 
-def _inputs(subject: Subject, seed: int) -> dict[str, ProbeInput]:
-    """Return an input on which the model runs: with floats that are drawn, or else written out.
+def _inputs(subject: Subject, seed: int) -> tuple[dict[str, ProbeInput], list[str]]:
+    """Return an input on which the model runs, and a note where it is the user's.
+
+    The first on which it runs: with floats that are drawn, or written out, or the user's own.
 
     Raises:
         LoraFxError: Inputs that a probe cannot hold, or on which the model does not run.
@@ -377,15 +386,17 @@ def _inputs(subject: Subject, seed: int) -> dict[str, ProbeInput]:
         else:
             drawn_inputs[name] = _drawn(array, seed + 1)
     if _runs(subject, drawn_inputs):
-        return drawn_inputs
+        return drawn_inputs, []
     # numbers that depend on each other, or that have to be in a range
     written_out = {name: _written_out(name, array) for name, array in arrays.items()}
     if _runs(subject, written_out):
-        return written_out
+        return written_out, []
     if subject.user_feeds is not None:
         given = {name: _written_out(name, array) for name, array in subject.user_feeds().items()}
         if _runs(subject, given):
-            return given
+            return given, [
+                "the probe holds the inputs that were given: no drawn ones fit the model"
+            ]
     raise LoraFxError("the model does not run on an input that was drawn", "pass --inputs")
 
 
