@@ -47,17 +47,24 @@ def probe_file(
     """
     if kind == NONE:
         return {}
-    model = onnx.load(path, load_external_data=False)
-    if subject.precision == "float32":
-        subject = replace(subject, precision=precision_in(model))
-    if bytes_of(path, model) > LARGE:
-        subject = replace(subject, most_groups=FEWEST_GROUPS)
+    if add is add_probe:
+        subject = _as_written(subject, path)
     probe, notes = make_probe(subject, kind, facts_of(subject, provider))
     warnings += notes
     if probe is None:
         return {}
     add(path, probe)
     return {"probe": summary(probe)}
+
+
+def _as_written(subject: Subject, path: Path) -> Subject:
+    """Return the subject with the precision of an .onnx file, and few groups for a large one."""
+    model = onnx.load(path, load_external_data=False)
+    if subject.precision == "float32":
+        subject = replace(subject, precision=precision_in(model))
+    if bytes_of(path, model) > LARGE:
+        subject = replace(subject, most_groups=FEWEST_GROUPS)
+    return subject
 
 
 def precision_in(model: onnx.ModelProto) -> str:

@@ -237,13 +237,23 @@ def mixed(share: float) -> Callable[[Adapter], Adapter]:
 
 
 DIFFERS = "differs"
+
+
+def fits(scale: float) -> set[str]:
+    """The verdicts on a scale: a fitted one is near it."""
+    near = {f"scaled by {round(scale + step / 100, 2):g}" for step in range(-3, 4)}
+    return {*near, DIFFERS}
+
+
 FAILURES: Mapping[str, tuple[Callable[[Adapter], Adapter], set[str]]] = {
     "zero": (scaled(0), {"no effect"}),
     "twice": (scaled(2), {"scaled by 2"}),
     "half, as where alpha is ignored": (scaled(0.5), {"scaled by 0.5"}),
-    "a quarter": (scaled(0.25), {"scaled by 0.25"}),
-    "rslora for lora": (scaled(1.5), {"scaled by 1.5", DIFFERS}),
-    "a small scale": (scaled(0.8), {"scaled by 0.8"}),
+    "a quarter": (scaled(0.25), fits(0.25)),
+    "rslora for lora": (scaled(1.5), fits(1.5)),
+    "a small scale": (scaled(0.8), fits(0.8)),
+    "a little too much": (scaled(1.04), fits(1.04)),
+    "a little too small": (scaled(0.93), fits(0.93)),
     "negative": (scaled(-1), {DIFFERS}),
     "four times": (scaled(4), {DIFFERS}),
     "no q, first half": (without("0.q_proj", "1.q_proj"), {"without q, first half", DIFFERS}),

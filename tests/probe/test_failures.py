@@ -21,7 +21,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.dtypes import Array
 from lora_fx.onnx.probe_runs import add_probe, probe_of
-from tests.probe.model import FAILURES, adapters, encoder
+from tests.probe.model import FAILURES, adapters, encoder, fits
 
 KINDS: Mapping[str, tuple[str, str]] = {
     "merged": ("merged", "cpu"),
@@ -331,11 +331,14 @@ def test_a_changed_scale_is_fitted(right: tuple[str, Path], tmp_path: Path) -> N
     if kind != "switch":
         pytest.skip("one kind is enough")
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    for factor in (0.3, 0.7, 1.2, 1.7):
+    named = 0
+    for factor in (0.2, 0.3, 0.4, 0.6, 0.7, 0.9, 0.96, 1.03, 1.08, 1.2):
         entries = {
             key: replace(low, b=low.b * np.float32(factor))
             for key, low in adapters()["de"].lowrank.items()
         }
         write_adapter(tmp_path / "m.onnx", Adapter(entries), tmp_path / "de.onnx_adapter")
         verdict = verdicts(lora_fx.verify(tmp_path / "m.onnx"))["de"]
-        assert verdict in (f"scaled by {factor:g}", "differs")
+        assert verdict in fits(factor)
+        named += verdict != "differs"
+    assert named >= 6
