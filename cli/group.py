@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "Choose a rank for every target under one budget.",
     "convert": "Convert an adapter between file formats.",
     "verify": "Compare two models, or check that an adapter fits.",
+    "probe": "Make an adapter's probe, and ask a server for it.",
     "doctor": "Report every problem of a base and an adapter.",
     "bench": "Time ONNX files in turn.",
     "demo": "Train, fold, export and check on a real model and data.",

@@ -77,7 +77,29 @@ def _with_data(files: Sequence[Path]) -> list[Path]:
             from lora_fx.onnx.load import data_names
 
             with_data += [file.with_name(name) for name in data_names(file)]
+        with_data += _adapters_of(file)
     return with_data
+
+
+def _adapters_of(file: Path) -> list[Path]:
+    """Return the files of adapters that the probe of a file names, where they lie beside it."""
+    if file.suffix not in (".onnx", ".pt2"):
+        return []
+    try:
+        if file.suffix == ".pt2":
+            from lora_fx.probe.in_program import probe_of_program
+
+            probe = probe_of_program(file)
+        else:
+            from lora_fx.onnx.probe_runs import probe_of
+
+            probe = probe_of(file)
+    except LoraFxError:
+        return []  # it has none
+    names = [adapter.file for adapter in probe.adapters.values() if adapter.file is not None]
+    names += [probe.base_file] if probe.base_file is not None else []
+    paths = [file.with_name(name) for name in names]
+    return [path for path in paths if path.exists()]
 
 
 def _resource(row: JsonView) -> Json:

@@ -202,6 +202,7 @@ RUNS = {
         "verify made.safetensors pair.safetensors --adapter pair",
     ],
     "doctor": ["doctor pair.safetensors pair"],
+    "probe": ["probe start --base model.py:build -o probe.json"],
 }
 
 
@@ -250,7 +251,7 @@ def test_the_json_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         fields = documented("Every command") | documented(name)
         assert emitted <= fields, name
         # which are there with their provider, or their mode, alone
-        assert fields - emitted <= {"webgpu", "ids"}, name
+        assert fields - emitted <= {"webgpu", "ids", "server", "served"}, name
     for path, keys in rows.items():
         assert path == "inputs[]" or keys == documented(path), path
     assert {"targets[]", "refusals[]", "unreached[]", "pinned[]", "parity[]", "tensors[]"} <= set(

@@ -23,6 +23,8 @@ from lora_fx.text import some
 
 CONTENTS = "lora_fx.json"
 """The name of the file that lists a written folder's files by name and size."""
+PROBE = "lora_fx_probe.json"
+"""The name of the file in an adapter's folder that holds its probe; made later than the list."""
 CURVE = "step,loss,validation"
 """The first line of the CSV file with a training's losses."""
 _HEAD_BYTES = 1 << 16
@@ -159,9 +161,7 @@ def kind_of(file: Path) -> str | None:
         return "a loss curve of lora-fx"
     if file.suffix == ".toml" and head.startswith(b"# lora-fx "):
         return "a config of lora-fx"
-    if _is_json_of_ours(file, head):
-        return "JSON of lora-fx"
-    return None
+    return _kind_of_json(file, head)
 
 
 def _begins_as_safetensors(file: Path, head: bytes) -> bool:
@@ -170,15 +170,19 @@ def _begins_as_safetensors(file: Path, head: bytes) -> bool:
     return head[8:9] == b"{" and 8 + length <= file.stat().st_size
 
 
-def _is_json_of_ours(file: Path, head: bytes) -> bool:
-    """Whether this is a JSON object with lora-fx's version and format fields."""
+def _kind_of_json(file: Path, head: bytes) -> str | None:
+    """Return the kind of a JSON object with lora-fx's version and format, or of a probe."""
     if not head.lstrip().startswith(b"{"):
-        return False
+        return None
     try:
         content = json_object(file.read_bytes(), str(file))
     except LoraFxError:
-        return False
-    return isinstance(content.get("version"), int) and "format" in content
+        return None
+    if {"format", "mode", "points", "adapters"} <= content.keys():
+        return "a probe of lora-fx"
+    if isinstance(content.get("version"), int) and "format" in content:
+        return "JSON of lora-fx"
+    return None
 
 
 def _foreign_files(folder: Path, names: Collection[str] | None) -> list[str]:
@@ -206,7 +210,9 @@ def _foreign_files(folder: Path, names: Collection[str] | None) -> list[str]:
     if not isinstance(listed_sizes, dict):
         listed_sizes = {}
     return [
-        name for name, size in sizes.items() if name != CONTENTS and listed_sizes.get(name) != size
+        name
+        for name, size in sizes.items()
+        if name not in (CONTENTS, PROBE) and listed_sizes.get(name) != size
     ]
 
 

@@ -83,6 +83,11 @@ class Session:
         check: bool = False,
     ) -> None:
         _check_graph_options(cuda_graph, rank)
+        if check and cuda_graph:
+            raise LoraFxError(
+                "check runs each adapter before it is loaded, which a CUDA graph has no room for",
+                "run lora-fx verify FILE; or make the session without check or cuda_graph",
+            )
         external = None
         if adapter is not None:
             external = _external_tensors(path, adapter)
@@ -130,11 +135,21 @@ class Session:
         if check:
             self._probe = probe_in(opened.metadata, fspath(path))
             name = BASE_OF_PROBE if adapter is None else _name_of(adapter)
-            self._check(self._probe, name, None)
+            self._check(self._probe, name, {})
 
-    def _check(self, probe: Probe, name: str, adapter: Choice) -> None:
-        """Raise unless a run on the probe gives what it should; see lora_fx.probe.check."""
-        outputs = self.run(probe.feeds(), adapter)
+    def _check(self, probe: Probe, name: str | None, tensors: Mapping[str, Array]) -> None:
+        """Raise unless a run on the probe gives what it should; see lora_fx.probe.check.
+
+        Args:
+            probe: That of the file.
+            name: The adapter's; BASE for the base, None for one that the probe does not know.
+            tensors: Its A and B by name, which are not loaded yet.
+        """
+        arrays = {**self._arrays_of(probe.feeds()), **tensors}
+        feeds = {**self._defaults, **ort_values(arrays)}
+        with exclusive(self.provider), told(arrays):
+            values = self.session.run_with_ort_values(self._outputs, feeds)
+        outputs = self._arrays_of_outputs(values)
         check_run(probe, name, probe.at_points(outputs, "the file"))
 
     def _check_switchable(self, path: str | PathLike[str]) -> None:
@@ -174,15 +189,13 @@ class Session:
         tensors = tensors_of(adapter, self.manifest)
         if self._cuda_graph:
             self._load_for_graphs(name, tensors)
-            if self._probe is not None:
-                self._check(self._probe, name, name)
             return
+        if self._probe is not None:
+            self._check(self._probe, name, tensors)
         self._arrays[name] = tensors
         with exclusive(self.provider):
             self._values[name] = ort_values(tensors, self.provider)
         self._idle_bindings[name] = []
-        if self._probe is not None:
-            self._check(self._probe, name, name)
 
     def _load_for_graphs(self, name: str, tensors: dict[str, Array]) -> None:
         """Keep an adapter on the host, from where runs copy it into the buffers of CUDA graphs."""
@@ -367,9 +380,9 @@ class Session:
         raise LoraFxError(f"no adapter {text!r} is loaded", hint)
 
 
-def _name_of(adapter: Adapter | str | PathLike[str]) -> str:
-    """Return the name by which a probe knows an adapter: that of its file."""
-    return "adapter" if isinstance(adapter, Adapter) else Path(adapter).stem
+def _name_of(adapter: Adapter | str | PathLike[str]) -> str | None:
+    """Return the name by which a probe knows an adapter: that of its file, where it is one."""
+    return None if isinstance(adapter, Adapter) else Path(adapter).stem
 
 
 def _check_graph_options(cuda_graph: bool, rank: int | None) -> None:

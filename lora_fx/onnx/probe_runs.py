@@ -22,7 +22,7 @@ from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.batch_inputs import SCALES
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.train_session import TrainSession
-from lora_fx.probe.probe import BASE, NO_PROBE, PROPERTY, Probe, probe_in
+from lora_fx.probe.probe import AGAIN, BASE, PROPERTY, Probe, probe_in
 from lora_fx.probe.verdict import RIGHT, UNCHECKED_IDS
 
 LOSS = "loss"
@@ -79,7 +79,12 @@ def probe_of(path: str | PathLike[str]) -> Probe:
 
 
 def run_probe(
-    path: str | PathLike[str], probe: Probe, provider: str = "auto", threads: int = 0
+    path: str | PathLike[str],
+    probe: Probe,
+    provider: str = "auto",
+    threads: int = 0,
+    *,
+    beside: Path | None = None,
 ) -> ProbeRuns:
     """Run a file on its probe: for the base, and for each adapter.
 
@@ -88,12 +93,13 @@ def run_probe(
         probe: Its probe.
         provider: auto, cpu, cuda or webgpu.
         threads: The number of threads; 0 leaves it to the runtime.
+        beside: The file beside which the adapters' files lie, if it is another one.
 
     Raises:
         LoraFxError: The file does not load, or does not take the probe.
     """
     if probe.mode in ("switch", "load"):
-        return _switchable(Path(path), probe, provider, threads)
+        return _switchable(Path(path), probe, beside or Path(path), provider, threads)
     if probe.mode == "train":
         return _step(path, probe, provider, threads)
     session = open_session(path, provider, threads)
@@ -105,7 +111,7 @@ def run_probe(
     return ProbeRuns(answers, provider=session.provider, note=session.note)
 
 
-def _switchable(path: Path, probe: Probe, provider: str, threads: int) -> ProbeRuns:
+def _switchable(path: Path, probe: Probe, beside: Path, provider: str, threads: int) -> ProbeRuns:
     """Run a file of mode switch or load with each adapter whose file lies beside it."""
     feeds = probe.feeds()
     session = Session(path, provider, threads)
@@ -117,7 +123,7 @@ def _switchable(path: Path, probe: Probe, provider: str, threads: int) -> ProbeR
         if adapter.file is None:
             absent[name] = "the probe names no file of it"
             continue
-        file = path.with_name(adapter.file)
+        file = beside.with_name(adapter.file)
         if not file.exists():
             absent[name] = f"{file} does not exist"
             continue
@@ -148,7 +154,7 @@ def _batch(path: str | PathLike[str], probe: Probe, session: RuntimeSession) -> 
             raise LoraFxError(
                 f"{fspath(path)}: its probe has adapter {name!r} with the id {adapter.number}, "
                 "which the file has not",
-                NO_PROBE,
+                AGAIN,
             )
         numbers[name] = adapter.number
 
@@ -179,7 +185,7 @@ def _row_count(path: str | PathLike[str], feeds: Named, session: RuntimeSession)
     for name in names:
         if feeds[name].ndim:
             return int(feeds[name].shape[0])
-    raise LoraFxError(f"{fspath(path)}: its probe has no input with rows", NO_PROBE)
+    raise LoraFxError(f"{fspath(path)}: its probe has no input with rows", AGAIN)
 
 
 def _step(path: str | PathLike[str], probe: Probe, provider: str, threads: int) -> ProbeRuns:

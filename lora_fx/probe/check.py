@@ -13,7 +13,7 @@ from lora_fx.probe.verdict import NO_EFFECT
 HINT = "run lora-fx verify FILE to see all that its probe tells; or make the session without check"
 
 
-def check_run(probe: Probe, name: str, found: Array) -> None:
+def check_run(probe: Probe, name: str | None, found: Array) -> None:
     """Raise unless a run of a file gives what its probe expects.
 
     An adapter that the probe does not know, made after the file, has to be finite and to change the
@@ -21,15 +21,15 @@ def check_run(probe: Probe, name: str, found: Array) -> None:
 
     Args:
         probe: That of the file.
-        name: The adapter's; BASE for the base.
+        name: The adapter's; BASE for the base, None for an adapter that the probe does not know.
         found: The outputs at the points.
 
     Raises:
         NoEffectError: The base is another one, or the adapter is not the one of this name, or it
             has no effect.
     """
-    if name != BASE and name not in probe.adapters:
-        _check_unknown(probe, name, found)
+    if name is None or (name != BASE and name not in probe.adapters):
+        _check_unknown(probe, name or "the adapter", found)
         return
     for finding in findings_of(probe, {name: found}):
         if not finding.passed:

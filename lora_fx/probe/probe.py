@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.strict_json import json_object
 from lora_fx.probe.drawn import drawn
+from lora_fx.probe.fields import StrictFields
 from lora_fx.probe.groups import MOST_GROUPS
 from lora_fx.probe.verdict import (
     DIFFERS,
+    NOT_FINITE,
     RIGHT,
+    TOO_SMALL,
     Gauge,
     Known,
-    is_right,
+    Verdict,
     verdict_on_adapter,
     verdict_on_base,
 )
-from lora_fx.text import Json, JsonView, is_number, is_whole
+from lora_fx.text import Json, JsonView, is_whole
 
 PROPERTY = "lora_fx.probe"
 """The name of the probe in the metadata of .onnx, .safetensors and .gguf files."""
@@ -39,6 +42,8 @@ MOST_POINTS = 64
 MOST_ELEMENTS = 1 << 25
 """The number of elements of all inputs together, above which nothing is run."""
 MOST_AXES = 64
+MOST_ADAPTERS = 256
+"""The number of adapters, each of which is a run, and in mode load a session."""
 FULL = "full"
 SHORT = "short"
 NONE = "none"
@@ -164,6 +169,8 @@ class Probe:
         points: The name of an output and a row-major index into it, for each number.
         base: The base's outputs at the points, where they are known.
         adapters: What is known of each adapter, by name; in mode batch in the order of their ids.
+        base_file: The file beside the model with the tensors of the base, where A and B have no
+            defaults.
         precisions: How far outputs move in another precision, as shares of `largest`.
         facts: Versions, processor, provider and hashes, for people.
         language: The question for a server of a language model; see docs/probe.md.
@@ -178,6 +185,7 @@ class Probe:
     precisions: Mapping[str, float] = field(default_factory=dict)
     facts: JsonView = field(default_factory=dict)
     language: JsonView | None = None
+    base_file: str | None = None
 
     def to_text(self) -> str:
         """Return the probe as JSON."""
@@ -191,6 +199,8 @@ class Probe:
         if self.base is not None:
             data["base"] = _numbers(self.base)
         data["adapters"] = {name: value.to_json() for name, value in self.adapters.items()}
+        if self.base_file is not None:
+            data["base_file"] = self.base_file
         if self.precisions:
             data["precisions"] = dict(self.precisions)
         data["facts"] = dict(self.facts)
@@ -225,7 +235,7 @@ class Probe:
                 f"{place} has the format {one_line(repr(number), 40)}; expected {FORMAT}",
                 "install a newer lora-fx; or export the file again",
             )
-        return _Reader(place).probe(data)
+        return _Reader(place, AGAIN).probe(data)
 
     def feeds(self) -> dict[str, Array]:
         """Return the inputs by name."""
@@ -280,20 +290,20 @@ class Probe:
             return math.nan
         return self.gauge().distance(with_adapter, without)
 
-    def verdicts(self, answers: Answers) -> dict[str, str]:
+    def verdicts(self, answers: Answers) -> dict[str, Verdict]:
         """Return the verdict on each run, by the name of its adapter."""
         gauge = self.gauge()
-        verdicts: dict[str, str] = {}
+        verdicts: dict[str, Verdict] = {}
         if BASE in answers and self.base is not None:
             values = {name: adapter.values for name, adapter in self.adapters.items()}
             verdicts[BASE] = verdict_on_base(answers[BASE], self.base, values, gauge)
-        base_is_right = is_right(verdicts.get(BASE, RIGHT))
+        base_is_right = verdicts.get(BASE, Verdict(RIGHT)).is_right
         for name in self.adapters:
             if name not in answers:
                 continue
             verdict = verdict_on_adapter(answers[name], self.known(name), gauge)
-            is_known = is_right(verdict) or not np.isfinite(answers[name]).all()
-            verdicts[name] = verdict if base_is_right or is_known else DIFFERS
+            names_no_cause = verdict.is_right or verdict in (TOO_SMALL, NOT_FINITE)
+            verdicts[name] = verdict if base_is_right or names_no_cause else Verdict(DIFFERS)
         return verdicts
 
     def with_every_other_point(self) -> Probe:
@@ -337,11 +347,8 @@ def probe_in(metadata: Mapping[str, str], where: str) -> Probe:
     return Probe.from_text(text, where)
 
 
-class _Reader:
-    """The strict reading of a probe's JSON; `where` is what messages call it."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
+class _Reader(StrictFields):
+    """The strict reading of a probe's JSON."""
 
     def probe(self, data: JsonView) -> Probe:
         mode = data.get("mode")
@@ -349,7 +356,8 @@ class _Reader:
             raise self._error("mode", mode, f"one of {', '.join(MODES)}")
         inputs = self._table(data, "inputs", self._input)
         outputs = self._table(data, "outputs", self._output)
-        elements = sum(math.prod(value.shape) for value in inputs.values())
+        # sizes of 0 count as 1: numpy makes no array of an empty shape whose other sizes are huge
+        elements = sum(math.prod(max(1, size) for size in value.shape) for value in inputs.values())
         if elements > MOST_ELEMENTS:
             raise self._error("inputs", f"{elements} elements", f"at most {MOST_ELEMENTS}")
         points = self._points(data.get("points"), outputs)
@@ -358,6 +366,13 @@ class _Reader:
         adapters = self._table(
             data, "adapters", lambda name, value: self._adapter(name, value, count)
         )
+        files = [adapter.file for adapter in adapters.values() if adapter.file is not None]
+        numbers = [adapter.number for adapter in adapters.values() if adapter.number is not None]
+        for name, values in (("file", files), ("id", numbers)):
+            if len(set(values)) < len(values):
+                raise self._error(f"adapters.{name}", "one of two", "another for each adapter")
+        if len(adapters) > MOST_ADAPTERS:
+            raise self._error("adapters", f"{len(adapters)} of them", f"at most {MOST_ADAPTERS}")
         if mode in WITHOUT_BASE and len(adapters) > 1:
             raise self._error("adapters", f"{len(adapters)} of them", f"one in mode {mode}")
         precisions = self._table(data, "precisions", self._positive, needed=False)
@@ -366,23 +381,11 @@ class _Reader:
         for name, value in (("facts", facts), ("language", language or {})):
             if not isinstance(value, dict):
                 raise self._error(name, value, "an object")
+        base_file = self._file("base_file", data.get("base_file"))
         return Probe(
-            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language
-        )
-
-    def _table(
-        self,
-        data: JsonView,
-        name: str,
-        read: Callable[[str, Any], T],
-        *,
-        needed: bool = True,
-    ) -> dict[str, T]:
-        """Read an object whose values are alike."""
-        value = data.get(name, None if needed else {})
-        if not isinstance(value, dict):
-            raise self._error(name, value, "an object")
-        return {key: read(f"{name}.{key}", entry) for key, entry in value.items()}
+            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language,
+            base_file,
+        )  # fmt: skip
 
     def _input(self, name: str, value: Any) -> ProbeInput:
         fields = self._fields(name, value)
@@ -409,6 +412,8 @@ class _Reader:
     def _check_range(self, name: str, numbers: Sequence[float], dtype: str) -> None:
         """Raise for a number that a dtype of integers does not hold."""
         if "float" in dtype:
+            if any(abs(number) > float(finfo(dtype).max) for number in numbers):
+                raise self._error(name, max(numbers, key=abs), f"numbers of {dtype}")
             return
         least, most = 0, 1
         if dtype != "bool":
@@ -431,9 +436,7 @@ class _Reader:
         number = fields.get("id")
         if number is not None and (not is_whole(number) or not 0 < number < 1 << 31):
             raise self._error(f"{name}.id", number, "a whole number from 1")
-        file = fields.get("file")
-        if file is not None and not _is_file_name(file):
-            raise self._error(f"{name}.file", file, "the name of a file in the same folder")
+        file = self._file(f"{name}.file", fields.get("file"))
         groups = self._table(
             fields, "groups", lambda group, numbers: self._values(group, numbers, count),
             needed=False,
@@ -444,6 +447,11 @@ class _Reader:
         half = self._optional(fields, "half", count)
         double = self._optional(fields, "double", count)
         return ProbedAdapter(values, number, file, half, double, groups)
+
+    def _file(self, name: str, value: Any) -> str | None:
+        if value is not None and not _is_file_name(value):
+            raise self._error(name, value, "the name of a file in the same folder")
+        return None if value is None else str(value)
 
     def _points(
         self, value: Any, outputs: Mapping[str, ProbeOutput]
@@ -462,48 +470,12 @@ class _Reader:
             points.append((name, int(index)))
         return tuple(points)
 
-    def _optional(self, fields: JsonView, name: str, count: int) -> Array | None:
-        if fields.get(name) is None:
-            return None
-        return self._values(name, fields[name], count)
-
-    def _values(self, name: str, value: Any, count: int) -> Array:
-        return np.array(self._list(name, value, count), np.float64)
-
-    def _list(self, name: str, value: Any, count: int) -> list[float]:
-        if not isinstance(value, list) or len(value) != count:
-            found = f"{len(value)} numbers" if isinstance(value, list) else value
-            raise self._error(name, found, f"{count} numbers")
-        return [self._number(name, number) for number in value]
-
-    def _number(self, name: str, value: Any) -> float:
-        if not is_number(value) or not math.isfinite(value):
-            raise self._error(name, value, "a finite number")
-        return value
-
-    def _positive(self, name: str, value: Any) -> float:
-        number = self._number(name, value)
-        if number <= 0:
-            raise self._error(name, value, "a number above 0")
-        return number
-
     def _shape(self, name: str, fields: JsonView) -> tuple[int, ...]:
         shape = fields.get("shape")
         is_shape = isinstance(shape, list) and len(shape) <= MOST_AXES
         if not is_shape or not all(is_whole(size) and 0 <= size < 1 << 31 for size in shape or ()):
             raise self._error(f"{name}.shape", shape, f"at most {MOST_AXES} sizes")
         return tuple(shape or ())
-
-    def _fields(self, name: str, value: Any) -> JsonView:
-        if not isinstance(value, dict):
-            raise self._error(name, value, "an object")
-        return value
-
-    def _error(self, name: str, found: object, expected: str) -> LoraFxError:
-        found_text = one_line(repr(found), 80)
-        return LoraFxError(
-            f"{self._where}: {one_line(name, 80)} is {found_text}; expected {expected}", AGAIN
-        )
 
 
 def _is_file_name(name: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from lora_fx.dtypes import Array
@@ -14,9 +15,9 @@ from lora_fx.probe.verdict import (
     NOT_FINITE,
     OR,
     RIGHT,
-    RIGHT_IN,
     SCALED,
     TOO_SMALL,
+    Verdict,
 )
 from lora_fx.text import Json
 
@@ -39,7 +40,7 @@ class RunVerdict:
     """
 
     adapter: str
-    verdict: str
+    verdict: Verdict
     distance: float
     tolerance: float
     expected_effect: float | None = None
@@ -55,7 +56,7 @@ class RunVerdict:
         """Return a row of `verdicts[]`."""
         return {
             "adapter": self.adapter or None,
-            "verdict": self.verdict,
+            "verdict": str(self.verdict),
             "distance": self.distance,
             "tolerance": self.tolerance,
             "expected_effect": self.expected_effect,
@@ -73,7 +74,7 @@ class RunVerdict:
             return self._sentence_on_step()
         if self.adapter == BASE:
             return self._sentence_on_base()
-        effects = f"expected {self.expected_effect:.2g}, found {self.found_effect:.2g}"
+        effects = f"expected {_shown(self.expected_effect)}, found {_shown(self.found_effect)}"
         if self.verdict == RIGHT:
             return f"takes effect ({effects})"
         if self.verdict == TOO_SMALL:
@@ -86,15 +87,11 @@ class RunVerdict:
                 f"cannot tell: the outputs differ by {self.distance:.1e}, and nobody has measured "
                 "what the codes of quantised weights make them differ by"
             )
-        if self.verdict.startswith(RIGHT_IN):
+        if self.verdict.is_right:
             return f"takes effect ({effects}), but {self._difference()}"
         if self.verdict in (NOT_FINITE, DIFFERS):
             return self._unexplained()
-        cause, _, precision = self.verdict.partition(" in ")
-        sentence = OR.join(_sentence_of_cause(one) for one in cause.split(OR))
-        if precision:
-            sentence += f", in the precision of {precision}"
-        return f"{sentence} ({effects})"
+        return f"{sentence_of_causes(self.verdict)} ({effects})"
 
     def _sentence_on_step(self) -> str:
         if self.verdict == RIGHT:
@@ -110,14 +107,14 @@ class RunVerdict:
     def _sentence_on_base(self) -> str:
         if self.verdict == RIGHT:
             return "as it was"
-        if self.verdict.startswith(RIGHT_IN):
+        if self.verdict.is_right:
             return f"as it was, but {self._difference()}"
         if self.verdict in (NOT_FINITE, DIFFERS):
             return f"not the base that the file was made from: {self._unexplained()}"
-        return " or ".join(_sentence_of_cause(one) for one in self.verdict.split(OR))
+        return sentence_of_causes(self.verdict)
 
     def _difference(self) -> str:
-        precision = self.verdict.removeprefix(RIGHT_IN)
+        precision = self.verdict.precision
         return (
             f"the outputs differ by {self.distance:.1e}, more than the {self.tolerance:.1e} of the "
             f"file's own precision, and no more than products in {precision} make them"
@@ -132,7 +129,20 @@ class RunVerdict:
         )
 
 
-def _sentence_of_cause(cause: str) -> str:
+def _shown(effect: float | None) -> str:
+    """Return an effect as a short number; where no base is known, it is not."""
+    return "unknown" if effect is None or math.isnan(effect) else f"{effect:.2g}"
+
+
+def sentence_of_causes(verdict: Verdict) -> str:
+    """Return the causes of a verdict as a sentence, with the precision in which they are so."""
+    sentence = OR.join(map(sentence_of_cause, verdict.causes))
+    if verdict.precision:
+        sentence += f", in the precision of {verdict.precision}"
+    return sentence
+
+
+def sentence_of_cause(cause: str) -> str:
     """Return a cause as a sentence."""
     if cause == NO_EFFECT:
         return "no effect: the outputs are those of the base"
@@ -169,7 +179,7 @@ def of_codes(finding: RunVerdict) -> RunVerdict:
     """Return the verdict on quantised weights: only what needs no measured precision is told."""
     if finding.verdict in (RIGHT, TOO_SMALL, NOT_FINITE):
         return finding
-    return replace(finding, verdict=CANNOT_TELL)
+    return replace(finding, verdict=Verdict(CANNOT_TELL))
 
 
 def _expected(probe: Probe, name: str) -> Array:

@@ -14,8 +14,6 @@ import numpy as np
 from lora_fx.dtypes import Array
 
 RIGHT = "right"
-RIGHT_IN = "right in "
-"""What a verdict begins with where only the precision is another."""
 TOO_SMALL = "too small to tell"
 CANNOT_TELL = "cannot tell"
 """The verdict on quantised weights, whose outputs differ by more than was measured."""
@@ -30,9 +28,37 @@ SHARE_OF_EFFECT = 0.02
 BETTER = 8.0
 """How many times nearer a fitted scale has to be than the adapter as it is."""
 NEAR_ONE = 0.1
-"""A fitted scale so near to 1 is none."""
-SCALES = np.arange(2, 61) / 20
-"""The scales that are tried: 0.1, 0.15 … 3.0."""
+"""A scale so near to 1 is told by the direction of the change, and not by the cubic."""
+FEWEST_MOVED = 8
+"""The number of points that an adapter has to move for a scale to be told: a few fit any scale."""
+SCALES = np.arange(10, 301) / 100
+"""The scales that are tried: 0.10, 0.11 … 3.00."""
+
+
+class Verdict(str):
+    """The text of a verdict, with its parts: names in the text may hold the words that join them.
+
+    Attributes:
+        causes: What may have been computed, such as "no effect" and "adapter C"; empty where the
+            verdict is a word of its own.
+        precision: The precision in which it is so; empty for the file's own.
+    """
+
+    causes: tuple[str, ...]
+    precision: str
+
+    def __new__(cls, word: str = "", causes: Sequence[str] = (), precision: str = "") -> Verdict:
+        """Make a verdict of a word, or of causes."""
+        text = word or OR.join(causes)
+        self = super().__new__(cls, f"{text} in {precision}" if precision else text)
+        self.causes = tuple(causes)
+        self.precision = precision
+        return self
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the outputs are right, in whatever precision."""
+        return not self.causes and self == Verdict(RIGHT, precision=self.precision)
 
 
 OVERFLOWS = np.errstate(over="ignore", invalid="ignore")
@@ -108,15 +134,24 @@ class Known:
         return causes
 
 
-def verdict_on_adapter(found: Array, known: Known, gauge: Gauge) -> str:
+def verdict_on_adapter(found: Array, known: Known, gauge: Gauge) -> Verdict:
     """Return the verdict on a run with an adapter."""
-    verdict = _verdict(found, known.expected, known.causes(), known.base, gauge)
+    causes = known.causes()
+    verdict = _exactly(found, known.expected, causes, gauge)
     if verdict == RIGHT and not _shows(known, gauge):
-        return TOO_SMALL
-    if verdict == DIFFERS:
-        scale = fitted_scale(found, known, gauge)
-        return DIFFERS if scale is None else f"{SCALED}{scale:g}"
-    return verdict
+        return Verdict(TOO_SMALL)
+    if verdict is not None:
+        return verdict
+    scale = scale_near_one(found, known, gauge)
+    if scale is not None:
+        return Verdict(causes=[f"{SCALED}{scale:g}"])
+    verdict = _in_a_precision(found, known.expected, causes, known.base, gauge)
+    if verdict is not None:
+        return verdict
+    scale = fitted_scale(found, known, gauge)
+    if scale is not None:
+        return Verdict(causes=[f"{SCALED}{scale:g}"])
+    return Verdict(DIFFERS)
 
 
 def _shows(known: Known, gauge: Gauge) -> bool:
@@ -125,20 +160,37 @@ def _shows(known: Known, gauge: Gauge) -> bool:
     return known.base is None or gauge.apart(known.expected, known.base, level)
 
 
-def verdict_on_base(found: Array, base: Array, adapters: Mapping[str, Array], gauge: Gauge) -> str:
+def verdict_on_base(
+    found: Array, base: Array, adapters: Mapping[str, Array], gauge: Gauge
+) -> Verdict:
     """Return the verdict on a run of the base; `adapters` are the outputs with each adapter."""
     causes = {f"adapter {name}": values for name, values in adapters.items()}
-    return _verdict(found, base, causes, None, gauge)
+    verdict = _exactly(found, base, causes, gauge)
+    if verdict is None:
+        verdict = _in_a_precision(found, base, causes, None, gauge)
+    return Verdict(DIFFERS) if verdict is None else verdict
 
 
-def _verdict(
+def _exactly(
+    found: Array, expected: Array, causes: Mapping[str, Array], gauge: Gauge
+) -> Verdict | None:
+    """Return the verdict where what is expected, or a cause, explains a run to the tolerance."""
+    if not np.isfinite(found).all():
+        return Verdict(NOT_FINITE)
+    if gauge.excess(found, expected) <= 1:
+        return Verdict(RIGHT)
+    matching = [name for name, values in causes.items() if gauge.excess(found, values) <= 1]
+    return Verdict(causes=matching) if matching else None
+
+
+def _in_a_precision(
     found: Array,
     expected: Array,
     causes: Mapping[str, Array],
     base: Array | None,
     gauge: Gauge,
-) -> str:
-    """Return the verdict on a run, without the fit of a scale.
+) -> Verdict | None:
+    """Return the verdict where a precision explains a run.
 
     Args:
         found: The run.
@@ -147,24 +199,41 @@ def _verdict(
         base: The base's outputs: a precision is no explanation where it hides their difference.
         gauge: How numbers are compared.
     """
-    if not np.isfinite(found).all():
-        return NOT_FINITE
-    if gauge.excess(found, expected) <= 1:
-        return RIGHT
-    matching = [name for name, values in causes.items() if gauge.excess(found, values) <= 1]
-    if matching:
-        return OR.join(matching)
-    for precision, level in gauge.precisions.items():
+    for precision, level in sorted(gauge.precisions.items(), key=lambda row: row[1]):
         if base is not None and not gauge.apart(expected, base, 2 * level):
             continue
         if gauge.distance(found, expected) <= level:
-            return f"{RIGHT_IN}{precision}"
+            return Verdict(RIGHT, precision=precision)
         matching = [
             name for name, values in causes.items() if gauge.distance(found, values) <= level
         ]
         if matching:
-            return f"{OR.join(matching)} in {precision}"
-    return DIFFERS
+            return Verdict(causes=matching, precision=precision)
+    return None
+
+
+@OVERFLOWS
+def scale_near_one(found: Array, known: Known, gauge: Gauge) -> float | None:
+    """Return a scale within NEAR_ONE of 1 that explains a run; None where none does.
+
+    So near to 1 the outputs move along the adapter's own effect, which no rounding does.
+    """
+    if known.base is None or not _moves_enough(known, gauge):
+        return None
+    effect = (known.expected - known.base) / gauge.largest
+    difference = (found - known.expected) / gauge.largest
+    share = float(difference @ effect / (effect @ effect))
+    left_over = _largest(np.abs(difference - share * effect))
+    scale = round(1 + share, 2)
+    explains = left_over <= _largest(np.abs(difference)) / BETTER
+    return scale if explains and abs(share) <= NEAR_ONE and scale != 1 else None
+
+
+def _moves_enough(known: Known, gauge: Gauge) -> bool:
+    """Whether an adapter moves so many points that a scale can be told."""
+    assert known.base is not None  # a scale is of a change of it
+    moved = np.abs(known.expected - known.base) > gauge.largest * gauge.tolerance
+    return int(moved.sum()) >= FEWEST_MOVED
 
 
 @OVERFLOWS
@@ -174,6 +243,8 @@ def fitted_scale(found: Array, known: Known, gauge: Gauge) -> float | None:
     Every output is a cubic function of the scale, through what is known at 0, 0.5, 1 and 2.
     """
     if known.base is None or known.half is None or known.double is None:
+        return None
+    if not _moves_enough(known, gauge):
         return None
     known_scales = (0.0, 0.5, 1.0, 2.0)
     lists = (known.base, known.half, known.expected, known.double)
@@ -199,11 +270,6 @@ def _lagrange(scale: float, at: float, scales: Sequence[float]) -> float:
         if other != at:
             weight *= (scale - other) / (at - other)
     return weight
-
-
-def is_right(verdict: str) -> bool:
-    """Whether a verdict says that the outputs are right, in whatever precision."""
-    return verdict == RIGHT or verdict.startswith(RIGHT_IN)
 
 
 def _largest(differences: Array) -> float:

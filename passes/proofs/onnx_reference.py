@@ -196,6 +196,10 @@ class OnnxReference:
         """Implement `Reference.run`."""
         return partial(self._run, adapter, True)
 
+    def drawn(self, seed: int) -> dict[str, Array]:
+        """Implement `Reference.drawn`."""
+        return self.inputs.sample(SIZES[0], seed)
+
     def varied(self) -> OnnxReference:
         """Implement `Reference.varied`: adapters of the same keys and ranks share a session."""
         return self

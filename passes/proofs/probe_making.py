@@ -74,9 +74,11 @@ class Subject:
         is_slow: Whether that takes a run of the model in torch, so that groups are fewer.
         adapters: The adapters, by name.
         found: The targets, in the order of the model.
-        feeds: Inputs by a seed.
+        feeds: Inputs of ours by a seed.
+        user_feeds: Inputs that the user gave, for a model that does not run on others.
         base: The name of the base, and a hash by which it is told from others.
         files: The files of adapters beside the file, by name.
+        base_file: The file with the tensors of the base, where A and B have no defaults.
         numbers: The ids of adapters in mode batch.
         precision: What the file computes in.
         narrow: Runs the model with bfloat16 products, where that can be done.
@@ -92,7 +94,9 @@ class Subject:
     found: Found
     feeds: Callable[[int], Mapping[str, Array]]
     base: JsonView = field(default_factory=dict)
+    user_feeds: Callable[[], Mapping[str, Array]] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    base_file: str | None = None
     numbers: Mapping[str, int] = field(default_factory=dict)
     precision: str = "float32"
     is_slow: bool = False
@@ -209,18 +213,21 @@ class _Draft:
         base = of_reference if run is None else run(feeds)
         differences = _differences(base, of_reference)
         thinned_base = _thinned(base)
+        largest_of = _largest_of(base)
         thinned: dict[str, Named] = {}
         for name, adapter in subject.adapters.items():
             run = subject.run(name)
             assert run is not None  # every adapter is in the file
             outputs_with_adapter = run(feeds)
             thinned[name] = _thinned(outputs_with_adapter)
+            for output, largest in _largest_of(outputs_with_adapter).items():
+                largest_of[output] = max(largest_of.get(output, 0.0), largest)
             if len(thinned) == 1:  # the base and one adapter tell how outputs round
                 with_branches = subject.reference(adapter)(feeds)
                 for output, difference in _differences(outputs_with_adapter, with_branches).items():
                     differences[output] = max(differences.get(output, 0.0), difference)
 
-        outputs = _compared_outputs(base, differences, subject.precision)
+        outputs = _compared_outputs(base, largest_of, differences, subject.precision)
         points = _points(outputs, thinned_base, thinned)
         if not points:
             raise LoraFxError(
@@ -276,7 +283,7 @@ class _Draft:
 
     def _varied(self, adapter: Adapter, factors: Mapping[str, float], feeds: Named) -> Array:
         """Return the outputs with the changes of some keys multiplied."""
-        run = self.subject.vary(_multiplied(adapter, factors))
+        run = self.subject.vary(multiplied(adapter, factors))
         return self._at_points(run(feeds))
 
     def _most_groups(self) -> int:
@@ -338,6 +345,7 @@ class _Draft:
             self.adapters,
             precisions,
             facts,
+            base_file=self.subject.base_file,
         )
 
     def notes(self) -> list[str]:
@@ -374,6 +382,10 @@ def _inputs(subject: Subject, seed: int) -> dict[str, ProbeInput]:
     written_out = {name: _written_out(name, array) for name, array in arrays.items()}
     if _runs(subject, written_out):
         return written_out
+    if subject.user_feeds is not None:
+        given = {name: _written_out(name, array) for name, array in subject.user_feeds().items()}
+        if _runs(subject, given):
+            return given
     raise LoraFxError("the model does not run on an input that was drawn", "pass --inputs")
 
 
@@ -407,8 +419,11 @@ def _written_out(name: str, array: Array) -> ProbeInput:
         LoraFxError: Too many elements, or a dtype that JSON has no numbers for.
     """
     dtype = array.dtype.name
+    if not is_whole_dtype(array) and not np.isfinite(widened(array)).all():
+        raise LoraFxError(f"input {name!r} has numbers that are not finite", "leave it")
     if array.size and (array == array.reshape(-1)[0]).all():
-        return ProbeInput(dtype, array.shape, fill=array.reshape(-1)[0].item())
+        number = array.reshape(-1)[0].item()
+        return ProbeInput(dtype, array.shape, fill=int(number) if dtype == "bool" else number)
     if not is_whole_dtype(array) and "float" not in dtype:
         raise LoraFxError(f"input {name!r} is {dtype}, which no probe holds", "leave it")
     if array.size > MOST_VALUES:
@@ -428,16 +443,23 @@ def _differences(of_file: Named, of_model: Named) -> dict[str, float]:
 
 
 def _compared_outputs(
-    base: Named, differences: Mapping[str, float], precision: str
+    base: Named, largest_of: Mapping[str, float], differences: Mapping[str, float], precision: str
 ) -> dict[str, ProbeOutput]:
-    """Return the outputs of floats that file and model agree on, with their tolerances."""
+    """Return the outputs of floats that file and model agree on, with their tolerances.
+
+    Args:
+        base: The outputs of the base.
+        largest_of: The largest magnitude of each, over the base and all adapters.
+        differences: How far file and model lie apart.
+        precision: What the file computes in.
+    """
     least = TOLERANCES.get(precision, LEAST_TOLERANCE)
     outputs: dict[str, ProbeOutput] = {}
     for name, value in base.items():
         is_part = name.endswith("]")  # of a sequence, which other languages have no name for
         if is_part or "float" not in value.dtype.name or not value.size:
             continue
-        largest = _largest(value)
+        largest = largest_of[name]
         tolerance = least
         if precision not in TOLERANCES:
             tolerance = max(least, MARGIN * differences[name])
@@ -472,6 +494,11 @@ def _of_thinned(
     return np.array(numbers, np.float64)
 
 
+def _largest_of(outputs: Named) -> dict[str, float]:
+    """Return the largest magnitude of each output of floats."""
+    return {name: _largest(value) for name, value in outputs.items() if "float" in value.dtype.name}
+
+
 def _largest(value: Array) -> float:
     """Return the largest finite magnitude; without those of a mask, where there are others."""
     sizes = np.abs(widened(value))
@@ -488,7 +515,7 @@ def _points(
     """Choose places of the outputs: those that each adapter changes most, in turn.
 
     Without adapters, and where they change fewer places, places all over the outputs follow. All
-    are finite in every run.
+    are finite in every run, and no numbers of masks.
 
     Args:
         outputs: The outputs that are compared.
@@ -497,9 +524,9 @@ def _points(
     """
     finite = {}
     for name in outputs:
-        finite[name] = np.isfinite(widened(base[name]))
+        finite[name] = _is_compared(base[name])
         for with_adapter in answers.values():
-            finite[name] &= np.isfinite(widened(with_adapter[name]))
+            finite[name] &= _is_compared(with_adapter[name])
     rankings = [
         _changed_most(outputs, base, with_adapter, finite) for with_adapter in answers.values()
     ]
@@ -509,6 +536,14 @@ def _points(
         if len(chosen) == MOST_POINTS:
             break
     return list(chosen)
+
+
+def _is_compared(value: Array) -> Array:
+    """Return where an output is finite, and is no number of a mask beside smaller ones."""
+    numbers = widened(value)
+    finite = np.isfinite(numbers)
+    unmasked = finite & (np.abs(numbers) < MASK)
+    return unmasked if unmasked.any() else finite
 
 
 def _in_turn(
@@ -554,7 +589,7 @@ def _everywhere(outputs: Mapping[str, ProbeOutput], finite: Named) -> list[tuple
     return places
 
 
-def _multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
+def multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
     """Return an adapter with the changes of some keys multiplied; its shapes and scales stay."""
     entries = dict(adapter.entries)
     for key, factor in factors.items():

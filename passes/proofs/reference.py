@@ -117,6 +117,9 @@ class Reference(Protocol):
     def run(self, adapter: Adapter | None) -> Run:
         """Return {input: array} → {output: array} of the model with an adapter's branches."""
 
+    def drawn(self, seed: int) -> dict[str, Array]:
+        """Return sampled inputs of a small size by ONNX name, without any of the user's."""
+
     def varied(self) -> Varied:
         """Return runs of adapters that differ in their numbers."""
 

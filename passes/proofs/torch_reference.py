@@ -19,7 +19,7 @@ from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.module.module_base import base_facts
-from lora_fx.inputs import Extents, Inputs, Named
+from lora_fx.inputs import SIZES, Extents, Inputs, Named
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.graph_choices import choices_of
 from lora_fx.passes.proofs.parity import guards, prove, rows_of, torch_run
@@ -103,6 +103,10 @@ class TorchReference:
         """Implement `Reference.prove`."""
         module = self._module(adapter)
         return prove(run, module, arrays=self.arrays, tol=self.tol, of=of, rerun=rerun)
+
+    def drawn(self, seed: int) -> dict[str, Array]:
+        """Implement `Reference.drawn`."""
+        return arrays_of(execution_of(self.base).sample(SIZES[0], None, seed))
 
     def varied(self) -> VariedRuns:
         """Implement `Reference.varied`, with the module whose branches ran last."""

@@ -70,8 +70,8 @@ def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, 
                 "give the adapter another name, without a path: adapters={'first': …}",
             )
         paths[name] = options.target.with_name(file_name)
-    if options.requires_factors:
-        paths[BASE] = options.target.with_name(f"{options.target.stem}.base.safetensors")
+    if options.base_file is not None:
+        paths[BASE] = options.target.with_name(options.base_file)
         if paths[BASE] in [paths[name] for name in adapters]:
             raise LoraFxError(
                 f"{paths[BASE].name} would be both an adapter's file and the base's",

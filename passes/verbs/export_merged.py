@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +43,6 @@ from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.proof_inputs import feeds_of
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.proofs.torch_reference import TorchReference
-from lora_fx.passes.proofs.varied_runs import VariedRuns, with_its_adapter
 from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.export_optimised import optimised
@@ -52,6 +50,7 @@ from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_probe import probe_file
 from lora_fx.passes.verbs.export_torch import WIDENED, folded_already, level_gate, translated
 from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.probe.probe import NONE
 from lora_fx.text import Json
 
 
@@ -309,34 +308,33 @@ def _add_probe(
     warnings: list[str],
 ) -> Json:
     """Put a probe into the file; return the field of the report."""
+    if options.probe == NONE:
+        return {}
     captured = execution_of(branched).captured
-    base = plain(captured).eval()
     reference = TorchReference(captured, partial(_inserted, captured), options.inputs)
-    runs = VariedRuns(base, reference.branched)
-    with contextlib.ExitStack() as stack:
-        adapters: dict[str, Adapter] = {}
-        if isinstance(branched, AdaptedModule) and branched.active:
-            adapters = {"adapter": stack.enter_context(with_its_adapter(branched))}
-            if len(branched.active) == 1:
-                runs.module = branched
+    runs = reference.varied()  # with branches of their own: a user's module may be in use
+    adapters: dict[str, Adapter] = {}
+    if isinstance(branched, AdaptedModule) and branched.active:
+        adapters = {"adapter": branched.adapter()}
 
-        def of_file(name: str) -> Run | None:
-            return session.run if name in adapters or not adapters else None
+    def of_file(name: str) -> Run | None:
+        return session.run if name in adapters or not adapters else None
 
-        subject = Subject(
-            mode="merged",
-            run=of_file,
-            reference=runs.run,
-            vary=runs.run,
-            is_slow=True,
-            adapters=adapters,
-            found=find(captured),
-            feeds=partial(reference.feeds, SIZES[0]),
-            base=reference.base_facts(),
-            precision=options.computes_in,
-            narrow=runs.narrow,
-        )
-        return probe_file(output.path, subject, options.probe, session.provider, warnings)
+    subject = Subject(
+        mode="merged",
+        run=of_file,
+        reference=runs.run,
+        vary=runs.run,
+        is_slow=True,
+        adapters=adapters,
+        found=find(captured),
+        feeds=reference.drawn,
+        user_feeds=partial(reference.feeds, SIZES[0]),
+        base=reference.base_facts(),
+        precision=options.computes_in,
+        narrow=runs.narrow,
+    )
+    return probe_file(output.path, subject, options.probe, session.provider, warnings)
 
 
 def _inserted(captured: Captured, adapter: Adapter) -> CapturedModule:

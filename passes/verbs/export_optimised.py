@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
 from lora_fx.files.run_files import remember
-from lora_fx.inputs import SIZES, Inputs, Named
+from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.made_for import forms_for
+from lora_fx.onnx.manifest import PROPERTY as MANIFEST
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
@@ -32,8 +32,10 @@ from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_probe import probe_file, summary
-from lora_fx.probe.probe import NONE, SHORT
-from lora_fx.probe.sentences import findings_of, tolerant
+from lora_fx.passes.verbs.verify_probe import report_on
+from lora_fx.probe.probe import NONE, PROPERTY, SHORT
+from lora_fx.probe.sentences import tolerant
+from lora_fx.probe.verdict import RIGHT
 from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
@@ -121,19 +123,26 @@ def _add_probe(
     """Give the rewritten file a probe; return the field of the report.
 
     It is the source's own, where it has one and the rewritten file passes it within the gate of its
-    precision. Else it knows the source's outputs alone.
+    precision, with every adapter. Else it knows the source's outputs alone.
+
+    Raises:
+        LoraFxError: The source's probe is damaged.
     """
     if options.probe == NONE:
         return {}
-    try:
-        probe = tolerant(probe_of(source), GATES.get(options.precision or "", 0.0))
-    except LoraFxError:  # the source has none
+    if PROPERTY not in of_source.metadata:
+        if MANIFEST in of_source.metadata:
+            notes.append(f"no probe: {source} takes adapters, and has none that would know them")
+            return {}
         subject = _subject(output, of_source, options)
         return probe_file(output.path, subject, options.probe, of_source.provider, notes)
-    runs = run_probe(output.path, probe, options.provider)
-    failed = [str(finding) for finding in findings_of(probe, runs.answers) if not finding.passed]
-    if failed:
-        notes.append(f"no probe: that of {source} does not fit the rewritten file: {failed[0]}")
+    probe = tolerant(probe_of(source), GATES.get(options.precision or "", 0.0))
+    runs = run_probe(output.path, probe, options.provider, beside=Path(source))
+    report = report_on(output.target, probe, runs)
+    if not report:
+        failed = [row["sentence"] for row in report.details["verdicts"] if row["verdict"] != RIGHT]
+        reason = [*failed, *report.warnings][0]
+        notes.append(f"no probe: that of {source} does not fit the rewritten file: {reason}")
         return {}
     if options.probe == SHORT:
         probe = probe.without_groups()
@@ -159,14 +168,9 @@ def _subject(output: Output, of_source: RuntimeSession, options: ExportOptions) 
         vary=of_model,
         adapters={},
         found=Found(()),
-        feeds=partial(_feeds, inputs, options.inputs or {}),
+        feeds=partial(inputs.sample, SIZES[0]),
         precision=options.computes_in,
     )
-
-
-def _feeds(inputs: Inputs, arrays: Named, seed: int) -> dict[str, Array]:
-    """Return drawn inputs, with the user's in their place."""
-    return {**inputs.sample(SIZES[0], seed), **arrays}
 
 
 def _said_of_forms(stages: Sequence[RewriteStage], target: str) -> list[str]:

@@ -320,6 +320,11 @@ class ExportOptions:
         return ".safetensors" if self.requires_factors else ".onnx_adapter"
 
     @property
+    def base_file(self) -> str | None:
+        """The name of the file that stands for the base, where A and B have no defaults."""
+        return f"{self.target.stem}.base.safetensors" if self.requires_factors else None
+
+    @property
     def rewrites(self) -> bool:
         """Whether the graph of an .onnx file is rewritten beyond its weights, and so has to run."""
         return self.optimise or self.precision is not None or self.made_for != CPU

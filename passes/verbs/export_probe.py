@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import onnx
 
 from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.onnx.probe_runs import add_probe
@@ -40,12 +43,31 @@ def probe_file(
     """
     if kind == NONE:
         return {}
+    if subject.precision == "float32":
+        subject = replace(subject, precision=precision_in(path))
     probe, notes = make_probe(subject, kind, facts_of(subject, provider))
     warnings += notes
     if probe is None:
         return {}
     add(path, probe)
     return {"probe": summary(probe)}
+
+
+def precision_in(path: Path) -> str:
+    """Return what an .onnx file computes in: int8 or float16 where it has any of it, or float32."""
+    model = onnx.load(path, load_external_data=False)
+    quantises = {
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "MatMulInteger",
+        "DynamicQuantizeMatMul",
+    }
+    if any(node.op_type in quantises for node in model.graph.node):
+        return "int8"
+    dtypes = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    if onnx.TensorProto.BFLOAT16 in dtypes:
+        return "bfloat16"
+    return "float16" if onnx.TensorProto.FLOAT16 in dtypes else "float32"
 
 
 def summary(probe: Probe) -> Json:

@@ -157,9 +157,11 @@ def _subject(
         is_slow=file.options.mode == "load",
         adapters=adapters,
         found=found,
-        feeds=partial(reference.feeds, SIZES[0]),
+        feeds=reference.drawn,
+        user_feeds=partial(reference.feeds, SIZES[0]),
         base=reference.base_facts(),
         files={name: f"{name}{file.options.adapter_ending}" for name in adapters},
+        base_file=file.options.base_file,
         precision=file.options.computes_in,
         narrow=runs.narrow,
     )

@@ -217,7 +217,8 @@ def _subject(session: RuntimeSession, reference: OnnxReference, plan: OnnxMergeP
         vary=reference.run,
         adapters={"adapter": adapter},
         found=plan.targets,
-        feeds=partial(reference.feeds, SIZES[0]),
+        feeds=reference.drawn,
+        user_feeds=partial(reference.feeds, SIZES[0]),
         base=reference.base_facts(),
     )
 

@@ -78,5 +78,9 @@ def report_on(
     }
     if runs.ids:
         details["ids"] = runs.ids
-    ok = ids_checked and not runs.refused and all(finding.passed for finding in findings)
+    ok = (
+        ids_checked
+        and not (runs.absent or runs.refused)
+        and all(finding.passed for finding in findings)
+    )
     return Report("verify", ok, warnings=tuple(warnings), details=details)

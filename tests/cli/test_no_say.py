@@ -82,6 +82,7 @@ ALWAYS: dict[str, dict[str, str]] = {
         "include": TARGETS, "exclude": TARGETS, "trust": PERMITS, "fuse": GOAL, "split": GOAL,
     },
     "verify": {"a": READS, "b": READS, "run": GOAL, "trust": PERMITS},
+    "probe": {"adapter": READS, "base": GOAL, "server": GOAL},
     "doctor": {
         "base": READS, "adapter": READS, "server": GOAL,
         **dict.fromkeys(
@@ -106,6 +107,7 @@ EXPORT = "export model.py:build start -o out.onnx"
 PROGRAM = "export model.py:build start -o out.pt2 --mode switch"
 FROM_ONNX = "export m.onnx start -o out.onnx"
 PLAN = "plan model.py:build -o out.json"
+PROBE = "probe start --server http://127.0.0.1:9"
 FITS = "verify base.safetensors start"
 TENSORS = "verify base.safetensors tuned.safetensors"
 NO_SAY: list[tuple[str, str, str]] = [
@@ -253,6 +255,12 @@ NO_SAY: list[tuple[str, str, str]] = [
     *(("verify m.onnx m.onnx", o, "which are already graphs") for o in GRAPH),
     ("verify m.onnx m.onnx", "--all", "except for tensor files with an --adapter"),
     ("verify model.py:build model.py:build", "--provider cpu", "when no .onnx file is run"),
+    *(
+        ("probe start --base model.py:build -o out.json", o, "without --server URL")
+        for o in ("--model x", "--base-model x", "--other start", "--timeout 5")
+    ),
+    (f"{PROBE} --model x", "--trust", "without --base MODEL"),
+    (f"{PROBE} --model x", "-o out.json", "without --base MODEL"),
     ("bench m.onnx --inputs inputs.npz", "--size 1,8", "which has one size"),
 ]  # fmt: skip
 

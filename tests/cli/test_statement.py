@@ -50,7 +50,7 @@ def test_a_check_names_what_it_read(folder: Path, capsys: pytest.CaptureFixture[
     code, _, _ = run(capsys, "verify", "m.onnx", "--provider", "cpu", "--attest", "s.json")
     assert not code
     statement = json.loads(Path("s.json").read_text())
-    files = ["m.onnx", "m.onnx.data"]
+    files = ["m.onnx", "m.onnx.data", "de.onnx_adapter", "fr.onnx_adapter"]
     assert named(statement["subject"]) == {name: digest(folder / name) for name in files}
     result = statement["predicate"]["result"]
     assert [row["verdict"] for row in result["verdicts"]] == ["right", "right", "right"]

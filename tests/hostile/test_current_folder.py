@@ -41,6 +41,7 @@ LINES = {
     "plan": "plan net:build data.csv -o out.json --method eva",
     "convert": "convert peft -o out.safetensors --format kohya",
     "verify": "verify base.safetensors base.safetensors --adapter peft",
+    "probe": "probe peft --base net.py:build -o out.json",
     "doctor": "doctor base.safetensors peft",
     "bench": "bench graph.onnx --rounds 2",
     "demo": "demo --help",

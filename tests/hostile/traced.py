@@ -53,6 +53,7 @@ LINES = {
     "verify --run": "verify m m --run",
     "verify --adapter": "verify m m --adapter adapter",
     "verify an adapter": "verify m adapter",
+    "probe": "probe adapter --base m -o out.json",
     "doctor": "doctor m adapter",
     "truncate --table": "truncate adapter --table data.npz --model m",
     "convert --base": "convert adapter -o out.safetensors --format kohya --base m",

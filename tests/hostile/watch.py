@@ -27,6 +27,8 @@ from typing import Any
 MARK = "hostile_canary"
 HUB = "hf:org/model"
 """The one argument for which a socket is opened; nothing listens where the Hub is here."""
+SERVER = "http://localhost:9"
+"""The one option for which a socket is opened; nobody listens there either."""
 EVENTS = {
     "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
     "socket.connect", "socket.getaddrinfo",
@@ -65,6 +67,29 @@ def _adapter(folder: Path, **config: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
 
 
+def _probe(folder: Path, **facts: Any) -> None:
+    """A probe with a question for a server, which names other servers."""
+    continuations = {"values": [-1.0], "greedy": [[1]], "texts": ["https://127.0.0.1:9/x"]}
+    language = {
+        "prompts": [{"text": "https://127.0.0.1:9/x", "tokens": [1]}],
+        "points": [[0, 1, "https://127.0.0.1:9/x"]],
+        "tolerance": 0.001,
+        "base": continuations,
+        "adapter": {**continuations, "values": [-2.0]},
+    }
+    whole = {
+        "format": 1,
+        "mode": "adapter",
+        "inputs": {"x": {"dtype": "float32", "shape": [1], "fill": 1}},
+        "outputs": {"y": {"shape": [1], "largest": 1.0, "tolerance": 0.1}},
+        "points": [["y", 0]],
+        "adapters": {"a": {"values": [1.0]}},
+        "language": language,
+        **facts,
+    }
+    (folder / "lora_fx_probe.json").write_text(json.dumps(whole))
+
+
 def make(root: Path) -> tuple[list[str], list[str]]:
     """(models, adapters): hostile files, and a good one of each to pair them with."""
     evil = pickle.dumps(Payload(root))
@@ -100,6 +125,7 @@ def make(root: Path) -> tuple[list[str], list[str]]:
     models += ["pickle.safetensors", "bomb.safetensors", "evil.pt2", "evil.onnx"]
 
     _adapter(root / "good_adapter")
+    _probe(root / "good_adapter", facts={"server": "https://127.0.0.1:9/x", "code": MARK})
     _adapter(root / "mapped", auto_mapping={"base_model_class": MARK, "parent_library": "os"})
     _adapter(root / "megatron", megatron_core="os", megatron_config={"x": MARK})
     _adapter(root / "remote", base_model_name_or_path="https://127.0.0.1:9/x", revision=MARK)
@@ -133,6 +159,7 @@ def commands(models: list[str], adapters: list[str]) -> list[list[str]]:
             ["extract", good, m, "-o", "out"],
             ["verify", m, good],
             ["verify", good, m, "--adapter", fine],
+            ["probe", fine, "--base", m, "-o", "out.json"],
             ["doctor", m, fine],
         ]
     for a in adapters:
@@ -144,6 +171,8 @@ def commands(models: list[str], adapters: list[str]) -> list[list[str]]:
             ["convert", a, "-o", "out.safetensors", "--format", "kohya"],
             ["verify", good, a],
             ["verify", good, good, "--adapter", a],
+            ["probe", a, "--base", "own_code", "-o", "out.json"],
+            ["probe", a, "--server", SERVER, "--model", "x"],
             ["doctor", good, a],
         ]
     return [*lines, ["merge", HUB, fine, "-o", "out"], ["doctor", good, HUB]]

@@ -286,6 +286,7 @@ def test_an_adapter_file_that_is_missing_is_said(right: tuple[str, Path], tmp_pa
     ending = ".safetensors" if kind == "portable" else ".onnx_adapter"
     (tmp_path / f"fr{ending}").unlink()
     report = lora_fx.verify(tmp_path / "m.onnx")
+    assert not report
     assert verdicts(report) == {"base": "right", "de": "right"}
     assert report.warnings == (f"fr is not verified: {tmp_path / f'fr{ending}'} does not exist",)
 

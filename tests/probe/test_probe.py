@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_fx
@@ -21,6 +21,7 @@ from lora_fx.onnx.probe_runs import add_probe, probe_of
 from lora_fx.probe.drawn import drawn
 from lora_fx.probe.groups import groups_of
 from lora_fx.probe.probe import Probe, ProbedAdapter, ProbeInput, ProbeOutput
+from lora_fx.probe.sentences import sentence_of_causes
 from lora_fx.probe.verdict import Gauge, Known, fitted_scale, verdict_on_adapter, verdict_on_base
 from lora_fx.targets.found import Found
 from tests.probe.model import adapters, encoder
@@ -221,11 +222,11 @@ def test_what_is_expected_is_right(base: Any, change_of_adapter: Any) -> None:
     assert verdict_on_base(base, base, {}, GAUGE) == "right"
 
 
-@given(NUMBERS, NUMBERS, st.integers(2, 60))
-def test_a_scale_is_named_only_where_it_explains(base: Any, slope: Any, twentieths: int) -> None:
+@given(NUMBERS, NUMBERS, st.integers(10, 300))
+def test_a_scale_is_named_only_where_it_explains(base: Any, slope: Any, hundredths: int) -> None:
     """Outputs that are linear in the scale, which the cubic fits exactly."""
-    assume(np.abs(slope).max() > 1e-3)
-    scale = twentieths / 20
+    slope = slope + np.copysign(0.01, slope)  # that every point is moved
+    scale = hundredths / 100
     known = Known(base + slope, base, {}, {}, base + slope / 2, base + 2 * slope)
     found = fitted_scale(base + scale * slope, known, GAUGE)
     if abs(scale - 1) <= 0.1 + 1e-9:
@@ -237,8 +238,16 @@ def test_a_scale_is_named_only_where_it_explains(base: Any, slope: Any, twentiet
 @given(NUMBERS, NUMBERS, NUMBERS)
 def test_no_cause_is_named_for_anything_else(base: Any, change_of_adapter: Any, other: Any) -> None:
     """A named cause explains the run: its own outputs are near what was found."""
-    known = Known(base + change_of_adapter, base, {"fr": base - change_of_adapter})
+    known = Known(
+        base + change_of_adapter,
+        base,
+        {"fr": base - change_of_adapter},
+        {},
+        base + change_of_adapter / 2,
+        base + 2 * change_of_adapter,
+    )
     verdict = verdict_on_adapter(other, known, GAUGE)
+    assert not str(verdict).startswith("scaled") or verdict in ("scaled by 0.5", "scaled by 2")
     near = {
         "right": known.expected,
         "no effect": base,
@@ -268,22 +277,53 @@ def test_the_largest_numbers_are_compared() -> None:
     assert verdict_on_adapter(base, known, GAUGE) == "no effect or without q or scaled by 0.5"
 
 
+SIGNS = np.array([1, -1, 1, 1, -1, -1, 1, -1])
+
+
 def test_two_causes_that_are_alike_are_both_named() -> None:
     base = np.zeros(POINTS)
     known = Known(base + 1, base, {}, {"q": base, "v": base + 0.5})
     assert verdict_on_adapter(base, known, GAUGE) == "no effect or without q"
     assert verdict_on_adapter(base + 0.5, known, GAUGE) == "without v"
-    assert verdict_on_adapter(base + 0.501, known, GAUGE) == "without v in tf32"
-    assert verdict_on_adapter(base + 1.001, known, GAUGE) == "right in tf32"
-    assert verdict_on_adapter(base + 1.01, known, GAUGE) == "right in bfloat16"
-    assert verdict_on_adapter(base + 1.1, known, GAUGE) == "differs"
+    assert verdict_on_adapter(base + 0.5 + 0.001 * SIGNS, known, GAUGE) == "without v in tf32"
+    assert verdict_on_adapter(base + 1 + 0.001 * SIGNS, known, GAUGE) == "right in tf32"
+    assert verdict_on_adapter(base + 1 + 0.01 * SIGNS, known, GAUGE) == "right in bfloat16"
+    assert verdict_on_adapter(base + 1 + 0.1 * SIGNS, known, GAUGE) == "differs"
 
 
 def test_no_precision_hides_a_small_effect() -> None:
     base = np.zeros(POINTS)
     known = Known(base + 0.02, base)
-    assert verdict_on_adapter(base + 0.0205, known, GAUGE) == "right in tf32"
-    assert verdict_on_adapter(base + 0.012, known, GAUGE) == "differs"
+    assert verdict_on_adapter(base + 0.02 + 0.0005 * SIGNS, known, GAUGE) == "right in tf32"
+    assert verdict_on_adapter(base + 0.02 + 0.008 * SIGNS, known, GAUGE) == "differs"
+
+
+def test_a_scale_near_one_is_no_precision() -> None:
+    base = np.zeros(POINTS)
+    known = Known(base + 0.02 * SIGNS, base)
+    assert verdict_on_adapter(1.02 * known.expected, known, GAUGE) == "scaled by 1.02"
+    assert verdict_on_adapter(0.97 * known.expected, known, GAUGE) == "scaled by 0.97"
+
+
+def test_a_few_points_tell_no_scale() -> None:
+    """One number, such as a mean, lies near the cubic of every adapter."""
+    for count in (1, 2, 7):
+        few = Gauge(GAUGE.largest[:count], GAUGE.tolerance[:count], GAUGE.precisions)
+        base = np.zeros(count)
+        known = Known(base + 1, base, {}, {}, base + 0.5, base + 2)
+        for number in (0.3, 0.95, 1.04, 1.5, 2.6):
+            assert verdict_on_adapter(base + number, known, few) in ("differs", "right in bfloat16")
+
+
+def test_names_that_hold_the_words_of_verdicts() -> None:
+    base = np.zeros(POINTS)
+    name = "x or y in z"
+    known = Known(base + 1, base, {name: base + 2 * SIGNS})
+    verdict = verdict_on_adapter(base + 2 * SIGNS, known, GAUGE)
+    assert verdict == "adapter x or y in z"
+    assert verdict.causes == ("adapter x or y in z",)
+    assert verdict.precision == "" and not verdict.is_right
+    assert sentence_of_causes(verdict) == "the outputs are those of the adapter x or y in z"
 
 
 def found_targets() -> Found:
