@@ -156,7 +156,8 @@ def test_two_runs_with_one_seed_write_the_same_bytes(
         assert run(capsys, *argv, "--dropout", "0.3", "-o", name, "--seed", seed)[0] == 0
         files = {p.name: p.read_bytes() for p in sorted((home / name).iterdir())}
         written[name] = files
-    assert set(written["a"]) == {"adapter_config.json", "adapter_model.safetensors", "lora_fx.json"}
+    of_adapter = {"adapter_config.json", "adapter_model.safetensors", "lora_fx_probe.json"}
+    assert set(written["a"]) == {*of_adapter, "lora_fx.json"}
     assert written["a"] == written["b"]
     assert written["a"]["adapter_model.safetensors"] != written["c"]["adapter_model.safetensors"]
 

@@ -150,8 +150,8 @@ def cast(path: Path, dtype: torch.dtype) -> None:
 
     with safe_open(path / SHARD, "np") as file:
         metadata = file.metadata()
-    save({name: value.to(dtype) for name, value in load(path / SHARD).items()},
-         path / SHARD, metadata)  # fmt: skip
+    tensors = {name: value.to(dtype) for name, value in load(path / SHARD).items()}
+    save(tensors, path / SHARD, metadata)
     config: dict[str, Any] = json.loads((path / "config.json").read_text())
     name = str(dtype).removeprefix("torch.")
     (path / "config.json").write_text(json.dumps({**config, "dtype": name}))

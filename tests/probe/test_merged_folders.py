@@ -20,6 +20,7 @@ from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.passes.verbs import verify_checkpoint
+from lora_fx.passes.verbs.probe_adapter import add_to_adapter
 from lora_fx.probe.probe import Probe
 from tests.probe import folders
 from tests.probe.folders import SHARD, SPOILT
@@ -67,6 +68,27 @@ def test_a_narrow_folder_is_told_within_its_dtype(
     folders.cast(merged, dtype)
     report = lora_fx.verify(merged)
     assert verdicts(report) == {"adapter": "no effect"} and not report
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 4 * 2.0**-7), (torch.float16, 4 * 2.0**-10)]
+)
+def test_a_narrow_base_has_a_probe_of_its_dtype(
+    dtype: torch.dtype, tolerance: float, all_files: Path, tmp_path: Path
+) -> None:
+    base = folders.copy(all_files / "base", tmp_path / "base")
+    folders.cast(base, dtype)
+    module = folders.module_of(base)
+    lora_fx.save_adapter(module.adapter(), tmp_path / "adapter")
+    add_to_adapter(str(tmp_path / "adapter"), module, "full")
+    lora_fx.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    probe = probe_of_merge(open_checkpoint(tmp_path / "merged"))
+    assert probe.outputs["logits"].tolerance == pytest.approx(tolerance, rel=1e-2)
+    assert not probe.precisions
+    assert verdicts(lora_fx.verify(tmp_path / "merged")) == {"adapter": "right"}
+    folders.put(folders.base_tensors(all_files), tmp_path / "merged")
+    folders.cast(tmp_path / "merged", dtype)
+    assert verdicts(lora_fx.verify(tmp_path / "merged")) == {"adapter": "no effect"}
 
 
 def test_codes_are_told_only_where_they_are_right(
