@@ -28,6 +28,7 @@ from lora_fx.cli.train_options import (
     defaults_taken,
     with_checks,
 )
+from lora_fx.errors import expect_name
 from lora_fx.run_defaults import CAUSAL, OTHERS
 
 
@@ -75,7 +76,10 @@ def command(
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert_into
+    from lora_fx.passes.verbs.probe_adapter import add_to_adapter
+    from lora_fx.probe.probe import KINDS
 
+    expect_name(loop.probe, KINDS, "unknown probe", "use full, short or none")
     with together(loop.device) as (world, device):
         check_output(output, force=force, names=FORMATS.default.folder_files)
         check_device(device)
@@ -120,12 +124,14 @@ def command(
             return
         note(*report.warnings, *prove_as_it_is(module), warns=True)
         note(*save_adapter(module.adapter(), output, force=force))
+        of_probe, notes_on_probe = add_to_adapter(output, module, loop.probe)
+        note(*notes_on_probe)
         outputs = [output]
         if loop.curve:
             outputs.append(loop.curve)
         made = module.report()
         counts = {"training": len(training), "validation": len(validation)}
         fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}
-        fields |= {"examples": counts, **report.to_json()}
+        fields |= {"examples": counts, **report.to_json(), **of_probe}
         said = f"{made}\n{report}\nwrote {' and '.join(outputs)}"
         emit(said, warnings=made.notes, **fields)

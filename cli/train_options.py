@@ -82,6 +82,11 @@ class LoopOptions:
         metavar="FILE.csv",
         help="Write the losses to a CSV file during the run: step, loss, validation.",
     )
+    probe: str = option(
+        "--probe",
+        default="full",
+        help="Write a probe of the adapter: full; short, without groups of targets; or none.",
+    )
     device: str = option("--device", default="cpu", help="Train on cpu or cuda.")
     epochs: float = option(
         "--epochs", type=ABOVE_0, default=3.0, help="Set how often DATA is read through."

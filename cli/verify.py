@@ -119,8 +119,9 @@ def command(
 ) -> None:
     r"""Compare models A and B, check that adapter B fits model A, or check file A alone.
 
-    Without B, the .onnx file A is run on the probe that export put into it: it says whether the
-    base is the same, whether each adapter takes effect, and where it can tell, what is wrong.
+    Without B, an exported .onnx or .pt2 file or a merged folder is run on the probe that it holds:
+    it says whether the base is the same, whether each adapter takes effect, and where it can tell,
+    what is wrong.
 
     Two Hugging Face folders or .safetensors files are compared tensor by tensor; with --adapter, A
     must equal B with the adapter merged. Other models are run on the same inputs, and their outputs
@@ -132,6 +133,7 @@ def command(
     \b
     lora-fx verify model.onnx
     lora-fx verify model.onnx --provider cuda
+    lora-fx verify ./merged
     lora-fx verify ./merged ./llama --adapter ./adapter
     lora-fx verify bert.onnx ./my-bert --adapter ./adapter
     lora-fx verify merged.onnx bert.onnx --adapter ./adapter

@@ -472,9 +472,9 @@ NODES = {
     "lora_fx.onnx.graph": 18_000,
     "lora_fx.onnx.rewrites": 7_400,
     "lora_fx.passes": 19_000,
-    "lora_fx.passes.proofs": 35_000,
-    "lora_fx.passes.verbs": 48_000,
-    "lora_fx.probe": 17_000,
+    "lora_fx.passes.proofs": 36_000,
+    "lora_fx.passes.verbs": 52_000,
+    "lora_fx.probe": 18_000,
     "lora_fx.report": 9_000,
     "lora_fx.targets": 15_500,
 }

@@ -7,6 +7,8 @@ where there is no chromium or no `npm ci --prefix samples`.
 from __future__ import annotations
 
 import functools
+import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 
 import lora_fx
 from lora_fx.dtypes import Array
@@ -202,6 +206,42 @@ def test_the_batch_is_what_was_drawn(served: Served, examples: Array) -> None:
     for k, (down, right) in enumerate([(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)]):
         wanted = padded[:, 1 - down : 9 - down, 1 - right : 9 - right]
         np.testing.assert_array_equal(own[:, k], wanted)
+
+
+PROOF = "document.getElementById('proof').textContent"
+
+
+def test_the_network_is_what_it_was(served: Served) -> None:
+    """By the probe in its file, on the provider that runs it."""
+    told = served.tab.value(PROOF)
+    assert told == "The network computes here what it did when its file was written."
+
+
+@pytest.mark.parametrize(
+    ("properties", "told"),
+    [
+        (True, "The network does not compute here what it did when its file was written: "),
+        (False, "The network cannot be checked here: the file has no probe"),
+    ],
+)
+def test_another_network_is_told(properties: bool, told: str, site: Path, tmp_path: Path) -> None:
+    """One whose weights have changed, and one without a probe."""
+    folder = tmp_path / "site"
+    shutil.copytree(site, folder)
+    model = onnx.load(folder / "forward.onnx")
+    weight = max(model.graph.initializer, key=lambda tensor: math.prod(tensor.dims))
+    weight.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(weight), weight.name))
+    if not properties:
+        del model.metadata_props[:]
+    onnx.save(model, folder / "forward.onnx")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with browser(tmp_path / "profile") as tab:
+        tab.open(f"http://127.0.0.1:{server.server_port}/")
+        wait(tab, f"document.getElementById('status').textContent === {READY['wasm']!r}")
+        assert tab.value(PROOF).startswith(told)
+    server.shutdown()
+    server.server_close()
 
 
 def test_losses_are_pythons(served: Served, trained: tuple[TrainSession, list[float]]) -> None:

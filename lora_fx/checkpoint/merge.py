@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.checkpoint.companions import REPORTS, report_name
 from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.checkpoint.make_plan import make_plan
@@ -18,7 +19,6 @@ from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
 from lora_fx.checkpoint.merge_report import report_json, report_of
 from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.prove import prove
-from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.requantise import refuse_loss
 from lora_fx.checkpoint.write import Progress, write
 from lora_fx.compare import Report

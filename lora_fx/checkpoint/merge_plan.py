@@ -16,6 +16,8 @@ from lora_fx.errors import stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.hub import hub_record
 from lora_fx.files.safetensors import TensorInfo
+from lora_fx.probe.carried import FIELD, is_of
+from lora_fx.probe.probe import Probe
 from lora_fx.text import Json, human, table
 
 
@@ -88,6 +90,27 @@ class MergePlan:
         if options:
             merge["options"] = options
         return json.dumps([*history(self.base), merge], separators=(",", ":"))
+
+    def probe(self) -> tuple[str | None, str]:
+        """Return the text of the probe that holds for the output, and why there is none.
+
+        The reason is empty where no adapter has a probe.
+        """
+        texts = [
+            item.adapter.metadata[FIELD] for item in self.adapters if FIELD in item.adapter.metadata
+        ]
+        if not texts:
+            return None, ""
+        if len(self.adapters) > 1:
+            return None, "several adapters are merged"
+        (adapter,) = self.adapters
+        if adapter.weight != 1:
+            return None, f"the adapter is merged with weight {adapter.weight:g}"
+        if history(self.base):
+            return None, "the base has an adapter merged into it already"
+        if not is_of(Probe.from_text(texts[0], adapter.where), adapter.hash):
+            return None, f"that of {adapter.where} is of the adapter as it was before a change"
+        return texts[0], ""
 
     def _recorded_options(self) -> Json:
         """Return the options that affect the written numbers, if they differ from the defaults."""

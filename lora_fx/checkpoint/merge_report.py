@@ -69,6 +69,10 @@ def _output_warnings(plan: MergePlan) -> Iterator[str]:
     if not_copied:
         yield f"not copied, hidden files or other copies of the weights: {some(not_copied, 5)}"
 
+    _, why = plan.probe()
+    if why:
+        yield f"no probe is written: {why}"
+
     name = report_name(plan)
     if plan.base.path.is_dir() and name != REPORTS[0]:
         stays = f"{REPORTS[0]} belongs to the base and is kept"

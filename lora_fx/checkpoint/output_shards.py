@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fx.checkpoint.merge_plan import MergePlan
-from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.tensor_change import TensorChange
 from lora_fx.dtypes import DTYPES
 from lora_fx.files.safetensors import Header, TensorInfo
+from lora_fx.probe.probe import PROPERTY
 from lora_fx.text import Json
 
 
@@ -58,14 +58,14 @@ def untouched_runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
             yield [*run]
 
 
-def lay_out(plan: MergePlan, name: str, target: Path, record: str) -> Shard | None:
+def lay_out(plan: MergePlan, name: str, target: Path, texts: Mapping[str, str]) -> Shard | None:
     """Lay out the output file of a shard; return None if nothing in it changes.
 
     Args:
         plan: The plan.
         name: The shard's name.
         target: The output file.
-        record: What its metadata says of the merge.
+        texts: What its metadata says of the merge.
     """
     header = plan.base.shards[name]
     changes: dict[str, TensorChange] = {}
@@ -77,7 +77,7 @@ def lay_out(plan: MergePlan, name: str, target: Path, record: str) -> Shard | No
         return None
 
     slots = _slots(header, changes, added)
-    head = _head(header, slots, added, record)
+    head = _head(header, slots, added, texts)
     return Shard(target, head, tuple(slots.values()))
 
 
@@ -110,12 +110,13 @@ def _head(
     header: Header,
     slots: Mapping[str, TensorSlot],
     added: Sequence[TensorChange],
-    record: str,
+    texts: Mapping[str, str],
 ) -> bytes:
     """Return the header of an output file: names in the base's order, then new tensors."""
     # A file without metadata loads in transformers, one without this of its metadata does not.
-    metadata = header.metadata or {"format": "pt"}
-    entries: Json = {"__metadata__": {**metadata, METADATA: record}}
+    metadata = dict(header.metadata or {"format": "pt"})
+    metadata.pop(PROPERTY, None)  # an earlier merge's
+    entries: Json = {"__metadata__": {**metadata, **texts}}
     for name in (*header.tensors, *(change.name for change in added)):
         slot = slots[name]
         entries[name] = {

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.checkpoint.base_fingerprint import stretches
 from lora_fx.checkpoint.findings import Finding
 from lora_fx.checkpoint.int8 import int8_of
 from lora_fx.checkpoint.match import match, stored_names
 from lora_fx.checkpoint.merge_settings import MergeOptions
-from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.raw_adapter import Raw, read_raw
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.stored_stacks import stacked

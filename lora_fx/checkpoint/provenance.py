@@ -11,16 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows, Rotation
-from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.refusal import MERGED, MergeRefusal
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
@@ -32,18 +25,6 @@ from lora_fx.text import Json, JsonView
 METADATA = "lora_fx.merge"
 SAMPLE = 32 << 10
 """The number of bytes at each end of a tensor that a sample holds."""
-
-
-_HASHED: Mapping[type[Entry], tuple[str, ...]] = {
-    LowRank: ("a", "b", "scale"),
-    Full: ("value",),
-    Hadamard: ("a1", "b1", "a2", "b2", "scale"),
-    Kronecker: ("w1", "w2", "scale"),
-    Rotation: ("turn",),
-    Dense: ("value", "scale"),
-    ReplacedRows: ("index", "value"),
-}
-"""The fields of an update that go into its adapter's hash, in order."""
 
 
 def layout_hash(tensors: Tensors) -> str:
@@ -61,30 +42,6 @@ def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
         last = stored_bytes(info, max(0, size - SAMPLE), size)
         digest.update(name.encode() + b"\0" + first.tobytes() + last.tobytes())
     return digest.hexdigest()
-
-
-def adapter_hash(adapter: Adapter) -> str:
-    """Return a hash of all factors and scales, by key; file names and metadata do not count."""
-    digest = hashlib.sha256()
-    for key in sorted(adapter.entries):
-        digest.update(key.encode() + b"\0")
-        for name, value in _hashed(adapter.entries[key]):
-            if isinstance(value, np.ndarray):
-                digest.update(f"{value.dtype}{value.shape}".encode())
-                if value.size:
-                    digest.update(np.ascontiguousarray(value).data.cast("B"))
-            elif value is not None:
-                number = float(value) if name == "scale" else tuple(value)
-                digest.update(repr(number).encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _hashed(entry: Entry) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of an update that go into its adapter's hash, in order."""
-    for name in _HASHED[type(entry)]:
-        yield name, getattr(entry, name)
-    if isinstance(entry, LowRank):
-        yield from variant_of(entry).beside(entry).items()
 
 
 def history(checkpoint: Checkpoint) -> list[Json]:

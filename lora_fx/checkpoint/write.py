@@ -25,6 +25,7 @@ from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.checkpoint.merge_jobs import Done, Job, copied, flushed, in_turn, reserved
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.checkpoint.output_shards import Shard, lay_out, untouched_runs
+from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.requantise import joined, ranges, recoded
 from lora_fx.checkpoint.stored_rows import Space, read_rows
 from lora_fx.checkpoint.tensor_change import TensorChange
@@ -32,6 +33,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.files.copying import copy_range, reflink, write_at
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.quantised.quantised_weight import Written
+from lora_fx.probe.probe import PROPERTY
 
 CHUNK = 64 << 20
 """The number of bytes in one copy job."""
@@ -67,14 +69,17 @@ def write(
         OSError: The disk is full, a file cannot be read …
     """
     is_folder = plan.base.path.is_dir()
-    record = plan.record()
+    texts = {METADATA: plan.record()}
+    probe, _ = plan.probe()
     if is_folder:
         stage.mkdir()
     touched: list[Shard] = []
     untouched: dict[str, Path] = {}
     for name in plan.base.shards:
         target = stage / name if is_folder else stage
-        shard = lay_out(plan, name, target, record)
+        # the probe goes into the first file that is written
+        more = {PROPERTY: probe} if probe is not None and not touched else {}
+        shard = lay_out(plan, name, target, {**texts, **more})
         if shard is None:
             untouched[name] = target
         else:

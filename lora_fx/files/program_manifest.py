@@ -1,4 +1,4 @@
-"""The manifest of lora-fx in a .pt2 file, read without torch; the archive itself is fx/pt2's."""
+"""What lora-fx adds to a .pt2 file, read without torch; the archive itself is fx/pt2's."""
 
 from __future__ import annotations
 
@@ -22,22 +22,53 @@ UNREADABLE = (
 """What Python's zipfile raises for a damaged archive, or one of another kind."""
 
 
+HINT = "pass a file that lora-fx export --mode switch wrote"
+
+
 def program_manifest(path: Path) -> Json:
     """Return the manifest of a .pt2 file; an empty one where another program wrote the file.
 
     Raises:
         LoraFxError: The file cannot be read, or is no .pt2 file.
     """
-    hint = "pass a file that lora-fx export --mode switch wrote"
+    data = program_member(path, MANIFEST, MAX_JSON)
+    if data is None:
+        return {}
+    return json_object(data, f"{path}: its manifest", hint=HINT)
+
+
+def program_member(path: Path, member: str, most: int) -> bytes | None:
+    """Return the bytes of one member of a .pt2 file; None where the file has no such member.
+
+    Args:
+        path: The file.
+        member: The name below the archive's root folder.
+        most: The size in bytes above which the member is not read.
+
+    Raises:
+        LoraFxError: The file cannot be read, is no .pt2 file, or its member is too large.
+    """
     with open_input(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                members = [info for info in archive.infolist() if info.filename.endswith(MANIFEST)]
-                if not members:
-                    return {}
-                if members[0].file_size > MAX_JSON:
-                    raise LoraFxError(f"{path}: its manifest is too large", hint)
-                data = archive.read(members[0])
+                for info in archive.infolist():
+                    if info.filename.partition("/")[2] != member:
+                        continue
+                    if info.file_size > most:
+                        raise LoraFxError(
+                            f"{path}: its member {member} has {info.file_size} bytes; expected at "
+                            f"most {most}",
+                            HINT,
+                        )
+                    return archive.read(info)
         except UNREADABLE as e:
-            raise LoraFxError(f"{path}: not a .pt2 file: {one_line(e, 120)}", hint) from e
-    return json_object(data, f"{path}: its manifest", hint=hint)
+            raise LoraFxError(f"{path}: not a .pt2 file: {one_line(e, 120)}", HINT) from e
+    return None
+
+
+def add_member(path: Path, member: str, data: bytes) -> None:
+    """Add a member to a .pt2 file that was just written; the others keep their places."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        # the time of every member is that of ZIP's beginning, as torch writes it
+        archive.writestr(zipfile.ZipInfo(f"{root}/{member}"), data)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.adapter_formats import adapter_files
-from lora_fx.files.read import trusted
+from lora_fx.files.permissions import keep_mode
+from lora_fx.files.read import open_input, trusted
 from lora_fx.files.safetensors import TRUST, first_bytes, is_pickle, may_be_safetensors, read_header
 from lora_fx.files.stored_tensors import stored
 from lora_fx.text import Json
@@ -58,14 +61,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
         offsets = [offset, offset + array.nbytes]
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
         offset += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        _write_header(file, header)
         for name in order:
             file.write(np.ascontiguousarray(tensors[name]).tobytes())
         file.flush()
         os.fsync(file.fileno())
+
+
+def copy_with_text(source: Path, target: Path, name: str, text: str) -> None:
+    """Copy a safetensors file, with one more text in its header.
+
+    Args:
+        source: The file.
+        target: A new name within what `replacing` makes.
+        name: The field of the header's metadata; one of that name is replaced.
+        text: Its value.
+    """
+    header = read_header(source)
+    with open_input(source) as original, target.open("xb") as copy:
+        keep_mode(os.fstat(original.fileno()), target)
+        data = json.loads(original.read(header.data)[8:])
+        data["__metadata__"] = dict(sorted({**header.metadata, name: text}.items()))
+        _write_header(copy, data)
+        shutil.copyfileobj(original, copy)
+
+
+def _write_header(file: BinaryIO, header: Json) -> None:
+    """Write the header of a safetensors file."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
+    file.write(len(text).to_bytes(8, "little") + text)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

@@ -25,6 +25,7 @@ NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
 """Suffixes that an adapter is never written with."""
 
 _LARGE = 64 << 20
+_HEAD_OF_KIND = 64 << 10
 _ZIP = b"PK\x03\x04"
 _PICKLED = (".pkl", ".pickle")
 _WIDEST = 8
@@ -188,6 +189,15 @@ def is_adapter(path: str | PathLike[str]) -> bool:
         return FORMATS.is_pickle(path.name)
     head = look(path)
     return head.config or bool(FORMATS.detecting(head))
+
+
+def is_foreign_model(path: str | PathLike[str]) -> bool:
+    """Whether a file has the magic of an adapter's format, but holds no adapter (a GGUF model)."""
+    file = Path(path)
+    if not file.is_file():
+        return False
+    with open_input(file) as opened:
+        return FORMATS.kind_of(file, opened.read(_HEAD_OF_KIND)) == ""
 
 
 def _has_file_of(folder: Path, formats: Collection[Format]) -> bool:

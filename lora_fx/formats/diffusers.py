@@ -43,7 +43,7 @@ from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.checked_file import Arrays, File, module_and_part
 from lora_fx.formats.components import COMPONENTS, guess_component, has_home, split_component
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.header_json import FIELD, describe, restore
+from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restore
 from lora_fx.formats.naming import ForeignNames, taken_names
 from lora_fx.formats.peft.build_config import build_config
 from lora_fx.formats.peft.config import MERGE, check_config, mutation
@@ -305,6 +305,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         "format": "pt",
         HEADER: json.dumps(config, sort_keys=True),
         FIELD: describe(adapter, names),
+        **probe_in_header(adapter),
     }
     write_tensors(Path(path), tensors, header)
     return tuple(notes)
@@ -347,6 +348,7 @@ class DiffusersFile(Format):
 
     name = "diffusers"
     suffixes = (".safetensors",)
+    keeps_probe = True
     folder_files = (WEIGHTS,)
     pickles = ("pytorch_lora_weights.bin",)
 

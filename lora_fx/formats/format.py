@@ -81,6 +81,7 @@ class Format(Protocol):
         takes_base: Whether names or orders of rows depend on the model. Then `read` and `write` get
             its folder, where the user gave one, and None otherwise.
         fits_graphs: Whether it has `write_for`: files for one switchable graph (`--for X.onnx`).
+        keeps_probe: Whether it has a place for the text `metadata["probe"]`; see docs/probe.md.
         sole_suffix: Whether no other program has files of these endings, so that `--force` replaces
             such a file whatever it holds. Otherwise it replaces what the magic shows to be one.
     """
@@ -96,6 +97,7 @@ class Format(Protocol):
     keeps_variants: bool = False
     takes_base: bool = False
     fits_graphs: bool = False
+    keeps_probe: bool = False
     sole_suffix: bool = False
 
     def detect(self, seen: FileHead) -> bool:

@@ -68,6 +68,8 @@ from lora_fx.formats.llama_cpp_names import (
 )
 from lora_fx.formats.rotary_rows import to_halves, to_neighbours
 from lora_fx.formats.unsupported import refused
+from lora_fx.probe.carried import FIELD
+from lora_fx.probe.probe import PROPERTY
 from lora_fx.text import Json, StrPath, counted
 
 _KEY = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d{1,5})\.(.+)\.weight")
@@ -185,7 +187,10 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
             if key in entries:
                 raise file.error(stem, f"is a second update of {key!r}; expected one")
             entries[key] = update
-    return Adapter(entries, {"notes": file.notes})
+    metadata: Json = {"notes": file.notes}
+    if PROPERTY in fields:
+        metadata[FIELD] = fields[PROPERTY]
+    return Adapter(entries, metadata)
 
 
 def _names_for(fields: Json, base: StrPath | None, file: File) -> LlamaCppNames:
@@ -319,7 +324,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
         tensors[f"{name}.lora_a"] = a
         tensors[f"{name}.lora_b"] = b
     masters = {name: file.master(name, array) for name, array in tensors.items()}
-    _write(path, masters, alpha, names)
+    _write(path, masters, alpha, names, adapter.metadata.get(FIELD))
 
     scaled = sum(other != alpha for other in alphas.values())
     if not scaled:
@@ -430,11 +435,19 @@ def _stacked(name: str, by_expert: Mapping[int, _Piece], names: LlamaCppNames) -
     return a, b
 
 
-def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: LlamaCppNames) -> None:
+def _write(
+    path: StrPath,
+    tensors: Mapping[str, Array],
+    alpha: float,
+    names: LlamaCppNames,
+    probe: str | None,
+) -> None:
     writer = gguf_package().GGUFWriter(path, names.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
+    if probe is not None:
+        writer.add_string(PROPERTY, probe)
     for field, key in HEADS.items():
         count = names.config.get(field)
         if isinstance(count, int):
@@ -454,6 +467,7 @@ class GgufAdapter(Format):
     suffixes = (".gguf",)
     magic = Magic(b"GGUF")
     one_model = True
+    keeps_probe = True
     takes_base = True
 
     def is_adapter(self, head: bytes) -> bool:

@@ -18,6 +18,8 @@ from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.files.strict_json import json_object
 from lora_fx.ir.layout import Layout
+from lora_fx.probe import carried
+from lora_fx.probe.probe import PROPERTY
 from lora_fx.text import Json, JsonView
 
 FIELD = "lora_fx_names"
@@ -39,10 +41,18 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
         elif isinstance(entry, Kronecker):
             numbers = ("scale",)
         rows[names[key]] = {"key": key, **to_json(entry, "layout", "extra", *numbers)}
-    metadata = {name: value for name, value in adapter.metadata.items() if name != "notes"}
+    metadata = carried.without_probe(adapter.metadata)
+    metadata.pop("notes", None)
     if adapter.names:
         metadata |= adapter.names.to_json()
     return metadata_text({**stamp(), "names": rows, "metadata": metadata})
+
+
+def probe_in_header(adapter: Adapter) -> dict[str, str]:
+    """Return the field of a file's header for an adapter's probe; none without one."""
+    if carried.FIELD not in adapter.metadata:
+        return {}
+    return {PROPERTY: adapter.metadata[carried.FIELD]}
 
 
 def metadata_text(metadata: JsonView) -> str:

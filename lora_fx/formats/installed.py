@@ -35,8 +35,8 @@ GROUP = "lora_fx.formats"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _MEMBERS = (
     "name", "suffixes", "magic", "folder_files", "pickles", "only_read", "one_model",
-    "takes_empty", "keeps_variants", "takes_base", "fits_graphs", "sole_suffix", "detect",
-    "resembles", "is_adapter", "read", "write", "write_for",
+    "takes_empty", "keeps_variants", "takes_base", "fits_graphs", "keeps_probe", "sole_suffix",
+    "detect", "resembles", "is_adapter", "read", "write", "write_for",
 )  # fmt: skip
 _METHODS = ("detect", "resembles", "is_adapter", "read", "write", "write_for")
 OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".pt2", ".json")
@@ -174,6 +174,7 @@ class InstalledFormat(Format):
         self.keeps_variants = bool(inner.keeps_variants)
         self.takes_base = bool(inner.takes_base)
         self.fits_graphs = bool(inner.fits_graphs)
+        self.keeps_probe = bool(inner.keeps_probe)
         self.sole_suffix = bool(inner.sole_suffix)
 
     def detect(self, seen: FileHead) -> bool:

@@ -33,8 +33,10 @@ from lora_fx.formats.detect import (
 from lora_fx.formats.format import Format as AdapterFormat
 from lora_fx.formats.installed import InstalledFormat
 from lora_fx.formats.naming import ForeignNames, one_model
+from lora_fx.formats.probe_beside import with_probe
 from lora_fx.formats.registry import FORMATS, FormatName
 from lora_fx.formats.unsupported import refused
+from lora_fx.probe.carried import FIELD, carried, without_probe
 
 __all__ = [
     "FORMATS", "AdapterLike", "Format", "adapter_name", "as_adapter", "check_elements",
@@ -96,12 +98,16 @@ def save_adapter(
     if writer.one_model:
         adapter = one_model(adapter, f"format {format}")
     home = Path(local(base)) if writer.takes_base and base else None
+    adapter, notes_on_probe = carried(adapter)
+    if FIELD in adapter.metadata and not writer.keeps_probe:
+        adapter = replace(adapter, metadata=without_probe(adapter.metadata))
+        notes_on_probe = [f"the probe is not written: format {format} has no place for it"]
     with explained(target, itself=True):
         is_empty_folder = target.is_dir() and not single and not any(target.iterdir())
         with _output(target, writer, force or is_empty_folder) as stage:
             notes = writer.write(adapter, stage, home)
             _check_readable(stage, writer)
-    return (*notes, *_notes_on_variants(adapter, writer))
+    return (*notes, *notes_on_probe, *_notes_on_variants(adapter, writer))
 
 
 def save_for(
@@ -236,11 +242,13 @@ def load_adapter(
         return adapter_in(file)
     if most is not None:
         check_elements(file, most)
-    format = format_in(file, look(file))
+    head = look(file)
+    format = format_in(file, head)
     home = Path(base) if format.takes_base and base else None
     adapter = format.read(file, home)
     if isinstance(format, InstalledFormat):
         adapter = _with_failures(adapter)
+    adapter = with_probe(adapter, file, head)
     if not adapter.entries:
         raise LoraFxError(
             f"{file}: the adapter has no update", "check that the adapter was saved after training"

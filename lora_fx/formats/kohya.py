@@ -43,7 +43,7 @@ from lora_fx.formats import lycoris
 from lora_fx.formats.checked_file import Arrays, File, module_and_part
 from lora_fx.formats.components import COMPONENTS, guess_component, split_component
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.header_json import FIELD, describe, restore
+from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restore
 from lora_fx.formats.naming import ForeignNames, taken_names
 from lora_fx.formats.peft.form import module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX
@@ -267,7 +267,8 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
             "the names begin with lycoris_, as LyCORIS names any model; image tools expect "
             "lora_unet_ and lora_te_"
         )
-    write_tensors(Path(path), tensors, {FIELD: describe(adapter, names)})
+    header = {FIELD: describe(adapter, names), **probe_in_header(adapter)}
+    write_tensors(Path(path), tensors, header)
     return tuple(notes)
 
 
@@ -346,6 +347,7 @@ class Kohya(Format):
 
     name = "kohya"
     suffixes = (".safetensors",)
+    keeps_probe = True
 
     def detect(self, seen: FileHead) -> bool:
         """Whether tensors have these names, and not PEFT's."""

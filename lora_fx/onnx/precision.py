@@ -22,7 +22,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from lora_fx.compare import STEPS
 from lora_fx.errors import LoraFxError, retold, silenced
 from lora_fx.files.run_files import scratch_folder
-from lora_fx.onnx.candidate_error import Feeds, WorstError, peaks
+from lora_fx.onnx.candidate_error import Feeds, WorstError, ends_the_process, peaks
 from lora_fx.onnx.rewrites.to_half import ToHalf
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.progress import stage
@@ -154,6 +154,11 @@ def _to_float16(
         """Whether the first `count` nodes (without islands) exceed the gate in float16."""
         return not error(converted({*islands, *order[count:]})) <= GATES["float16"]
 
+    if ends_the_process(converted(islands)):
+        raise LoraFxError(
+            "ONNX Runtime ends the process when it loads this graph in float16",
+            "leave --precision out, or use --precision int8",
+        )
     while True:
         candidate = converted(islands)
         difference = error(candidate)

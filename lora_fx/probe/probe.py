@@ -22,7 +22,9 @@ from lora_fx.probe.fields import StrictFields
 from lora_fx.probe.groups import MOST_GROUPS
 from lora_fx.probe.verdict import (
     DIFFERS,
+    NOT_FINITE,
     RIGHT,
+    TOO_SMALL,
     Gauge,
     Known,
     is_right,
@@ -165,6 +167,8 @@ class Probe:
         points: The name of an output and a row-major index into it, for each number.
         base: The base's outputs at the points, where they are known.
         adapters: What is known of each adapter, by name; in mode batch in the order of their ids.
+        base_file: The file beside the model with the tensors of the base, where A and B have no
+            defaults.
         precisions: How far outputs move in another precision, as shares of `largest`.
         facts: Versions, processor, provider and hashes, for people.
         language: The question for a server of a language model; see docs/probe.md.
@@ -179,6 +183,7 @@ class Probe:
     precisions: Mapping[str, float] = field(default_factory=dict)
     facts: JsonView = field(default_factory=dict)
     language: JsonView | None = None
+    base_file: str | None = None
 
     def to_text(self) -> str:
         """Return the probe as JSON."""
@@ -192,6 +197,8 @@ class Probe:
         if self.base is not None:
             data["base"] = _numbers(self.base)
         data["adapters"] = {name: value.to_json() for name, value in self.adapters.items()}
+        if self.base_file is not None:
+            data["base_file"] = self.base_file
         if self.precisions:
             data["precisions"] = dict(self.precisions)
         data["facts"] = dict(self.facts)
@@ -293,9 +300,22 @@ class Probe:
             if name not in answers:
                 continue
             verdict = verdict_on_adapter(answers[name], self.known(name), gauge)
-            is_known = is_right(verdict) or not np.isfinite(answers[name]).all()
-            verdicts[name] = verdict if base_is_right or is_known else DIFFERS
+            names_no_cause = is_right(verdict) or verdict in (TOO_SMALL, NOT_FINITE)
+            verdicts[name] = verdict if base_is_right or names_no_cause else DIFFERS
         return verdicts
+
+    def with_every_other_point(self) -> Probe:
+        """Return the probe with half of its points."""
+        adapters = {}
+        for name, adapter in self.adapters.items():
+            groups = {group: values[::2] for group, values in adapter.groups.items()}
+            half = None if adapter.half is None else adapter.half[::2]
+            double = None if adapter.double is None else adapter.double[::2]
+            adapters[name] = replace(
+                adapter, values=adapter.values[::2], half=half, double=double, groups=groups
+            )
+        base = None if self.base is None else self.base[::2]
+        return replace(self, points=self.points[::2], base=base, adapters=adapters)
 
     def without_groups(self) -> Probe:
         """Return the short form of the probe."""
@@ -351,9 +371,11 @@ class _Reader(StrictFields):
         for name, value in (("facts", facts), ("language", language or {})):
             if not isinstance(value, dict):
                 raise self._error(name, value, "an object")
+        base_file = self._file("base_file", data.get("base_file"))
         return Probe(
-            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language
-        )
+            str(mode), inputs, outputs, points, base, adapters, precisions, facts, language,
+            base_file,
+        )  # fmt: skip
 
     def _input(self, name: str, value: Any) -> ProbeInput:
         fields = self._fields(name, value)
@@ -367,17 +389,34 @@ class _Reader(StrictFields):
         source = fields[sources[0]]
         if sources == ["values"]:
             numbers = self._list(f"{name}.values", source, math.prod(shape))
+            self._check_range(f"{name}.values", numbers, dtype)
             return ProbeInput(dtype, shape, values=tuple(numbers))
         if sources == ["fill"]:
-            return ProbeInput(dtype, shape, fill=self._number(f"{name}.fill", source))
+            number = self._number(f"{name}.fill", source)
+            self._check_range(f"{name}.fill", [number], dtype)
+            return ProbeInput(dtype, shape, fill=number)
         if not is_whole(source) or not 0 <= source < 1 << 32 or "float" not in dtype:
             raise self._error(f"{name}.drawn", source, "a seed of 32 bits, for a float dtype")
         return ProbeInput(dtype, shape, seed=int(source))
+
+    def _check_range(self, name: str, numbers: Sequence[float], dtype: str) -> None:
+        """Raise for a number that a dtype of integers does not hold."""
+        if "float" in dtype:
+            return
+        least, most = 0, 1
+        if dtype != "bool":
+            limits = np.iinfo(dtype)
+            least, most = int(limits.min), int(limits.max)
+        for number in numbers:
+            if not is_whole(number) or not least <= number <= most:
+                raise self._error(name, number, f"a number of {dtype}")
 
     def _output(self, name: str, value: Any) -> ProbeOutput:
         fields = self._fields(name, value)
         largest = self._positive(f"{name}.largest", fields.get("largest"))
         tolerance = self._positive(f"{name}.tolerance", fields.get("tolerance"))
+        if largest * tolerance == 0:  # they are divisors
+            raise self._error(f"{name}.tolerance", tolerance, "a larger number")
         return ProbeOutput(self._shape(name, fields), largest, tolerance)
 
     def _adapter(self, name: str, value: Any, count: int) -> ProbedAdapter:
@@ -385,9 +424,7 @@ class _Reader(StrictFields):
         number = fields.get("id")
         if number is not None and (not is_whole(number) or not 0 < number < 1 << 31):
             raise self._error(f"{name}.id", number, "a whole number from 1")
-        file = fields.get("file")
-        if file is not None and not _is_file_name(file):
-            raise self._error(f"{name}.file", file, "the name of a file in the same folder")
+        file = self._file(f"{name}.file", fields.get("file"))
         groups = self._table(
             fields, "groups", lambda group, numbers: self._values(group, numbers, count),
             needed=False,
@@ -398,6 +435,11 @@ class _Reader(StrictFields):
         half = self._optional(fields, "half", count)
         double = self._optional(fields, "double", count)
         return ProbedAdapter(values, number, file, half, double, groups)
+
+    def _file(self, name: str, value: Any) -> str | None:
+        if value is not None and not _is_file_name(value):
+            raise self._error(name, value, "the name of a file in the same folder")
+        return None if value is None else str(value)
 
     def _points(
         self, value: Any, outputs: Mapping[str, ProbeOutput]

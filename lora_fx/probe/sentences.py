@@ -8,6 +8,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import visible
 from lora_fx.probe.probe import BASE, Answers, Probe
 from lora_fx.probe.verdict import (
+    CANNOT_TELL,
     DIFFERS,
     NO_EFFECT,
     NOT_FINITE,
@@ -19,7 +20,7 @@ from lora_fx.probe.verdict import (
 )
 from lora_fx.text import Json
 
-PASSED = (RIGHT, TOO_SMALL)
+PASSED = (RIGHT, TOO_SMALL, CANNOT_TELL)
 """The verdicts that are no failure: a file whose adapters show nothing is as it was."""
 
 
@@ -34,6 +35,7 @@ class RunVerdict:
         tolerance: What it may be.
         expected_effect: The adapter's largest change of a point, as a share of the largest output.
         found_effect: The same in the run; None, as the expected one, for the base.
+        of_step: Whether the run is a training step, whose loss its base and its start decide.
     """
 
     adapter: str
@@ -42,6 +44,7 @@ class RunVerdict:
     tolerance: float
     expected_effect: float | None = None
     found_effect: float | None = None
+    of_step: bool = False
 
     @property
     def passed(self) -> bool:
@@ -62,10 +65,12 @@ class RunVerdict:
 
     def __str__(self) -> str:
         """The verdict as a line for people."""
-        name = self.adapter or "base"
+        name = "step" if self.of_step else self.adapter or "base"
         return visible(f"{name}: {self._sentence()}")
 
     def _sentence(self) -> str:
+        if self.of_step:
+            return self._sentence_on_step()
         if self.adapter == BASE:
             return self._sentence_on_base()
         effects = f"expected {self.expected_effect:.2g}, found {self.found_effect:.2g}"
@@ -76,6 +81,11 @@ class RunVerdict:
                 f"cannot tell: its effect on the probe's input, {self.expected_effect:.1e}, is "
                 f"within what outputs round by, {self.tolerance:.1e}"
             )
+        if self.verdict == CANNOT_TELL:
+            return (
+                f"cannot tell: the outputs differ by {self.distance:.1e}, and nobody has measured "
+                "what the codes of quantised weights make them differ by"
+            )
         if self.verdict.startswith(RIGHT_IN):
             return f"takes effect ({effects}), but {self._difference()}"
         if self.verdict in (NOT_FINITE, DIFFERS):
@@ -85,6 +95,17 @@ class RunVerdict:
         if precision:
             sentence += f", in the precision of {precision}"
         return f"{sentence} ({effects})"
+
+    def _sentence_on_step(self) -> str:
+        if self.verdict == RIGHT:
+            return "its loss is what it was"
+        if self.verdict == NOT_FINITE:
+            return "its loss is not finite (NaN or infinite)"
+        return (
+            f"its loss differs by {self.distance:.1e}, the tolerance is {self.tolerance:.1e}: the "
+            "base or the adapter that it starts from is another, or the step is wrong; which of "
+            "these cannot be told"
+        )
 
     def _sentence_on_base(self) -> str:
         if self.verdict == RIGHT:
@@ -135,12 +156,20 @@ def findings_of(probe: Probe, answers: Answers) -> list[RunVerdict]:
         expected = _expected(probe, name)
         distance = gauge.distance(found, expected)
         if name == BASE:
-            findings.append(RunVerdict(name, verdict, distance, tolerance))
+            is_step = probe.mode == "train"
+            findings.append(RunVerdict(name, verdict, distance, tolerance, of_step=is_step))
             continue
         effect = probe.effect(name)
         found_effect = probe.effect(name, found, answers.get(BASE))
         findings.append(RunVerdict(name, verdict, distance, tolerance, effect, found_effect))
     return findings
+
+
+def of_codes(finding: RunVerdict) -> RunVerdict:
+    """Return the verdict on quantised weights: only what needs no measured precision is told."""
+    if finding.verdict in (RIGHT, TOO_SMALL, NOT_FINITE):
+        return finding
+    return replace(finding, verdict=CANNOT_TELL)
 
 
 def _expected(probe: Probe, name: str) -> Array:

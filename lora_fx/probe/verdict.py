@@ -17,6 +17,8 @@ RIGHT = "right"
 RIGHT_IN = "right in "
 """What a verdict begins with where only the precision is another."""
 TOO_SMALL = "too small to tell"
+CANNOT_TELL = "cannot tell"
+"""The verdict on quantised weights, whose outputs differ by more than was measured."""
 NO_EFFECT = "no effect"
 NOT_FINITE = "not finite"
 DIFFERS = "differs"
@@ -29,8 +31,12 @@ BETTER = 8.0
 """How many times nearer a fitted scale has to be than the adapter as it is."""
 NEAR_ONE = 0.1
 """A fitted scale so near to 1 is none."""
-SCALES = np.arange(2, 61) / 20
-"""The scales that are tried: 0.1, 0.15 … 3.0."""
+SCALES = np.arange(10, 301) / 100
+"""The scales that are tried: 0.10, 0.11 … 3.00."""
+
+
+OVERFLOWS = np.errstate(over="ignore", invalid="ignore")
+"""Numbers of a file may be so large that their difference is infinite, which is far enough."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,12 @@ class Gauge:
     tolerance: Array
     precisions: Mapping[str, float] = field(default_factory=dict)
 
+    @OVERFLOWS
     def distance(self, found: Array, expected: Array) -> float:
         """Return the largest difference as a share of `largest`; infinite where one is NaN."""
         return _largest(np.abs(found - expected) / self.largest)
 
+    @OVERFLOWS
     def excess(self, found: Array, expected: Array) -> float:
         """Return the largest difference as a multiple of what it may be."""
         return _largest(np.abs(found - expected) / (self.largest * self.tolerance))
@@ -146,7 +154,7 @@ def _verdict(
     matching = [name for name, values in causes.items() if gauge.excess(found, values) <= 1]
     if matching:
         return OR.join(matching)
-    for precision, level in gauge.precisions.items():
+    for precision, level in sorted(gauge.precisions.items(), key=lambda row: row[1]):
         if base is not None and not gauge.apart(expected, base, 2 * level):
             continue
         if gauge.distance(found, expected) <= level:
@@ -159,6 +167,7 @@ def _verdict(
     return DIFFERS
 
 
+@OVERFLOWS
 def fitted_scale(found: Array, known: Known, gauge: Gauge) -> float | None:
     """Return the scale of an adapter's changes that explains a run; None where none does.
 

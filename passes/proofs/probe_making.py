@@ -7,7 +7,8 @@ one model, is what the file may differ by elsewhere: MARGIN times that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,10 +47,13 @@ LEAST_TOLERANCE = 1e-5
 LARGEST_TOLERANCE = 0.25
 """The tolerance above which an output shows nothing."""
 MOST_VALUES = 4096
-"""The number of elements of an integer input, above which it is not written out."""
+"""The number of elements of an input above which it is not written out."""
 MOST_RUNS = 24
 """The number of groups of all adapters together, where each takes a run of the model in torch."""
 FEWEST_GROUPS = 3
+FEWEST_POINTS = 8
+MOST_LOOKED_AT = 1 << 20
+"""The number of elements of an output among which points are chosen."""
 CANDIDATES = 1024
 """The number of places of an output among which points are chosen."""
 NARROWER = 8.0
@@ -73,9 +77,12 @@ class Subject:
         feeds: Inputs by a seed.
         base: The name of the base, and a hash by which it is told from others.
         files: The files of adapters beside the file, by name.
+        base_file: The file with the tensors of the base, where A and B have no defaults.
         numbers: The ids of adapters in mode batch.
         precision: What the file computes in.
         narrow: Runs the model with bfloat16 products, where that can be done.
+        narrows_adapters: Whether it is asked for the adapters too, and not for the base alone.
+        written: The inputs whose numbers are written out, since drawn ones would mean nothing.
     """
 
     mode: str
@@ -87,10 +94,13 @@ class Subject:
     feeds: Callable[[int], Mapping[str, Array]]
     base: JsonView = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    base_file: str | None = None
     numbers: Mapping[str, int] = field(default_factory=dict)
     precision: str = "float32"
     is_slow: bool = False
     narrow: Callable[[Adapter | None, Named], Named | None] | None = None
+    narrows_adapters: bool = False
+    written: Collection[str] = ()
 
 
 @stage("making the probe")
@@ -106,23 +116,30 @@ def make_probe(subject: Subject, kind: str, facts: JsonView) -> tuple[Probe | No
         The probe, and what has to be said; None, with the reason, where a file can have none.
     """
     best: _Draft | None = None
+    failure = ""
     for seed in range(ATTEMPTS):
         try:
             draft = _Draft.of(subject, seed)
         except LoraFxError as e:
-            return None, [f"no probe: {e.message}"]
+            failure = e.message
+            continue
         if best is None or len(draft.unseen) < len(best.unseen):
             best = draft
         if not best.unseen:
             break
-    assert best is not None  # ATTEMPTS is not 0
+    if best is None:
+        return None, [f"no probe: {failure}"]
     best.add_adapters(with_groups=kind == FULL)
     best.measure_precision()
-    return _within_size(best.probe(facts), best.notes())
+    return within_size(best.probe(facts), best.notes())
 
 
-def _within_size(probe: Probe, notes: list[str]) -> tuple[Probe | None, list[str]]:
-    """Return a probe of at most MOST_BYTES: the groups of the last adapters go first."""
+def within_size(probe: Probe, notes: list[str]) -> tuple[Probe | None, list[str]]:
+    """Return a probe of at most MOST_BYTES, and what it lacks therefore.
+
+    The groups of the last adapters go first, then what is known of half and twice the strength,
+    then every other point.
+    """
     adapters = dict(probe.adapters)
     without_groups = []
     for name in reversed(list(adapters)):
@@ -132,13 +149,25 @@ def _within_size(probe: Probe, notes: list[str]) -> tuple[Probe | None, list[str
             adapters[name] = replace(adapters[name], groups={})
             without_groups.append(name)
     smaller = replace(probe, adapters=adapters)
-    if smaller.size > MOST_BYTES:
-        return None, [
-            f"no probe: it would have {smaller.size} bytes; at most {MOST_BYTES} are allowed"
-        ]
+    lacks = []
     if without_groups:
-        names = some(sorted(without_groups))
-        notes = [*notes, f"the probe has no groups of {names}: {MOST_BYTES} bytes hold no more"]
+        lacks.append(f"groups of {some(sorted(without_groups))}")
+    if smaller.size > MOST_BYTES:
+        unscaled = {
+            name: replace(adapter, half=None, double=None) for name, adapter in adapters.items()
+        }
+        smaller = replace(smaller, adapters=unscaled)
+        lacks.append("outputs at other strengths")
+    while smaller.size > MOST_BYTES and len(smaller.points) > FEWEST_POINTS:
+        smaller = smaller.with_every_other_point()
+    if len(smaller.points) < len(probe.points):
+        lacks.append(f"more than {len(smaller.points)} points")
+    if smaller.size > MOST_BYTES:
+        reason = f"it would have {smaller.size} bytes; at most {MOST_BYTES} are allowed"
+        return None, [f"no probe: {reason}"]
+    if lacks:
+        listed = " and no ".join(lacks)
+        notes = [*notes, f"the probe has no {listed}: {MOST_BYTES} bytes hold no more"]
     return smaller, notes
 
 
@@ -151,8 +180,8 @@ class _Draft:
         inputs: The input.
         outputs: The outputs of floats that are compared, by name.
         points: Places of these outputs.
-        base: The outputs of the base, whole.
-        answers: The outputs at the points, by adapter.
+        base: The outputs of the base at the points.
+        answers: Those with each adapter, by its name.
         adapters: What is known of each adapter.
         unseen: What the input does not show: adapters, and groups of targets.
         precisions: How far outputs move in another precision.
@@ -162,8 +191,8 @@ class _Draft:
     inputs: Mapping[str, ProbeInput]
     outputs: dict[str, ProbeOutput]
     points: Sequence[tuple[str, int]]
-    base: Named
-    full_answers: Mapping[str, Named]
+    base: Array
+    answers: Mapping[str, Array]
     adapters: dict[str, ProbedAdapter] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     precisions: dict[str, float] = field(default_factory=dict)
@@ -175,29 +204,38 @@ class _Draft:
         Raises:
             LoraFxError: An input that a probe cannot hold, or no output that can be compared.
         """
-        inputs = {
-            name: _input(name, array, seed + 1) for name, array in subject.feeds(seed).items()
-        }
+        inputs = _inputs(subject, seed)
         feeds = {name: value.array() for name, value in inputs.items()}
         of_reference = subject.reference(None)(feeds)
         run = subject.run(BASE)
         base = of_reference if run is None else run(feeds)
-        pairs: list[tuple[Named, Named]] = [(base, of_reference)]
-        answers: dict[str, Named] = {}
+        differences = _differences(base, of_reference)
+        thinned_base = _thinned(base)
+        thinned: dict[str, Named] = {}
         for name, adapter in subject.adapters.items():
             run = subject.run(name)
             assert run is not None  # every adapter is in the file
-            answers[name] = run(feeds)
-            if len(pairs) < 2:  # the base and one adapter tell how outputs round
-                pairs.append((answers[name], subject.reference(adapter)(feeds)))
+            outputs_with_adapter = run(feeds)
+            thinned[name] = _thinned(outputs_with_adapter)
+            if len(thinned) == 1:  # the base and one adapter tell how outputs round
+                with_branches = subject.reference(adapter)(feeds)
+                for output, difference in _differences(outputs_with_adapter, with_branches).items():
+                    differences[output] = max(differences.get(output, 0.0), difference)
 
-        outputs = _compared_outputs(pairs, subject.precision)
-        if not outputs:
+        outputs = _compared_outputs(base, differences, subject.precision)
+        points = _points(outputs, thinned_base, thinned)
+        if not points:
             raise LoraFxError(
-                "no output of floats is the same in the file and in the model", "report this model"
+                "no output of floats is the same, and finite, in the file and in the model",
+                "report this model",
             )
-        points = _points(outputs, base, answers)
-        draft = cls(subject, inputs, outputs, points, base, answers)
+        answers = {
+            name: _of_thinned(with_adapter, outputs, points)
+            for name, with_adapter in thinned.items()
+        }
+        draft = cls(
+            subject, inputs, outputs, points, _of_thinned(thinned_base, outputs, points), answers
+        )
         for name in answers:
             if not draft.shows(name):
                 draft.unseen.append(name)
@@ -210,9 +248,8 @@ class _Draft:
         """Run every adapter with half and twice its strength, and without each group."""
         feeds = self.feeds()
         for name, adapter in self.subject.adapters.items():
-            values = self._at_points(self.full_answers[name])
             known = ProbedAdapter(
-                values, self.subject.numbers.get(name), self.subject.files.get(name)
+                self.answers[name], self.subject.numbers.get(name), self.subject.files.get(name)
             )
             plain = {key: low for key, low in adapter.lowrank.items() if is_plain(low)}
             if len(plain) == len(adapter.entries):
@@ -262,9 +299,7 @@ class _Draft:
     def shows(self, name: str) -> bool:
         """Whether an adapter changes a point by more than outputs round by."""
         gauge = self.probe({}).gauge()
-        with_adapter = self._at_points(self.full_answers[name])
-        level = float(gauge.tolerance.max())
-        return gauge.apart(with_adapter, self._at_points(self.base), level)
+        return gauge.apart(self.answers[name], self.base, float(gauge.tolerance.max()))
 
     def _note_unseen_groups(self, name: str) -> None:
         """Note the groups of an adapter that this input does not show."""
@@ -275,14 +310,21 @@ class _Draft:
                 self.unseen.append(f"{name}: {group}")
 
     def measure_precision(self) -> None:
-        """Measure how far bfloat16 products move the base."""
+        """Measure how far bfloat16 moves the base, and where it is asked for the adapters."""
         if self.subject.narrow is None or self.subject.precision != "float32":
             return
-        narrow = self.subject.narrow(None, self.feeds())
-        if narrow is None:
-            return
+        feeds = self.feeds()
+        outputs: list[tuple[Adapter | None, Array]] = [(None, self.base)]
+        if self.subject.narrows_adapters:
+            for name, adapter in self.subject.adapters.items():
+                outputs.append((adapter, self.answers[name]))
         gauge = self.probe({}).gauge()
-        moved = gauge.distance(self._at_points(narrow), self._at_points(self.base))
+        moved = 0.0
+        for narrowed, exact in outputs:
+            narrow = self.subject.narrow(narrowed, feeds)
+            if narrow is None:
+                return
+            moved = max(moved, gauge.distance(self._at_points(narrow), exact))
         if np.isfinite(moved) and moved > 0:
             self.precisions = {"tf32": 2 * moved / NARROWER, "bfloat16": 2 * moved}
 
@@ -294,10 +336,11 @@ class _Draft:
             self.inputs,
             self.outputs,
             self.points,
-            self._at_points(self.base),
+            self.base,
             self.adapters,
             precisions,
             facts,
+            base_file=self.subject.base_file,
         )
 
     def notes(self) -> list[str]:
@@ -315,31 +358,83 @@ class _Draft:
         return np.array(numbers, np.float64)
 
 
-def _input(name: str, array: Array, seed: int) -> ProbeInput:
-    """Return an input of a probe: floats are drawn, other numbers are written out.
+def _inputs(subject: Subject, seed: int) -> dict[str, ProbeInput]:
+    """Return an input on which the model runs: with floats that are drawn, or else written out.
 
     Raises:
-        LoraFxError: Too many numbers.
+        LoraFxError: Inputs that a probe cannot hold, or on which the model does not run.
+    """
+    arrays = subject.feeds(seed)
+    drawn_inputs: dict[str, ProbeInput] = {}
+    for name, array in arrays.items():
+        if is_whole_dtype(array) or name in subject.written:
+            drawn_inputs[name] = _written_out(name, array)
+        else:
+            drawn_inputs[name] = _drawn(array, seed + 1)
+    if _runs(subject, drawn_inputs):
+        return drawn_inputs
+    # numbers that depend on each other, or that have to be in a range
+    written_out = {name: _written_out(name, array) for name, array in arrays.items()}
+    if _runs(subject, written_out):
+        return written_out
+    raise LoraFxError("the model does not run on an input that was drawn", "pass --inputs")
+
+
+def _runs(subject: Subject, inputs: Mapping[str, ProbeInput]) -> bool:
+    """Whether the model gives finite numbers for an input."""
+    feeds = {name: value.array() for name, value in inputs.items()}
+    try:
+        outputs = subject.reference(None)(feeds)
+    except (LoraFxError, RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    floats = [value for value in outputs.values() if not is_whole_dtype(value)]
+    return not floats or any(np.isfinite(widened(value)).any() for value in floats)
+
+
+def is_whole_dtype(array: Array) -> bool:
+    """Whether an array is of integers or booleans."""
+    return array.dtype.kind in "iub"
+
+
+def _drawn(array: Array, seed: int) -> ProbeInput:
+    """Return a drawn input of a shape and dtype."""
+    if "float" not in array.dtype.name:
+        raise LoraFxError(f"an input is {array.dtype.name}, which no probe holds", "leave it")
+    return ProbeInput(array.dtype.name, array.shape, seed=seed)
+
+
+def _written_out(name: str, array: Array) -> ProbeInput:
+    """Return an input whose elements are written out, or all the same.
+
+    Raises:
+        LoraFxError: Too many elements, or a dtype that JSON has no numbers for.
     """
     dtype = array.dtype.name
     if array.size and (array == array.reshape(-1)[0]).all():
-        return ProbeInput(dtype, array.shape, fill=array.reshape(-1)[0].item())
-    if "float" in dtype:
-        return ProbeInput(dtype, array.shape, seed=seed)
+        number = array.reshape(-1)[0].item()
+        return ProbeInput(dtype, array.shape, fill=int(number) if dtype == "bool" else number)
+    if not is_whole_dtype(array) and "float" not in dtype:
+        raise LoraFxError(f"input {name!r} is {dtype}, which no probe holds", "leave it")
     if array.size > MOST_VALUES:
         raise LoraFxError(
-            f"input {name!r} has {array.size} integers; at most {MOST_VALUES} are written out",
+            f"input {name!r} has {array.size} elements; at most {MOST_VALUES} are written out",
             "leave it",
         )
-    values = tuple(int(value) for value in array.reshape(-1))
-    return ProbeInput(dtype, array.shape, values=values)
+    numbers = array.reshape(-1)
+    if is_whole_dtype(array):
+        return ProbeInput(dtype, array.shape, values=tuple(int(value) for value in numbers))
+    return ProbeInput(dtype, array.shape, values=tuple(float(value) for value in numbers))
+
+
+def _differences(of_file: Named, of_model: Named) -> dict[str, float]:
+    """Return how far the outputs of a file and of its model lie apart."""
+    return {name: rel(value, of_model[name]) for name, value in of_file.items()}
 
 
 def _compared_outputs(
-    pairs: Sequence[tuple[Named, Named]], precision: str
+    base: Named, differences: Mapping[str, float], precision: str
 ) -> dict[str, ProbeOutput]:
-    """Return the outputs of floats that file and reference agree on, with their tolerances."""
-    base = pairs[0][0]
+    """Return the outputs of floats that file and model agree on, with their tolerances."""
     least = TOLERANCES.get(precision, LEAST_TOLERANCE)
     outputs: dict[str, ProbeOutput] = {}
     for name, value in base.items():
@@ -347,14 +442,38 @@ def _compared_outputs(
         if is_part or "float" not in value.dtype.name or not value.size:
             continue
         largest = _largest(value)
-        differences = [rel(file[name], model[name]) for file, model in pairs]
         tolerance = least
         if precision not in TOLERANCES:
-            tolerance = max(least, MARGIN * max(differences))
+            tolerance = max(least, MARGIN * differences[name])
         if largest > 0 and tolerance <= LARGEST_TOLERANCE:
             rounded = float(f"{tolerance:.3g}")
             outputs[name] = ProbeOutput(value.shape, float(f"{largest:.9g}"), rounded)
     return outputs
+
+
+def _step(size: int) -> int:
+    """Return the step at which the elements of an output are looked at."""
+    return -(-size // MOST_LOOKED_AT)
+
+
+def _thinned(outputs: Named) -> dict[str, Array]:
+    """Return every so many-th element of each output: those of an image model are many."""
+    return {
+        name: value.reshape(-1)[:: _step(value.size)].copy()
+        for name, value in outputs.items()
+        if value.size
+    }
+
+
+def _of_thinned(
+    thinned: Named, outputs: Mapping[str, ProbeOutput], points: Sequence[tuple[str, int]]
+) -> Array:
+    """Return the numbers at points of thinned outputs."""
+    numbers = []
+    for name, index in points:
+        step = _step(math.prod(outputs[name].shape))
+        numbers.append(thinned[name][index // step])
+    return np.array(numbers, np.float64)
 
 
 def _largest(value: Array) -> float:
@@ -372,12 +491,25 @@ def _points(
 ) -> list[tuple[str, int]]:
     """Choose places of the outputs: those that each adapter changes most, in turn.
 
-    Without adapters, and where they change fewer places, places all over the outputs follow.
+    Without adapters, and where they change fewer places, places all over the outputs follow. All
+    are finite in every run.
+
+    Args:
+        outputs: The outputs that are compared.
+        base: The thinned outputs of the base.
+        answers: Those with each adapter.
     """
-    rankings = [_changed_most(outputs, base, with_adapter) for with_adapter in answers.values()]
+    finite = {}
+    for name in outputs:
+        finite[name] = np.isfinite(widened(base[name]))
+        for with_adapter in answers.values():
+            finite[name] &= np.isfinite(widened(with_adapter[name]))
+    rankings = [
+        _changed_most(outputs, base, with_adapter, finite) for with_adapter in answers.values()
+    ]
     chosen: dict[tuple[str, int], None] = {}
-    for places in _in_turn([*rankings, _everywhere(outputs, base)]):
-        chosen.setdefault(places)
+    for place in _in_turn([*rankings, _everywhere(outputs, finite)]):
+        chosen.setdefault(place)
         if len(chosen) == MOST_POINTS:
             break
     return list(chosen)
@@ -397,28 +529,32 @@ def _in_turn(
 
 
 def _changed_most(
-    outputs: Mapping[str, ProbeOutput], base: Named, with_adapter: Named
+    outputs: Mapping[str, ProbeOutput], base: Named, with_adapter: Named, finite: Named
 ) -> list[tuple[str, int]]:
     """Return the places that an adapter changes, most first, as a share of the output's largest."""
     changes: list[tuple[float, str, int]] = []
     for name, output in outputs.items():
-        change = np.abs(widened(with_adapter[name]) - widened(base[name])).reshape(-1)
-        change[~np.isfinite(change)] = 0
+        before = np.where(finite[name], widened(base[name]), 0)
+        after = np.where(finite[name], widened(with_adapter[name]), 0)
+        change = np.abs(after - before)
         count = min(CANDIDATES, change.size)
-        places = np.argpartition(change, -count)[-count:]
-        changes += [(float(change[i] / output.largest), name, int(i)) for i in places if change[i]]
+        step = _step(math.prod(output.shape))
+        for i in np.argpartition(change, -count)[-count:]:
+            if change[i]:
+                changes.append((float(change[i] / output.largest), name, int(i) * step))
     changes.sort(key=lambda place: (-place[0], place[1], place[2]))
     return [(name, index) for _, name, index in changes]
 
 
-def _everywhere(outputs: Mapping[str, ProbeOutput], base: Named) -> list[tuple[str, int]]:
-    """Return places that lie evenly in the outputs, where the base is finite."""
+def _everywhere(outputs: Mapping[str, ProbeOutput], finite: Named) -> list[tuple[str, int]]:
+    """Return places that lie evenly in the outputs, among those that are finite."""
     places = []
-    for name in outputs:
-        flat = base[name].reshape(-1)
-        for index in np.linspace(0, flat.size - 1, min(MOST_POINTS, flat.size)).astype(int):
-            if np.isfinite(flat[index]):
-                places.append((name, int(index)))
+    for name, output in outputs.items():
+        candidates = np.flatnonzero(finite[name])
+        step = _step(math.prod(output.shape))
+        count = min(MOST_POINTS, candidates.size)
+        for i in np.linspace(0, max(0, candidates.size - 1), count).astype(int):
+            places.append((name, int(candidates[i]) * step))
     return places
 
 
@@ -428,6 +564,9 @@ def multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
     for key, factor in factors.items():
         update = entries[key]
         assert isinstance(update, LowRank)  # groups and plain updates are low-rank
+        if update.variant_tensors:  # of which its variant would make another b
+            alpha = update.scale * update.rank
+            update = replace(update, variant="lora", alpha=alpha, variant_tensors={})
         entries[key] = replace(update, b=update.b * np.float32(factor))
     return replace(adapter, entries=entries)
 

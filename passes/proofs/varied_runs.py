@@ -78,6 +78,8 @@ class VariedRuns:
                 continue
             if not isinstance(update, LowRank) or not isinstance(before, LowRank):
                 return False
+            if update.variant_tensors or update.variant != before.variant:
+                return False
             if update.a is not before.a or update.scale != before.scale:
                 return False
         return True

@@ -24,6 +24,7 @@ from lora_fx.onnx.rewrites.fast_codes import said_of_slow_codes
 from lora_fx.onnx.rewrites.guard_lookups import unguarded_outputs
 from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.session import RuntimeSession
+from lora_fx.passes.proofs.switchable_program import NO_UPDATE
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.refused_updates import exclude_hint
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 BASE = ""
 """The name of the file that stands for the base, among those of adapters."""
-NO_UPDATE = Adapter({})
-"""What stands for the base where A and B have to be given: those of every target are zeros."""
 
 
 def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
@@ -71,8 +70,8 @@ def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, 
                 "give the adapter another name, without a path: adapters={'first': …}",
             )
         paths[name] = options.target.with_name(file_name)
-    if options.requires_factors:
-        paths[BASE] = options.target.with_name(f"{options.target.stem}.base.safetensors")
+    if options.base_file is not None:
+        paths[BASE] = options.target.with_name(options.base_file)
         if paths[BASE] in [paths[name] for name in adapters]:
             raise LoraFxError(
                 f"{paths[BASE].name} would be both an adapter's file and the base's",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,6 +119,8 @@ class ExportOptions:
     also: Callable[[Output, Manifest], Companions] | None = None
     tol: float | None = None
     probe: str = FULL
+    also_probed: Mapping[str, Adapter] = field(default_factory=dict)
+    """Adapters by name that the probe tells of, and whose files something else writes."""
 
     def __post_init__(self) -> None:
         """Raise for an unknown mode, and for an option that the mode would ignore.
@@ -316,6 +318,11 @@ class ExportOptions:
     def adapter_ending(self) -> str:
         """The ending of the adapters' files beside a switchable file."""
         return ".safetensors" if self.requires_factors else ".onnx_adapter"
+
+    @property
+    def base_file(self) -> str | None:
+        """The name of the file that stands for the base, where A and B have no defaults."""
+        return f"{self.target.stem}.base.safetensors" if self.requires_factors else None
 
     @property
     def rewrites(self) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lora_fx.checkpoint.provenance import adapter_hash
+from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.onnx.probe_runs import add_probe
 from lora_fx.passes.proofs.probe_making import Subject, make_probe
 from lora_fx.probe.probe import NONE, Probe
@@ -16,8 +17,15 @@ LIBRARIES = ("lora-fx", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "nump
 """The libraries whose versions a probe has."""
 
 
-def probe_file(path: Path, subject: Subject, kind: str, provider: str, warnings: list[str]) -> Json:
-    """Make the probe of a proven .onnx file and put it into the file.
+def probe_file(
+    path: Path,
+    subject: Subject,
+    kind: str,
+    provider: str,
+    warnings: list[str],
+    add: Callable[[Path, Probe], None] = add_probe,
+) -> Json:
+    """Make the probe of a proven file and put it into the file.
 
     Args:
         path: The file, which has no name yet.
@@ -25,6 +33,7 @@ def probe_file(path: Path, subject: Subject, kind: str, provider: str, warnings:
         kind: full, short or none.
         provider: Where the file was proven.
         warnings: Gets what the probe does not show.
+        add: Puts it into a file of this kind.
 
     Returns:
         The field `probe` of the report.
@@ -35,7 +44,7 @@ def probe_file(path: Path, subject: Subject, kind: str, provider: str, warnings:
     warnings += notes
     if probe is None:
         return {}
-    add_probe(path, probe)
+    add(path, probe)
     return {"probe": summary(probe)}
 
 

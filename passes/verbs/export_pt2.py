@@ -6,43 +6,39 @@ beside it, each as a safetensors file with a tensor for each input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
-from torch import nn
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import Report
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.side_outputs import Beside
 from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.largest import with_largest
-from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.doubts import plain
-from lora_fx.fx.module.execution import Execution, execution_of
-from lora_fx.fx.module.module import CapturedModule, by_output
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.module.module_base import said_of_other_bases
 from lora_fx.fx.pt2.factor_inputs import input_slots
 from lora_fx.fx.pt2.write import write_switchable
-from lora_fx.fx.tensors import from_numpy
-from lora_fx.fx.trees import tree_leaves
-from lora_fx.inputs import Named
+from lora_fx.fx.weight_precision import precision_of
+from lora_fx.inputs import SIZES
 from lora_fx.ir.graph import Role
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.passes.find import find as find_in
-from lora_fx.passes.proofs.proof_inputs import named_of
+from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.proofs.switchable import prove_switchable
+from lora_fx.passes.proofs.switchable_program import SwitchableProgram
+from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.switch import insert_switchable
 from lora_fx.passes.verbs.adapt import find
 from lora_fx.passes.verbs.export_files import (
-    NO_UPDATE,
     adapter_paths,
     adapters_of,
     refuse_unexchangeable,
@@ -50,11 +46,14 @@ from lora_fx.passes.verbs.export_files import (
     write_adapters,
 )
 from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_probe import probe_file
 from lora_fx.passes.verbs.export_slots import metadata_of, torch_reference, with_whole_tensors
 from lora_fx.passes.verbs.export_torch import folded_already
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.program import load_by_torch, share_memory
+from lora_fx.probe.in_program import add_to_program
 from lora_fx.progress import stage
+from lora_fx.targets.found import Found
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
@@ -95,11 +94,14 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
         program = load_by_torch(temporary)
         share_memory(program, base, "the file that torch loads")
         most = rank or largest_rank
-        file = _SwitchableProgram(manifest, execution_of(base), program, most)
+        example = execution_of(base).in_own_dtype()
+        file = SwitchableProgram(manifest, example, program, most)
         parity = prove_switchable(file, reference, layouts, adapters, warnings)
         write_adapters(paths, adapters, manifest, options, beside)
+        subject = _subject(file, reference, adapters, found, options)
+        of_probe = probe_file(temporary, subject, options.probe, "torch", warnings, add_to_program)
 
-    details: Json = {"mode": "switch", "targets": len(slots), **reference.details()}
+    details: Json = {"mode": "switch", "targets": len(slots), **reference.details(), **of_probe}
     files = [options.target, *paths.values()]
     return report_of(files, "torch", parity, warnings, details)
 
@@ -168,38 +170,30 @@ def _targets(
     return targets, left_out
 
 
-@dataclass(frozen=True)
-class _SwitchableProgram:
-    """A written program as torch runs it with different adapters.
+def _subject(
+    file: SwitchableProgram,
+    reference: TorchReference,
+    adapters: Mapping[str, Adapter],
+    found: Found,
+    options: ExportOptions,
+) -> Subject:
+    """Return a proven file as a probe is made of it."""
+    runs = reference.varied()
 
-    Attributes:
-        manifest: Its inputs for A and B.
-        call: The calls of the model.
-        program: What torch.export.load gives.
-        rank: The largest rank that an adapter may have; 0 where any fits.
-    """
+    def of_file(name: str) -> Run:
+        return file.run_with(adapters.get(name))
 
-    manifest: Manifest
-    call: Execution
-    program: nn.Module
-    rank: int
-    runtime: str = "the program"
-
-    def run_with(self, adapter: Adapter | None) -> Run:
-        """Return a run of the program with an adapter, or with zeros."""
-        factors: dict[str, torch.Tensor] = {}
-        for name, array in self.manifest.all_tensors(adapter or NO_UPDATE).items():
-            factors[name] = from_numpy(array)
-
-        def run(feeds: Named) -> dict[str, Array]:
-            named = named_of(self.call.in_own_dtype(), feeds)
-            # copies, since a forward may write into its arguments, as the module's own call allows
-            leaves = tree_leaves(named)
-            tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            with torch.no_grad(), alike(self.program):
-                return by_output(self.program(*tensors, **factors))
-
-        return run
-
-    def rerun_with(self, adapter: Adapter | None) -> None:
-        """Return None: torch runs the program in one way."""
+    return Subject(
+        mode="switch",
+        run=of_file,
+        reference=runs.run,
+        vary=file.run_with,
+        is_slow=True,
+        adapters=adapters,
+        found=found,
+        base=reference.base_facts(),
+        feeds=partial(reference.feeds, SIZES[0]),
+        files={name: f"{name}{options.adapter_ending}" for name in adapters},
+        precision=precision_of(reference.captured),
+        narrow=runs.narrow,
+    )

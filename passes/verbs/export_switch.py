@@ -118,7 +118,8 @@ def write_switch(
         parity = prove_switchable(file, reference, layouts, adapters, warnings)
         write_adapters(paths, adapters, manifest, options, output.beside)
         output.adapters += paths.values()
-        subject = _subject(file, reference, adapters, captured_targets)
+        probed = {**adapters, **options.also_probed}
+        subject = _subject(file, reference, probed, captured_targets)
         of_probe = probe_file(output.path, subject, options.probe, session.provider, warnings)
         companions = options.also(output, manifest) if options.also else Companions()
 
@@ -159,6 +160,7 @@ def _subject(
         feeds=partial(reference.feeds, SIZES[0]),
         base=reference.base_facts(),
         files={name: f"{name}{file.options.adapter_ending}" for name in adapters},
+        base_file=file.options.base_file,
         precision=file.options.computes_in,
         narrow=runs.narrow,
     )

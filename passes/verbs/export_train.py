@@ -46,30 +46,40 @@ from lora_fx.onnx.made_for import make_for
 from lora_fx.onnx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.on_device import of_obstacles
 from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.probe_runs import LOSS, RATE
 from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.save import save_beside
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.update_row import row_of
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
-from lora_fx.passes.proofs.proof_inputs import arrays_of
+from lora_fx.passes.proofs.probe_making import Subject
+from lora_fx.passes.proofs.proof_inputs import arrays_of, feeds_of
 from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.proofs.train_step import prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.drawn_labels import DrawnLabels
 from lora_fx.passes.verbs.export_options import MODES, Companions, ExportOptions
+from lora_fx.passes.verbs.export_probe import probe_file
 from lora_fx.passes.verbs.export_slots import base_of, torch_reference
 from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.progress import stage
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 TAKEN = ("lr", "step", "seed", "loss")
 """Names of inputs and outputs that a step uses itself."""
+FIRST_STEP: Mapping[str, Array] = {
+    "lr": np.array(RATE, np.float32),
+    "step": np.array(1, np.int64),
+    "seed": np.array(0, np.int64),
+}
+"""The scalar inputs of a step as a session gives them to its first."""
 MOST_INSIDE = 1 << 20
 """The bytes of tensors inside a step's own file above which a warning is given."""
 
@@ -214,6 +224,7 @@ class _Files:
         self.updates = module.updates
         self.adapter = module.adapter()
         self.obstacles: Sequence[Obstacle] = ()  # those of the step
+        self.of_probe: Json = {}  # the report's field on the step's probe
 
     def write(self) -> Report:
         """Write and prove all files."""
@@ -228,7 +239,8 @@ class _Files:
         captured = self.execution.captured
         targets = find(captured)
         reference = torch_reference(captured, options)
-        keys = list(bind(self.adapter, targets).lowrank)
+        bound = bind(self.adapter, targets)
+        keys = list(bound.lowrank)
         graph, _, notes = base_of(reference, keys, options)
         of_train_alone: dict[str, Any] = dict.fromkeys(
             (*MODES["train"], "rank", "include", "exclude")
@@ -240,6 +252,7 @@ class _Files:
             owner=target,
             external_over=0,
             also=partial(self._write_step, reference),
+            also_probed={target.stem: bound} if _changes_anything(bound) else {},
             **of_train_alone,
         )
         report = write_switch(
@@ -257,6 +270,7 @@ class _Files:
             "mode": "train",
             "optimizer": self.update.optimizer,
             **device,
+            **self.of_probe,
         }
         step_first = sorted(report.outputs, key=lambda name: name != str(target))
         return replace(report, outputs=tuple(step_first), details=details)
@@ -283,16 +297,76 @@ class _Files:
             session.run, plain, slots, self.update, self.labels.labelled, options.inputs
         )
         demand(parity, "ONNX Runtime's step differs from torch's")
+        warnings: list[str] = []
+        at_start = {**self._start(manifest, slots), **FIRST_STEP}
+        subject = self._subject(session, plain, at_start, reference)
+        self.of_probe = probe_file(path, subject, options.probe, session.provider, warnings)
 
         with replacing(target, force=options.force, beside=output.beside) as temporary:
             path.replace(temporary)
         start = target.with_suffix(".onnx_adapter")
         with replacing(start, force=options.force, beside=output.beside) as temporary:
             write_adapter(self.adapter, manifest, temporary)
-        warnings = []
         if bytes_inside > MOST_INSIDE:
             warnings.append(f"{target.name} holds {bytes_inside} bytes of tensors inside the file")
         return Companions(parity, [target, start], warnings)
+
+    def _start(self, manifest: Manifest, slots: Sequence[Slot]) -> dict[str, Array]:
+        """Return the tensors that the file takes before its first step: A, B, and states of 0."""
+        tensors = manifest.tensors(self.adapter)
+        for slot in slots:
+            if slot.trained:
+                for suffix in STATES[self.update.optimizer]:
+                    tensors[f"{slot.name}.{suffix}"] = np.zeros_like(tensors[slot.name])
+        return tensors
+
+    def _subject(
+        self,
+        session: RuntimeSession,
+        plain: TrainGraph,
+        start: Named,
+        reference: TorchReference,
+    ) -> Subject:
+        """Return the proven step as a probe is made of it: its loss from a start."""
+        names = {node.name for node in session.inputs}
+
+        def of_file(feeds: Named) -> dict[str, Array]:
+            arrays = {name: array for name, array in {**start, **feeds}.items() if name in names}
+            return {LOSS: session.run(arrays)[LOSS]}
+
+        def of_torch(feeds: Named) -> dict[str, Array]:
+            return {LOSS: self._loss(plain, {**FIRST_STEP, **feeds})}
+
+        def batch(_seed: int) -> dict[str, Array]:
+            arrays = self._batch(plain)
+            return {name: array for name, array in arrays.items() if name in names}
+
+        return Subject(
+            mode="train",
+            run=lambda _: of_file,
+            reference=lambda _: of_torch,
+            vary=lambda _: of_file,  # there is no adapter to vary
+            adapters={},
+            found=find(self.execution.captured),
+            base=reference.base_facts(),
+            feeds=batch,
+            written=("labels",),
+        )
+
+    def _batch(self, graph: TrainGraph) -> dict[str, Array]:
+        """Return the first drawn batch that the step takes, with its labels.
+
+        Raises:
+            LoraFxError: It takes none.
+        """
+        for named, _, _ in feeds_of(self.module, self.options.inputs):
+            try:
+                named, labels = self.labels.labelled(named)
+            except (IndexError, RuntimeError, ValueError):
+                continue  # a size that the model does not take, which the proof has left out
+            if graph.traced.door.refused(tree_leaves(dict(named))) is None:
+                return {**arrays_of(named), "labels": labels}
+        raise LoraFxError("the step takes no drawn batch", "pass --inputs")
 
     def _model(
         self, manifest: Manifest, slots: Sequence[Slot], reference: TorchReference
@@ -378,6 +452,11 @@ class _Files:
             "metadata": self.adapter.metadata,
         }
         return Manifest(slots_of_rank, "train", training=training)
+
+
+def _changes_anything(adapter: Adapter) -> bool:
+    """Whether an adapter is more than a start, whose B is 0."""
+    return any(update.b.any() for update in adapter.lowrank.values())
 
 
 def _refuse_taken_names(graph: TrainGraph) -> None:

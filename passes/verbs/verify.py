@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
@@ -23,13 +22,15 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoSay, expect, given_options, near_path, refuse_no_say
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
+from lora_fx.formats.detect import is_foreign_model
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
+from lora_fx.formats.probe_beside import check_probe
 from lora_fx.formats.registry import FORMATS
 from lora_fx.inputs import Named
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.verify_onnx import verify_onnx
 from lora_fx.passes.verbs.verify_run import RunOptions, is_onnx, is_path, verify_run
-from lora_fx.text import Json
+from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     from lora_fx.passes.verbs.options import Provider
@@ -69,12 +70,13 @@ VERIFY_RULES: tuple[NoSay[Compared], ...] = (
 )  # fmt: skip
 
 
-ALONE: tuple[NoSay[None], ...] = (
+ALONE: tuple[NoSay[object], ...] = (
     NoSay(
         ("inputs", "adapter", "run"), lambda _: True,
         "for a file alone, which is run on its own probe",
         "leave it out, or name the model to compare with",
     ),
+    NoSay(("provider",), lambda path: not is_onnx(path), "when no .onnx file is run"),
 )  # fmt: skip
 """The rules for the options of a verification of one file."""
 
@@ -104,7 +106,7 @@ def verify(
         a: A tensor file, a captured module, a Captured, an .onnx or .pt2 file, what load_model
             returned, or a model's name as on the command line.
         b: Another one, the reference; or an Adapter or its path: does it fit `a`? None, where `a`
-            is an .onnx file with a probe.
+            is a file with a probe.
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
             where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
@@ -129,8 +131,8 @@ def verify(
             )
         model = _local(a)
         if b is None:
-            unused: Json = {"inputs": inputs, "adapter": adapter, "run": run}
-            return _verify_alone(model, given_options(unused), provider or "auto", tol)
+            alone: Json = {"inputs": inputs, "adapter": adapter, "run": run, "provider": provider}
+            return _verify_alone(model, alone, tol)
         reference = _local(b)
         _refuse_missing(model)
         _refuse_missing(reference)
@@ -167,8 +169,13 @@ def verify(
         return verify_run(model, reference, options)
 
 
-def _verify_alone(model: Any, given: Mapping[str, str], provider: str, tol: float | None) -> Report:
+def _verify_alone(model: Any, asked: JsonView, tol: float | None) -> Report:
     """Compare a file with its own probe.
+
+    Args:
+        model: The file.
+        asked: What else was asked for, by option.
+        tol: As in `verify`.
 
     Raises:
         LoraFxError: What is no file, or an option that has no effect.
@@ -179,16 +186,41 @@ def _verify_alone(model: Any, given: Mapping[str, str], provider: str, tol: floa
             "pass the path of a file that lora-fx export wrote, or the model to compare with",
         )
     _refuse_missing(model)
-    refuse_no_say(ALONE, None, given)
-    _check_provider(provider)
-    if not is_onnx(model):
-        raise LoraFxError(
-            f"{os.fspath(model)}: verify asks .onnx files alone",
-            f"name what it should equal: lora-fx verify {os.fspath(model)} MODEL",
-        )
-    from lora_fx.passes.verbs.verify_probe import verify_probe
+    refuse_no_say(ALONE, model, given_options(asked))
+    if is_onnx(model):
+        _check_provider(asked["provider"])
+        from lora_fx.passes.verbs.verify_probe import verify_probe
 
-    return verify_probe(model, provider=provider, tol=tol)
+        return verify_probe(model, provider=asked["provider"] or "auto", tol=tol)
+    if os.fspath(model).endswith(".pt2"):
+        from lora_fx.passes.verbs.verify_program import verify_program
+
+        return verify_program(model, tol=tol)
+    if is_tensor_file(model) and Path(model).exists():
+        from lora_fx.passes.verbs.verify_checkpoint import verify_checkpoint
+
+        return verify_checkpoint(model, tol=tol)
+    raise _not_run_alone(os.fspath(model))
+
+
+def _not_run_alone(path: str) -> LoraFxError:
+    """Return the error for a file that is nothing to run."""
+    if is_foreign_model(path):
+        return LoraFxError(
+            f"{path}: its model is run by other programs",
+            "serve it, and ask the server: lora-fx probe ADAPTER --server URL --model NAME",
+        )
+    if _is_adapter(path):
+        check_probe(path)
+        return LoraFxError(
+            f"{path} is an adapter, which runs only in a model",
+            f"check whether it fits one: lora-fx verify MODEL {path}; or ask the server that "
+            f"serves it: lora-fx probe {path} --server URL --model NAME",
+        )
+    return LoraFxError(
+        f"{path}: verify asks .onnx and .pt2 files and merged folders alone",
+        f"name what it should equal: lora-fx verify {path} MODEL",
+    )
 
 
 def _check_provider(provider: str | None) -> None:

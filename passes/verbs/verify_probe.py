@@ -8,7 +8,7 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.probe_runs import ProbeRuns, probe_of, run_probe
 from lora_fx.probe.probe import Probe
-from lora_fx.probe.sentences import findings_of, tolerant
+from lora_fx.probe.sentences import findings_of, of_codes, tolerant
 from lora_fx.probe.verdict import UNCHECKED_IDS
 from lora_fx.text import Json
 
@@ -44,13 +44,23 @@ def verify_probe(
     return report_on(path, probe, runs)
 
 
-def report_on(path: str | PathLike[str], probe: Probe, runs: ProbeRuns) -> Report:
+def report_on(
+    path: str | PathLike[str], probe: Probe, runs: ProbeRuns, *, quantised: bool = False
+) -> Report:
     """Make the report on the runs of a file's probe.
+
+    Args:
+        path: The file.
+        probe: Its probe.
+        runs: What it gave.
+        quantised: Its weights are codes, of which the probe knows nothing.
 
     Raises:
         LoraFxError: No run could be asked.
     """
     findings = findings_of(probe, runs.answers)
+    if quantised:
+        findings = [of_codes(finding) for finding in findings]
     if not findings:
         raise LoraFxError(
             f"{fspath(path)}: its probe knows nothing that can be asked", "export the file again"

@@ -10,6 +10,7 @@
 
 import * as ort from './ort.wasm.min.mjs';
 import {SERVED, read, write} from './onnx_adapter.js';
+import {atPoints, inputsOf, outputNames, probeText, readProbe, verdicts} from './probe.mjs';
 
 const SIDE = 8, PIXELS = SIDE * SIDE, DIGITS = 10;
 const RATE = 0.01;
@@ -58,14 +59,39 @@ async function opened(model) {
 async function load() {
   const externalData = [{path: 'step.onnx.data', data: await bytes('step.onnx.data')}];
   step = await session(ort, await bytes('step.onnx'), {externalData});
-  const [network, where] = await opened(await bytes('forward.onnx'));
+  const file = await bytes('forward.onnx');
+  const [network, where] = await opened(file);
   forward = network;
   state.base = read(await (await fetched('step.onnx_adapter')).arrayBuffer());
+  $('proof').textContent = await proof(file);
   const digits = await (await fetched('digits.json')).json();
   const parts = ({pixels, labels}) => labels.map((label, i) => (
     {label, pixels: Float32Array.from(pixels.slice(PIXELS * i, PIXELS * (i + 1)), v => v / 16)}));
   [shown, held] = [parts(digits.shown), parts(digits.held)];
   return where;
+}
+
+const PROOFS = {
+  'right': 'The network computes here what it did when its file was written.',
+  'right in tf32': 'The network computes here what it did when its file was written, in TF32.',
+  'right in bfloat16':
+    'The network computes here what it did when its file was written, in bfloat16.',
+  'not finite': 'The network computes here what is not finite: do not trust what it reads.',
+  'differs':
+    'The network does not compute here what it did when its file was written: do not trust what ' +
+    'it reads.',
+};
+
+/** What the probe in the network's file says: is the network what it was, here? */
+async function proof(file) {
+  try {
+    const probe = readProbe(probeText(file)), names = outputNames(probe);
+    const feeds = {...inputsOf(ort, probe), ...tensors(state.base)};
+    const base = atPoints(probe, await inTurn(() => forward.run(feeds, names)));
+    return PROOFS[verdicts(probe, {base, adapters: new Map()}).base];
+  } catch (error) {
+    return `The network cannot be checked here: ${error.message ?? error}`;
+  }
 }
 
 /** Work in its turn: a session on WebGPU takes no second run before the first one is done. */

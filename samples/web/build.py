@@ -25,6 +25,8 @@ import lora_fx
 
 HERE = Path(__file__).resolve().parent
 PAGE = ("index.html", "style.css", "app.js", "onnx_adapter.js")
+PROBE = HERE.parent / "probe" / "probe.mjs"
+"""What reads the probe of the network's file."""
 RUNTIME = (
     "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm",
     "ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
@@ -66,7 +68,8 @@ def build(folder: Path) -> None:
     for name in ("step.*", "forward.*"):  # export does not overwrite an old file
         for old in folder.glob(name):
             old.unlink()
-    for path in (*(HERE / name for name in PAGE), *(runtime / name for name in RUNTIME)):
+    page = [HERE / name for name in PAGE]
+    for path in (*page, PROBE, *(runtime / name for name in RUNTIME)):
         shutil.copy(path, folder)
 
     torch.manual_seed(0)

@@ -44,8 +44,9 @@ ALWAYS: dict[str, dict[str, str]] = {
     },
     "train": {
         "model": READS, "data": READS, "output": WRITES, "label": DATA, "loss": GOAL,
-        "eval_data": DATA, "curve": WRITES, "device": RUNS, "steps": RUNS, "batch_size": RUNS,
-        "lr": RUNS, "schedule": RUNS, "optimizer": RUNS, "weight_decay": RUNS, "clip": RUNS,
+        "eval_data": DATA, "curve": WRITES, "probe": GOAL, "device": RUNS, "steps": RUNS,
+        "batch_size": RUNS, "lr": RUNS, "schedule": RUNS, "optimizer": RUNS,
+        "weight_decay": RUNS, "clip": RUNS,
         "accumulate": RUNS, "gradient_accumulation_steps": RUNS, "mixed_precision": RUNS,
         "activation_checkpointing": RUNS, "save_state": WRITES, "resume": READS, "seed": RUNS,
         "trust": PERMITS, "inputs_file": DATA, "dynamic": RUNS, "static": RUNS,

@@ -147,7 +147,7 @@ HANDED_ON: dict[str, tuple[type[Any], Any, set[str]]] = {
         LoopOptions,
         lambda group: group.settings(0),
         {
-            "curve", "device", "gradient_accumulation_steps", "activation_checkpointing",
+            "curve", "probe", "device", "gradient_accumulation_steps", "activation_checkpointing",
             "save_state", "save_every", "save_total_limit", "resume",
         },
     ),

@@ -180,6 +180,26 @@ class GivenWeight(nn.Module):
         return nn.functional.conv2d(x, weight, self.bias)
 
 
+class Recurrent(nn.Module):
+    """A recurrent net, whose steps begin with constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.RNN(5, 4, batch_first=True)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states, _ = self.layer(x)
+        return self.out(states)
+
+
+def test_float16_that_ends_the_process_is_one_line(tmp_path: Path) -> None:
+    args = (torch.randn(2, 6, 5),)
+    with pytest.raises(LoraFxError, match="ends the process when it loads this graph in float16"):
+        lora_fx.export(Recurrent().eval(), tmp_path / "m.onnx", args, precision="float16")
+    assert not list(tmp_path.iterdir())
+
+
 def test_int8_that_the_converter_refuses_is_one_line(tmp_path: Path) -> None:
     args = (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3))
     with pytest.raises(LoraFxError, match="cannot make int8 of this graph: Expected") as refused:

@@ -22,10 +22,11 @@ from lora_fx.formats.peft.form import PeftForm, forms_of, to_tensors
 from lora_fx.formats.peft.modules_to_save import partly_held, split_full
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER
 from lora_fx.formats.peft.one_variant import all_or_none, one_own_variant, one_variant
+from lora_fx.probe.carried import FIELD
 from lora_fx.text import Json
 
-_DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
-"""Metadata fields that reading derives from the config and the tensors."""
+_DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft", FIELD)
+"""Metadata fields that reading derives from the config, the tensors, and other files."""
 Encoded = tuple[dict[str, Array], Json, Json, tuple[str, ...]]
 
 

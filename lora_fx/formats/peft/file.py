@@ -24,12 +24,13 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.strict_json import json_object, read_json
 from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.header_json import metadata_text
+from lora_fx.formats.header_json import metadata_text, probe_in_header
 from lora_fx.formats.peft import loha_lokr_oft
 from lora_fx.formats.peft.decode import decode
 from lora_fx.formats.peft.encode import encode
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.peft_file import PeftFile
+from lora_fx.probe.carried import FIELD, FILE
 from lora_fx.text import Json, JsonView
 
 CONFIG = "adapter_config.json"
@@ -149,6 +150,8 @@ def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
     write_tensors(directory / WEIGHTS, tensors, {"format": "pt", "lora_fx": metadata_text(ours)})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
+    if FIELD in adapter.metadata:
+        (directory / FILE).write_text(adapter.metadata[FIELD], encoding="utf-8")
     return notes
 
 
@@ -156,7 +159,8 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """Write one .safetensors file with the config in its metadata; otherwise as `write`."""
     tensors, config, ours, notes = encode(adapter)
     ours = {**ours, "config": config}
-    write_tensors(Path(path), tensors, {"format": "pt", "lora_fx": metadata_text(ours)})
+    header = {"format": "pt", "lora_fx": metadata_text(ours), **probe_in_header(adapter)}
+    write_tensors(Path(path), tensors, header)
     return notes
 
 
@@ -165,11 +169,12 @@ class Peft(Format):
 
     name = "peft"
     suffixes = (".safetensors",)
-    folder_files = (WEIGHTS, CONFIG)
+    folder_files = (WEIGHTS, CONFIG, FILE)
     pickles = (PICKLED,)
     one_model = True
     takes_empty = True
     keeps_variants = True
+    keeps_probe = True
 
     def detect(self, seen: FileHead) -> bool:
         """Whether the file has PEFT's prefix, or lora-fx's JSON."""

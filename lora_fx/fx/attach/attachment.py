@@ -33,6 +33,7 @@ from lora_fx.fx.module.module_base import Base
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
+from lora_fx.probe.carried import without_probe
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import base_name
 from lora_fx.text import human
@@ -69,7 +70,7 @@ class Attachment:
         self._sampled = Base()
         self.forms: dict[str, Form] = {}
         self.effect: Effect | None = None
-        self.metadata = dict(metadata or {})
+        self.metadata = without_probe(metadata or {})
         self._also = tuple(also_train)
         self._notes = tuple(notes)
         self._frozen_norms = frozen_norms
@@ -287,7 +288,7 @@ class Attachment:
         else:
             self.install(updates)
         tree_adapter.write_full_tensors(self.model, fitting, self._originals)
-        self.metadata = dict(fitting.metadata)
+        self.metadata = without_probe(fitting.metadata)
         self.check_base(adapter)
 
     def compile(self, *args: object, **kwargs: object) -> None:

@@ -31,6 +31,7 @@ from lora_fx.fx.module.tree_adapter import (
     write_full_tensors,
 )
 from lora_fx.fx.shards import refuse_shards, reshard
+from lora_fx.probe.carried import without_probe
 from lora_fx.targets.found import Found
 from lora_fx.text import by_key
 
@@ -66,7 +67,7 @@ class AdaptedModule(CapturedModule):
         self._inserter = inserter
         self._also = tuple(also_train)
         self._notes = tuple(notes)
-        self._metadata = dict(adapter.metadata)
+        self._metadata = without_probe(adapter.metadata)
         self._stored: dict[str, Adapter] = {}
         self._active: dict[str, float] = {DEFAULT: 1.0}
         self._sampled = Base()
@@ -216,7 +217,7 @@ class AdaptedModule(CapturedModule):
             self._rebuild(bound.lowrank)
         originals = dict(self._programs.captured.model.named_parameters())
         write_full_tensors(self, bound, {name: originals[name] for name in self._also})
-        self._metadata = dict(bound.metadata)
+        self._metadata = without_probe(bound.metadata)
 
     def _rebuild(self, updates: Updates) -> None:
         """Replace the branches' tensors by tensors of other shapes, and drop the programs."""

@@ -330,6 +330,21 @@ class FileCaptured(Captured):
         self.tracings[name,] = [traced]
         return traced
 
+    def switchable(self) -> torch.nn.Module:
+        """Return the eval program of a file of mode switch, whose A and B are inputs.
+
+        It takes the tensors of a call in order, and A and B by name.
+
+        Raises:
+            LoraFxError: A and B are no inputs of the file.
+        """
+        if not self._factors:
+            raise LoraFxError(
+                f"{self.path}: its A and B are no inputs",
+                "write a switchable file with lora-fx export MODEL -o X.pt2 --mode switch",
+            )
+        return self._example_program.program.module(check_guards=False)
+
     @property
     def recorded(self) -> bool:
         """False, since there is no live model to compare a recorded run with."""
