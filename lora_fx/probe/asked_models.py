@@ -273,8 +273,9 @@ def _is_enough(server: Server, probe: LanguageProbe, reply: Reply, told: Told) -
     if names_ids or len(told.places):
         return False
     raise LoraFxError(
-        f"{server.url}: none of the tokens that the server told is one of the probe's",
-        "check that it serves a model with the tokenizer of the base",
+        f"{server.url}: none of the tokens that the server told is one of the probe's: it serves "
+        "neither the adapter nor its base, or it names tokens in another way",
+        "check which model has this name on the server",
     )
 
 

@@ -169,7 +169,11 @@ class LanguageProbe:
         return Told(np.array(places, np.int64), np.array(found, np.float64))
 
     def verdict_on_adapter(self, told: Told) -> Verdict:
-        """Return the verdict on the answers of a server that should have the adapter."""
+        """Return the verdict on the answers of a server that should have the adapter.
+
+        It is too small to tell where another precision explains the difference, but the adapter's
+        effect is not far above what that precision moves.
+        """
         places = told.places
         groups = {name: values[places] for name, values in self.groups.items()}
         known = Known(
@@ -179,7 +183,12 @@ class LanguageProbe:
             half=None if self.half is None else self.half[places],
             double=None if self.double is None else self.double[places],
         )
-        return verdict_on_adapter(told.found, known, self._gauge(places))
+        gauge = self._gauge(places)
+        verdict = verdict_on_adapter(told.found, known, gauge)
+        coarsest = max(self.precisions.values(), default=0.0)
+        if verdict == DIFFERS and gauge.distance(told.found, known.expected) <= coarsest:
+            return Verdict(TOO_SMALL)
+        return verdict
 
     def verdict_on_base(self, told: Told, name: str) -> Verdict:
         """Return the verdict on the answers of a server that should have the base.

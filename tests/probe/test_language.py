@@ -94,6 +94,15 @@ def test_groups_that_a_precision_hides() -> None:
     assert coarse.unseen_groups(told, "right in bfloat16") == ["q"], "without it, 1.0 is missing"
 
 
+def test_a_small_effect_in_another_precision() -> None:
+    """Where the precision explains the difference, and the effect is not far above it."""
+    near = PROBE.told([{10: -2.05, 11: -1.0}, {12: -1.55}])
+    assert PROBE.verdict_on_adapter(near) == "right in bfloat16"
+    coarse = replace(PROBE, precisions={"bfloat16": 0.6})
+    assert coarse.verdict_on_adapter(near) == "too small to tell"
+    assert replace(PROBE, precisions={}).verdict_on_adapter(near) == "differs"
+
+
 def test_texts_that_tell_nothing() -> None:
     alike = replace(PROBE, adapter=replace(WITH, texts=(" the cat sat", " dog")))
     assert alike.verdict_on_texts([" the cat", " dog"], of_base=False, name="x") == (
