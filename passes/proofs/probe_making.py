@@ -411,7 +411,8 @@ def _written_out(name: str, array: Array) -> ProbeInput:
     """
     dtype = array.dtype.name
     if array.size and (array == array.reshape(-1)[0]).all():
-        return ProbeInput(dtype, array.shape, fill=array.reshape(-1)[0].item())
+        number = array.reshape(-1)[0].item()
+        return ProbeInput(dtype, array.shape, fill=int(number) if dtype == "bool" else number)
     if not is_whole_dtype(array) and "float" not in dtype:
         raise LoraFxError(f"input {name!r} is {dtype}, which no probe holds", "leave it")
     if array.size > MOST_VALUES:
