@@ -62,6 +62,10 @@ template <typename T> T element_from(double number) {
   return static_cast<T>(number);
 }
 
+template <> Ort::BFloat16_t element_from(double number) {
+  return Ort::BFloat16_t(static_cast<float>(number));
+}
+
 template <> Ort::Float16_t element_from(double number) {
   return Ort::Float16_t(static_cast<float>(number));
 }
@@ -89,12 +93,19 @@ template <typename T> Ort::Value input_of(const Json &described) {
 Ort::Value input_of(const Json &described) {
   using Maker = Ort::Value (*)(const Json &);
   static const std::map<std::string, Maker> makers = {
-      {"bool", input_of<bool>},       {"int8", input_of<int8_t>},
-      {"uint8", input_of<uint8_t>},   {"int16", input_of<int16_t>},
-      {"uint16", input_of<uint16_t>}, {"int32", input_of<int32_t>},
-      {"uint32", input_of<uint32_t>}, {"int64", input_of<int64_t>},
-      {"uint64", input_of<uint64_t>}, {"float16", input_of<Ort::Float16_t>},
-      {"float32", input_of<float>},   {"float64", input_of<double>},
+      {"bool", input_of<bool>},
+      {"int8", input_of<int8_t>},
+      {"uint8", input_of<uint8_t>},
+      {"int16", input_of<int16_t>},
+      {"uint16", input_of<uint16_t>},
+      {"int32", input_of<int32_t>},
+      {"uint32", input_of<uint32_t>},
+      {"int64", input_of<int64_t>},
+      {"uint64", input_of<uint64_t>},
+      {"float16", input_of<Ort::Float16_t>},
+      {"bfloat16", input_of<Ort::BFloat16_t>},
+      {"float32", input_of<float>},
+      {"float64", input_of<double>},
   };
   return makers.at(described["dtype"])(described);
 }

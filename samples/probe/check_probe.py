@@ -35,7 +35,9 @@ MOST_ELEMENTS = 1 << 25
 """The most elements of all inputs together."""
 MODES = ("merged", "switch", "load", "batch")
 """The modes of files that this program runs."""
-FLOATS = ("float16", "float32", "float64")
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+BFLOAT16 = 16
+"""The number of bfloat16 in ONNX; numpy has none."""
 LARGEST_WHOLE = 2**53
 """Larger whole numbers are not exact in every language's JSON."""
 RANGES = {
@@ -234,16 +236,29 @@ def _refuse_constant(name: str) -> None:
 # The inputs
 
 
-def tensor(described: Mapping[str, Any]) -> Array:
+def tensor(described: Mapping[str, Any]) -> Array | ort.OrtValue:
     """Return the input that an entry of `inputs` describes."""
+    if described["dtype"] == "bfloat16":
+        return bfloat16(array_of(described, "float32"))
+    return array_of(described, described["dtype"])
+
+
+def array_of(described: Mapping[str, Any], dtype: str) -> Array:
+    """Return the elements of an input in a dtype of numpy."""
     shape = tuple(int(size) for size in described["shape"])
     if "fill" in described:
-        return np.full(shape, described["fill"], described["dtype"])
+        return np.full(shape, described["fill"], dtype)
     if "values" in described:
-        return np.array(described["values"], described["dtype"]).reshape(shape)
-    return (
-        drawn(math.prod(shape), int(described["drawn"])).reshape(shape).astype(described["dtype"])
-    )
+        return np.array(described["values"], dtype).reshape(shape)
+    return drawn(math.prod(shape), int(described["drawn"])).reshape(shape).astype(dtype)
+
+
+def bfloat16(array: Array) -> ort.OrtValue:
+    """Return a float32 array, rounded to the nearest bfloat16: the upper 16 bits."""
+    bits = array.view(np.uint32)
+    is_odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + is_odd) >> np.uint32(16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(rounded.astype(np.uint16), BFLOAT16)
 
 
 def drawn(count: int, seed: int) -> Array:
@@ -329,7 +344,8 @@ class File:
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         [batch] = shapes.pop("adapter_ids")
         rowed = [name for name, shape in shapes.items() if shape and shape[0] == batch]
-        rows = next(len(self._inputs[name]) for name in rowed if name in self._inputs)
+        inputs = self.probe["inputs"]
+        rows = next(int(inputs[name]["shape"][0]) for name in rowed if name in inputs)
         tensors = {"adapter_ids": np.full(rows, number, np.int64)}
         if "adapter_scales" in shapes:
             tensors["adapter_scales"] = np.ones(rows, np.float32)

@@ -39,7 +39,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 /// The modes of files that can be run.
 inline const std::set<std::string> kModes = {"merged", "switch", "load",
                                              "batch"};
-inline const std::set<std::string> kFloats = {"float16", "float32", "float64"};
+inline const std::set<std::string> kFloats = {"bfloat16", "float16", "float32",
+                                              "float64"};
 inline const std::map<std::string, std::pair<double, double>> kRanges = {
     {"bool", {0, 1}},
     {"int8", {-128, 127}},

@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import stamp
 from lora_fx.formats.graph_inputs import KEYS
 from lora_fx.onnx.manifest import PROPERTY as MANIFEST
@@ -51,12 +51,19 @@ class Network:
         ids: In mode batch, what the file does with an id that no adapter has: refuse it, compute
             NaN, or take the last adapter's.
         dtype: That of the output.
+        half: The dtype of the input `half`.
     """
 
     tensors: dict[str, Array]
     adapters: dict[str, Factors]
     ids: str = "refused"
     dtype: str = "float32"
+    half: str = "float16"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs as a probe has them."""
+        return {**INPUTS, "half": {**INPUTS["half"], "dtype": self.half}}
 
     def outputs(self, adapter: Factors | None, scale: float = 1.0, without: str = "") -> Array:
         """Return the output [rows, length, 5] in float64, with an adapter or for the base.
@@ -66,7 +73,8 @@ class Network:
             scale: What its changes are multiplied by.
             without: A target that it does not change.
         """
-        x, half, mask = (array.astype(np.float64) for array in (X, HALF, MASK))
+        arrays = (X, drawn(SHAPE, self.half, 8), MASK)
+        x, half, mask = (array.astype(np.float64) for array in arrays)
         hidden = self.tensors["table"][np.array(IDS)] + x + half * mask
         for target in TARGETS:
             weight = self.tensors[target].astype(np.float64)
@@ -79,7 +87,6 @@ class Network:
 
 SHAPE = (ROWS, LENGTH, WIDTHS[0])
 X = drawn(SHAPE, "float32", 7)
-HALF = drawn(SHAPE, "float16", 8)
 MASK = np.ones(SHAPE, bool)
 INPUTS: dict[str, Any] = {
     "ids": {"dtype": "int64", "shape": [ROWS, LENGTH], "values": [n for row in IDS for n in row]},
@@ -115,7 +122,7 @@ def probe_of(known: Network, mode: str) -> dict[str, Any]:
     probe: dict[str, Any] = {
         "format": 1,
         "mode": "switch" if mode == "portable" else mode,
-        "inputs": INPUTS,
+        "inputs": known.inputs,
         "outputs": {
             "y": {
                 "shape": list(base.shape),
@@ -222,7 +229,7 @@ class _Graph:
         self.constants: dict[str, Array] = {}
         self.inputs = {
             name: helper.make_tensor_value_info(name, _dtype(of["dtype"]), _free(of["shape"]))
-            for name, of in INPUTS.items()
+            for name, of in computed.inputs.items()
         }
 
     def proto(self) -> onnx.GraphProto:
@@ -313,7 +320,7 @@ def _padded(factor: Array, is_a: bool) -> Array:
 
 
 def _dtype(name: str) -> int:
-    return int(helper.np_dtype_to_tensor_dtype(np.dtype(name)))
+    return int(helper.np_dtype_to_tensor_dtype(numpy_dtype(name)))
 
 
 def _free(shape: list[int]) -> list[int | str]:

@@ -28,7 +28,7 @@ Export = Callable[[Path, str], Path]
 
 
 class Rows(nn.Module):
-    """A convolution and two linear layers."""
+    """A convolution and two linear layers, and a mask of rows, whose probe has booleans."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,13 +37,14 @@ class Rows(nn.Module):
         self.up = nn.Linear(8, 16)
         self.head = nn.Linear(16, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.up(torch.relu(self.conv(x)).mean((2, 3)))))
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.up(torch.relu(self.conv(x)).mean((2, 3))))
+        return torch.where(mask, self.head(hidden), -self.head(hidden))
 
 
 def export_rows(folder: Path, mode: str) -> Path:
     """Export a small network with the adapters a and b."""
-    args = (torch.randn(2, 3, 6, 6),)
+    args = (torch.randn(2, 3, 6, 6), torch.ones(2, 1, dtype=torch.bool))
     adapters = {}
     for seed, name in enumerate("ab"):
         adapted = lora_fx.insert(Rows().eval(), args, rank=2 + seed, seed=seed).eval()
