@@ -11,11 +11,12 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.permissions import copy_file
 from lora_fx.files.read import read_bytes
+from lora_fx.files.replaceable import PROBE
 from lora_fx.files.tensor_files import copy_with_text
 from lora_fx.formats.detect import format_in, look, tensor_file
 from lora_fx.formats.format import FileHead
 from lora_fx.formats.registry import FORMATS
-from lora_fx.probe.carried import FIELD, FILE, without_probe
+from lora_fx.probe.carried import FIELD, without_probe
 from lora_fx.probe.probe import MOST_BYTES, PROPERTY, Probe
 
 
@@ -71,9 +72,9 @@ def add_probe(path: Path, probe: Probe) -> None:
             return
         stage.mkdir()
         for name in FORMATS.names_of_input():
-            if name != FILE and (path / name).is_file():
+            if name != PROBE and (path / name).is_file():
                 copy_file(path / name, stage / name)
-        (stage / FILE).write_text(probe.to_text(), encoding="utf-8")
+        (stage / PROBE).write_text(probe.to_text(), encoding="utf-8")
 
 
 def _text_of(adapter: Adapter, file: Path, head: FileHead) -> str | None:
@@ -83,7 +84,7 @@ def _text_of(adapter: Adapter, file: Path, head: FileHead) -> str | None:
         return text
     if text is not None:
         raise LoraFxError(f"{file}: its probe is a {type(text).__name__}, not a text", "leave it")
-    beside = file.with_name(FILE)
+    beside = file.with_name(PROBE)
     if file.name not in FORMATS.names_of_input() or not beside.is_file():
         return None
     data = read_bytes(beside, most=MOST_BYTES)

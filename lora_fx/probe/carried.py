@@ -15,8 +15,6 @@ from lora_fx.text import Json, JsonView
 
 FIELD = "probe"
 """The field of an adapter's metadata that has the text."""
-FILE = "lora_fx_probe.json"
-"""The file of a probe in an adapter's folder."""
 MODE = "adapter"
 OTHER_ADAPTER = (
     "the probe is not written: it is of the adapter as it was, before it was changed or renamed"

@@ -43,8 +43,12 @@ NAME = "adapter"
 """The name of the one adapter in such a probe."""
 
 
-def probe_adapter(
-    model: Captured | AdaptedModule, adapter: Adapter, digest: str, kind: str = FULL
+def adapter_probe(
+    model: Captured | AdaptedModule,
+    adapter: Adapter,
+    digest: str,
+    kind: str = FULL,
+    name: str = NAME,
 ) -> tuple[Probe | None, list[str]]:
     """Make the probe of an adapter, at an input of ours.
 
@@ -54,6 +58,7 @@ def probe_adapter(
         adapter: Bound to the model.
         digest: The hash of the adapter as its file has it, by which others know it.
         kind: full; or short, without groups of targets.
+        name: The name of the adapter in the probe.
 
     Returns:
         The probe, and what has to be said; None, with the reason, where there can be none.
@@ -67,12 +72,12 @@ def probe_adapter(
             stack.enter_context(as_it_was(model))
             stack.enter_context(with_its_adapter(model))
         assert isinstance(captured, Captured)  # there are two kinds of models
-        reference = TorchReference(captured, partial(_inserted, captured))
+        reference = TorchReference(captured, partial(inserted, captured))
         runs = VariedRuns(reference.base, reference.branched, module)
-        adapters = {NAME: adapter}
+        adapters = {name: adapter}
 
-        def run(name: str) -> Run:
-            return runs.run(adapters.get(name) if name != BASE else None)
+        def run(asked: str) -> Run:
+            return runs.run(adapters.get(asked) if asked != BASE else None)
 
         subject = Subject(
             mode=MODE,
@@ -88,11 +93,12 @@ def probe_adapter(
             narrow=partial(_narrow, captured, runs),
             narrows_adapters=True,
         )
-        facts = {**facts_of(subject, "torch"), "adapters": {NAME: digest}}
+        facts = {**facts_of(subject, "torch"), "adapters": {name: digest}}
         return make_probe(subject, kind, facts)
 
 
-def _inserted(captured: Captured, adapter: Adapter) -> CapturedModule:
+def inserted(captured: Captured, adapter: Adapter) -> CapturedModule:
+    """Return a base with an adapter's branches."""
     return insert(captured, adapter=adapter, dead="allow")
 
 
@@ -156,7 +162,7 @@ def add_to_adapter(path: str, module: AdaptedModule, kind: str) -> tuple[Json, l
         return {}, []
     try:
         digest = adapter_hash(load_adapter(path))
-        probe, notes = probe_adapter(module, module.adapter(), digest, kind)
+        probe, notes = adapter_probe(module, module.adapter(), digest, kind)
         if probe is not None:
             add_probe(Path(path), probe)
     except (LoraFxError, RuntimeError, ValueError, TypeError, IndexError, MemoryError) as e:

@@ -18,6 +18,7 @@ from lora_fx.passes.proofs import language_making
 from lora_fx.passes.verbs.probe import probe_adapter
 from lora_fx.probe.completions import _logprobs
 from lora_fx.probe.language import Continuations, LanguageProbe, NextToken, Prompt
+from lora_fx.probe.verdict import Verdict
 from tests.fx.train import language_models
 from tests.probe.test_server import adapter
 
@@ -63,9 +64,11 @@ def test_points_are_matched(answers: list[Mapping[int | str, float]], places: li
 def test_a_verdict_over_the_told_points_alone() -> None:
     told = PROBE.told([{10: -2.0, 11: -1.0}, {}])
     assert PROBE.verdict_on_adapter(told) == "right"
-    assert PROBE.unseen_groups(told, "right") == ["q"], "its one point was not told"
+    assert PROBE.unseen_groups(told, Verdict("right")) == ["q"], "its one point was not told"
     told = PROBE.told([{10: -2.0, 11: -1.0}, {12: -2.5}])
-    assert PROBE.verdict_on_adapter(told) == "without q" and not PROBE.unseen_groups(told, "right")
+    assert PROBE.verdict_on_adapter(told) == "without q" and not PROBE.unseen_groups(
+        told, Verdict("right")
+    )
     told = PROBE.told([{10: -1.0}, {12: math.nan}])
     assert PROBE.verdict_on_adapter(told) == "not finite"
 
@@ -89,9 +92,11 @@ def test_texts(texts: list[str], adapter_verdict: str, base_verdict: str) -> Non
 
 def test_groups_that_a_precision_hides() -> None:
     told = PROBE.told([{10: -2.0, 11: -1.0}, {12: -1.5}])
-    assert PROBE.unseen_groups(told, "right in bfloat16") == []
+    assert PROBE.unseen_groups(told, Verdict("right", precision="bfloat16")) == []
     coarse = replace(PROBE, precisions={"bfloat16": 0.6})
-    assert coarse.unseen_groups(told, "right in bfloat16") == ["q"], "without it, 1.0 is missing"
+    assert coarse.unseen_groups(told, Verdict("right", precision="bfloat16")) == ["q"], (
+        "without it, 1.0 is missing"
+    )
 
 
 def test_a_small_effect_in_another_precision() -> None:

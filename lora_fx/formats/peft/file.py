@@ -21,6 +21,7 @@ from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.variant import expect_variant
 from lora_fx.errors import LoraFxError
+from lora_fx.files.replaceable import PROBE
 from lora_fx.files.strict_json import json_object, read_json
 from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.format import FileHead, Format
@@ -30,7 +31,7 @@ from lora_fx.formats.peft.decode import decode
 from lora_fx.formats.peft.encode import encode
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.peft_file import PeftFile
-from lora_fx.probe.carried import FIELD, FILE
+from lora_fx.probe.carried import FIELD
 from lora_fx.text import Json, JsonView
 
 CONFIG = "adapter_config.json"
@@ -151,7 +152,7 @@ def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
     if FIELD in adapter.metadata:
-        (directory / FILE).write_text(adapter.metadata[FIELD], encoding="utf-8")
+        (directory / PROBE).write_text(adapter.metadata[FIELD], encoding="utf-8")
     return notes
 
 
@@ -169,7 +170,7 @@ class Peft(Format):
 
     name = "peft"
     suffixes = (".safetensors",)
-    folder_files = (WEIGHTS, CONFIG, FILE)
+    folder_files = (WEIGHTS, CONFIG, PROBE)
     pickles = (PICKLED,)
     one_model = True
     takes_empty = True
