@@ -43,7 +43,7 @@ def probe_file(
     """
     if kind == NONE:
         return {}
-    if subject.precision == "float32":
+    if subject.precision == "float32" and path.suffix != ".pt2":
         subject = replace(subject, precision=precision_in(path))
     probe, notes = make_probe(subject, kind, facts_of(subject, provider))
     warnings += notes
