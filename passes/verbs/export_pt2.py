@@ -193,6 +193,7 @@ def _subject(
         found=found,
         base=reference.base_facts(),
         feeds=partial(reference.feeds, SIZES[0]),
+        base_file=options.base_file,
         files={name: f"{name}{options.adapter_ending}" for name in adapters},
         precision=precision_of(reference.captured),
         narrow=runs.narrow,
