@@ -7,33 +7,30 @@ from functools import partial
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.load.folder_tokenizer import read_tokenizer
-from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.train.language_data import is_causal
-from lora_fx.inputs import SIZES
 from lora_fx.passes.proofs.language_making import Speaker, make_language
-from lora_fx.passes.proofs.probe_making import Subject, make_probe
 from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.proofs.varied_runs import VariedRuns
-from lora_fx.passes.verbs.adapt import find, insert
-from lora_fx.passes.verbs.export_probe import facts_of
+from lora_fx.passes.verbs.adapt import find
 from lora_fx.passes.verbs.open import captured_of, user_module
 from lora_fx.passes.verbs.options import CaptureOptions
+from lora_fx.passes.verbs.probe_adapter import narrow_run, probe_adapter, with_branches
 from lora_fx.probe.language import LanguageProbe
 from lora_fx.probe.probe import FULL, MOST_BYTES, Probe
 
 
-def probe_adapter(
-    model: object, adapter: Adapter, name: str, *, kind: str = FULL, trust: bool = False
+def probe_for_server(
+    model: object, adapter: Adapter, *, kind: str = FULL, trust: bool = False
 ) -> tuple[Probe, list[str]]:
     """Make the probe of an adapter, with a question for a server of a causal language model.
 
     Args:
         model: The base: whatever `lora_fx.capture` takes.
-        adapter: Bound or not.
-        name: The name of the adapter.
+        adapter: As its file has it.
         kind: full; or short, without groups.
         trust: Read pickled tensors of the base.
 
@@ -43,48 +40,33 @@ def probe_adapter(
     Raises:
         LoraFxError: The adapter does not fit, or no probe of it can be made.
     """
-    options = CaptureOptions(adapter=adapter, trust=trust)
-    cap = captured_of(model, options)
+    cap = captured_of(model, CaptureOptions(adapter=adapter, trust=trust))
     found = find(cap)
     bound = adapter.bind(found)
-    reference = TorchReference(cap, partial(_inserted, cap))
-    runs = VariedRuns(reference.base, reference.branched)
-    subject = Subject(
-        mode="adapter",
-        run=lambda asked: runs.run(bound if asked == name else None),
-        reference=runs.run,
-        vary=runs.run,
-        adapters={name: bound},
-        found=found,
-        feeds=partial(reference.feeds, SIZES[0]),
-        base=reference.base_facts(),
-        narrow=runs.narrow,
-    )
-    probe, notes = make_probe(subject, kind, facts_of(subject, "torch"))
+    probe, notes = probe_adapter(cap, bound, adapter_hash(adapter), kind)
     if probe is None:
         raise LoraFxError("; ".join(notes), "report this model")
     folder = cap.tokenizer_folder
     if folder is None or not is_causal(user_module(cap)):
         return probe, [*notes, *cap.notes, _why_no_language(cap, folder)]
-    language = make_language(_speaker(reference, runs, folder), bound, found)
+    language = make_language(_speaker(cap, folder), bound, found)
     if kind != FULL:
         language = replace(language, groups={})
     return _with_language(probe, language, notes)
+
+
+def _speaker(cap: Captured, folder: Path) -> Speaker:
+    """Return the model and its tokenizer."""
+    reference = TorchReference(cap, partial(with_branches, cap))
+    runs = VariedRuns(reference.base, reference.branched)
+    narrow = partial(narrow_run, cap, runs)
+    return Speaker(runs.run, narrow, read_tokenizer(folder), list(cap.named))
 
 
 def _why_no_language(cap: Captured, folder: Path | None) -> str:
     if not is_causal(user_module(cap)):
         return "the probe has no question for a server: the base is no causal language model"
     return "the probe has no question for a server: the folder of the base has no tokenizer"
-
-
-def _speaker(reference: TorchReference, runs: VariedRuns, folder: Path) -> Speaker:
-    names = list(reference.captured.named)
-    return Speaker(runs, read_tokenizer(folder), names)
-
-
-def _inserted(captured: Captured, adapter: Adapter) -> AdaptedModule:
-    return insert(captured, adapter=adapter, dead="allow")
 
 
 def _with_language(

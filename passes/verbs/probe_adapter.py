@@ -67,7 +67,7 @@ def probe_adapter(
             stack.enter_context(as_it_was(model))
             stack.enter_context(with_its_adapter(model))
         assert isinstance(captured, Captured)  # there are two kinds of models
-        reference = TorchReference(captured, partial(_inserted, captured))
+        reference = TorchReference(captured, partial(with_branches, captured))
         runs = VariedRuns(reference.base, reference.branched, module)
         adapters = {NAME: adapter}
 
@@ -85,18 +85,19 @@ def probe_adapter(
             base=reference.base_facts(),
             feeds=partial(reference.feeds, SIZES[0]),
             precision=precision_of(captured),
-            narrow=partial(_narrow, captured, runs),
+            narrow=partial(narrow_run, captured, runs),
             narrows_adapters=True,
         )
         facts = {**facts_of(subject, "torch"), "adapters": {NAME: digest}}
         return make_probe(subject, kind, facts)
 
 
-def _inserted(captured: Captured, adapter: Adapter) -> CapturedModule:
+def with_branches(captured: Captured, adapter: Adapter) -> CapturedModule:
+    """Insert the branches of an adapter, whether a gradient reaches them or not."""
     return insert(captured, adapter=adapter, dead="allow")
 
 
-def _narrow(
+def narrow_run(
     captured: Captured, runs: VariedRuns, adapter: Adapter | None, feeds: Named
 ) -> Named | None:
     """Run the model with all of its parameters in bfloat16, as a merged folder of that dtype runs.

@@ -15,9 +15,10 @@ from tokenizers import processors
 import lora_fx
 from lora_fx import Adapter, Full
 from lora_fx.passes.proofs import language_making
-from lora_fx.passes.verbs.probe import probe_adapter
+from lora_fx.passes.verbs.probe import probe_for_server
 from lora_fx.probe.completions import _logprobs
 from lora_fx.probe.language import Continuations, LanguageProbe, NextToken, Prompt
+from lora_fx.probe.verdict import Verdict
 from tests.fx.train import language_models
 from tests.probe.test_server import adapter
 
@@ -63,9 +64,11 @@ def test_points_are_matched(answers: list[Mapping[int | str, float]], places: li
 def test_a_verdict_over_the_told_points_alone() -> None:
     told = PROBE.told([{10: -2.0, 11: -1.0}, {}])
     assert PROBE.verdict_on_adapter(told) == "right"
-    assert PROBE.unseen_groups(told, "right") == ["q"], "its one point was not told"
+    assert PROBE.unseen_groups(told, Verdict("right")) == ["q"], "its one point was not told"
     told = PROBE.told([{10: -2.0, 11: -1.0}, {12: -2.5}])
-    assert PROBE.verdict_on_adapter(told) == "without q" and not PROBE.unseen_groups(told, "right")
+    assert PROBE.verdict_on_adapter(told) == "without q" and not PROBE.unseen_groups(
+        told, Verdict("right")
+    )
     told = PROBE.told([{10: -1.0}, {12: math.nan}])
     assert PROBE.verdict_on_adapter(told) == "not finite"
 
@@ -89,9 +92,11 @@ def test_texts(texts: list[str], adapter_verdict: str, base_verdict: str) -> Non
 
 def test_groups_that_a_precision_hides() -> None:
     told = PROBE.told([{10: -2.0, 11: -1.0}, {12: -1.5}])
-    assert PROBE.unseen_groups(told, "right in bfloat16") == []
+    assert PROBE.unseen_groups(told, Verdict("right", precision="bfloat16")) == []
     coarse = replace(PROBE, precisions={"bfloat16": 0.6})
-    assert coarse.unseen_groups(told, "right in bfloat16") == ["q"], "without it, 1.0 is missing"
+    assert coarse.unseen_groups(told, Verdict("right", precision="bfloat16")) == ["q"], (
+        "without it, 1.0 is missing"
+    )
 
 
 def test_a_small_effect_in_another_precision() -> None:
@@ -136,7 +141,7 @@ def test_forms_of_answers(name: str) -> None:
 
 
 def question(base: Path, path: Path) -> LanguageProbe:
-    probe, _ = probe_adapter(base, lora_fx.load_adapter(path), "x")
+    probe, _ = probe_for_server(base, lora_fx.load_adapter(path))
     assert probe.language is not None
     return LanguageProbe.from_json(probe.language, "x")
 
@@ -184,8 +189,8 @@ def test_a_base_that_is_no_language_model(tmp_path: Path) -> None:
         "    return torch.nn.Linear(3, 2), (torch.ones(4, 3),), {}\n"
     )
     low = lora_fx.LowRank(np.ones((1, 3), "f4"), np.ones((2, 1), "f4"), 1.0)
-    probe, notes = probe_adapter(f"{tmp_path}/model.py:build", Adapter({"weight": low}), "x")
-    assert probe.language is None and list(probe.adapters) == ["x"]
+    probe, notes = probe_for_server(f"{tmp_path}/model.py:build", Adapter({"weight": low}))
+    assert probe.language is None and list(probe.adapters) == ["adapter"]
     assert any("no question for a server" in note for note in notes)
 
 
