@@ -224,9 +224,9 @@ def scale_near_one(found: Array, known: Known, gauge: Gauge) -> float | None:
     difference = (found - known.expected) / gauge.largest
     share = float(difference @ effect / (effect @ effect))
     left_over = _largest(np.abs(difference - share * effect))
-    scale = round(1 + share, 2)
+    scale = np.floor(100 * (1 + share) + 0.5) / 100
     explains = left_over <= _largest(np.abs(difference)) / BETTER
-    return scale if explains and abs(share) <= NEAR_ONE and scale != 1 else None
+    return float(scale) if explains and abs(share) <= NEAR_ONE and scale != 1 else None
 
 
 def _moves_enough(known: Known, gauge: Gauge) -> bool:

@@ -31,6 +31,8 @@ MOST_BYTES = 65536
 MOST_POINTS = 64
 MOST_GROUPS = 16
 MOST_AXES = 64
+FEWEST_MOVED = 8
+"""The fewest points that an adapter has to move for a scale to be told."""
 MOST_ELEMENTS = 1 << 25
 """The most elements of all inputs together."""
 MODES = ("merged", "switch", "load", "batch")
@@ -404,7 +406,7 @@ class Gauge:
 
     def __init__(self, probe: Mapping[str, Any]) -> None:
         outputs = [probe["outputs"][name] for name, _ in probe["points"]]
-        self._largest = np.array([output["largest"] for output in outputs], np.float64)
+        self.largest = np.array([output["largest"] for output in outputs], np.float64)
         self._tolerance = np.array([output["tolerance"] for output in outputs], np.float64)
         self.largest_tolerance = max(of["tolerance"] for of in probe["outputs"].values())
         self.precisions: list[tuple[str, float]] = sorted(
@@ -412,10 +414,14 @@ class Gauge:
         )
 
     def distance(self, one: Array, other: Array) -> float:
-        return _largest_ratio(one, other, self._largest)
+        return _largest_ratio(one, other, self.largest)
 
     def excess(self, one: Array, other: Array) -> float:
-        return _largest_ratio(one, other, self._largest * self._tolerance)
+        return _largest_ratio(one, other, self.largest * self._tolerance)
+
+    def moved(self, one: Array, other: Array) -> int:
+        """Return how many points lie apart by more than their tolerance."""
+        return int((np.abs(one - other) > self.largest * self._tolerance).sum())
 
 
 def _largest_ratio(one: Array, other: Array, scale: Array) -> float:
@@ -481,7 +487,8 @@ def verdict_on_adapter(found: Array, name: str, probe: Mapping[str, Any]) -> str
     gauge = Gauge(probe)
     expected = floats(adapter["values"])
     effect = math.inf if base is None else gauge.distance(expected, floats(base))
-    answer = verdict(found, expected, causes, gauge, effect)
+    near_one = None if base is None else scale_near_one(found, floats(base), expected, gauge)
+    answer = verdict(found, expected, causes, gauge, effect, near_one)
     if answer == "right" and effect <= 2 * gauge.largest_tolerance:
         return TOO_SMALL
     if answer == "differs" and base is not None and {"half", "double"} <= adapter.keys():
@@ -496,8 +503,9 @@ def verdict(
     causes: Mapping[str, Sequence[float]],
     gauge: Gauge,
     effect: float = math.inf,
+    near_one: float | None = None,
 ) -> str:
-    """Return the verdict by rules 1 to 4, and `differs` where these have none.
+    """Return the verdict by rules 1 to 5, and `differs` where these have none.
 
     Args:
         found: The outputs at the points.
@@ -506,6 +514,7 @@ def verdict(
         gauge: How lists are compared.
         effect: The distance of the adapter and the base. A precision is not told where it is less
             than four times the precision's level.
+        near_one: The scale near 1 that explains `found`, where one does.
     """
     if not np.isfinite(found).all():
         return "not finite"
@@ -514,6 +523,8 @@ def verdict(
     names = [name for name, values in causes.items() if gauge.excess(found, floats(values)) <= 1]
     if names:
         return " or ".join(names)
+    if near_one is not None:
+        return f"scaled by {near_one:g}"
     distances = {name: gauge.distance(found, floats(values)) for name, values in causes.items()}
     for precision, level in gauge.precisions:
         if effect <= 4 * level:
@@ -526,16 +537,32 @@ def verdict(
     return "differs"
 
 
+def scale_near_one(found: Array, base: Array, values: Array, gauge: Gauge) -> float | None:
+    """Return the scale within 0.1 of 1 that explains the outputs, by rule 4, or None."""
+    if gauge.moved(values, base) < FEWEST_MOVED or not np.isfinite(found).all():
+        return None
+    effect = (values - base) / gauge.largest
+    difference = (found - values) / gauge.largest
+    share = float((difference * effect).sum() / (effect * effect).sum())
+    if not abs(share) <= 0.1:
+        return None
+    explains = np.abs(difference - share * effect).max() <= np.abs(difference).max() / 8
+    scale = math.floor(100 * (1 + share) + 0.5) / 100
+    return scale if explains and scale != 1 else None
+
+
 def fitted_scale(
     found: Array, base: Array, adapter: Mapping[str, Any], gauge: Gauge
 ) -> float | None:
-    """Return the scale of the adapter that explains the outputs, by rule 5, or None.
+    """Return the scale of the adapter that explains the outputs, by rule 6, or None.
 
     Scales are counted in hundredths, because 0.9 and 1.1 have no exact distance of 0.1 to 1.
     """
     values = floats(adapter["values"])
     half = floats(adapter["half"])
     double = floats(adapter["double"])
+    if gauge.moved(values, base) < FEWEST_MOVED:
+        return None
     nearest, least = 0, math.inf
     for hundredths in range(10, 301):
         s = hundredths / 100

@@ -30,6 +30,8 @@ constexpr size_t kMostBytes = 65536;
 constexpr size_t kMostPoints = 64;
 constexpr size_t kMostGroups = 16;
 constexpr size_t kMostAxes = 64;
+/// The fewest points that an adapter has to move for a scale to be told.
+constexpr int kFewestMoved = 8;
 /// The most elements of all inputs together.
 constexpr double kMostElements = 1 << 25;
 /// Larger whole numbers are not exact in every language's JSON.
@@ -324,6 +326,14 @@ struct Gauge {
     return most;
   }
 
+  /// How many points lie apart by more than their tolerance.
+  int moved(const Numbers &one, const Numbers &other) const {
+    int count = 0;
+    for (size_t i = 0; i < one.size(); ++i)
+      count += std::abs(one[i] - other[i]) > largest[i] * tolerance[i];
+    return count;
+  }
+
   double excess(const Numbers &one, const Numbers &other) const {
     double most = 0;
     for (size_t i = 0; i < one.size(); ++i) {
@@ -355,11 +365,18 @@ inline std::string matching(const Named &causes,
   return names;
 }
 
-/// The verdict by rules 1 to 4, and `differs` where these have none. A
+/// The verdict on a scale, which is given in hundredths.
+inline std::string scaled_by(int hundredths) {
+  std::ostringstream text;
+  text << "scaled by " << hundredths / 100.0;
+  return text.str();
+}
+
+/// The verdict by rules 1 to 5, and `differs` where these have none. A
 /// precision is not told unless the effect is above four times its level.
 inline std::string verdict(const Numbers &found, const Numbers &expected,
                            const Named &causes, const Gauge &gauge,
-                           double effect) {
+                           double effect, int near_one = 0) {
   if (!all_finite(found))
     return "not finite";
   if (gauge.excess(found, expected) <= 1)
@@ -369,6 +386,8 @@ inline std::string verdict(const Numbers &found, const Numbers &expected,
   });
   if (!names.empty())
     return names;
+  if (near_one)
+    return scaled_by(near_one);
   for (const auto &row : gauge.precisions) {
     const double level = row.first;
     const std::string &precision = row.second;
@@ -385,13 +404,40 @@ inline std::string verdict(const Numbers &found, const Numbers &expected,
   return "differs";
 }
 
+/// The scale within 0.1 of 1 that explains the numbers, in hundredths, by rule
+/// 4; 0 where none does.
+inline int hundredths_near_one(const Numbers &found, const Numbers &base,
+                               const Numbers &values, const Gauge &gauge) {
+  if (gauge.moved(values, base) < kFewestMoved || !all_finite(found))
+    return 0;
+  Numbers effect, difference;
+  double along = 0, square = 0, most = 0, left = 0;
+  for (size_t i = 0; i < found.size(); ++i) {
+    effect.push_back((values[i] - base[i]) / gauge.largest[i]);
+    difference.push_back((found[i] - values[i]) / gauge.largest[i]);
+    along += difference[i] * effect[i];
+    square += effect[i] * effect[i];
+  }
+  const double share = along / square;
+  if (!(std::abs(share) <= 0.1))
+    return 0;
+  for (size_t i = 0; i < found.size(); ++i) {
+    most = std::max(most, std::abs(difference[i]));
+    left = std::max(left, std::abs(difference[i] - share * effect[i]));
+  }
+  const int hundredths = static_cast<int>(std::floor(100 * (1 + share) + 0.5));
+  return left <= most / 8 && hundredths != 100 ? hundredths : 0;
+}
+
 /// The scale of the adapter that explains the numbers, in hundredths, by rule
-/// 5; 0 where none does. 0.9 and 1.1 have no exact distance of 0.1 to 1.
+/// 6; 0 where none does. 0.9 and 1.1 have no exact distance of 0.1 to 1.
 inline int fitted_hundredths(const Numbers &found, const Numbers &base,
                              const Json &adapter, const Gauge &gauge) {
   const Numbers half = numbers_of(adapter["half"]);
   const Numbers values = numbers_of(adapter["values"]);
   const Numbers twice = numbers_of(adapter["double"]);
+  if (gauge.moved(values, base) < kFewestMoved)
+    return 0;
   int nearest = 0;
   double least = kInfinity;
   for (int hundredths = 10; hundredths <= 300; ++hundredths) {
@@ -435,7 +481,10 @@ inline std::string verdict_on_adapter(const Numbers &found,
   const Gauge gauge(probe);
   const Numbers expected = numbers_of(adapter["values"]);
   const double effect = has_base ? gauge.distance(expected, base) : kInfinity;
-  const std::string answer = verdict(found, expected, causes, gauge, effect);
+  const int near_one =
+      has_base ? hundredths_near_one(found, base, expected, gauge) : 0;
+  const std::string answer =
+      verdict(found, expected, causes, gauge, effect, near_one);
   if (answer == "right" && effect <= 2 * gauge.largest_tolerance)
     return "too small to tell";
   const bool has_scales =
@@ -445,9 +494,7 @@ inline std::string verdict_on_adapter(const Numbers &found,
   const int hundredths = fitted_hundredths(found, base, adapter, gauge);
   if (!hundredths)
     return answer;
-  std::ostringstream text;
-  text << "scaled by " << hundredths / 100.0;
-  return text.str();
+  return scaled_by(hundredths);
 }
 
 /// The numbers at the points.

@@ -8,6 +8,8 @@ const MOST_BYTES = 65536;
 const MOST_POINTS = 64;
 const MOST_GROUPS = 16;
 const MOST_AXES = 64;
+/** The fewest points that an adapter has to move for a scale to be told. */
+const FEWEST_MOVED = 8;
 /** The most elements of all inputs together. */
 const MOST_ELEMENTS = 2 ** 25;
 /** The modes of files that can be run. */
@@ -443,6 +445,13 @@ class Gauge {
     return Math.max(...one.map(ratio));
   }
 
+  /** How many points lie apart by more than their tolerance. */
+  moved(one, other) {
+    const allowed = (i) => this.largest[i] * this.tolerances[i];
+    return one.filter((number, i) => Math.abs(number - other[i]) > allowed(i))
+      .length;
+  }
+
   excess(one, other) {
     const allowed = (i) => this.largest[i] * this.tolerances[i];
     const ratio = (number, i) => Math.abs(number - other[i]) / allowed(i);
@@ -508,7 +517,8 @@ function verdictOnAdapter(found, name, probe) {
 
   const gauge = new Gauge(probe);
   const effect = base ? gauge.distance(expected, base) : Infinity;
-  const answer = verdict(found, expected, causes, gauge, effect);
+  const nearOne = base ? scaleNearOne(found, base, expected, gauge) : null;
+  const answer = verdict(found, expected, causes, gauge, effect, nearOne);
   if (answer === "right" && effect <= 2 * gauge.largestTolerance)
     return "too small to tell";
   if (answer === "differs" && base && half && double) {
@@ -518,9 +528,16 @@ function verdictOnAdapter(found, name, probe) {
   return answer;
 }
 
-/** The verdict by rules 1 to 4, and `differs` where these have none. A
+/** The verdict by rules 1 to 5, and `differs` where these have none. A
  *  precision is not told unless the effect is above four times its level. */
-function verdict(found, expected, causes, gauge, effect = Infinity) {
+function verdict(
+  found,
+  expected,
+  causes,
+  gauge,
+  effect = Infinity,
+  nearOne = null,
+) {
   if (!found.every(Number.isFinite)) return "not finite";
   if (gauge.excess(found, expected) <= 1) return "right";
   const named = (matches) =>
@@ -530,6 +547,7 @@ function verdict(found, expected, causes, gauge, effect = Infinity) {
       .join(" or ");
   const names = named((values) => gauge.excess(found, values) <= 1);
   if (names) return names;
+  if (nearOne !== null) return `scaled by ${nearOne}`;
   for (const [precision, level] of gauge.precisions) {
     if (effect <= 4 * level) continue;
     if (gauge.distance(found, expected) <= level)
@@ -540,9 +558,33 @@ function verdict(found, expected, causes, gauge, effect = Infinity) {
   return "differs";
 }
 
-/** The scale of the adapter that explains the numbers, by rule 5, or null. It
+/** The scale within 0.1 of 1 that explains the numbers, by rule 4, or null. */
+function scaleNearOne(found, base, values, gauge) {
+  if (gauge.moved(values, base) < FEWEST_MOVED) return null;
+  if (!found.every(Number.isFinite)) return null;
+  const effect = values.map(
+    (number, i) => (number - base[i]) / gauge.largest[i],
+  );
+  const difference = found.map(
+    (number, i) => (number - values[i]) / gauge.largest[i],
+  );
+  const dot = (one, other) =>
+    one.reduce((sum, number, i) => sum + number * other[i], 0);
+  const share = dot(difference, effect) / dot(effect, effect);
+  if (!(Math.abs(share) <= 0.1)) return null;
+  const left = difference.map((number, i) =>
+    Math.abs(number - share * effect[i]),
+  );
+  const explains =
+    Math.max(...left) <= Math.max(...difference.map(Math.abs)) / 8;
+  const scale = Math.floor(100 * (1 + share) + 0.5) / 100;
+  return explains && scale !== 1 ? scale : null;
+}
+
+/** The scale of the adapter that explains the numbers, by rule 6, or null. It
  *  is counted in hundredths, as 0.9 and 1.1 have no exact distance of 0.1 to 1. */
 function fittedScale(found, base, half, values, double, gauge) {
+  if (gauge.moved(values, base) < FEWEST_MOVED) return null;
   let [nearest, least] = [0, Infinity];
   for (let hundredths = 10; hundredths <= 300; hundredths++) {
     const s = hundredths / 100;

@@ -40,7 +40,7 @@ class _Draw:
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.count = int(self.rng.integers(1, 7))
+        self.count = int(self.rng.integers(1, 15))
         self.largest = self.rng.choice([0.5, 1.0, 30.0], self.count)
         self.tolerance = self.rng.choice([1e-5, 1e-3], self.count)
         self.precisions: dict[str, float] = {}
@@ -105,7 +105,7 @@ class _Draw:
             fields["half"], fields["double"] = half.tolist(), double.tolist()
             s = float(self.rng.integers(10, 301)) / 100
             at = _cubic(base, half, values, double)
-            lists += [half, double, at(s)]
+            lists += [half, double, at(s), base + 1.04 * change]
         groups = self.rng.permutation(GROUPS)[: self.rng.integers(0, len(GROUPS) + 1)]
         if len(groups):
             fields["groups"] = {}
