@@ -128,10 +128,9 @@ def command(
 
 def _made(adapter: str, base: str, trust: bool) -> Probe:
     """Make the probe of an adapter, and print what it does not show."""
-    from lora_fx.formats.io import adapter_name
-    from lora_fx.passes.verbs.probe import probe_adapter
+    from lora_fx.passes.verbs.probe import probe_for_server
 
-    probe, notes = probe_adapter(base, adapter_of(adapter), adapter_name(adapter), trust=trust)
+    probe, notes = probe_for_server(base, adapter_of(adapter), trust=trust)
     note(*notes)
     return probe
 
@@ -159,6 +158,8 @@ def _question_of(adapter: str, probe: Probe | None) -> tuple[str, LanguageProbe]
     Raises:
         LoraFxError: There is no probe, or it has no question for a server.
     """
+    from lora_fx.files.replaceable import PROBE
+    from lora_fx.formats.io import adapter_name
     from lora_fx.probe.language import LanguageProbe
     from lora_fx.probe.probe_file import read_probe
 
@@ -168,9 +169,10 @@ def _question_of(adapter: str, probe: Probe | None) -> tuple[str, LanguageProbe]
         raise LoraFxError(
             f"{adapter}: its probe has no question for a server",
             "make a probe with the folder of a causal language model that has a tokenizer: "
-            f"lora-fx probe {adapter} --base MODEL -o FILE",
+            f"lora-fx probe {adapter} --base MODEL -o {adapter} --force",
         )
-    (name,) = probe.adapters
+    path = Path(adapter)
+    name = adapter_name(path.parent if path.name == PROBE else path)
     return name, LanguageProbe.from_json(probe.language, adapter)
 
 

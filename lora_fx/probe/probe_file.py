@@ -17,8 +17,8 @@ def write_probe(probe: Probe, path: Path, *, force: bool) -> None:
     Raises:
         LoraFxError: The file exists and `force` is not given, or it cannot be written.
     """
-    # an older probe in the adapter's folder was read with the adapter
-    with replacing(path, force=force, own=force) as temporary:
+    # an adapter is read with its old probe, which is no input of the new one
+    with replacing(path, force=force, own=path.name == PROBE) as temporary:
         temporary.write_text(probe.to_text() + "\n", encoding="utf-8")
 
 

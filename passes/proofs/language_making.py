@@ -8,7 +8,7 @@ their movement is measured, and a greedy continuation ends before two tokens are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -45,6 +45,8 @@ SURE = 2
 """The number of most probable tokens of base and adapter that are always points."""
 CONTINUED = 16
 """The number of tokens of a greedy continuation."""
+MARGIN = 1.25
+"""The level of bfloat16 as a multiple of what merged weights in bfloat16 move."""
 LEAST_TOLERANCE = 1e-3
 """The least tolerance: what two implementations in float32 differ by on models of many layers."""
 FINER = 512
@@ -67,27 +69,19 @@ class Tokenizer(Protocol):
         """Return the text of tokens."""
 
 
-class Runs(Protocol):
-    """Runs of a causal language model; see `VariedRuns`."""
-
-    def run(self, adapter: Adapter | None) -> Run:
-        """Return a run with an adapter, or of the base."""
-
-    def narrow(self, adapter: Adapter | None, feeds: Named) -> Named | None:
-        """Run with products in bfloat16; None where the model cannot."""
-
-
 @dataclass(frozen=True)
 class Speaker:
     """A causal language model with its tokenizer.
 
     Attributes:
-        runs: Runs of the model.
+        run: Returns a run with an adapter, or of the base.
+        narrow: Runs the same in bfloat16; None where the model cannot.
         tokenizer: Its tokenizer.
         names: The names of the model's inputs.
     """
 
-    runs: Runs
+    run: Callable[[Adapter | None], Run]
+    narrow: Callable[[Adapter | None, Named], Named | None]
     tokenizer: Tokenizer
     names: Sequence[str]
 
@@ -96,14 +90,14 @@ class Speaker:
 
         Rows are filled up on the right, which no token before sees.
         """
-        outputs = self.runs.run(adapter)(self._feeds(rows))
+        outputs = self.run(adapter)(self._feeds(rows))
         return _last(outputs, rows)
 
     def after_in_bfloat16(
         self, adapter: Adapter | None, rows: Sequence[Sequence[int]]
     ) -> Array | None:
-        """Return the same with products in bfloat16; None where the model cannot."""
-        outputs = self.runs.narrow(adapter, self._feeds(rows))
+        """Return the same in bfloat16; None where the model cannot run in it."""
+        outputs = self.narrow(adapter, self._feeds(rows))
         return None if outputs is None else _last(outputs, rows)
 
     def _feeds(self, rows: Sequence[Sequence[int]]) -> dict[str, Array]:
@@ -283,10 +277,8 @@ def _movements(
 ) -> tuple[float, float]:
     """Return how far bfloat16 moves a point, and the gap between the two most probable tokens.
 
-    Both are twice what is measured, of the points and of the TOLD most probable tokens: of 24 drawn
-    models of two layers, weights and activations in bfloat16 moved these by up to 2.7 times what
-    products in bfloat16 do, and two by more than twice that. Where the model cannot run in
-    bfloat16, they are 0 and UNMEASURED.
+    Both are MARGIN times what is measured, of the points and of the TOLD most probable tokens.
+    Where the model cannot run in bfloat16, they are 0 and UNMEASURED.
 
     Args:
         speaker: The model.
@@ -305,7 +297,7 @@ def _movements(
         at_points = (narrow - values)[places]
         moved = max(moved, float(np.abs(change).max()), float(np.abs(at_points).max()))
         gap = max(gap, float(np.abs(change[:, 0] - change[:, 1]).max()))
-    return 2 * moved, 2 * gap
+    return MARGIN * moved, MARGIN * gap
 
 
 def _continued(

@@ -14,23 +14,23 @@ from lora_fx.fx.load.folder_tokenizer import read_tokenizer
 from lora_fx.fx.train.language_data import is_causal
 from lora_fx.passes.proofs.language_making import Speaker, make_language
 from lora_fx.passes.proofs.torch_reference import TorchReference
+from lora_fx.passes.proofs.varied_runs import VariedRuns
 from lora_fx.passes.verbs.adapt import find
 from lora_fx.passes.verbs.open import captured_of, user_module
 from lora_fx.passes.verbs.options import CaptureOptions
-from lora_fx.passes.verbs.probe_adapter import adapter_probe, inserted
+from lora_fx.passes.verbs.probe_adapter import narrow_run, probe_adapter, with_branches
 from lora_fx.probe.language import LanguageProbe
 from lora_fx.probe.probe import FULL, MOST_BYTES, Probe
 
 
-def probe_adapter(
-    model: object, adapter: Adapter, name: str, *, kind: str = FULL, trust: bool = False
+def probe_for_server(
+    model: object, adapter: Adapter, *, kind: str = FULL, trust: bool = False
 ) -> tuple[Probe, list[str]]:
     """Make the probe of an adapter, with a question for a server of a causal language model.
 
     Args:
         model: The base: whatever `lora_fx.capture` takes.
-        adapter: Bound or not.
-        name: The name of the adapter.
+        adapter: As its file has it.
         kind: full; or short, without groups.
         trust: Read pickled tensors of the base.
 
@@ -43,7 +43,7 @@ def probe_adapter(
     cap = captured_of(model, CaptureOptions(adapter=adapter, trust=trust))
     found = find(cap)
     bound = adapter.bind(found)
-    probe, notes = adapter_probe(cap, bound, adapter_hash(adapter), kind, name)
+    probe, notes = probe_adapter(cap, bound, adapter_hash(adapter), kind)
     if probe is None:
         raise LoraFxError("; ".join(notes), "report this model")
     folder = cap.tokenizer_folder
@@ -55,16 +55,18 @@ def probe_adapter(
     return _with_language(probe, language, notes)
 
 
+def _speaker(cap: Captured, folder: Path) -> Speaker:
+    """Return the model and its tokenizer."""
+    reference = TorchReference(cap, partial(with_branches, cap))
+    runs = VariedRuns(reference.base, reference.branched)
+    narrow = partial(narrow_run, cap, runs)
+    return Speaker(runs.run, narrow, read_tokenizer(folder), list(cap.named))
+
+
 def _why_no_language(cap: Captured, folder: Path | None) -> str:
     if not is_causal(user_module(cap)):
         return "the probe has no question for a server: the base is no causal language model"
     return "the probe has no question for a server: the folder of the base has no tokenizer"
-
-
-def _speaker(captured: Captured, folder: Path) -> Speaker:
-    """Return the base with the adapter's branches, as it is asked for tokens."""
-    reference = TorchReference(captured, partial(inserted, captured))
-    return Speaker(reference.varied(), read_tokenizer(folder), list(captured.named))
 
 
 def _with_language(

@@ -43,12 +43,8 @@ NAME = "adapter"
 """The name of the one adapter in such a probe."""
 
 
-def adapter_probe(
-    model: Captured | AdaptedModule,
-    adapter: Adapter,
-    digest: str,
-    kind: str = FULL,
-    name: str = NAME,
+def probe_adapter(
+    model: Captured | AdaptedModule, adapter: Adapter, digest: str, kind: str = FULL
 ) -> tuple[Probe | None, list[str]]:
     """Make the probe of an adapter, at an input of ours.
 
@@ -58,7 +54,6 @@ def adapter_probe(
         adapter: Bound to the model.
         digest: The hash of the adapter as its file has it, by which others know it.
         kind: full; or short, without groups of targets.
-        name: The name of the adapter in the probe.
 
     Returns:
         The probe, and what has to be said; None, with the reason, where there can be none.
@@ -72,12 +67,12 @@ def adapter_probe(
             stack.enter_context(as_it_was(model))
             stack.enter_context(with_its_adapter(model))
         assert isinstance(captured, Captured)  # there are two kinds of models
-        reference = TorchReference(captured, partial(inserted, captured))
+        reference = TorchReference(captured, partial(with_branches, captured))
         runs = VariedRuns(reference.base, reference.branched, module)
-        adapters = {name: adapter}
+        adapters = {NAME: adapter}
 
-        def run(asked: str) -> Run:
-            return runs.run(adapters.get(asked) if asked != BASE else None)
+        def run(name: str) -> Run:
+            return runs.run(adapters.get(name) if name != BASE else None)
 
         subject = Subject(
             mode=MODE,
@@ -90,19 +85,19 @@ def adapter_probe(
             base=reference.base_facts(),
             feeds=partial(reference.feeds, SIZES[0]),
             precision=precision_of(captured),
-            narrow=partial(_narrow, captured, runs),
+            narrow=partial(narrow_run, captured, runs),
             narrows_adapters=True,
         )
-        facts = {**facts_of(subject, "torch"), "adapters": {name: digest}}
+        facts = {**facts_of(subject, "torch"), "adapters": {NAME: digest}}
         return make_probe(subject, kind, facts)
 
 
-def inserted(captured: Captured, adapter: Adapter) -> CapturedModule:
-    """Return a base with an adapter's branches."""
+def with_branches(captured: Captured, adapter: Adapter) -> CapturedModule:
+    """Insert the branches of an adapter, whether a gradient reaches them or not."""
     return insert(captured, adapter=adapter, dead="allow")
 
 
-def _narrow(
+def narrow_run(
     captured: Captured, runs: VariedRuns, adapter: Adapter | None, feeds: Named
 ) -> Named | None:
     """Run the model with all of its parameters in bfloat16, as a merged folder of that dtype runs.
@@ -162,7 +157,7 @@ def add_to_adapter(path: str, module: AdaptedModule, kind: str) -> tuple[Json, l
         return {}, []
     try:
         digest = adapter_hash(load_adapter(path))
-        probe, notes = adapter_probe(module, module.adapter(), digest, kind)
+        probe, notes = probe_adapter(module, module.adapter(), digest, kind)
         if probe is not None:
             add_probe(Path(path), probe)
     except (LoraFxError, RuntimeError, ValueError, TypeError, IndexError, MemoryError) as e:

@@ -20,7 +20,7 @@ from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.probe_beside import add_probe
-from lora_fx.passes.verbs.probe_adapter import adapter_probe, add_to_adapter
+from lora_fx.passes.verbs.probe_adapter import add_to_adapter, probe_adapter
 from lora_fx.probe.probe import Probe
 from tests.fx.train.language_models import rows, write
 from tests.probe import folders
@@ -118,7 +118,7 @@ def test_a_capture_gives_what_the_trained_module_gives(all_files: Path, path: Pa
     captured = lora_fx.capture(str(all_files / "base"))
     adapter = lora_fx.load_adapter(path)
     bound = adapter.bind(captured)
-    probe, notes = adapter_probe(captured, bound, adapter_hash(adapter))
+    probe, notes = probe_adapter(captured, bound, adapter_hash(adapter))
     assert probe is not None and not notes
     expected = Probe.from_text(text_of(path), "adapter")
     found = probe.adapters["adapter"]

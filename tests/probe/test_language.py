@@ -15,7 +15,7 @@ from tokenizers import processors
 import lora_fx
 from lora_fx import Adapter, Full
 from lora_fx.passes.proofs import language_making
-from lora_fx.passes.verbs.probe import probe_adapter
+from lora_fx.passes.verbs.probe import probe_for_server
 from lora_fx.probe.completions import _logprobs
 from lora_fx.probe.language import Continuations, LanguageProbe, NextToken, Prompt
 from lora_fx.probe.verdict import Verdict
@@ -141,7 +141,7 @@ def test_forms_of_answers(name: str) -> None:
 
 
 def question(base: Path, path: Path) -> LanguageProbe:
-    probe, _ = probe_adapter(base, lora_fx.load_adapter(path), "x")
+    probe, _ = probe_for_server(base, lora_fx.load_adapter(path))
     assert probe.language is not None
     return LanguageProbe.from_json(probe.language, "x")
 
@@ -189,8 +189,8 @@ def test_a_base_that_is_no_language_model(tmp_path: Path) -> None:
         "    return torch.nn.Linear(3, 2), (torch.ones(4, 3),), {}\n"
     )
     low = lora_fx.LowRank(np.ones((1, 3), "f4"), np.ones((2, 1), "f4"), 1.0)
-    probe, notes = probe_adapter(f"{tmp_path}/model.py:build", Adapter({"weight": low}), "x")
-    assert probe.language is None and list(probe.adapters) == ["x"]
+    probe, notes = probe_for_server(f"{tmp_path}/model.py:build", Adapter({"weight": low}))
+    assert probe.language is None and list(probe.adapters) == ["adapter"]
     assert any("no question for a server" in note for note in notes)
 
 

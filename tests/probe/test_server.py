@@ -403,6 +403,8 @@ def test_a_probe_is_replaced_with_force_alone(
         assert end.value.code == expected, out
     adapter = lora_fx.load_adapter(tmp_path / "one")
     lora_fx.save_adapter(adapter, tmp_path / "one", force=True)
+    assert (tmp_path / "one" / NAME).exists(), "it is the same adapter"
+    lora_fx.save_adapter(adapter.weighted(2.0), tmp_path / "one", force=True)
     assert not (tmp_path / "one" / NAME).exists(), "the probe of another adapter is gone"
 
 
