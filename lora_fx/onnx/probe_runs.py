@@ -25,6 +25,8 @@ from lora_fx.onnx.train_session import TrainSession
 from lora_fx.probe.probe import AGAIN, BASE, PROPERTY, Probe, probe_in
 from lora_fx.probe.verdict import RIGHT, UNCHECKED_IDS
 
+QUANTISES = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul"}
+"""Operators of activations in codes."""
 LOSS = "loss"
 """The output of a training step that its probe has."""
 RATE = 1e-3
@@ -60,6 +62,31 @@ def add_probe(path: Path, probe: Probe) -> None:
     entry = onnx.StringStringEntryProto(key=PROPERTY, value=probe.to_text())
     with path.open("ab") as file:
         file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+
+
+def size_and_precision(path: Path) -> tuple[int, str]:
+    """Return the bytes of an .onnx file and its data files, and what it computes in."""
+    model = onnx.load(path, load_external_data=False)
+    return _bytes_of(path, model), _precision_of(model)
+
+
+def _precision_of(model: onnx.ModelProto) -> str:
+    """Return what a graph computes in: int8, bfloat16 or float16 where it has any, or float32."""
+    if any(node.op_type in QUANTISES for node in model.graph.node):
+        return "int8"
+    dtypes = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    if onnx.TensorProto.BFLOAT16 in dtypes:
+        return "bfloat16"
+    return "float16" if onnx.TensorProto.FLOAT16 in dtypes else "float32"
+
+
+def _bytes_of(path: Path, model: onnx.ModelProto) -> int:
+    """Return the size of an .onnx file and of its data files."""
+    places = {path.name}
+    for tensor in model.graph.initializer:
+        places |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+    files = [path.with_name(place) for place in places]
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def probe_of(path: str | PathLike[str]) -> Probe:

@@ -8,16 +8,12 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import onnx
-
 from lora_fx.adapter.adapter_hash import adapter_hash
-from lora_fx.onnx.probe_runs import add_probe
+from lora_fx.onnx.probe_runs import add_probe, size_and_precision
 from lora_fx.passes.proofs.probe_making import FEWEST_GROUPS, Subject, make_probe
 from lora_fx.probe.probe import NONE, Probe
 from lora_fx.text import Json
 
-QUANTISES = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul"}
-"""Operators of activations in codes."""
 LARGE = 1 << 30
 """The size of a file in bytes above which an adapter has few groups: each is a run of the model."""
 LIBRARIES = ("lora-fx", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -59,31 +55,12 @@ def probe_file(
 
 def _as_written(subject: Subject, path: Path) -> Subject:
     """Return the subject with the precision of an .onnx file, and few groups for a large one."""
-    model = onnx.load(path, load_external_data=False)
+    size, precision = size_and_precision(path)
     if subject.precision == "float32":
-        subject = replace(subject, precision=precision_in(model))
-    if bytes_of(path, model) > LARGE:
+        subject = replace(subject, precision=precision)
+    if size > LARGE:
         subject = replace(subject, most_groups=FEWEST_GROUPS)
     return subject
-
-
-def precision_in(model: onnx.ModelProto) -> str:
-    """Return what a graph computes in: int8, bfloat16 or float16 where it has any, or float32."""
-    if any(node.op_type in QUANTISES for node in model.graph.node):
-        return "int8"
-    dtypes = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1}
-    if onnx.TensorProto.BFLOAT16 in dtypes:
-        return "bfloat16"
-    return "float16" if onnx.TensorProto.FLOAT16 in dtypes else "float32"
-
-
-def bytes_of(path: Path, model: onnx.ModelProto) -> int:
-    """Return the size of an .onnx file and of its data files."""
-    places = {path.name}
-    for tensor in model.graph.initializer:
-        places |= {entry.value for entry in tensor.external_data if entry.key == "location"}
-    files = [path.with_name(place) for place in places]
-    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def summary(probe: Probe) -> Json:
