@@ -266,6 +266,7 @@ class Probe:
             np.array([output.largest for output in outputs]),
             np.array([output.tolerance for output in outputs]),
             self.precisions,
+            max(output.tolerance for output in self.outputs.values()),
         )
 
     def known(self, name: str) -> Known:
@@ -366,6 +367,8 @@ class _Reader(StrictFields):
         adapters = self._table(
             data, "adapters", lambda name, value: self._adapter(name, value, count)
         )
+        if BASE in adapters:
+            raise self._error("adapters", "an empty name", "names")
         files = [adapter.file for adapter in adapters.values() if adapter.file is not None]
         numbers = [adapter.number for adapter in adapters.values() if adapter.number is not None]
         for name, values in (("file", files), ("id", numbers)):

@@ -73,11 +73,18 @@ class Gauge:
         largest: The largest magnitude of each point's output.
         tolerance: What each point's output may differ by, as a share of `largest`.
         precisions: How far outputs move in another precision, as shares of `largest`.
+        other_tolerance: The largest tolerance of outputs without points; 0 where there are none.
     """
 
     largest: Array
     tolerance: Array
     precisions: Mapping[str, float] = field(default_factory=dict)
+    other_tolerance: float = 0.0
+
+    @property
+    def largest_tolerance(self) -> float:
+        """The largest tolerance of all outputs."""
+        return max(float(self.tolerance.max()), self.other_tolerance)
 
     @OVERFLOWS
     def distance(self, found: Array, expected: Array) -> float:
@@ -92,10 +99,6 @@ class Gauge:
     def apart(self, one: Array, other: Array, level: float) -> bool:
         """Whether no numbers are within a level of both lists."""
         return self.distance(one, other) > 2 * level
-
-    def at(self, places: Array) -> Gauge:
-        """Return the gauge of some of the points."""
-        return Gauge(self.largest[places], self.tolerance[places], self.precisions)
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,9 @@ def verdict_on_adapter(found: Array, known: Known, gauge: Gauge) -> Verdict:
 
 def _shows(known: Known, gauge: Gauge) -> bool:
     """Whether the outputs with an adapter can be told from those of the base, where known."""
-    level = float(gauge.tolerance.max())
-    return known.base is None or gauge.apart(known.expected, known.base, level)
+    if known.base is None:
+        return True
+    return gauge.apart(known.expected, known.base, gauge.largest_tolerance)
 
 
 def verdict_on_base(

@@ -122,6 +122,8 @@ def make_probe(subject: Subject, kind: str, facts: JsonView) -> tuple[Probe | No
     Returns:
         The probe, and what has to be said; None, with the reason, where a file can have none.
     """
+    if BASE in subject.adapters:
+        return None, ["no probe: an adapter has no name"]
     best: _Draft | None = None
     failure = ""
     for seed in range(ATTEMPTS):
@@ -313,7 +315,7 @@ class _Draft:
     def shows(self, name: str) -> bool:
         """Whether an adapter changes a point by more than outputs round by."""
         gauge = self.probe({}).gauge()
-        return gauge.apart(self.answers[name], self.base, float(gauge.tolerance.max()))
+        return gauge.apart(self.answers[name], self.base, gauge.largest_tolerance)
 
     def _note_unseen_groups(self, name: str) -> None:
         """Note the groups of an adapter that this input does not show."""

@@ -151,6 +151,21 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "many groups": (
         change("adapters/de/groups", {str(i): [0, 0] for i in range(17)}), "expected at most 16",
     ),
+    "an adapter without a name": (
+        lambda data: data["adapters"].update({"": data["adapters"]["de"]}),
+        "adapters is 'an empty name'; expected names",
+    ),
+    "two adapters of one file": (
+        lambda data: data["adapters"].update(fr=data["adapters"]["de"]),
+        "adapters.file is 'one of two'; expected another for each adapter",
+    ),
+    "an empty input whose other sizes are huge": (
+        change("inputs/x/shape", [0, 2**31 - 1, 2**31 - 1]), "at most 33554432",
+    ),
+    "a number beyond float32": (
+        lambda data: data["inputs"].update(x={"dtype": "float32", "shape": [1], "fill": 1e300}),
+        "expected numbers of float32",
+    ),
     "control characters": (
         change("adapters/a\u202eb", {"values": []}), "adapters.a\\u202eb.values",
     ),
