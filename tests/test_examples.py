@@ -23,6 +23,7 @@ from lora_fx.cli.group import COMMANDS
 from tests.test_docs import PAGES, ROOT, blocks
 
 NOT_RUN = {
+    "probe": "it needs a language model or a server; tests/probe/test_server.py runs it",
     "demo": "it trains a real model for minutes; tests/cli/test_demo.py has its parts",
 }
 """Commands whose examples are only shown, and why."""

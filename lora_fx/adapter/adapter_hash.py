@@ -34,7 +34,7 @@ def adapter_hash(adapter: Adapter) -> str:
             if isinstance(value, np.ndarray):
                 digest.update(f"{value.dtype}{value.shape}".encode())
                 if value.size:
-                    digest.update(np.ascontiguousarray(value).data.cast("B"))
+                    digest.update(np.ascontiguousarray(value).view(np.uint8).data.cast("B"))
             elif value is not None:
                 number = float(value) if name == "scale" else tuple(value)
                 digest.update(repr(number).encode() + b"\0")

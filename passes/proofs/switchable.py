@@ -16,6 +16,8 @@ from lora_fx.ir.layout import Layout
 from lora_fx.passes.proofs.reference import Reference, Rerun, Run
 from lora_fx.targets.keys import own_use
 
+NO_UPDATE = Adapter({})
+"""What stands for the base where A and B have to be given: those of every target are zeros."""
 RANK = 4
 """The rank of the random adapter that proves a file without adapters."""
 SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)

@@ -18,9 +18,7 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.passes.proofs.proof_inputs import named_of
 from lora_fx.passes.proofs.reference import Run
-
-NO_UPDATE = Adapter({})
-"""What stands for the base where A and B have to be given: those of every target are zeros."""
+from lora_fx.passes.proofs.switchable import NO_UPDATE
 
 
 @dataclass(frozen=True)

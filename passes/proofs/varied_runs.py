@@ -78,7 +78,7 @@ class VariedRuns:
                 continue
             if not isinstance(update, LowRank) or not isinstance(before, LowRank):
                 return False
-            if update.variant_tensors or update.variant != before.variant:
+            if update.variant_tensors or update.variant != before.variant or update.frozen:
                 return False
             if update.a is not before.a or update.scale != before.scale:
                 return False

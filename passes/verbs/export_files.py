@@ -24,7 +24,7 @@ from lora_fx.onnx.rewrites.fast_codes import said_of_slow_codes
 from lora_fx.onnx.rewrites.guard_lookups import unguarded_outputs
 from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.session import RuntimeSession
-from lora_fx.passes.proofs.switchable_program import NO_UPDATE
+from lora_fx.passes.proofs.switchable import NO_UPDATE
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.refused_updates import exclude_hint

@@ -274,3 +274,13 @@ def capture(
         with_branches=True,
     )
     return captured_of(model, options)
+
+
+def live_model(name: str) -> LoadedModel:
+    """Return the live model of a name on the command line, which is not captured."""
+    return load_model(name)
+
+
+def file_program(path: str | PathLike[str]) -> FileCaptured:
+    """Return the program of a .pt2 file, without the pickles in it."""
+    return open_program(path)

@@ -18,12 +18,12 @@ from lora_fx.fx.capture.call import without_cache
 from lora_fx.fx.capture.model_source import base_dtype
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.loaded_model import LoadedModel
-from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.module import by_output
 from lora_fx.fx.quantised_parameters import forms
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.onnx.probe_runs import ProbeRuns
 from lora_fx.passes.proofs.probe_making import TOLERANCES
+from lora_fx.passes.verbs.open import live_model
 from lora_fx.passes.verbs.verify_probe import report_on
 from lora_fx.passes.verbs.verify_program import in_torch
 from lora_fx.probe.probe import AGAIN, Probe
@@ -51,7 +51,7 @@ def verify_checkpoint(path: str | PathLike[str], *, tol: float | None = None) ->
             f"{where}: it holds weights alone; a folder with config.json can be run",
             f"name the model to compare with: lora-fx verify {where} BASE --adapter ADAPTER",
         )
-    loaded = load_model(where)
+    loaded = live_model(where)
     precision = _precision_of(loaded.module)
     probe = in_torch(_at_precision(probe, precision))
     if tol is not None:

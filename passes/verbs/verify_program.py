@@ -18,10 +18,12 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.tensor_files import read_tensors
 from lora_fx.fx.capture.onnx_names import onnx_name
-from lora_fx.fx.pt2.captured import FileCaptured, open_program
+from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.onnx.manifest import Manifest, manifest_of
 from lora_fx.onnx.probe_runs import ProbeRuns
-from lora_fx.passes.proofs.switchable_program import NO_UPDATE, SwitchableProgram
+from lora_fx.passes.proofs.switchable import NO_UPDATE
+from lora_fx.passes.proofs.switchable_program import SwitchableProgram
+from lora_fx.passes.verbs.open import file_program
 from lora_fx.passes.verbs.verify_probe import report_on
 from lora_fx.probe.in_program import probe_of_program
 from lora_fx.probe.probe import AGAIN, BASE, Probe
@@ -65,7 +67,7 @@ def run_program(path: str | PathLike[str], probe: Probe) -> ProbeRuns:
     if probe.mode != "switch":
         raise LoraFxError(f"{where}: its probe is of mode {probe.mode}; expected switch", AGAIN)
     manifest = manifest_of(path)
-    captured = open_program(path)
+    captured = file_program(path)
     file = SwitchableProgram(manifest, captured.named, captured.switchable())
     feeds = probe.feeds()
     _check_inputs(captured, feeds, where)
