@@ -83,12 +83,10 @@ class Base:
         return fingerprint
 
 
-def base_facts(model: nn.Module, keys: Iterable[str]) -> dict[str, Any]:
+def base_facts(model: nn.Module) -> dict[str, Any]:
     """Return the name of a base, its revision where it is from the Hub, and a sample of it.
 
-    Args:
-        model: The base.
-        keys: The targets whose weights are sampled.
+    The sample is of all matrices of floats.
     """
     name = type(model).__name__
     facts: dict[str, Any] = {}
@@ -97,7 +95,12 @@ def base_facts(model: nn.Module, keys: Iterable[str]) -> dict[str, Any]:
         name = folder.rstrip("/").rpartition("/")[2]
         facts = dict(origin(folder))
         name = facts.pop(checkpoint_fingerprint.NAMED, name)
-    record = Base().now(keys, model).get(checkpoint_fingerprint.FIELD)
+    matrices = [
+        parameter_name
+        for parameter_name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.is_floating_point()
+    ]
+    record = Base().now(matrices, model).get(checkpoint_fingerprint.FIELD)
     if record is not None:
         facts |= {"tensors": len(record["names"]), "sample": record["sample"]}
     return {"name": name, **facts}
