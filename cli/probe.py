@@ -128,7 +128,7 @@ def command(
 
 def _made(adapter: str, base: str, trust: bool) -> Probe:
     """Make the probe of an adapter, and print what it does not show."""
-    from lora_fx.passes.verbs.probe import probe_for_server
+    from lora_fx.passes.verbs.probe_for_server import probe_for_server
 
     probe, notes = probe_for_server(base, adapter_of(adapter), trust=trust)
     note(*notes)

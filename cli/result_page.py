@@ -32,11 +32,16 @@ def check_page(report: str, force: bool, given: JsonView) -> None:
             f"--report {report} does not end in .html",
             "pass a name that ends in .html: --report page.html",
         )
-    if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
-        raise LoraFxError(f"--report {report} is also an input", "choose another name")
-    check_output(report, force=force)
-    if Path(report).is_dir():
-        raise LoraFxError(f"--report {report} is a folder", "choose another name")
+    check_result_file("--report", report, force, given)
+
+
+def check_result_file(option: str, path: str, force: bool, given: JsonView) -> None:
+    """Refuse a file on a result that is an input, is a folder, or would be replaced unasked."""
+    if Path(path).resolve() in [other.resolve() for other in input_paths(given)]:
+        raise LoraFxError(f"{option} {path} is also an input", "choose another name")
+    check_output(path, force=force)
+    if Path(path).is_dir():
+        raise LoraFxError(f"{option} {path} is a folder", "choose another name")
 
 
 def write_page(path: str, force: bool, shown: JsonView) -> str:

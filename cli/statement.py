@@ -14,9 +14,9 @@ import click
 
 from lora_fx import __version__
 from lora_fx.cli.input_paths import input_paths
-from lora_fx.cli.result_page import hashed_files, versions, when
+from lora_fx.cli.result_page import check_result_file, hashed_files, versions, when
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.atomic import replacing
 from lora_fx.text import Json, JsonView, strict_json
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -31,11 +31,7 @@ def check_statement(path: str, force: bool, given: JsonView) -> None:
             f"--attest {path} does not end in .json",
             "pass a name that ends in .json: --attest statement.json",
         )
-    if Path(path).resolve() in [other.resolve() for other in input_paths(given)]:
-        raise LoraFxError(f"--attest {path} is also an input", "choose another name")
-    check_output(path, force=force)
-    if Path(path).is_dir():
-        raise LoraFxError(f"--attest {path} is a folder", "choose another name")
+    check_result_file("--attest", path, force, given)
 
 
 def write_statement(path: str, force: bool, result: JsonView) -> str:

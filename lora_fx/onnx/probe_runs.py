@@ -193,12 +193,14 @@ def _batch(path: str | PathLike[str], probe: Probe, session: RuntimeSession) -> 
     no_adapter = np.full(rows, max(numbers.values()) + 1, np.int64)
     try:
         # without our own check of ids, which would refuse them
-        wrong = probe.at_points(session.outputs({**feeds, IDS: no_adapter}), fspath(path))
-    except Exception:  # the runtime's errors have no common base; any of them is right
-        pass
-    else:
-        if not np.isnan(wrong).all():
-            ids = UNCHECKED_IDS
+        of_no_adapter: Named | None = session.outputs({**feeds, IDS: no_adapter})
+    except MemoryError:
+        raise
+    except Exception:  # the runtime's errors have no common base: the id is refused, as it should
+        of_no_adapter = None
+    if of_no_adapter is not None:
+        wrong = probe.at_points(of_no_adapter, fspath(path))
+        ids = RIGHT if np.isnan(wrong).all() else UNCHECKED_IDS
     return ProbeRuns(answers, ids=ids, provider=session.provider, note=session.note)
 
 

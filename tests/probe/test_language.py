@@ -15,7 +15,7 @@ from tokenizers import processors
 import lora_fx
 from lora_fx import Adapter, Full
 from lora_fx.passes.proofs import language_making
-from lora_fx.passes.verbs.probe import probe_for_server
+from lora_fx.passes.verbs.probe_for_server import probe_for_server
 from lora_fx.probe.completions import _logprobs
 from lora_fx.probe.language import Continuations, LanguageProbe, NextToken, Prompt
 from lora_fx.probe.verdict import Verdict

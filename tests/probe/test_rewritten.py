@@ -102,3 +102,20 @@ def test_a_short_probe_has_no_groups(folder: Path, tmp_path: Path) -> None:
             folder / f"{source}.onnx", out, adapters=given, optimise=True, probe="short", force=True
         )
         assert probe_of(out).adapters["adapter"].groups == {}
+
+
+@pytest.mark.parametrize("mode", ["switch", "batch"])
+def test_a_rewritten_file_that_takes_adapters(folder: Path, tmp_path: Path, mode: str) -> None:
+    """It keeps what is known of its adapters; a probe that knew none would prove nothing."""
+    source = tmp_path / "source.onnx"
+    lora_fx.export(folder / "base.onnx", source, adapters=adapters(), mode=mode)
+    out = tmp_path / "m.onnx"
+    lora_fx.export(source, out, optimise=True)
+    assert verdicts(lora_fx.verify(out)) == {"base": "right", "de": "right", "fr": "right"}
+
+    lora_fx.export(
+        folder / "base.onnx", source, adapters=adapters(), mode=mode, probe="none", force=True
+    )
+    report = lora_fx.export(source, out, optimise=True, force=True)
+    assert "lora_fx.probe" not in properties(out)
+    assert any("takes adapters, and has none that would know them" in w for w in report.warnings)
