@@ -43,11 +43,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def right(request: pytest.FixtureRequest, base: Path) -> tuple[str, Path]:
+def right(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     """A kind of file, and a folder with the file m.onnx as it should be."""
     kind: str = request.param
-    folder = base.parent / kind
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp(kind)  # a new one each time that the kind comes up
     model, ids = encoder()
     export(model, folder / "m.onnx", kind, adapters(), (ids,))
     return kind, folder
