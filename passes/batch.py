@@ -7,6 +7,10 @@ is the base. Ranks are padded with zeros to the largest, which changes no produc
 B. An adapter with several updates of one use (parts of a fused weight) takes them side by side:
 Σ bᵢ·aᵢ = [b₁ b₂ …] · [a₁; a₂; …].
 
+Where an adapter is DoRA, evaluated on the base (lora_fx.adapter.scaled_rows), D [n+1, out] stacks
+the factors of rows, zeros for every other adapter, and + D[ids[b]]·(y − bias) comes to the sum. A
+weight of `adapter_scales` multiplies both, so that it is one of W' − W for every adapter.
+
 This pass has to know which axis of an activation holds the rows of the batch. The walk that tells
 (`lora_fx.onnx.row_axis.provenance`) is one over ONNX ops, so the pass runs on ONNX only.
 """
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.scaled_rows import GAINS, has_gains
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.ir.graph import Role, Site
@@ -36,7 +41,7 @@ from lora_fx.onnx.made_for import CPU
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.keys import applies, base_name, split_key, split_use
-from lora_fx.targets.regions import overlap, relative, widen
+from lora_fx.targets.regions import overlap, relative, widen, widen_rows
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -114,19 +119,23 @@ class Batch:
         factors_of_value: dict[object, list[ir.Value]] = {}
         for site, axis, form in zip(sites, rows, forms, strict=True):
             keys = keys_by_site[site.id]
-            a, b = self._stacks(graph, site, dtypes[site.parameter], form, keys)
+            a, b, d = self._stacks(graph, site, dtypes[site.parameter], form, keys)
             scope = graph.at(site).node.graph
             identity = (scope, graph.activation(site), axis, str(a.shape), a.dtype)
             beside = factors_of_value.setdefault(identity, [])
             beside.append(a)
-            branches.append(_Branch(site, axis, form, a, b, beside))
+            branches.append(_Branch(site, axis, form, a, b, beside, d))
 
         for branch in branches:
             e = row_branches.BatchEmitter(graph, branch.site, inputs, branch.rows)
             x = graph.activation(branch.site)
             y = graph.output(branch.site)
             update = e.branch(branch.form, x, branch.a, branch.b, y, branch.beside)
-            graph.replace_output(branch.site, e.op("add", y, update))
+            total = e.op("add", y, update)
+            if branch.d is not None:
+                product = _product(graph, branch.site, branch.form, e)
+                total = e.op("add", total, e.scaled_rows(branch.form, product, branch.d, y))
+            graph.replace_output(branch.site, total)
         FlatRows(graph).flatten_layers()
         row_guards.guard_outputs(graph, inputs.outside)
         self._write_manifest(graph.model)
@@ -169,14 +178,24 @@ class Batch:
 
     def _stacks(
         self, graph: OnnxGraph, site: Site, dtype: str, form: str, keys: Sequence[Sequence[str]]
-    ) -> tuple[ir.Value, ir.Value]:
-        """Store A and B of all adapters for one use as initialisers; `keys` are per adapter."""
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Store A, B and any D of all adapters for one use as initialisers.
+
+        Args:
+            graph: The graph.
+            site: The use.
+            dtype: That of the weight.
+            form: See lora_fx.onnx.row_branches.
+            keys: The keys that reach the use, of each adapter.
+        """
         key, source = self.sources[site.parameter]
         region, layout = read_layout(site, source)
         pairs: list[Pair | None] = []
+        gains: list[Array | None] = []
         for updates, keys_of_adapter in zip(self.adapters.values(), keys, strict=True):
             reaching = {k: updates[k] for k in keys_of_adapter}
             pairs.append(_joined(reaching, source.shape, region, layout, site.gain))
+            gains.append(_joined_gains(reaching, source.shape, region, layout))
         dtype_of_product = numpy_dtype(dtype_name(graph.output(site)) or dtype)
         a, b = row_branches.stack(pairs, form, dtype_of_product)
 
@@ -194,7 +213,15 @@ class Batch:
             "layout": [layout.to_json(), site.gain],
         }
         e = graph.emit(site)
-        return e.parameter(name_of_a, a, Role.FROZEN), e.parameter(name_of_b, b, Role.FROZEN)
+        d: ir.Value | None = None
+        if any(of_adapter is not None for of_adapter in gains):
+            name_of_d = f"{stem}.batch_D"
+            self.targets[stem]["d"] = name_of_d
+            stack = row_branches.stack_gains(gains, dtype_of_product)
+            d = e.parameter(name_of_d, stack, Role.FROZEN)
+        factors = (name_of_a, a), (name_of_b, b)
+        value_of_a, value_of_b = (e.parameter(name, x, Role.FROZEN) for name, x in factors)
+        return value_of_a, value_of_b, d
 
 
 @dataclass(frozen=True)
@@ -208,6 +235,7 @@ class _Branch:
         a: A of all adapters.
         b: B of all adapters.
         beside: A of every use that reads the same value, this one's among them.
+        d: The factors of rows of all adapters; None where no adapter has any.
     """
 
     site: Site
@@ -216,6 +244,26 @@ class _Branch:
     a: ir.Value
     b: ir.Value
     beside: list[ir.Value]
+    d: ir.Value | None = None
+
+
+def _product(graph: OnnxGraph, site: Site, form: str, e: row_branches.BatchEmitter) -> ir.Value:
+    """Return the product of a use without its bias.
+
+    Raises:
+        LoraFxError: Its result cannot be multiplied by one number for each row of W.
+    """
+    reason = f"{site.op} does more than to add a bias to the product"
+    if form == "spread":
+        reason = "a transposed convolution adds up what several rows of its weight give"
+    else:
+        product = graph.product(site, e)
+        if product is not None:
+            return product
+    raise LoraFxError(
+        f"{site.parameter!r}: DoRA cannot be chosen row by row here: {reason}",
+        "use mode merged, switch or load; or leave the target out with --exclude",
+    )
 
 
 def _check_outputs(
@@ -317,6 +365,34 @@ def _joined(
         all_a.append(a)
         all_b.append(b)
     return np.concatenate(all_a, axis=-2), np.concatenate(all_b, axis=-1)
+
+
+def _joined_gains(
+    updates: Updates, shape: tuple[int, ...], region: Region, layout: Layout
+) -> Array | None:
+    """Return the factors of rows [*batch, out] of an adapter's updates; None without any.
+
+    Raises:
+        LoraFxError: The use reads the rows as columns, or an update is of parts of rows.
+    """
+    e = NumpyEmitter()
+    total: Array | None = None
+    for key, low in updates.items():
+        if not has_gains(low):
+            continue
+        assert low.layout is not None
+        _, region_of_key = split_key(key, shape)
+        part = relative(region_of_key, region)
+        if layout.narrow(part) != low.layout or low.layout.in_size != layout.in_size:
+            raise LoraFxError(
+                f"{key!r}: DoRA multiplies rows of the weight, but the graph reads these as "
+                "columns, or only a part of each",
+                "use mode merged",
+            )
+        column = low.variant_tensors[GAINS][..., None]
+        wide = widen_rows(e, layout, low.layout, layout.starts(part), column, 1)[..., 0]
+        total = wide if total is None else total + wide
+    return total
 
 
 def _in_direction_of_use(

@@ -16,6 +16,11 @@ alone. A variant whose g [out] multiplies the rows of V = W + s·b·a, as DoRA's
 
     output form    y' = y + (g − 1)·(y − bias) + g·s·B(A x)   where out is one axis of the result
     weight form    y' = op(x, view(W + (g·V − W)))            for every other use
+
+Where d = g − 1 was computed before, for one base, d is a tensor and b holds g already:
+
+    output form    y' = y + d·(y − bias) + s·B(A x)           where out is one axis of the result
+    weight form    y' = op(x, view(W + d·W + s·B·A))          for every other use
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from dataclasses import dataclass
 
 from lora_fx.adapter.factor_tensors import FactorTensor, Half, halves, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.scaled_rows import GAINS, has_gains
 from lora_fx.adapter.variant import variant_of
 from lora_fx.adapter.variant_protocol import Read
 from lora_fx.errors import LoraFxError
@@ -39,7 +45,7 @@ from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import applies, base_name
-from lora_fx.targets.regions import contains, relative, widen
+from lora_fx.targets.regions import contains, relative, widen, widen_rows
 from lora_fx.targets.target import Target
 
 Pair = tuple[Target, LowRank]
@@ -102,6 +108,8 @@ class Insert:
         directions = [_direction(read, target, update) for target, update in pairs]
         if "" in directions or not _picks_batches(site, read[1]):
             return False
+        if any(has_gains(update) for _, update in pairs):
+            return self._form_with_gains(graph, site, pairs, directions)
         if any(variant_of(update).reads_weight for _, update in pairs):
             return self._stretched_form(graph, site, pairs, directions)
 
@@ -171,9 +179,10 @@ class Insert:
         """Add the branch for W' = g·V to the op's output; False if the result has no such form.
 
         The form exists if one update, which stretches, changes all of the weight as the site reads
-        it, if out is one axis of the result, and if the branch has no dropout.
+        it, if out is one axis of the result, and if the branch has no dropout. Where nothing trains
+        it saves nothing, since V and its norm are computed in any case.
         """
-        if len(pairs) != 1 or directions[0] != "straight":
+        if len(pairs) != 1 or directions[0] != "straight" or self.role is not Role.TRAIN:
             return False
         target, update = pairs[0]
         layout = update.layout or target.layout
@@ -204,6 +213,43 @@ class Insert:
         graph.replace_output(site, e.op("add", y, e.op("add", stretched, branch)))
         return True
 
+    def _form_with_gains(
+        self, graph: Graph[V], site: Site, pairs: Sequence[Pair], directions: Sequence[str]
+    ) -> bool:
+        """Add the branches, and d·(y − bias) of updates with d; False if there is no such form.
+
+        The form exists if out is one axis of the result, and if every update is of whole rows.
+        """
+        target, _ = pairs[0]
+        read = site_layout(site, target.parameter.shape)
+        assert read is not None
+        region, layout = read
+        shape = site.kind.along_out(site, layout.out_size)
+        if layout.batch or not shape or "flipped" in directions:
+            return False
+        for target, update in pairs:
+            if has_gains(update) and not _has_whole_rows(target, update, layout):
+                return False
+        e = graph.emit(site)
+        product = graph.product(site, e)
+        if product is None:
+            return False
+
+        total = graph.output(site)
+        for pair in pairs:
+            target, update = pair
+            if has_gains(update):
+                gains = _beside(e, target, update, product, self.role)(GAINS)
+                narrow = update.layout or target.layout
+                column = e.op("reshape", gains, shape=(narrow.out_size, 1))
+                start = layout.starts(relative(target.region, region))
+                column = widen_rows(e, layout, narrow, start, column, 1)
+                scaled = e.op("mul", product, e.op("reshape", column, shape=shape))
+                total = e.op("add", total, scaled)
+            total = e.op("add", total, self._branch(graph, e, site, pair, "straight"))
+        graph.replace_output(site, total)
+        return True
+
     def _weight_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> None:
         """Make the site read W with the updates added."""
         e = graph.emit(site, before=True)
@@ -217,6 +263,12 @@ class Insert:
 def _op(site: Site) -> str:
     """Return the id of a site's node, without the slot that may follow it; see Site.id."""
     return site.id.partition(":")[0]
+
+
+def _has_whole_rows(target: Target, update: LowRank, layout: Layout) -> bool:
+    """Whether an update changes all inputs of the rows that it changes."""
+    narrow = update.layout or target.layout
+    return narrow.in_size == layout.in_size
 
 
 def _picks_batches(site: Site, layout: Layout) -> bool:

@@ -10,18 +10,23 @@ rank 0, a runtime's convolution may read memory that nobody wrote). This pass wo
 inputs with defaults are a matter of ONNX. A portable file has none, since other runtimes ignore
 inputs that have a default.
 
+A target that DoRA adapts has an input D [*batch, out] too, zeros by default, and B holds 1 + D:
+
+    y' = y + D·(y − bias) + (x A) B        W + D·W + (A B)ᵀ in the weight form
+
 In mode load A and B stay initialisers of a fixed rank, and every use takes the weight form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.emitter import V
@@ -59,6 +64,7 @@ class Switch:
         least_rank: The least rank of the defaults. A product over rank 0 ends the process on some
             runtimes; one rank of zeros changes nothing either, and costs one more column.
         required: A and B are inputs without defaults, which every run has to give.
+        gains: Key → hash of the weight, of targets that also get D, the factors of rows of DoRA.
         made: Receives the manifest.
     """
 
@@ -68,6 +74,7 @@ class Switch:
     turned: Collection[str] = ()
     least_rank: int = 0
     required: bool = False
+    gains: Mapping[str, str] = field(default_factory=dict)
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -81,7 +88,7 @@ class Switch:
             return PassResult(graph, False)
         targets = self._targets(graph)
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
-        insert_switchable(graph, targets, role, free_rank=not self.rank)
+        insert_switchable(graph, targets, role, free_rank=not self.rank, gains=self.gains)
         for target in self.stored:
             self._store(graph, target, role)
 
@@ -89,7 +96,8 @@ class Switch:
         keys = [*self.keys, *(target.key for target in self.stored)]
         for i, (key, target) in enumerate(zip(keys, [*targets, *self.stored], strict=True)):
             rank_symbol = "" if self.rank else f"rank_{i}"
-            slots[key] = put_factors(graph, target, self._default_rank(target), rank_symbol)
+            rank = self._default_rank(target)
+            slots[key] = put_factors(graph, target, rank, rank_symbol, self.gains.get(key))
         if not self.rank:
             accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)
@@ -133,7 +141,8 @@ class Switch:
         value = graph.model.graph.initializers[target.key]
         uses = list(value.uses())
         e = graph.emit_first(target.key)
-        w = changed(e, target, zero_update(target), value, value, role)
+        update = zero_update(target, gains=target.key in self.gains)
+        w = changed(e, target, update, value, value, role)
         for user, i in uses:
             user.replace_input_with(i, w)
 
@@ -150,7 +159,12 @@ class Switch:
 
 
 def insert_switchable(
-    graph: Graph[V], targets: Sequence[Target], role: Role, *, free_rank: bool = True
+    graph: Graph[V],
+    targets: Sequence[Target],
+    role: Role,
+    *,
+    free_rank: bool = True,
+    gains: Collection[str] = (),
 ) -> None:
     """Insert branches with updates of rank 1 and zeros, in forms that take any rank at run time.
 
@@ -159,6 +173,7 @@ def insert_switchable(
         targets: Targets of the graph.
         role: What A and B are for.
         free_rank: False where the rank is fixed: every weight that can hold the sum holds it.
+        gains: Keys of targets whose updates have factors of rows.
     """
     in_output_form: list[Target] = []
     in_weight_form: list[Target] = []
@@ -168,8 +183,8 @@ def insert_switchable(
             in_output_form.append(target)
         else:
             in_weight_form.append(target)
-    Insert(_zeros(in_output_form), role=role)(graph)
-    Insert(_zeros(in_weight_form), role=role, weight_form=True)(graph)
+    Insert(_zeros(in_output_form, gains), role=role)(graph)
+    Insert(_zeros(in_weight_form, gains), role=role, weight_form=True)(graph)
 
 
 def has_free_rank(target: Target) -> bool:
@@ -184,13 +199,14 @@ def _has_free_rank(site: Site) -> bool:
     return isinstance(site.kind, Einsum) and bool(site.kind.form)
 
 
-def _zeros(targets: Sequence[Target]) -> dict[str, LowRank]:
-    return {target.key: zero_update(target) for target in targets}
+def _zeros(targets: Sequence[Target], gains: Collection[str]) -> dict[str, LowRank]:
+    return {target.key: zero_update(target, gains=target.key in gains) for target in targets}
 
 
-def zero_update(target: Target) -> LowRank:
-    """Return an update of rank 1 with zeros and scale 1."""
+def zero_update(target: Target, *, gains: bool = False) -> LowRank:
+    """Return an update of rank 1 with zeros and scale 1, and with factors of rows if `gains`."""
     shape_of_a, shape_of_b = target.layout.factor_shapes(1)
     a = np.zeros(shape_of_a, np.float32)
     b = np.zeros(shape_of_b, np.float32)
-    return LowRank(a, b, 1.0, target.layout)
+    of_variant = {GAINS: np.zeros(shape_of_b[:-1], np.float32)} if gains else {}
+    return LowRank(a, b, 1.0, target.layout, variant_tensors=of_variant)

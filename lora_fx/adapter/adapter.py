@@ -15,6 +15,7 @@ from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.learning import LEARNS
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.mix import HOWS, Pair, mixed_update
+from lora_fx.adapter.scaled_rows import has_gains, scaled_gains
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_base, is_plain, name_of
 from lora_fx.adapter.variant import names_taken
 from lora_fx.dtypes import Array
@@ -152,6 +153,8 @@ class Adapter(Mapping[str, Entry]):
                 scaled[key] = replace(entry, alpha=entry.alpha * weight)
             elif isinstance(entry, (Kronecker, Dense)):
                 scaled[key] = replace(entry, scale=entry.scale * weight)
+            elif isinstance(entry, LowRank) and has_gains(entry):
+                scaled[key] = scaled_gains(entry, weight)
             else:
                 raise LoraFxError(
                     f"weight {weight:g}: the adapter's {key!r} is {name_of(entry)}",

@@ -30,6 +30,7 @@ from lora_fx.adapter.lowrank import (
     alpha_of,
 )
 from lora_fx.adapter.qalora import QaLora
+from lora_fx.adapter.scaled_rows import SCALED_ROWS
 from lora_fx.adapter.variant_protocol import Variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, expect, expect_name
@@ -108,7 +109,7 @@ def _known() -> str:
 def variant_of(low: LowRank) -> Variant:
     """Return the variant of an update by its tensors; its variant name may give only the scale."""
     named = named_variant(low.variant)
-    for variant in (named, *VARIANTS.values()):
+    for variant in (SCALED_ROWS, named, *VARIANTS.values()):
         recognised = variant.of(low)
         if recognised is not None:
             return recognised

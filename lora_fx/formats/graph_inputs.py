@@ -5,6 +5,7 @@ input                  shape                               value
 =====================  ==================================  =======================
 A of a target          [*batch, in, rank]                  a transposed
 B of a target          [*batch, rank, out]                 s·b transposed
+D of a DoRA target     [*batch, out]                       g − 1, of one base
 =====================  ==================================  =======================
 
 The names, shapes and dtypes are those of the file that an export wrote in mode switch, a .pt2 file
@@ -24,7 +25,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import BASE_NUMBER
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.scaled_rows import GAINS, has_gains
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -33,12 +36,15 @@ from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.targets.keys import own_use
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.onnx.manifest import Manifest
 
 KEYS = "lora_fx.inputs"
-"""The field of the header that has key → [name of A, name of B]."""
+"""The field of the header that has key → [name of A, name of B], and of D where it has factors."""
+BASE = "lora_fx.base"
+"""The field with the number of the base for which D was computed."""
 
 
 class GraphInputs(Format):
@@ -69,11 +75,19 @@ class GraphInputs(Format):
         entries: dict[str, Entry] = {}
         for key, names in keys.items():
             entries[key] = _lowrank(key, names, tensors, file)
-        return Adapter(entries, {"notes": file.notes})
+        of_adapter: Json = {"notes": file.notes}
+        if BASE in metadata:
+            if not metadata[BASE].isdecimal():
+                raise file.error(
+                    BASE, f"is {metadata[BASE][:80]!r} in its header; expected a number"
+                )
+            of_adapter[BASE_NUMBER] = int(metadata[BASE])
+        return Adapter(entries, of_adapter)
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
         """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
         from lora_fx.onnx.manifest import manifest_of
+        from lora_fx.onnx.stored_weights import for_file
 
         manifest = manifest_of(graph)
         if not manifest.required:
@@ -82,7 +96,7 @@ class GraphInputs(Format):
                 "no others for them",
                 "write an .onnx_adapter; or export the file with --target portable",
             )
-        write_inputs(adapter, manifest, path)
+        write_inputs(for_file(adapter, manifest, graph), manifest, path)
         return ()
 
 
@@ -98,21 +112,27 @@ def write_inputs(adapter: Adapter, manifest: Manifest, path: Path) -> None:
         LoraFxError: An update that does not fit.
     """
     tensors = manifest.all_tensors(adapter)
-    keys: dict[str, tuple[str, str]] = {}
-    for key in adapter.resolved(manifest.slots).entries:
+    keys: dict[str, tuple[str, ...]] = {}
+    entries = adapter.resolved(manifest.slots).entries
+    for key in entries:
         slot = manifest.slots[key]
-        keys[key] = (slot.a, slot.b)
-    write_tensors(path, tensors, {"format": "pt", KEYS: json.dumps(keys)})
+        entry = entries[key]
+        is_scaled = isinstance(entry, LowRank) and has_gains(entry)
+        keys[key] = slot.names if is_scaled else (slot.a, slot.b)
+    metadata = {"format": "pt", KEYS: json.dumps(keys)}
+    if any(len(names) > 2 for names in keys.values()):
+        metadata[BASE] = str(adapter.metadata[BASE_NUMBER])
+    write_tensors(path, tensors, metadata)
 
 
 def _lowrank(key: str, names: object, tensors: Mapping[str, Array], file: File) -> LowRank:
     """Return the update of one key; raise for names and shapes that do not fit."""
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not isinstance(names, list) or not are_names or len(names) != 2:
+    if not isinstance(names, list) or not are_names or len(names) not in (2, 3):
         raise file.error(key, f"has {str(names)[:80]!r}; expected the names of its A and B")
     if not {*names} <= tensors.keys():
         raise file.error(key, f"has the tensors {names!r}; expected the names of its A and B")
-    a, b = (file.master(name, tensors[name]) for name in names)
+    a, b, *gains = (file.master(name, tensors[name]) for name in names)
     if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise file.error(
             key,
@@ -121,7 +141,12 @@ def _lowrank(key: str, names: object, tensors: Mapping[str, Array], file: File) 
         )
     a = np.ascontiguousarray(a.swapaxes(-1, -2))
     b = np.ascontiguousarray(b.swapaxes(-1, -2))
-    return LowRank(a, b, float(a.shape[-2]), use=own_use(key))
+    of_variant = {}
+    if gains:
+        of_variant[GAINS] = gains[0]
+        if gains[0].shape != b.shape[:-1]:
+            raise file.error(key, f"has D {list(gains[0].shape)} and B {list(b.shape)}")
+    return LowRank(a, b, float(a.shape[-2]), use=own_use(key), variant_tensors=of_variant)
 
 
 GRAPH_INPUTS = GraphInputs()

@@ -12,11 +12,13 @@ multiplied into B in fp32: ΔW = B A, and reading gives alpha = rank. The runtim
 graph inputs and checks dtypes, not meanings: a graph must take these names in these shapes. It also
 has two version numbers, of adapter and model; they are kept in metadata as adapter_version and
 model_version, and the runtime compares neither. Files that an export wrote for its graph hold A and
-B transposed, as its inputs are; the version of the adapter is their mark.
+B transposed, as its inputs are; the version of the adapter is their mark. Of DoRA they also have
+K.lora_D [*batch, out], the factors of the rows of one base, whose number is the model_version; see
+lora_fx.adapter.evaluated.
 
-What the format cannot say is refused: DoRA, LoHa, LoKr, and whether an update is for one use of a
-tied tensor or for all. Layouts are not stored; `bind` gives those of a model. Files begin with 4
-bytes of offset and "TORT".
+What the format cannot say is refused: DoRA for any base, LoHa, LoKr, and whether an update is for
+one use of a tied tensor or for all. Layouts are not stored; `bind` gives those of a model. Files
+begin with 4 bytes of offset and "TORT".
 
 Facts: onnxruntime/lora/adapter_format/adapter_schema.fbs.
 """
@@ -31,6 +33,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -68,13 +71,15 @@ class OnnxAdapter(Format):
         file = File(str(path))
         tensors, versions = read_file(path)
         if versions["adapter_version"] == SERVED:
-            tensors = {name: _transposed(tensor) for name, tensor in tensors.items()}
+            tensors = {name: _transposed(name, tensor) for name, tensor in tensors.items()}
             versions["adapter_version"] = 1
         entries: dict[str, Entry] = {}
         for name, array in tensors.items():
             key, dot, half = name.rpartition(".lora_")
-            if not dot or half not in ("A", "B"):
+            if not dot or half not in ("A", "B", "D"):
                 entries[name] = _full(name, array, file)
+            elif half == "D" and f"{key}.lora_A" in tensors:
+                continue  # the update has it
             elif half == "A" or f"{key}.lora_A" not in tensors:
                 entries[key] = _lowrank(key, tensors, file)
         return Adapter(entries, {**versions, "notes": file.notes})
@@ -121,6 +126,7 @@ class OnnxAdapter(Format):
         """
         from lora_fx.onnx.manifest import manifest_of
         from lora_fx.onnx.runtime_adapter import write_adapter
+        from lora_fx.onnx.stored_weights import for_file
 
         manifest = manifest_of(graph)
         if manifest.required:
@@ -129,16 +135,16 @@ class OnnxAdapter(Format):
                 ".onnx_adapter file",
                 "pass -o X.safetensors, which holds an array for every input",
             )
-        write_adapter(adapter, manifest, path)
+        write_adapter(for_file(adapter, manifest, graph), manifest, path)
         return ()
 
 
 _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the model instead")
 
 
-def _transposed(tensor: Array) -> Array:
-    """Return A or B transposed; a vector is returned unchanged."""
-    if tensor.ndim < 2:
+def _transposed(name: str, tensor: Array) -> Array:
+    """Return A or B transposed; D and a vector are returned unchanged."""
+    if tensor.ndim < 2 or name.endswith(".lora_D"):
         return tensor
     return tensor.swapaxes(-1, -2)
 
@@ -183,7 +189,13 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
         )
     if a.shape[-2] > max(a.shape[-1], b.shape[-2]):
         file.notes.append(f"{key!r} has more ranks than rows and columns; {TRANSPOSED}")
-    return LowRank(a, b, float(a.shape[-2]), use=own_use(key))
+    of_variant = {}
+    if f"{key}.lora_D" in tensors:
+        gains = file.master(f"{key}.lora_D", tensors[f"{key}.lora_D"])
+        if gains.shape != b.shape[:-1]:
+            raise file.error(key, f"has D {list(gains.shape)} and B {list(b.shape)}")
+        of_variant[GAINS] = gains
+    return LowRank(a, b, float(a.shape[-2]), use=own_use(key), variant_tensors=of_variant)
 
 
 def _full(name: str, array: Array, file: File) -> Full:

@@ -97,10 +97,10 @@ class Einsum:
         return "".join(self.w[axis] for axis in axes)
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """Return the shape of a per-row value for x @ W; empty for other forms."""
-        if self.form == "right" and len(site.operand) == 2:
-            return (out,)
-        return ()
+        """Return the shape of a per-row value for x @ W and W @ x; empty for other forms."""
+        if not self.form or len(site.operand) != 2:
+            return ()
+        return (out,) if self.form == "right" else (out, 1)
 
 
 def linear(batch: str = "") -> Einsum:

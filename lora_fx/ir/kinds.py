@@ -47,7 +47,7 @@ class Apart:
         return ()
 
 
-class Lookup(Apart):
+class Lookup:
     """A Kind that selects rows of w [in, out] by ids; in is the number of rows.
 
     A lookup is a matmul with a one-hot x, and costs no FLOPs.
@@ -59,6 +59,12 @@ class Lookup(Apart):
     def has_branch(self) -> bool:
         """See `Kind.has_branch`."""
         return True
+
+    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
+        """Return the shape of one number a feature; empty where the rows are no vectors."""
+        if self.has_branch and len(site.operand) == 2:
+            return (out,)
+        return ()
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """Return the axes: the rows are in, all others are out."""

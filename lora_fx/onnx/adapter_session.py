@@ -102,6 +102,7 @@ class Session:
                 f"{opened.provider}",
                 "make the session without cuda_graph, or on a machine with a GPU of NVIDIA's",
             )
+        self._path = path
         self.session = opened.session
         self.provider = opened.provider
         self.note = opened.note
@@ -186,7 +187,7 @@ class Session:
                 "adapter can change at each run",
             )
         expect(name, str, "the name of an adapter", "a text", "call session.load(name, adapter)")
-        tensors = tensors_of(adapter, self.manifest)
+        tensors = tensors_of(adapter, self.manifest, self._path)
         if self._cuda_graph:
             self._load_for_graphs(name, tensors)
             return
@@ -349,7 +350,7 @@ class Session:
         )
 
     def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
-        """Return the tensors of a mix: A's and w·B's concatenated along the rank.
+        """Return the tensors of a mix: A's and w·B's concatenated along the rank, the sum of w·D's.
 
         Args:
             weights: w by the name of an adapter.
@@ -358,15 +359,20 @@ class Session:
         for slot in self.manifest.slots.values():
             a_blocks = []
             b_blocks = []
+            gains = []
             for name, weight in weights.items():
                 tensors = self._arrays[name]
                 if slot.a in tensors:
                     b = tensors[slot.b]
                     a_blocks.append(tensors[slot.a])
                     b_blocks.append(b * b.dtype.type(weight))
+                if slot.d in tensors:
+                    gains.append(tensors[slot.d] * b.dtype.type(weight))
             if a_blocks:
                 mixed[slot.a] = np.concatenate(a_blocks, axis=-1)
                 mixed[slot.b] = np.concatenate(b_blocks, axis=-2)
+            if gains:
+                mixed[slot.d] = np.sum(gains, axis=0)
         return mixed
 
     def _check_loaded(self, name: object) -> None:
@@ -414,4 +420,4 @@ def _external_tensors(
             f"{fspath(path)}: a file of mode {manifest.mode} takes an adapter at each run",
             "call session.load(name, adapter), then session.run(inputs, adapter=name)",
         )
-    return manifest.padded(tensors_of(adapter, manifest))
+    return manifest.padded(tensors_of(adapter, manifest, path))

@@ -9,19 +9,29 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import BASE_NUMBER
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect, one_line, retold
 from lora_fx.onnx.device_values import value_on
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.runtime_adapter import read_file
+from lora_fx.onnx.stored_weights import for_file
 from lora_fx.text import Json, near
 
 
-def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> dict[str, Array]:
-    """Return an adapter's tensors, checked against a manifest; the adapter may be a file."""
+def tensors_of(
+    adapter: Adapter | str | PathLike[str], manifest: Manifest, path: str | PathLike[str]
+) -> dict[str, Array]:
+    """Return an adapter's tensors, checked against a manifest; the adapter may be a file.
+
+    Args:
+        adapter: The adapter; what reads its base is evaluated on the weights in the model's file.
+        manifest: That of the model.
+        path: The model's file.
+    """
     if isinstance(adapter, Adapter):
-        return manifest.tensors(adapter)
+        return manifest.tensors(for_file(adapter, manifest, path))
     from lora_fx.formats.io import load_adapter
 
     expected = "an Adapter, or the path of one"
@@ -30,10 +40,11 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
     )
     where = fspath(adapter)
     if where.endswith(".onnx_adapter"):
-        tensors = read_file(Path(where))[0]
+        tensors, versions = read_file(Path(where))
         manifest.check(tensors, where)
+        manifest.check_base(tensors, versions[BASE_NUMBER], where)
         return tensors
-    return manifest.tensors(load_adapter(where), where)
+    return manifest.tensors(for_file(load_adapter(where), manifest, path), where)
 
 
 def arrays_of(inputs: object) -> dict[str, Array]:

@@ -1,10 +1,12 @@
-"""The manifest of a switchable ONNX file: the two tensors that an adapter provides for each key.
+"""The manifest of a switchable ONNX file: the tensors that an adapter provides for each key.
 
-It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
-A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
-(x A) B. In mode switch they are inputs, which have defaults unless the file is portable; in mode
-load initialisers of a fixed rank, which a session replaces when it is made. Adapter files, sessions
-and checks read it; nothing guesses names. The manifest of a .pt2 file has the same in JSON.
+It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors: A
+[*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is (x
+A) B. A slot for DoRA has a third, D [*batch, out] (see lora_fx.adapter.scaled_rows), and a hash of
+the weight, since D holds for one base. In mode switch they are inputs, which have defaults unless
+the file is portable; in mode load initialisers of a fixed rank, which a session replaces when it is
+made. Adapter files, sessions and checks read it; nothing guesses names. The manifest of a .pt2 file
+has the same in JSON.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.adapter.adapter import Adapter, check_plain
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import BASE_NUMBER, base_number, check_served
 from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.scaled_rows import GAINS, has_gains
+from lora_fx.adapter.updates import name_of
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
 from lora_fx.files.program_manifest import SWITCH, program_manifest
@@ -36,6 +41,16 @@ CHANGED_SINCE = (
     "example, folds inputs with a default)"
 )
 """The hint for a graph and a manifest that do not agree."""
+NEEDS_BASE = (
+    "write its file for this base, from the adapter as it was trained: lora-fx convert ADAPTER "
+    "-o X.onnx_adapter --for MODEL.onnx; for a .pt2 file, give the adapter to lora-fx export"
+)
+"""The hint for an update that has to be evaluated on the base first."""
+NO_GAINS = (
+    "give an adapter that is DoRA to the export of the file, or pass --variant dora; or write this "
+    "one as plain LoRA: lora-fx convert ADAPTER -o OUT --as lora --rank 16 --base MODEL"
+)
+"""The hint for a slot that has no input for the factors of rows."""
 
 
 def read_manifest(text: str, where: str) -> Json:
@@ -51,7 +66,7 @@ def read_manifest(text: str, where: str) -> Json:
 
 @dataclass(frozen=True)
 class SwitchSlot:
-    """The two adapter tensors of one key.
+    """The adapter tensors of one key.
 
     Attributes:
         a: Name of A [*batch, in, rank].
@@ -65,7 +80,10 @@ class SwitchSlot:
         rank: The rank of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe;
             where A and B are required, the rank of the zeros that a run of the base gives.
             In mode load, the largest that an adapter may have.
-        dtype: The dtype of both tensors.
+        dtype: The dtype of the tensors.
+        d: Name of D [*batch, out], the factors of rows less 1; empty where the slot has none.
+        weight: The hash of the weight, where the slot has D; see lora_fx.adapter.evaluated.
+        layout: How the weight lies in the ONNX file, where the slot has D; fields of a Layout.
     """
 
     a: str
@@ -78,13 +96,31 @@ class SwitchSlot:
     role: str = ""
     rank: int = 0
     dtype: str = "float32"
+    d: str = ""
+    weight: str = ""
+    layout: Mapping[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors: A, B, and D where there is one."""
+        return (self.a, self.b, self.d) if self.d else (self.a, self.b)
 
     def tensor_shapes(self, rank: int | None) -> dict[str, tuple[int | None, ...]]:
-        """Return the shapes of A and B by name, for an update of this rank; None means any rank."""
-        return {
+        """Return the shapes of the tensors by name, for an update of a rank (None: any rank)."""
+        shapes: dict[str, tuple[int | None, ...]] = {
             self.a: (*self.batch, self.inside, rank),
             self.b: (*self.batch, rank, self.out),
         }
+        if self.d:
+            shapes[self.d] = (*self.batch, self.out)
+        return shapes
+
+    def to_json(self) -> Json:
+        """Return the slot as JSON, in which D and the hash are left out where there are none."""
+        fields = asdict(self)
+        if not self.d:
+            del fields["d"], fields["weight"], fields["layout"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -112,7 +148,7 @@ class Manifest:
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
         data: Json = {**stamp(), "mode": self.mode}
-        data["slots"] = {key: asdict(slot) for key, slot in self.slots.items()}
+        data["slots"] = {key: slot.to_json() for key, slot in self.slots.items()}
         if self.rank:
             data["rank"] = self.rank
         if self.largest_rank:
@@ -162,7 +198,7 @@ class Manifest:
                 entry that is no low-rank update.
         """
         adapter = adapter.resolved(self.slots)
-        check_plain(adapter, f"{where}: a switchable file")
+        check_served(adapter, f"{where}: a switchable file", NEEDS_BASE)
         if adapter.full:
             raise LoraFxError(
                 f"{where}: {next(iter(adapter.full))!r} is a whole tensor; expected a low-rank "
@@ -176,8 +212,34 @@ class Manifest:
             scaled_b = update.b * np.float32(update.scale)
             tensors[slot.a] = _transposed(update.a, slot.dtype)
             tensors[slot.b] = _transposed(scaled_b, slot.dtype)
+            if has_gains(update):
+                if not slot.d:
+                    raise LoraFxError(
+                        f"{where}: {key!r} is {name_of(update)}, and the file has no input for the "
+                        "factors of its rows",
+                        NO_GAINS,
+                    )
+                tensors[slot.d] = update.variant_tensors[GAINS].astype(slot.dtype)
         self.check(tensors, where)
+        self.check_base(tensors, adapter.metadata.get(BASE_NUMBER), where)
         return tensors
+
+    def check_base(self, tensors: Mapping[str, Array], number: object, where: str) -> None:
+        """Raise for factors of rows that were computed from another base.
+
+        Args:
+            tensors: Those of an adapter, by name.
+            number: That of the base for which they were computed.
+            where: What errors call the adapter.
+        """
+        keys = [key for key, slot in self.slots.items() if slot.d and slot.d in tensors]
+        hashes = {key: slot.weight for key, slot in self.slots.items()}
+        if keys and number != base_number(hashes, keys):
+            raise LoraFxError(
+                f"{where}: the factors of its rows (DoRA) were computed from another base than "
+                "this file's",
+                NEEDS_BASE,
+            )
 
     def all_tensors(self, adapter: Adapter, where: str = "the adapter") -> dict[str, Array]:
         """Return A and B of every slot, for a file whose inputs have no defaults.
@@ -235,8 +297,7 @@ class Manifest:
         """
         key_of_tensor: dict[str, str] = {}
         for key, slot in self.slots.items():
-            key_of_tensor[slot.a] = key
-            key_of_tensor[slot.b] = key
+            key_of_tensor |= dict.fromkeys(slot.names, key)
 
         for name in tensors:
             if name not in key_of_tensor:
@@ -273,6 +334,8 @@ class Manifest:
             )
 
         for name, shape in slot.tensor_shapes(rank).items():
+            if name == slot.d and name not in tensors:
+                continue  # of plain LoRA: the default, zeros
             tensor = tensors[name]
             if tensor.shape != shape:
                 raise MisfitError(
@@ -327,6 +390,8 @@ class Manifest:
                 if name in tensors:
                     missing_ranks = slot.rank - tensors[name].shape[rank_axis]
                     padded[name] = np.pad(tensors[name], {rank_axis: (0, missing_ranks)})
+            if slot.d in tensors:
+                padded[slot.d] = tensors[slot.d]
         return padded
 
 

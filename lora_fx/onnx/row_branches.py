@@ -15,6 +15,10 @@ A convolution is `middle` over the windows of x, which a depthwise convolution w
 lays out; a transposed one is `spread`, whose windows a transposed depthwise convolution with such
 kernels sums up. Of a convolution with groups g, A is [n, g, r, in] and B [n, g, out, r]. (A
 convolution with the batch as its groups would need a group count known beforehand.)
+
+Factors of rows D [n, out], of DoRA, multiply the base's product: + D[i]·(y − bias). They are [n, g,
+out/g] of a convolution with groups, and [n, e, out] of experts. `spread` has no such form: what a
+row of its weight gives is summed with what others give.
 """
 
 from __future__ import annotations
@@ -152,6 +156,46 @@ class BatchEmitter(OnnxEmitter):
         if form == "spread":
             return self._summed(delta)
         return self._shaped(delta, y)
+
+    def scaled_rows(self, form: str, product: ir.Value, d: ir.Value, y: ir.Value) -> ir.Value:
+        """Return D[ids]·product in y's shape.
+
+        Args:
+            form: As in `branch`, but for spread.
+            product: The base's product, without its bias.
+            d: The stack of D, [n, *batch, out].
+            y: The base's product, with its bias.
+        """
+        assert d.shape is not None
+        *batch, out = [int(size) for size in d.shape.numpy()[1:]]
+        gains = self.call("Gather", d, self.adapters.ids)
+        gains = self._scaled(gains, axes=1 + len(batch) + 1)
+        size = self.adapters.size
+        remaining = self.adapters.remaining.value
+        if form == "middle":
+            channels = math.prod(batch) * out
+            after = [1] * ((rank(y) or 3) - 2)
+            return self.call("Mul", product, self._reshaped(gains, size, channels, *after))
+        if form == "stack":
+            (experts,) = batch
+            if rank(y) == 4:
+                return self.call("Mul", product, self._reshaped(gains, size, experts, 1, out))
+            gains = self.call("Transpose", gains, perm=[1, 0, 2])
+            gains = self._reshaped(gains, experts, size, 1, out)
+            product = self._reshaped(product, experts, size, remaining, out)
+        elif self.rows.inner:
+            gains = self._reshaped(gains, 1, size, out)
+            product = self._reshaped(product, remaining, size, out)
+        elif form == "lookup" or not self.rows.exact:
+            gains = self._reshaped(gains, size, 1, out)
+            product = self._reshaped(product, size, remaining, out)
+        else:
+            y_rank = rank(y)
+            assert y_rank is not None and self.rows.axis is not None
+            between = [1] * (y_rank - 2 - self.rows.axis)
+            gains = self._reshaped(gains, *[1] * self.rows.axis, size, *between, out)
+            return self.call("Mul", product, gains)
+        return self._shaped(self.call("Mul", product, gains), y)
 
     def _stack(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
         """Return the delta of experts, each of which multiplies matrices of its own.
@@ -369,6 +413,21 @@ class BatchEmitter(OnnxEmitter):
         attributes = self.found.node.attributes
         depthwise = {**attributes, "group": channels, "kernel_shape": list(kernel)}
         return self.call(op, x, w, **depthwise)
+
+
+def stack_gains(gains: Sequence[Array | None], dtype: NumpyDtype) -> Array:
+    """Return the factors of rows of all adapters, [n + 1, *batch, out]; entry 0 is zeros.
+
+    Args:
+        gains: One entry for each adapter, None where it has none for this use.
+        dtype: The dtype of the result.
+    """
+    shape = next(of_adapter.shape for of_adapter in gains if of_adapter is not None)
+    stacked = np.zeros((len(gains) + 1, *shape), dtype)
+    for number, of_adapter in enumerate(gains, 1):
+        if of_adapter is not None:
+            stacked[number] = of_adapter.astype(dtype)
+    return stacked
 
 
 def stack(

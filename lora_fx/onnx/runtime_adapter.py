@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import ANY_BASE, BASE_NUMBER
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line, retold
 from lora_fx.files.read import open_input
@@ -115,7 +116,11 @@ def _same_bits(read: Array | None, written: Array) -> bool:
 
 def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
     """Write an .onnx_adapter for the file that the manifest belongs to."""
-    write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
+    tensors = manifest.tensors(adapter)
+    base = ANY_BASE
+    if any(slot.d in tensors for slot in manifest.slots.values()):
+        base = int(adapter.metadata[BASE_NUMBER])
+    write_file(path, tensors, {"adapter_version": SERVED, "model_version": base})
 
 
 def _refuse_full_disk(path: Path, size: int) -> None:

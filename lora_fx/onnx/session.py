@@ -151,7 +151,7 @@ class RuntimeSession:
         manifest = self._switchable
         if self._required or self.provider != "webgpu" or manifest is None:
             return self._required
-        factors = {name for slot in manifest.slots.values() for name in (slot.a, slot.b)}
+        factors = {name for slot in manifest.slots.values() for name in slot.names}
         zeros = {}
         for node in self.session.get_overridable_initializers():
             if node.name in factors:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.adapter.factor_tensors import slot_names
+from lora_fx.adapter.factor_tensors import slot_names, tensor_name
+from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
@@ -21,8 +22,10 @@ from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.targets.target import Target
 
 
-def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSlot:
-    """Replace insert's factors by A and B in the form that the products read.
+def put_factors(
+    graph: OnnxGraph, target: Target, rank: int, symbol: str, weight: str | None = None
+) -> SwitchSlot:
+    """Replace insert's factors by A and B in the form that the products read, and by D.
 
     Args:
         graph: A graph that has the branches of the target.
@@ -30,17 +33,35 @@ def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Swi
         rank: The rank of the default, which is zeros.
         symbol: The name of the rank as a dynamic dimension of inputs; empty where A and B are
             initialisers and no inputs.
+        weight: The hash of the weight, where the branches read factors of rows, which D holds.
 
     Raises:
         LoraFxError: The graph has a tensor of such a name.
     """
     layout = target.layout
     batch = layout.batch_shape
-    names = (f"{target.key}.lora_A", f"{target.key}.lora_B")
     free: int | str = symbol or rank
-    shapes = ((*batch, layout.in_size, free), (*batch, free, layout.out_size))
+    slot = SwitchSlot(
+        f"{target.key}.lora_A",
+        f"{target.key}.lora_B",
+        layout.in_size,
+        layout.out_size,
+        batch,
+        tuple(target.parameter.shape),
+        target.op,
+        target.role,
+        rank,
+        d="" if weight is None else f"{target.key}.lora_D",
+        weight=weight or "",
+        layout=layout.to_json() if weight is not None else {},
+    )
+    inserted_names = [*slot_names(target.key)]
+    shapes = [(*batch, layout.in_size, free), (*batch, free, layout.out_size)]
+    if slot.d:
+        inserted_names.append(tensor_name(target.key, GAINS))
+        shapes.append((*batch, layout.out_size))
     owner = graph.model.graph
-    for inserted_name, name, shape in zip(slot_names(target.key), names, shapes, strict=True):
+    for inserted_name, name, shape in zip(inserted_names, slot.names, shapes, strict=True):
         if name in owner.initializers or any(value.name == name for value in owner.inputs):
             raise LoraFxError(
                 f"the graph already has a tensor {name!r}",
@@ -51,15 +72,15 @@ def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Swi
         zeros = np.zeros(sizes, np.float32)
         factor = add_initialiser(owner, name, zeros, inserted.metadata_props[MARK])
         factor.shape = ir.Shape(shape)
-        reread(graph, inserted, factor, swap_last(len(batch)))
+        if name == slot.d:
+            inserted.replace_all_uses_with(factor)
+        else:
+            reread(graph, inserted, factor, swap_last(len(batch)))
         del owner.initializers[inserted_name]
         if symbol:
             owner.inputs.remove(inserted)
             owner.inputs.append(factor)
-    stored = tuple(target.parameter.shape)
-    return SwitchSlot(
-        *names, layout.in_size, layout.out_size, batch, stored, target.op, target.role, rank
-    )
+    return slot
 
 
 def without_defaults(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
@@ -70,7 +91,7 @@ def without_defaults(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
     """
     initializers = graph.model.graph.initializers
     for slot in slots:
-        for name in (slot.a, slot.b):
+        for name in slot.names:
             value = initializers.pop(name)
             value.const_value = None
 

@@ -66,6 +66,7 @@ class TrainSession:
         if not is_whole(seed) or not 0 <= seed < 1 << 62:
             text = one_line(repr(seed), 60)
             raise LoraFxError(f"seed is {text}; expected a whole number of 62 bits", "seed=0")
+        self._path = path
         self.manifest = manifest_of(path)
         if self.manifest.mode != "train":
             raise LoraFxError(
@@ -125,7 +126,7 @@ class TrainSession:
                 from lora_fx.formats.io import load_adapter
 
                 adapter = load_adapter(adapter)
-        tensors = tensors_of(adapter, self.manifest)
+        tensors = tensors_of(adapter, self.manifest, self._path)
         self._check_ranks(tensors, where)
 
         names = (*self.manifest.training["states"], *self._states)

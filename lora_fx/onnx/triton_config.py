@@ -275,7 +275,7 @@ def _adapter_tensors(text: str | None, where: str) -> set[str]:
         return set()
     names: set[str] = set()
     for slot in Manifest.from_text(text, where).slots.values():
-        names.update((slot.a, slot.b))
+        names.update(slot.names)
     return names
 
 

@@ -49,31 +49,47 @@ def widen(
         b: The factor [*batch, out, rank] of the part.
         rank: The rank of both.
     """
+    wide_a = _widen_side(e, whole, narrow, start, a, rank, rank_first=True)
+    return wide_a, widen_rows(e, whole, narrow, start, b, rank)
+
+
+def widen_rows(
+    e: Ops[V], whole: Layout, narrow: Layout, start: tuple[int, ...], b: V, rank: int
+) -> V:
+    """Return the factor [*batch, out, rank] of a part padded with zeros; see `widen`."""
+    return _widen_side(e, whole, narrow, start, b, rank, rank_first=False)
+
+
+def _widen_side(
+    e: Ops[V],
+    whole: Layout,
+    narrow: Layout,
+    start: tuple[int, ...],
+    x: V,
+    rank: int,
+    *,
+    rank_first: bool,
+) -> V:
+    """Return one factor padded: a, whose rank stands before its side, or b."""
     lead = len(whole.batch)
+    side = whole.in_ if rank_first else whole.out
+    axes = (*whole.batch, *side)
+    if all(whole.shape[axis] == narrow.shape[axis] for axis in axes):
+        return x
+    split = [narrow.shape[axis] for axis in axes]
+    before = [start[axis] for axis in axes]
+    after = [whole.shape[axis] - narrow.shape[axis] - start[axis] for axis in axes]
+    rank_axis = lead if rank_first else len(axes)
+    split.insert(rank_axis, rank)
+    before.insert(rank_axis, 0)
+    after.insert(rank_axis, 0)
 
-    def spread(x: V, side: tuple[int, ...], *, rank_first: bool) -> V:
-        """Pad one factor; `side` are the axes of out or in."""
-        axes = (*whole.batch, *side)
-        if all(whole.shape[axis] == narrow.shape[axis] for axis in axes):
-            return x
-        split = [narrow.shape[axis] for axis in axes]
-        before = [start[axis] for axis in axes]
-        after = [whole.shape[axis] - narrow.shape[axis] - start[axis] for axis in axes]
-        rank_axis = lead if rank_first else len(axes)
-        split.insert(rank_axis, rank)
-        before.insert(rank_axis, 0)
-        after.insert(rank_axis, 0)
-
-        # A side of several axes is split for the padding, and joined again.
-        has_one_axis = len(side) == 1
-        if not has_one_axis:
-            x = e.op("reshape", x, shape=tuple(split))
-        x = e.op("pad", x, before=tuple(before), after=tuple(after))
-        if has_one_axis:
-            return x
-        matrix = (rank, whole.in_size) if rank_first else (whole.out_size, rank)
-        return e.op("reshape", x, shape=(*whole.batch_shape, *matrix))
-
-    wide_a = spread(a, whole.in_, rank_first=True)
-    wide_b = spread(b, whole.out, rank_first=False)
-    return wide_a, wide_b
+    # A side of several axes is split for the padding, and joined again.
+    has_one_axis = len(side) == 1
+    if not has_one_axis:
+        x = e.op("reshape", x, shape=tuple(split))
+    x = e.op("pad", x, before=tuple(before), after=tuple(after))
+    if has_one_axis:
+        return x
+    matrix = (rank, whole.in_size) if rank_first else (whole.out_size, rank)
+    return e.op("reshape", x, shape=(*whole.batch_shape, *matrix))

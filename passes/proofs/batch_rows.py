@@ -7,7 +7,7 @@ nothing of the other rows is in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -41,6 +41,7 @@ def prove_rows(
     *,
     scales: bool,
     rerun: FileRerun | None = None,
+    evaluate: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> list[Parity]:
     """Compare the base at every size, and each adapter id in at least one row of mixed batches.
 
@@ -51,6 +52,7 @@ def prove_rows(
         rowed: Inputs that have the batch dimension.
         scales: The graph takes weights by row.
         rerun: Other ways to run the batch graph.
+        evaluate: Makes what a weight can multiply of an adapter that reads its base.
 
     Raises:
         NoEffectError: A row that differs.
@@ -68,23 +70,26 @@ def prove_rows(
     results = reference.prove(lambda feeds: run(of_base(feeds)), None, "base", base_rerun)
     demand(results, "ONNX Runtime differs from the model")
     if reference.mixes:
-        return [*results, *_together(run, reference, adapters, rowed, scales=scales)]
+        return [*results, *_together(run, reference, adapters, rowed, evaluate, scales=scales)]
 
     batches: list[MixedBatch] = []
     rng = np.random.default_rng(1)
     for feeds, ids in list(_batches(reference, len(adapters), rowed)):
-        weights = None
+        choices: list[Array | None] = [None]
         if scales:
-            weights = rng.uniform(0.5, 1.5, len(ids)).astype(np.float32)
-        batch = MixedBatch(feeds, ids, weights)
-        batch.outputs = run(batch.graph_feeds)
-        batches.append(batch)
+            choices = [rng.uniform(0.5, 1.5, len(ids)).astype(np.float32)]
+            if any(evaluate(adapter) is not adapter for adapter in adapters.values()):
+                choices.append(np.ones(len(ids), np.float32))  # with the adapter as it is
+        for weights in choices:
+            batch = MixedBatch(feeds, ids, weights)
+            batch.outputs = run(batch.graph_feeds)
+            batches.append(batch)
 
     # one adapter after the other: the reference makes a graph of each
     for i, adapter in enumerate([None, *adapters.values()]):
         for batch in batches:
             for row in map(int, np.flatnonzero(batch.ids == i)):
-                _run_alone(reference, batch, row, adapter, rowed)
+                _run_alone(reference, batch, row, adapter, rowed, evaluate)
 
     for batch in batches:
         results.append(_compare_rows(run, rerun, reference, adapters, batch))
@@ -138,10 +143,12 @@ def _run_alone(
     row: int,
     adapter: Adapter | None,
     rowed: Sequence[str],
+    evaluate: Callable[[Adapter], Adapter],
 ) -> None:
     """Run one row of a batch, given twice, in the reference with its adapter; store the outputs."""
-    if adapter and batch.weights is not None:
-        adapter = adapter.weighted(float(batch.weights[row]))
+    weight = 1.0 if batch.weights is None else float(batch.weights[row])
+    if adapter and weight != 1.0:
+        adapter = evaluate(adapter).weighted(weight)
     feeds: dict[str, Array] = {}
     for name, values in batch.feeds.items():
         if name in rowed:
@@ -225,6 +232,7 @@ def _together(
     reference: Reference,
     adapters: Mapping[str, Adapter],
     rowed: Sequence[str],
+    evaluate: Callable[[Adapter], Adapter],
     *,
     scales: bool,
 ) -> Iterator[Parity]:
@@ -254,7 +262,7 @@ def _together(
     expected: list[Named] = [run(with_ids(feeds, ids))]
     for i, (name, adapter) in enumerate({"the base": None, **adapters}.items()):
         if adapter and scales:
-            adapter = adapter.weighted(weight)
+            adapter = evaluate(adapter).weighted(weight)
         outputs = run(with_ids(feeds, np.full(n_rows, i, np.int64)))
         results.append((name, adapter, outputs))
         expected.append(reference.run(adapter)(feeds))

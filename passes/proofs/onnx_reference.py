@@ -18,6 +18,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates, draw
+from lora_fx.adapter.starts import matrix
 from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import (
     CEILING,
@@ -217,6 +218,12 @@ class OnnxReference:
         """Implement `Reference.targets`."""
         assert self.graph is not None
         return find(self.graph)
+
+    def weight(self, key: str) -> Array:
+        """Implement `Reference.weight`."""
+        assert self.graph is not None
+        target = self.targets()[key]
+        return matrix(target, self.graph.read(target.parameter.name))
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Yield how far outputs move by the runtime's rewrites and by the rounding of a fold.

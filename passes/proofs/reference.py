@@ -129,6 +129,9 @@ class Reference(Protocol):
     def targets(self) -> Found:
         """Return the targets, in the order of the model."""
 
+    def weight(self, key: str) -> Array:
+        """Return the base's weight of a target as [*batch, out, in], in fp64."""
+
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Yield the rounding error of each output, the largest so far, after each run."""
 

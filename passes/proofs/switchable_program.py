@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,17 +30,19 @@ class SwitchableProgram:
         example: A call of the model by argument, with the constants of every call.
         program: Takes the tensors of a call in order, and A and B by name.
         rank: The largest rank that an adapter may have; 0 where any fits.
+        evaluate: Makes what the program takes of an adapter that reads its base.
     """
 
     manifest: Manifest
     example: Named
     program: nn.Module
     rank: int = 0
+    evaluate: Callable[[Adapter], Adapter] = lambda adapter: adapter
     runtime: str = "the program"
 
     def run_with(self, adapter: Adapter | None) -> Run:
         """Return a run of the program with an adapter, or with zeros."""
-        return self.run_of(self.manifest.all_tensors(adapter or NO_UPDATE))
+        return self.run_of(self.manifest.all_tensors(self.evaluate(adapter or NO_UPDATE)))
 
     def run_of(self, tensors: Mapping[str, Array]) -> Run:
         """Return a run of the program with A and B of every target, by name."""

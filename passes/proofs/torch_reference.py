@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.starts import matrix
 from lora_fx.compare import (
     CEILING,
     ORT_TOL,
@@ -15,6 +17,7 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
@@ -121,6 +124,16 @@ class TorchReference:
     def targets(self) -> Found:
         """Implement `Reference.targets`."""
         return find(self.base.graph(False))
+
+    def weight(self, key: str) -> Array:
+        """Implement `Reference.weight`."""
+        target = find(self._graph_of_base)[key]
+        return matrix(target, self._graph_of_base.read(target.parameter.name))
+
+    @cached_property
+    def _graph_of_base(self) -> FxGraph:
+        """The graph of the base, which is walked once."""
+        return self.base.graph(False)
 
     def _module(self, adapter: Adapter | None) -> CapturedModule:
         if adapter is None:

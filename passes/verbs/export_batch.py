@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import Evaluation
 from lora_fx.compare import Report, demand
 from lora_fx.dtypes import Array
 from lora_fx.inputs import SIZES, Named
@@ -65,10 +66,12 @@ def write_batch(
         LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
         NoEffectError: A row differs from its adapter alone; nothing is written.
     """
-    refuse_unexchangeable(adapters, "a file with one adapter for each row")
+    evaluation = Evaluation(reference.weight)
+    served = {name: evaluation(adapter) for name, adapter in adapters.items()}
+    refuse_unexchangeable(served, "a file with one adapter for each row")
     model = graph.model
     nodes_of_base = _count_nodes(model)
-    updates = {name: adapter.lowrank for name, adapter in adapters.items()}
+    updates = {name: adapter.lowrank for name, adapter in served.items()}
     Batch(updates, sources, options.scales, options.made_for)(graph)
     join_copies(model, [name for name, stored in sources.values() if stored.keys])
     graph.lint()
@@ -84,6 +87,7 @@ def write_batch(
             inputs_by_row,
             scales=options.scales,
             rerun=FileRerun(output.path, options.provider),
+            evaluate=evaluation,
         )
         demand(parity, "a batch differs")
 

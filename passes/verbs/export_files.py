@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from lora_fx.adapter.adapter import Adapter, check_plain
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import check_served
 from lora_fx.compare import Parity, Report
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
@@ -27,7 +28,7 @@ from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.proofs.switchable import NO_UPDATE
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
-from lora_fx.passes.verbs.refused_updates import exclude_hint
+from lora_fx.passes.verbs.refused_updates import exclude_hint, plain_hint
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
@@ -166,9 +167,14 @@ def report_of(
 
 
 def refuse_unexchangeable(adapters: Mapping[str, Adapter], what: str) -> None:
-    """Raise for updates that cannot be exchanged between runs or between rows."""
+    """Raise for updates that cannot be exchanged between runs or between rows.
+
+    Args:
+        adapters: By name; those that read their base have been evaluated on it.
+        what: What should take them, for messages.
+    """
     for name, adapter in adapters.items():
-        check_plain(adapter, f"{name}: {what}")
+        check_served(adapter, f"{name}: {what}", plain_hint(name))
         check_real(adapter.lowrank)
         if adapter.full:
             raise LoraFxError(

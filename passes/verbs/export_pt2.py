@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.evaluated import Evaluation, hashes_of_gains
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import replacing
@@ -80,12 +81,16 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
 
     rank = options.rank or 0
     largest_rank = (options.largest or {}).get("rank", 0)
-    slots = input_slots(targets, rank, reference.inputs.names)
+    evaluation = Evaluation(reference.weight)
+    served = {name: evaluation(adapter) for name, adapter in adapters.items()}
+    refuse_unexchangeable(served, "a switchable file")
+    gains = hashes_of_gains(served, evaluation)
+    slots = input_slots(targets, rank, reference.inputs.names, gains)
     manifest = Manifest(slots, required=True, rank=rank, largest_rank=largest_rank)
-    for name, adapter in adapters.items():
+    for name, adapter in served.items():
         manifest.tensors(adapter, f"adapter {name!r}")  # refused before the program is written
     paths = adapter_paths(adapters, options)
-    insert_switchable(graph, [*targets.values()], Role.FROZEN)
+    insert_switchable(graph, [*targets.values()], Role.FROZEN, gains=gains)
     layouts = {key: found[key].layout for key in targets}
     beside = Beside()
     with replacing(options.target, force=options.force, parts=beside) as temporary:
@@ -95,9 +100,9 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
         share_memory(program, base, "the file that torch loads")
         most = rank or largest_rank
         example = execution_of(base).in_own_dtype()
-        file = SwitchableProgram(manifest, example, program, most)
+        file = SwitchableProgram(manifest, example, program, most, evaluation)
         parity = prove_switchable(file, reference, layouts, adapters, warnings)
-        write_adapters(paths, adapters, manifest, options, beside)
+        write_adapters(paths, served, manifest, options, beside)
         subject = _subject(file, reference, adapters, found, options)
         of_probe = probe_file(temporary, subject, options.probe, "torch", warnings, add_to_program)
 
@@ -137,7 +142,6 @@ def _base_and_adapters(
     if len(bound) == 1:
         captured, bound, notes_of_tensors = with_whole_tensors(captured, bound)
         notes += notes_of_tensors
-    refuse_unexchangeable(bound, "a switchable file")
     return captured, bound, notes
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import Evaluation, hashes_of_gains
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES
@@ -79,7 +80,9 @@ def write_switch(
         NoEffectError: The outputs differ, or a target changes nothing.
     """
     paths = adapter_paths(adapters, options)
-    refuse_unexchangeable(adapters, "a switchable file")
+    evaluation = Evaluation(reference.weight)
+    served = {name: evaluation(adapter) for name, adapter in adapters.items()}
+    refuse_unexchangeable(served, "a switchable file")
     warnings = [*warnings, *_replaced_files(paths, options)]
     if options.mode == "load" and options.places:
         warnings.append(SERVES_THE_BASE)
@@ -100,6 +103,7 @@ def write_switch(
         slots.transposed_lookups(layouts),
         LEAST_RANKS.get(options.made_for, 0),
         required=options.requires_factors,
+        gains=hashes_of_gains(served, evaluation),
     )
     manifest = _made_switchable(graph, switch, copies)
 
@@ -114,9 +118,9 @@ def write_switch(
             replaced_by_session,
         )
         session = Session(output.path, options.provider)
-        file = _SwitchableFile(output.path, options, manifest, rank, session)
+        file = _SwitchableFile(output.path, options, manifest, rank, session, evaluation)
         parity = prove_switchable(file, reference, layouts, adapters, warnings)
-        write_adapters(paths, adapters, manifest, options, output.beside)
+        write_adapters(paths, served, manifest, options, output.beside)
         output.adapters += paths.values()
         probed = {**adapters, **options.also_probed}
         subject = _subject(file, reference, probed, captured_targets)
@@ -292,10 +296,10 @@ def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> i
 
 
 def _tensor_names(manifest: Manifest) -> list[str]:
-    """Return the names of A and B of every slot."""
-    names = []
+    """Return the names of the tensors of every slot."""
+    names: list[str] = []
     for slot in manifest.slots.values():
-        names += [slot.a, slot.b]
+        names += slot.names
     return names
 
 
@@ -303,7 +307,8 @@ def _tensor_names(manifest: Manifest) -> list[str]:
 class _SwitchableFile:
     """A written file as ONNX Runtime runs it with different adapters.
 
-    `rank` is the rank of the slots in mode load; 0 if they take any rank.
+    `rank` is the rank of the slots in mode load; 0 if they take any rank. `evaluate` makes what the
+    file takes of an adapter that reads its base.
     """
 
     path: Path
@@ -311,12 +316,14 @@ class _SwitchableFile:
     manifest: Manifest
     rank: int
     session: Session
+    evaluate: Evaluation
     runtime: str = "ONNX Runtime"
 
     def run_with(self, adapter: Adapter | None) -> Run:
         """Return a run of the file with an adapter; mode load makes a new session for it."""
         if adapter is None:
             return self.session.run
+        adapter = self.evaluate(adapter)
         if self.options.mode == "load":
             return Session(self.path, self.options.provider, adapter=adapter).run
         self.session.load("adapter", adapter)
@@ -324,7 +331,7 @@ class _SwitchableFile:
 
     def rerun_with(self, adapter: Adapter | None) -> FileRerun:
         """Return other ways to run the file with an adapter."""
-        tensors = {} if adapter is None else self.manifest.tensors(adapter)
+        tensors = {} if adapter is None else self.manifest.tensors(self.evaluate(adapter))
         provider = self.options.provider
         if self.manifest.mode == "load":
             stored = self.manifest.padded(tensors) if tensors else {}

@@ -34,9 +34,16 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
             *names, last = names_taken(reading_weight=reading_weight)
             raise LoraFxError(
                 f"{name}: {key!r} is {name_of(entry)}; {taker} takes {', '.join(names)} and {last}",
-                f"run lora-fx convert {name} -o OUT --as lora --base MODEL, which approximates "
-                "it and reports the error",
+                plain_hint(name),
             )
+
+
+def plain_hint(name: str) -> str:
+    """Return the hint to approximate an adapter by plain LoRA."""
+    return (
+        f"run lora-fx convert {name} -o OUT --as lora --rank 16 --base MODEL, which approximates "
+        "it and reports the error"
+    )
 
 
 def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
@@ -47,7 +54,7 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
     """
     for name, adapter in adapters.items():
         holds_weights = mode in ("merged", "train")
-        check_kinds(adapter, name, f"mode {mode}", reading_weight=holds_weights)
+        check_kinds(adapter, name, f"mode {mode}")
         whole_tensors = [
             key
             for key, entry in adapter.entries.items()

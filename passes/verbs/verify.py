@@ -284,6 +284,7 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     from lora_fx.onnx.manifest import manifest_of
 
     manifest = manifest_of(path)
-    tensors = tensors_of(adapter, manifest)  # an A and a B for each target
-    details = {"targets": len(manifest.slots), "adapted": len(tensors) // 2}
+    tensors = tensors_of(adapter, manifest, path)
+    adapted = sum(slot.a in tensors for slot in manifest.slots.values())
+    details = {"targets": len(manifest.slots), "adapted": adapted}
     return Report("verify", True, details=details)

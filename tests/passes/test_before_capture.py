@@ -13,7 +13,7 @@ import lora_fx
 from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Hadamard, Kronecker
+from lora_fx.adapter.updates import Hadamard, Kronecker, Rotation
 from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
@@ -31,11 +31,13 @@ LORA = LowRank(numbers(2, 4), numbers(6, 2), 3.0)
 DORA = LowRank(numbers(2, 4), numbers(6, 2), 3.0, magnitude=np.abs(numbers(6)) + 1)
 LOHA = Hadamard(numbers(2, 4), numbers(6, 2), numbers(2, 4), numbers(6, 2), 1.0)
 LOKR = Kronecker(numbers(2, 2), numbers(3, 2), 1.0)
+OFT = Rotation(0.1 * numbers(2, 2, 2))
 HEAD = Full(numbers(3, 6))
 ADAPTERS = {
     "LoHa": Adapter({"fc.weight": LOHA}),
     "LoKr": Adapter({"fc.weight": LOKR}),
     "DoRA": Adapter({"fc.weight": DORA}),
+    "OFT": Adapter({"fc.weight": OFT}),
     "the whole tensor": Adapter({"fc.weight": LORA, "head.weight": HEAD}),
 }
 
@@ -62,7 +64,7 @@ def no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 REFUSED = [
     *((kind, mode) for kind in ("LoHa", "LoKr") for mode in MODES),
-    *(("DoRA", mode) for mode in ("switch", "batch", "load")),
+    *(("OFT", mode) for mode in MODES),
     *(("the whole tensor", mode) for mode in ("batch", "load")),
 ]
 
@@ -149,7 +151,6 @@ def build():
 COMMANDS = {
     "export, a head": ("export net.py:build whole -o m.onnx --mode batch", "whole tensor"),
     "export, two heads": ("export net.py:build whole plain -o m.onnx --mode switch", "'head.weigh"),
-    "export, DoRA": ("export net.py:build dora -o m.onnx --mode switch", "DoRA"),
     "export, missing": ("export net.py:build nope -o m.onnx --mode switch", "nope: no such file"),
     "export, merged, missing": ("export net.py:build nope -o m.onnx", "nope: no such file"),
     "verify, missing": ("verify net.py:build net.py:build --adapter nope", "nope: no such file"),
@@ -164,7 +165,6 @@ def test_a_command_is_refused(
     line, say = COMMANDS[name]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(CODE)
-    save_adapter(ADAPTERS["DoRA"], tmp_path / "dora")
     save_adapter(ADAPTERS["the whole tensor"], tmp_path / "whole")
     save_adapter(Adapter({"fc.weight": LORA}), tmp_path / "plain")
     done = CliRunner().invoke(group, line.split())

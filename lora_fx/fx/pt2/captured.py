@@ -129,7 +129,7 @@ class FileCaptured(Captured):
         if SWITCH in manifest:
             slots = Manifest.from_text(json.dumps(manifest[SWITCH]), self.path).slots
             for slot in slots.values():
-                self._factors += (slot.a, slot.b)
+                self._factors += slot.names
         if self._factors and tuple(named)[-len(self._factors) :] != self._factors:
             raise ValueError("A and B are not the last inputs of the program, in its order")
         for name in self._factors:

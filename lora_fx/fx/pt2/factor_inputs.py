@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from lora_fx.adapter.factor_tensors import slot_names
+from lora_fx.adapter.factor_tensors import slot_names, tensor_name
+from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import MARK, is_marked, make_marked, value
 from lora_fx.ir.kinds import swap_last
@@ -28,7 +29,10 @@ EXAMPLE_RANK = 3
 
 
 def input_slots(
-    targets: Mapping[str, Target], rank: int, reserved: Iterable[str]
+    targets: Mapping[str, Target],
+    rank: int,
+    reserved: Iterable[str],
+    gains: Mapping[str, str] | None = None,
 ) -> dict[str, SwitchSlot]:
     """Return the slot of each target, with names of inputs that Python takes as keywords.
 
@@ -36,12 +40,17 @@ def input_slots(
         targets: Key → target.
         rank: The rank of all slots; 0 where an adapter may have any.
         reserved: Names of the model's own inputs.
+        gains: Key → hash of the weight, of slots with factors of rows.
     """
     used = {name.lower() for name in argument_names(reserved)}
+    of_weights = gains or {}
     slots: dict[str, SwitchSlot] = {}
     for key, target in targets.items():
         names: list[str] = []
-        for half in ("lora_A", "lora_B"):
+        halves = ["lora_A", "lora_B"]
+        if key in of_weights:
+            halves.append("lora_D")
+        for half in halves:
             # in small letters, as torch writes the inputs of a graph
             name = free_name(_identifier(f"{key}.{half}").lower(), used, "_")
             used.add(name)
@@ -50,7 +59,7 @@ def input_slots(
         stored = tuple(target.parameter.shape)
         slots[key] = SwitchSlot(
             names[0], names[1], layout.in_size, layout.out_size, layout.batch_shape, stored,
-            target.op, target.role, rank or 1,
+            target.op, target.role, rank or 1, d="".join(names[2:]), weight=of_weights.get(key, ""),
         )  # fmt: skip
     return slots
 
@@ -81,6 +90,13 @@ def _identifier(name: str) -> str:
     return f"{word}_" if keyword.iskeyword(word) else word
 
 
+def inserted_names(key: str, slot: SwitchSlot) -> tuple[str, ...]:
+    """Return the names under which insert puts the tensors of a slot into the tree."""
+    if slot.d:
+        return (*slot_names(key), tensor_name(key, GAINS))
+    return slot_names(key)
+
+
 def put_inputs(graph: fx.Graph, slots: Mapping[str, SwitchSlot]) -> None:
     """Make every branch of a graph read A and B from inputs, which follow all others.
 
@@ -95,11 +111,14 @@ def put_inputs(graph: fx.Graph, slots: Mapping[str, SwitchSlot]) -> None:
 
     for key, slot in slots.items():
         perm = swap_last(len(slot.batch))
-        for stored_name, input_name in zip(slot_names(key), (slot.a, slot.b), strict=True):
+        for stored_name, input_name in zip(inserted_names(key, slot), slot.names, strict=True):
             with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
                 factor = graph.placeholder(input_name)
             for node in graph.find_nodes(op="get_attr"):
-                if node.target == stored_name:
+                if node.target == stored_name and input_name == slot.d:
+                    node.replace_all_uses_with(factor)
+                    graph.erase_node(node)
+                elif node.target == stored_name:
                     _read_transposed(node, factor, perm)
                     graph.erase_node(node)
     for node in graph.nodes:

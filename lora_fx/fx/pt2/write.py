@@ -11,7 +11,6 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
-from lora_fx.adapter.factor_tensors import slot_names
 from lora_fx.errors import LoraFxError, retold
 from lora_fx.files.program_manifest import MANIFEST
 from lora_fx.fx.capture.call import leaves_of
@@ -24,7 +23,12 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.flat_graph import flat_program
-from lora_fx.fx.pt2.factor_inputs import EXAMPLE_RANK, argument_names, put_inputs
+from lora_fx.fx.pt2.factor_inputs import (
+    EXAMPLE_RANK,
+    argument_names,
+    inserted_names,
+    put_inputs,
+)
 from lora_fx.fx.pt2.file_manifest import make_manifest
 from lora_fx.fx.pt2.output_trees import plain_spec
 from lora_fx.fx.pt2.program import tensor_places
@@ -74,8 +78,8 @@ def write_switchable(module: CapturedModule, graph: FxGraph, path: Path, switch:
     program = _export(module, graph, named, traced, _factors(switch))
 
     tensors = dict(module.state_dict(keep_vars=True))
-    for key in switch.slots:
-        for name_in_tree in slot_names(key):
+    for key, slot in switch.slots.items():
+        for name_in_tree in inserted_names(key, slot):
             del tensors[name_in_tree]
     manifest = make_manifest(module, {NAMES[False]: (False, traced)}, switch)
     _write(path, module, {NAMES[False]: program}, tensors, manifest)
@@ -152,7 +156,9 @@ def _factors(switch: Manifest) -> dict[str, tuple[torch.Tensor, Dims]]:
         dtype = getattr(torch, slot.dtype)
         for name, shape in slot.tensor_shapes(None).items():
             sizes = [example_rank if size is None else size for size in shape]
-            dims = None if switch.rank else {shape.index(None): free_rank}
+            dims = None
+            if None in shape and not switch.rank:
+                dims = {shape.index(None): free_rank}
             factors[name] = (torch.zeros(sizes, dtype=dtype), dims)
     return factors
 

@@ -189,9 +189,28 @@ class OnnxGraph(Analysed):
                 graph.outputs[i] = y
         self.changed()
 
-    def product(self, site: Site, e: object) -> ir.Value | None:
-        """Return None: no output form needs it, because DoRA in a file takes the weight form."""
-        return None
+    def product(self, site: Site, e: Emitter[ir.Value]) -> ir.Value | None:
+        """Return the result without its bias, which is subtracted so that no product runs twice.
+
+        None where the op does more than to add it, or adds it in units of codes.
+        """
+        use = self.at(site)
+        node = use.node
+        if use.y is not node.outputs[0]:
+            return None
+        bias = None
+        if use.row.bias is not None:
+            if node.domain and node.op_type != "MatMulNBits":
+                return None  # an activation, or attention
+            bias = operand(node, use.row.bias)
+        if bias is None:
+            return use.y
+        if node.op_type == "Gemm" and node.attributes.get_float("beta", 1.0) != 1.0:
+            return None
+        if node.op_type == "Conv":
+            ones = (1,) * len(site.operand[2:])
+            bias = e.op("reshape", bias, shape=(-1, *ones))
+        return e.op("add", use.y, e.op("mul", bias, -1.0))
 
     def rebase(self, site: Site, w: ir.Value) -> None:
         """Let the site read w through its own view.

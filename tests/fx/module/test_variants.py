@@ -216,14 +216,14 @@ def test_lora_plus_learns_faster_by_b() -> None:
     assert [(g["lr"], g["weight_decay"]) for g in plain] == [(1e-3, 0.1)]
 
 
-def test_dora_has_no_place_in_files_that_switch(tmp_path: Path) -> None:
+def test_trained_dora_goes_into_files_that_switch(tmp_path: Path) -> None:
     module = steps(lora_fx.insert(shared(), rank=2, variant="dora"))
-    for mode in ("switch", "batch", "load"):
-        with pytest.raises(LoraFxError, match="DoRA"):
-            lora_fx.export(module, tmp_path / "x.onnx", adapters={"a": module.adapter()}, mode=mode)
-    assert not list(tmp_path.iterdir())
-    report = lora_fx.export(module, tmp_path / "x.onnx")
-    assert report
+    adapters = {"a": module.adapter()}
+    for mode in ("switch", "load", "batch", "merged"):
+        given = None if mode == "merged" else adapters
+        path = tmp_path / mode / "x.onnx"
+        path.parent.mkdir()
+        assert lora_fx.export(module, path, adapters=given, mode=mode)
 
 
 def test_truncate_brings_the_rank_back() -> None:
