@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.evaluated import Evaluation, can_be_evaluated, weight_hash
+from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.dtypes import Array, widened
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
@@ -25,7 +26,7 @@ from lora_fx.text import near
 
 
 def for_file(adapter: Adapter, manifest: Manifest, path: str | PathLike[str]) -> Adapter:
-    """Return an adapter as a file takes it: what reads its base is evaluated on the file's weights.
+    """Return an adapter as a file takes it: as LoRA, or evaluated on the weights in the file.
 
     Args:
         adapter: Keys as in the manifest, or a file's own names where those can be resolved.
@@ -35,6 +36,7 @@ def for_file(adapter: Adapter, manifest: Manifest, path: str | PathLike[str]) ->
     Raises:
         LoraFxError: A slot without factors of rows, or a weight that is stored otherwise by now.
     """
+    adapter, _ = as_exact_lora(adapter)
     if not any(can_be_evaluated(low) for low in adapter.lowrank.values()):
         return adapter
     if fspath(path).endswith(".pt2"):  # its tensors are torch's; the manifest tells what to do

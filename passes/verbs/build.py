@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.bind import reading
+from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.adapter.learning import relearning
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.starts import OF_DATA, OF_WEIGHT, initial
@@ -122,6 +123,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
 
 def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout: float) -> Start:
     """Return the start from an adapter, with the model's keys."""
+    adapter, notes_of_ranks = as_exact_lora(adapter)
     bound = bind(with_base(adapter, model), found)
     updates, metadata = relearning(bound.lowrank, bound.metadata)
     metadata["dropout"] = dropout
@@ -129,7 +131,7 @@ def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout:
         if update.mutated or variant_of(update).reads_weight:
             check_storable(found[key], f"{update.mutated or update.variant} reads W itself")
 
-    notes = _notes_on_targets(found, updates)
+    notes = [*notes_of_ranks, *_notes_on_targets(found, updates)]
     for row in found.unreached:
         if row.key in bound.full:
             notes.append(f"the adapter's whole tensor {row.key}: {row.reason}")

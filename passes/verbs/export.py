@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, expect, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
@@ -211,7 +212,9 @@ def export_as(
     file = None
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         file = fspath(model)
-    _check_adapters(options, of_file=file is not None)
+    notes: list[str] = []
+    if not (file and options.mode == "merged"):
+        options, notes = _checked(options)
     refuse_no_say(EXPORT_RULES, options, given)
     refuse_genai(genai, options.mode, cache=options.capture.cache)
     if options.is_program:
@@ -221,14 +224,15 @@ def export_as(
             "onnxruntime-genai gives a run of the base no A and B, which a portable file requires",
             "leave --target portable out for --genai",
         )
-    notes: list[str] = []
     if options.capture.cache:
-        model, options, notes = _with_cache(model, options, genai)
+        model, options, notes_of_copy = _with_cache(model, options, genai)
+        notes += notes_of_copy
 
     if file is not None:
         _refuse_for_graph(file, options, quantise)
         refuse_no_say(REWRITE_RULES, options, given)
-        return export_onnx(file, options)
+        report = export_onnx(file, options)
+        return replace(report, warnings=(*notes, *report.warnings))
 
     if options.names:
         raise LoraFxError(
@@ -240,18 +244,28 @@ def export_as(
     return _export_model(model, options, notes)
 
 
-def _check_adapters(options: ExportOptions, *, of_file: bool) -> None:
-    """Raise, before a model is captured, for an adapter that a file of this mode cannot hold.
+def _checked(options: ExportOptions) -> tuple[ExportOptions, list[str]]:
+    """Return the options with LoRA for other methods of the same ΔW, and what has to be said.
 
-    An adapter that is merged into an .onnx file is checked by the merge.
+    Raises:
+        LoraFxError: An adapter that a file of this mode cannot hold; no model is captured yet.
     """
     adapters = options.adapters
-    if not adapters or (of_file and options.mode == "merged"):
-        return
+    if not adapters:
+        return options, []
     if isinstance(adapters, Adapter):
         check_adapters({"the adapter": adapters}, options.mode)
-    else:
-        check_adapters(named_adapters(adapters), options.mode)
+        adapter, notes = as_exact_lora(adapters)
+        return replace(options, adapters=adapter), notes
+
+    named = named_adapters(adapters)
+    check_adapters(named, options.mode)
+    exact: dict[str, Adapter] = {}
+    notes: list[str] = []
+    for name, adapter in named.items():
+        exact[name], notes_of_adapter = as_exact_lora(adapter, name)
+        notes += notes_of_adapter
+    return (replace(options, adapters=exact) if notes else options), notes
 
 
 def _with_codes(

@@ -6,8 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.exact_lora import exact_update
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
+from lora_fx.adapter.updates import (
+    Dense,
+    Entry,
+    Hadamard,
+    Kronecker,
+    ReplacedRows,
+    Rotation,
+    name_of,
+)
 from lora_fx.adapter.variant import (
     names_taken,
     variant_of,
@@ -27,15 +36,29 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
         reading_weight: A variant that reads W itself is taken.
     """
     for key, entry in adapter.entries.items():
-        is_taken = not isinstance(entry, (Hadamard, Kronecker, Rotation))
+        is_taken = not isinstance(entry, Rotation)
+        if isinstance(entry, (Hadamard, Kronecker)):
+            is_taken = exact_update(entry) is not None
         if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
             is_taken = reading_weight
         if not is_taken:
             *names, last = names_taken(reading_weight=reading_weight)
             raise LoraFxError(
-                f"{name}: {key!r} is {name_of(entry)}; {taker} takes {', '.join(names)} and {last}",
+                f"{name}: {key!r} is {name_of(entry)}{_why_not_lora(entry)}; {taker} takes "
+                f"{', '.join(names)} and {last}",
                 plain_hint(name),
             )
+
+
+def _why_not_lora(entry: Entry) -> str:
+    """Return why an update is no LoRA of a low rank; empty where its name says it."""
+    if isinstance(entry, Rotation):
+        return ", which turns the weight by a matrix of full rank"
+    if isinstance(entry, Hadamard):
+        return f" of rank {entry.rank}² in a matrix {list(entry.shape)}, which is no low rank"
+    if isinstance(entry, Kronecker):
+        return f" whose factors have no low rank in a matrix {list(entry.shape)}"
+    return ""
 
 
 def plain_hint(name: str) -> str:
