@@ -71,6 +71,12 @@ class ModeOptions:
         metavar="NAME=N,…",
         help="Set the largest sizes of free dimensions, and of the rank (a .pt2 file).",
     )
+    variant: str | None = option(
+        "--variant",
+        type=click.Choice(["lora", "dora"]),
+        help="Choose what every slot takes: dora is DoRA and plain LoRA (modes switch and load).  "
+        "[default: what the adapters are]",
+    )
     loss: str | None = option(
         "--loss", help="Choose the loss: ce, mse or module:function (mode train)."
     )
@@ -257,6 +263,7 @@ def command(
         exclude=of_mode.exclude,
         rank=of_mode.rank,
         largest=_sizes_by_name(of_mode.largest),
+        variant=of_mode.variant,
         scales=of_mode.scales,
         loss=loss,
         optimizer=of_mode.optimizer,

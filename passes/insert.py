@@ -241,11 +241,13 @@ class Insert:
             if has_gains(update):
                 gains = _beside(e, target, update, product, self.role)(GAINS)
                 narrow = update.layout or target.layout
-                column = e.op("reshape", gains, shape=(narrow.out_size, 1))
-                start = layout.starts(relative(target.region, region))
-                column = widen_rows(e, layout, narrow, start, column, 1)
-                scaled = e.op("mul", product, e.op("reshape", column, shape=shape))
-                total = e.op("add", total, scaled)
+                if narrow.out_size != layout.out_size:
+                    column = e.op("reshape", gains, shape=(narrow.out_size, 1))
+                    start = layout.starts(relative(target.region, region))
+                    gains = widen_rows(e, layout, narrow, start, column, 1)
+                if shape != (narrow.out_size,):
+                    gains = e.op("reshape", gains, shape=shape)
+                total = e.op("add", total, e.op("mul", product, gains))
             total = e.op("add", total, self._branch(graph, e, site, pair, "straight"))
         graph.replace_output(site, total)
         return True

@@ -140,6 +140,12 @@ class Evaluation:
         metadata = {**adapter.metadata, BASE_NUMBER: base_number(self.hashes, keys)}
         return replace(adapter, entries=entries, metadata=metadata)
 
+    def hash_of(self, key: str) -> str:
+        """Return the hash of the weight of a key."""
+        if key not in self.hashes:
+            self.hashes[key] = weight_hash(self.read(key))
+        return self.hashes[key]
+
     def _evaluated(self, key: str, low: LowRank) -> LowRank:
         """Return one update, evaluated."""
         if key in self._results:
@@ -147,18 +153,23 @@ class Evaluation:
             if before is low:
                 return result
         weight = self.read(key)
-        if key not in self.hashes:
-            self.hashes[key] = weight_hash(weight)
+        self.hashes[key] = weight_hash(weight)
         result = evaluated(low, weight, repr(key))
         self._results[key] = (low, result)
         return result
 
 
-def hashes_of_gains(adapters: Mapping[str, Adapter], evaluation: Evaluation) -> dict[str, str]:
-    """Return key → hash of the weight, of every key that an evaluated adapter scales rows of."""
-    hashes: dict[str, str] = {}
+def hashes_of_gains(
+    adapters: Mapping[str, Adapter], evaluation: Evaluation, keys: Iterable[str] = ()
+) -> dict[str, str]:
+    """Return key → hash of the weight, of slots that take factors of rows.
+
+    Args:
+        adapters: Evaluated; a slot takes the factors that one of them has.
+        evaluation: What evaluated them.
+        keys: The keys of slots that take factors in any case.
+    """
+    scaled = [*keys]
     for adapter in adapters.values():
-        for key, low in adapter.lowrank.items():
-            if has_gains(low):
-                hashes[key] = evaluation.hashes[key]
-    return hashes
+        scaled += [key for key, low in adapter.lowrank.items() if has_gains(low)]
+    return {key: evaluation.hash_of(key) for key in scaled}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.compare import Parity, compare, demand
 from lora_fx.errors import NoEffectError
-from lora_fx.inputs import SIZES, Named
+from lora_fx.inputs import SIZES, Named, generator
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.proofs.reference import Reference, Rerun, Run
 from lora_fx.targets.keys import own_use
@@ -48,11 +50,12 @@ def prove_switchable(
     layouts: Mapping[str, Layout],
     adapters: Mapping[str, Adapter],
     warnings: list[str],
+    gains: Collection[str] = (),
 ) -> list[Parity]:
     """Compare the file with the reference: without an adapter, then with each adapter.
 
-    Without adapters a random adapter is used. `warnings` gets a line for each adapter that changes
-    nothing.
+    Without adapters a random adapter is used, which has factors of rows for the keys of `gains`.
+    `warnings` gets a line for each adapter that changes nothing.
 
     Raises:
         NoEffectError: The outputs differ, or the random adapter changes nothing.
@@ -67,7 +70,8 @@ def prove_switchable(
 
     proven = adapters
     if not adapters:
-        proven = {"random": _random_adapter(layouts, file.rank or RANK, changes_little)}
+        most = file.rank or RANK
+        proven = {"random": _random_adapter(layouts, most, changes_little, gains)}
     for name, adapter in proven.items():
         run = file.run_with(adapter)
         if _all_equal(run(feeds), base):
@@ -86,7 +90,10 @@ def _all_equal(outputs: Named, expected: Named) -> bool:
 
 
 def _random_adapter(
-    layouts: Mapping[str, Layout], most: int, changes_little: Callable[[Adapter], bool]
+    layouts: Mapping[str, Layout],
+    most: int,
+    changes_little: Callable[[Adapter], bool],
+    gains: Collection[str],
 ) -> Adapter:
     """Draw an update of every target: large enough to see, without exploding rounding."""
     for scale in SCALES:
@@ -94,7 +101,11 @@ def _random_adapter(
         for key, layout in layouts.items():
             rank = min(RANK, most, layout.max_rank)
             a, b = draw(key, layout, rank, 0, "probe")
-            entries[key] = LowRank(a, b, scale * a.shape[-2], layout, use=own_use(key))
+            low = LowRank(a, b, scale * a.shape[-2], layout, use=own_use(key))
+            if key in gains:
+                drawn = generator(key, 1).uniform(-scale, scale, b.shape[:-1])
+                low = replace(low, variant_tensors={GAINS: drawn.astype(np.float32)})
+            entries[key] = low
         adapter = Adapter(entries)
         if changes_little(adapter):
             break

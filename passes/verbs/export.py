@@ -255,8 +255,8 @@ def _checked(options: ExportOptions) -> tuple[ExportOptions, list[str]]:
         return options, []
     if isinstance(adapters, Adapter):
         check_adapters({"the adapter": adapters}, options.mode)
-        adapter, notes = as_exact_lora(adapters)
-        return replace(options, adapters=adapter), notes
+        exact_adapter, of_adapter = as_exact_lora(adapters)
+        return replace(options, adapters=exact_adapter), of_adapter
 
     named = named_adapters(adapters)
     check_adapters(named, options.mode)

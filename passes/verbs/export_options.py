@@ -39,6 +39,8 @@ from lora_fx.passes.verbs.options import (
     is_given,
 )
 
+SLOT_VARIANTS = ("lora", "dora")
+"""The kinds of adapters that slots can be made for."""
 MODES: Mapping[str, tuple[str, ...]] = {
     "switch": ("include", "exclude"),
     "batch": ("scales",),
@@ -108,6 +110,7 @@ class ExportOptions:
     precision: str | None
     places: Sequence[Place]
     largest: Mapping[str, int] | None = None
+    variant: str | None = None
     made_for: str = CPU
     within: bool = False
     accuracy_level: int = 0
@@ -168,6 +171,8 @@ class ExportOptions:
             self._check_portable()
         if self.largest is not None:
             self._check_largest(self.largest)
+        if self.variant is not None:
+            self._check_variant(self.variant)
 
     def _check_modes(self) -> None:
         """Raise for an option that belongs to another mode."""
@@ -185,6 +190,15 @@ class ExportOptions:
                     f"{' and '.join(names)}",
                     "leave it out",
                 )
+
+    def _check_variant(self, variant: str) -> None:
+        """Raise for a variant that slots are not made for, and for a mode without slots."""
+        expect_name(variant, SLOT_VARIANTS, "unknown variant of slots", "use lora or dora")
+        if self.mode not in ("switch", "load"):
+            raise LoraFxError(
+                f"mode {self.mode} has no slots for adapters of a variant",
+                "leave --variant out, or use mode switch or load",
+            )
 
     def _check_largest(self, largest: Mapping[str, int]) -> None:
         """Raise for sizes that are no sizes, and for a file that has no largest ones."""
@@ -296,6 +310,11 @@ class ExportOptions:
         elif self.adapters:
             adapters = [*self.adapters]
         return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
+
+    @property
+    def takes_dora(self) -> bool:
+        """Whether every slot takes DoRA, whatever adapters the export has."""
+        return self.variant == "dora"
 
     @property
     def is_program(self) -> bool:

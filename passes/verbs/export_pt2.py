@@ -84,7 +84,7 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     evaluation = Evaluation(reference.weight)
     served = {name: evaluation(adapter) for name, adapter in adapters.items()}
     refuse_unexchangeable(served, "a switchable file")
-    gains = hashes_of_gains(served, evaluation)
+    gains = hashes_of_gains(served, evaluation, targets if options.takes_dora else ())
     slots = input_slots(targets, rank, reference.inputs.names, gains)
     manifest = Manifest(slots, required=True, rank=rank, largest_rank=largest_rank)
     for name, adapter in served.items():
@@ -101,7 +101,7 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
         most = rank or largest_rank
         example = execution_of(base).in_own_dtype()
         file = SwitchableProgram(manifest, example, program, most, evaluation)
-        parity = prove_switchable(file, reference, layouts, adapters, warnings)
+        parity = prove_switchable(file, reference, layouts, adapters, warnings, gains)
         write_adapters(paths, served, manifest, options, beside)
         subject = _subject(file, reference, adapters, found, options)
         of_probe = probe_file(temporary, subject, options.probe, "torch", warnings, add_to_program)

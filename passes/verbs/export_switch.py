@@ -96,6 +96,7 @@ def write_switch(
     copies = slots.copies_for_one_use(graph)
     rank = _rank_of_slots(adapters, options)
     layouts = slots.layouts(captured_targets)
+    gains = hashes_of_gains(served, evaluation, layouts if options.takes_dora else ())
     switch = Switch(
         slots.keys,
         rank,
@@ -103,7 +104,7 @@ def write_switch(
         slots.transposed_lookups(layouts),
         LEAST_RANKS.get(options.made_for, 0),
         required=options.requires_factors,
-        gains=hashes_of_gains(served, evaluation),
+        gains=gains,
     )
     manifest = _made_switchable(graph, switch, copies)
 
@@ -119,7 +120,7 @@ def write_switch(
         )
         session = Session(output.path, options.provider)
         file = _SwitchableFile(output.path, options, manifest, rank, session, evaluation)
-        parity = prove_switchable(file, reference, layouts, adapters, warnings)
+        parity = prove_switchable(file, reference, layouts, adapters, warnings, gains)
         write_adapters(paths, served, manifest, options, output.beside)
         output.adapters += paths.values()
         probed = {**adapters, **options.also_probed}

@@ -26,6 +26,8 @@ class Switch:
             ranks are padded; None where each may have any.
         largest: Of a .pt2 file: the largest sizes of free dimensions by name (batch, length …), and
             `rank` for free ranks; what compiles the program may plan memory for them.
+        variant: dora: every slot takes adapters that are DoRA too, by an input for factors of rows.
+            lora, or None: only slots of `adapters` that are DoRA do.
     """
 
     name: ClassVar[str] = "switch"
@@ -33,6 +35,7 @@ class Switch:
     exclude: Selectors = None
     rank: int | None = None
     largest: Mapping[str, int] | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +47,14 @@ class Load:
         exclude: Targets to leave out.
         rank: The largest rank that an adapter may have; the largest of `adapters`, or 16, where
             None.
+        variant: As of Switch.
     """
 
     name: ClassVar[str] = "load"
     include: Selectors = None
     exclude: Selectors = None
     rank: int | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

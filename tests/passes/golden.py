@@ -20,7 +20,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import fx, nn
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
@@ -158,7 +159,9 @@ class Case:
         self.source, _ = printed(captured.fx_graph(training=True).graph)
         self.graph: FxGraph = captured.fx_graph(training=True, root=Program(self.part))
         self.found = find(self.graph)
-        names = {p.__name__: p for p in PASSES} | {"updates": self.updates}
+        names = {p.__name__: p for p in PASSES} | {
+            "updates": self.updates, "scaled": self.scaled
+        }  # fmt: skip
         said = self.part.said
         self.setup = eval(said["setup"], names) if "setup" in said else None
         self.step = eval(said["pass"], names)
@@ -172,6 +175,14 @@ class Case:
             layout = self.found[key].layout
             a, b = draw(key, layout, 2, 0, "probe")
             made[key] = LowRank(a, b * np.float32(0.2), 4.0, layout)
+        return made
+
+    def scaled(self, *keys: str) -> dict[str, LowRank]:
+        """The same with factors of rows, as DoRA has them once it is evaluated on a base."""
+        made = {}
+        for key, low in self.updates(*keys).items():
+            gains = np.random.default_rng(1).uniform(-0.4, 0.4, low.b.shape[:-1])
+            made[key] = replace(low, variant_tensors={GAINS: gains.astype(np.float32)})
         return made
 
     def text(self) -> str:
@@ -194,8 +205,12 @@ class Case:
         model = Program(Part(self.source, self.part.said)).double()
         with torch.no_grad():
             for step in steps:
-                for key, delta in Adapter(getattr(step, "updates", {})).deltas().items():
-                    model.get_parameter(key).add_(torch.from_numpy(delta))
+                for key, low in getattr(step, "updates", {}).items():
+                    plain = replace(low, variant_tensors={})
+                    weight = model.get_parameter(key)
+                    gains = low.variant_tensors.get(GAINS, np.zeros(len(weight)))
+                    weight.mul_(torch.from_numpy(1 + gains.astype(np.float64))[:, None])
+                    weight.add_(torch.from_numpy(Adapter({key: plain}).deltas()[key]))
             return next(iter(model(self.x.double()))).numpy()
 
 
@@ -204,7 +219,9 @@ def main(names: list[str]) -> None:
     for name in names or sorted(p.stem for p in FOLDER.glob("*.txt")):
         file = File.read(name)
         case = Case(file, "before")
-        written = {"model": case.source, "before": case.text()}
+        written = {"before": case.text()}
+        if "model" in file.parts:
+            written["model"] = case.source
         case.step(case.graph)
         written["after"] = case.text()
         written |= {title: Case(file, title).source for title in file.twins}

@@ -41,5 +41,5 @@ def test_twins_stay_as_they_are(name: str, title: str) -> None:
 
 def test_every_file_has_a_twin() -> None:
     assert {name for name, _ in TWINS} == set(FILES) == {
-        "clean", "fold", "fuse", "insert", "recompute", "share",
+        "clean", "fold", "fuse", "insert", "insert_scaled_rows", "recompute", "share",
     }  # fmt: skip
