@@ -102,6 +102,11 @@ def initial(
     kind.check_init(init)
     updates: dict[str, LowRank] = {}
     notes: list[str] = []
+    layouts = [found[key].layout for key in plan.entries]
+    widest = (
+        max((layout.in_size for layout in layouts), default=1),
+        max((layout.out_size for layout in layouts), default=1),
+    )
     for key, entry in plan.entries.items():
         target = found[key]
         fitted = _fitted(key, entry, target.layout, init)
@@ -124,7 +129,7 @@ def initial(
         low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key), origin=origin)
         if b.any() and init != "orthogonal":
             low = with_frozen_start(low, scale, a, b)  # so that ΔW is zero
-        updates[key] = kind.prepared(low, Beginning(key, seed, weight))
+        updates[key] = kind.prepared(low, Beginning(key, seed, weight, widest))
     return updates, tuple(notes)
 
 

@@ -10,6 +10,8 @@ lora-fa  as lora                                     b                   as lora
 lora+    as lora                                     b at 16 × the rate  as lora
 qalora   as lora, ΔW constant over 32 inputs;        a of groups, b      … and use_qalora
          qalora:G over G
+loha     W + s·(b₁a₁ ∘ b₂a₂), s = alpha/rank         a₁, b₁, a₂, b₂      hada_…, type LOHA
+vera     W + diag(λ_b)·B·diag(λ_d)·A                 λ_d, λ_b            vera_…, type VERA
 =======  ==========================================  ==================  ========================
 
 The protocol is `lora_fx.adapter.variant_protocol`. A variant composes Kinds and knows no IR.
@@ -24,6 +26,7 @@ from typing import Literal
 import numpy as np
 
 from lora_fx.adapter.dora import Dora
+from lora_fx.adapter.loha import Loha
 from lora_fx.adapter.lora import Lora
 from lora_fx.adapter.lowrank import (
     LowRank,
@@ -32,11 +35,12 @@ from lora_fx.adapter.lowrank import (
 from lora_fx.adapter.qalora import QaLora
 from lora_fx.adapter.scaled_rows import SCALED_ROWS
 from lora_fx.adapter.variant_protocol import Variant
+from lora_fx.adapter.vera import Vera
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, expect, expect_name
 from lora_fx.text import JsonView, near
 
-VariantName = Literal["lora", "rslora", "dora", "lora-fa", "lora+", "qalora"] | str
+VariantName = Literal["lora", "rslora", "dora", "lora-fa", "lora+", "qalora", "loha", "vera"] | str
 """A name from VARIANTS; any text, because qalora can have a group size: qalora:32."""
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -48,6 +52,8 @@ VARIANTS: dict[str, Variant] = {
         Lora("lora-fa", still=("a",)),
         Lora("lora+", ratio=16.0),
         QaLora("qalora"),
+        Loha("loha"),
+        Vera("vera", still=("projection_a", "projection_b")),
     )
 }
 _ROW = frozenset((
@@ -136,7 +142,7 @@ def is_lora_or_dora(low: LowRank) -> bool:
 def asked(low: LowRank) -> tuple[int, float]:
     """Return the rank and alpha that the update was inserted with: those of the trained ranks."""
     if not low.frozen:
-        return low.rank, variant_of(low).alpha(low)
+        return variant_of(low).asked(low)
     rank = low.rank - low.frozen
     return rank, alpha_of(low.scale, rank, low.variant)
 

@@ -49,11 +49,13 @@ class Beginning:
         key: The key of the target.
         seed: The seed of the initial values.
         weight: The base weight as [*batch, out, in]; None where the variant does not read it.
+        widest: The most inputs and the most outputs of all targets; None where those are unknown.
     """
 
     key: str
     seed: int = 0
     weight: Array | None = None
+    widest: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Variant:
         peft_type: The type of PEFT's files that hold it; empty for a type of its own name, which
             no other reader takes for LoRA.
         learns_as_lora: True where files hold it as LoRA, and metadata says how it learns.
+        scale_is_one: True where the variant has no alpha: ΔW = b·a.
         constant_over: Inputs in a row over which ΔW is constant; 0 where nothing is known.
     """
 
@@ -93,6 +96,7 @@ class Variant:
     by_rows: ClassVar[bool] = False
     proportional: ClassVar[str] = "b"
     zero_where: ClassVar[tuple[str, ...]] = ("a", "b")
+    scale_is_one: ClassVar[bool] = False
     peft_type: ClassVar[str] = ""
 
     @property
@@ -202,6 +206,10 @@ class Variant:
             low = plain(low)
         return replace(low, a=np.swapaxes(low.b, -1, -2), b=np.swapaxes(low.a, -1, -2))
 
+    def within(self, low: LowRank, size: int) -> LowRank:
+        """Return the update for a weight of `size` elements, where its file tells no inputs."""
+        return low
+
     def fitted(self, low: LowRank, key: str, layout: Layout) -> LowRank:
         """Return the update with its tensors in a layout's shapes, or raise MisfitError."""
         return low
@@ -209,6 +217,10 @@ class Variant:
     def alpha(self, low: LowRank) -> float:
         """Return the alpha that the update was inserted with."""
         return low.alpha
+
+    def asked(self, low: LowRank) -> tuple[int, float]:
+        """Return the rank and alpha that the update was inserted with."""
+        return low.rank, self.alpha(low)
 
     # The maths, in any IR.
 

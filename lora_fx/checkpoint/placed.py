@@ -134,6 +134,8 @@ def with_layout(key: str, entry: Entry, info: TensorInfo, bounds: Region, in_out
             raise _misfit(key, info, f"an update for {list(entry.layout.stored)}")
         return entry
 
+    if isinstance(entry, LowRank):
+        entry = variant_of(entry).within(entry, math.prod(shape))
     layout = layout_in(entry, shape, in_out)
     if layout is None:
         sides = " × ".join(str(size) for size in entry.shape)

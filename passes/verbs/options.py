@@ -135,6 +135,11 @@ BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
         lambda o: _plan_says(o, "alpha"),
         "with a plan, which sets the alpha of every target",
     ),
+    NoSay(
+        ("alpha",),
+        lambda o: named_variant(o.variant).scale_is_one,
+        "with variant vera, whose scale is 1",
+    ),
     NoSay(("include",), lambda o: o.plan is not None, "with a plan, which names its targets"),
     NoSay(
         ("exclude", "also_train"),

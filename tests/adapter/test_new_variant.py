@@ -79,7 +79,7 @@ class Vectors(Variant):
         return {name: rng.standard_normal(n).astype(np.float32) for name, n in sizes.items()}
 
 
-VECTORS = Vectors("vectors", still=("frozen_a", "frozen_b"))
+VECTORS = Vectors("pairs", still=("frozen_a", "frozen_b"))
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def net() -> Net:
 
 def trained() -> tuple[AdaptedModule, list[float]]:
     """The module after ten steps, and the loss of each."""
-    module = lora_fx.insert(net(), (X[:2],), rank=RANK, include=LAYERS, variant="vectors")
+    module = lora_fx.insert(net(), (X[:2],), rank=RANK, include=LAYERS, variant="pairs")
     optimizer = torch.optim.AdamW(module.parameter_groups(0.1))
     labels = torch.arange(len(X)) % 10
     losses = []
@@ -174,13 +174,13 @@ def test_it_trains_folds_and_is_exported(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_it_starts_as_the_base() -> None:
-    module = lora_fx.insert(net(), (X[:2],), rank=RANK, include=LAYERS, variant="vectors")
+    module = lora_fx.insert(net(), (X[:2],), rank=RANK, include=LAYERS, variant="pairs")
     assert not insertion_of(module).changes_anything()
     assert np.array_equal(of(module), of(net()))
     with pytest.raises(
-        LoraFxError, match="init 'pissa' sets a and b, but variant vectors computes them"
+        LoraFxError, match="init 'pissa' sets a and b, but variant pairs computes them"
     ):
-        lora_fx.insert(net(), (X[:2],), rank=2, variant="vectors", init="pissa")
+        lora_fx.insert(net(), (X[:2],), rank=2, variant="pairs", init="pissa")
 
 
 @pytest.mark.usefixtures("registered")
@@ -197,7 +197,7 @@ def test_it_is_saved_and_read(tmp_path: Path) -> None:
         again = lora_fx.insert(net(), (X[:2],), adapter=tmp_path / place)
         assert np.array_equal(of(again), of(module))
         assert _learning(again) == _learning(module)
-        assert {variant_of(u).name for u in again.updates.values()} == {"vectors"}
+        assert {variant_of(u).name for u in again.updates.values()} == {"pairs"}
     program = load_program(tmp_path / "program.pt2")
     assert isinstance(program, AdaptedModule)
     assert rel(of(program.eval()), want) < 1e-6
@@ -205,7 +205,7 @@ def test_it_is_saved_and_read(tmp_path: Path) -> None:
     other = lora_fx.insert(net(), (X[:2],), rank=1)
     other.load_adapter(tmp_path / "folder")
     assert rel(of(other), want) < 1e-6
-    live = lora_fx.attach(net(), (X[:2],), rank=RANK, include=LAYERS, variant="vectors")
+    live = lora_fx.attach(net(), (X[:2],), rank=RANK, include=LAYERS, variant="pairs")
     live.load_adapter(adapter)
     assert rel(of(live), want) < 1e-6
     lora_fx.detach(live)
@@ -242,7 +242,7 @@ def test_branches_in_an_onnx_file(tmp_path: Path) -> None:
     onnx_ir.save(onnx_ir.from_onnx_text(source), base)
     with mock.patch.dict(VARIANTS):
         register(VECTORS)
-        insert_onnx(base, slots, rank=2, variant="vectors", include="*", provider="cpu")
+        insert_onnx(base, slots, rank=2, variant="pairs", include="*", provider="cpu")
         model = onnx.load(slots)
         tensors = {t.name: t for t in model.graph.initializer}
         drawn = np.array([0.5, -1.0, 2.0], np.float32)
@@ -257,7 +257,7 @@ def test_branches_in_an_onnx_file(tmp_path: Path) -> None:
     for path in (slots, out):
         assert rel(open_session(path, "cpu").run({"x": x})["y"], want) < 1e-6
     assert rel(open_session(base, "cpu").run({"x": x})["y"], want) > 0.05
-    with pytest.raises(LoraFxError, match=r"slots.onnx: the update of 'w' has variant 'vectors'"):
+    with pytest.raises(LoraFxError, match=r"slots.onnx: the update of 'w' has variant 'pairs'"):
         lora_fx.merge(base, [slots], tmp_path / "other.onnx")
 
 
@@ -269,7 +269,7 @@ def test_parts_of_it_are_plain_lora() -> None:
     delta = low.matrix()
     as_plain, rows = as_lora(adapter, rank=1)
     np.testing.assert_allclose(as_plain.lowrank["up.weight"].matrix(), delta, rtol=1e-12)
-    assert {(row.kind, row.error) for row in rows} == {("vectors", 0.0)}
+    assert {(row.kind, row.error) for row in rows} == {("pairs", 0.0)}
     part = variant_of(low).rows(low, slice(2, 7))
     np.testing.assert_array_equal(part.matrix(), delta[2:7])
     turned = variant_of(low).turned(low, "up.weight")
@@ -294,28 +294,28 @@ def test_who_does_not_know_it_refuses_it(tmp_path: Path) -> None:
         (load_adapter, "file.safetensors"),
         (load_program, "program.pt2"),
     ):
-        with pytest.raises(LoraFxError, match=r" has variant 'vectors', which is not") as e:
+        with pytest.raises(LoraFxError, match=r" has variant 'pairs', which is not") as e:
             read(tmp_path / place)
         assert place in e.value.message and "\n" not in e.value.message
         assert "use one of lora, rslora" in e.value.hint
-    with pytest.raises(LoraFxError, match="unknown variant 'vectors'"):
-        lora_fx.insert(net(), (X[:2],), variant="vectors")
-    with pytest.raises((KeyError, ValueError), match="vectors"):
+    with pytest.raises(LoraFxError, match="unknown variant 'pairs'"):
+        lora_fx.insert(net(), (X[:2],), variant="pairs")
+    with pytest.raises((KeyError, ValueError), match="pairs"):
         peft.PeftModel.from_pretrained(net(), str(tmp_path / "folder"))
 
 
 def test_a_file_that_keeps_no_variant_says_so(tmp_path: Path) -> None:
     a, b = np.ones((2, 6), np.float32), np.ones((10, 2), np.float32)
     tensors = {"frozen_a": a, "frozen_b": b, "d": np.ones(2, "f4"), "e": np.ones(10, "f4")}
-    note = "updates of variant vectors are written as plain LoRA with the same ΔW"
+    note = "updates of variant pairs are written as plain LoRA with the same ΔW"
     with mock.patch.dict(VARIANTS):
         register(VECTORS)
-        low = LowRank(a, b, 2.0, variant="vectors", variant_tensors=tensors)
+        low = LowRank(a, b, 2.0, variant="pairs", variant_tensors=tensors)
         adapter = lora_fx.Adapter({"up.weight": low})
         assert note in save_adapter(adapter, tmp_path / "x.safetensors", "kohya")
         assert note in save_adapter(adapter, tmp_path / "x.onnx_adapter", "onnx_adapter")
         assert note not in save_adapter(adapter, tmp_path / "folder")
-    assert "vectors" in repr(adapter)  # of a process that does not know the variant
+    assert "pairs" in repr(adapter)  # of a process that does not know the variant
 
 
 class Columns(Variant):

@@ -16,6 +16,7 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.tensor_files import finite, is_float
+from lora_fx.formats.peft import loha, vera
 from lora_fx.formats.peft.build_config import build_config
 from lora_fx.formats.peft.config import KASA, VERSION
 from lora_fx.formats.peft.form import PeftForm, forms_of, to_tensors
@@ -38,7 +39,38 @@ def encode(adapter: Adapter) -> Encoded:
                 f"{key!r} is {name_of(entry)}, which peft_type LORA cannot store",
                 "pass --as lora --rank R to turn it into LoRA; kohya files hold LoHa and LoKr",
             )
-    return _Writer(adapter).run()
+    return _of_own_type(adapter) or _Writer(adapter).run()
+
+
+def _of_own_type(adapter: Adapter) -> Encoded | None:
+    """Return an adapter as PEFT's type LOHA or VERA; None where that cannot hold all of it."""
+    metadata = _kept(adapter)
+    entries = adapter.entries.items()
+    if not adapter.lowrank:
+        return None
+    if not any(loha.refusal(key, entry) for key, entry in entries):
+        return (*loha.encode(adapter, metadata), ())
+    if any(vera.refusal(key, entry) for key, entry in entries) or vera.refusal_of_all(adapter):
+        return None
+    return (*vera.encode(adapter, metadata), ())
+
+
+def _why_own(adapter: Adapter, key: str) -> str:
+    """Return why PEFT cannot read an update of a variant that is not of its type LORA."""
+    update = adapter.lowrank[key]
+    refusals = {"loha": loha.refusal, "vera": vera.refusal}
+    variant = variant_of(update).name
+    if variant not in refusals:
+        return f"PEFT has no variant {variant!r}"
+    why = refusals[variant](key, update)
+    if not why and variant == "vera":
+        why = vera.refusal_of_all(adapter)
+    return why or f"PEFT's type {variant.upper()} cannot hold all of this adapter"
+
+
+def _kept(adapter: Adapter) -> Json:
+    """Return the metadata that a file keeps."""
+    return {name: value for name, value in adapter.metadata.items() if name not in _DERIVED}
 
 
 class _Writer:
@@ -67,7 +99,7 @@ class _Writer:
             self.fields["peft_type"] = f"{OWN}{variant}"
         for key, update in self.updates.items():
             if not variant_of(update).peft_type:
-                self.forms[key] = PeftForm("own", why=f"PEFT has no variant {variant!r}")
+                self.forms[key] = PeftForm("own", why=_why_own(adapter, key))
         self.peft_forms = {key: form for key, form in self.forms.items() if form.kind != "own"}
         self.has_stacks = any(form.kind == "stack" for form in self.peft_forms.values())
         self.group_size = self._one_group_size()
@@ -85,9 +117,7 @@ class _Writer:
         if not self.peft_forms:
             self.notes.append("PEFT will not load this adapter: PEFT can apply none of its updates")
 
-        metadata = {
-            name: value for name, value in self.adapter.metadata.items() if name not in _DERIVED
-        }
+        metadata = _kept(self.adapter)
         stacks = {form.target for form in self.peft_forms.values() if form.kind == "stack"}
         config = build_config(
             self._numbers(), names_of_peft - stacks, saved_modules, metadata, self.fields

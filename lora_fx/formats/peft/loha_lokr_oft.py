@@ -13,7 +13,7 @@ from lora_fx.formats.peft.oft import check_oft, rotation
 from lora_fx.formats.peft.pattern import Pattern
 from lora_fx.formats.peft.peft_file import PeftFile
 from lora_fx.formats.peft.target_modules import target_facts, targets
-from lora_fx.text import JsonView
+from lora_fx.text import Json, JsonView
 
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_R"}
 """PEFT's peft_type → the beginning of its tensor names."""
@@ -32,13 +32,13 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
 
     Args:
         source: The file; its notes become the adapter's.
-        ours: JSON of lora-fx in its header; only LORA has one.
+        ours: JSON of lora-fx in its header. Only that of LORA has entries.
 
     Raises:
         LoraFxError: Another tensor in the file, a factor missing, shapes that do not fit.
     """
     config = source.config
-    if ours:
+    if "entries" in ours:
         raise LoraFxError(
             f"{source.name}: metadata lora_fx together with peft_type {config['peft_type']!r}; "
             "expected 'LORA'",
@@ -56,7 +56,8 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
 
     source.notes.extend(ranks.notes())
     source.notes.extend(alphas.notes())
-    metadata = {field: config[field] for field in ORIGIN if config.get(field)}
+    metadata: Json = dict(ours.get("metadata", {}))
+    metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
     metadata |= target_facts(config, tensors_of_modules, source.name, source.notes)
     return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
 
