@@ -39,7 +39,7 @@ class TargetOptions:
     )
     variant: str = option(
         "--variant",
-        metavar="lora|rslora|dora|lora-fa|lora+|qalora[:G]",
+        metavar="lora|rslora|dora|lora-fa|lora+|qalora[:G]|loha|vera",
         default="lora",
         help="Choose the form of the updates, and how they are trained.",
     )

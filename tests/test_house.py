@@ -450,13 +450,13 @@ def test_slow_tests_are_tests() -> None:
 
 NODES = {
     "lora_fx": 25_000,
-    "lora_fx.adapter": 31_000,
+    "lora_fx.adapter": 36_000,
     "lora_fx.checkpoint": 63_000,
     "lora_fx.cli": 30_500,
     "lora_fx.files": 20_000,
     "lora_fx.files.quantised": 13_000,
     "lora_fx.formats": 28_000,
-    "lora_fx.formats.peft": 24_000,
+    "lora_fx.formats.peft": 26_500,
     "lora_fx.fx": 26_000,
     "lora_fx.fx.attach": 9_000,
     "lora_fx.fx.capture": 41_000,

@@ -1,11 +1,11 @@
 """LoHa and LoKr as LoRA with the same ΔW, where their rank is below that of a whole matrix.
 
-LoHa  (b₁a₁) ∘ (b₂a₂) = b·a of rank r²: row o of b is b₁[o] ⊗ b₂[o], column i of a likewise
+LoHa  (b₁a₁) ∘ (b₂a₂) = b·a of rank r², the variant loha, which trains on
 LoKr  w₁ ⊗ w₂ = (u₁ ⊗ u₂)(v₁ ⊗ v₂) of rank r₁·r₂, where w = u·v has the rank r
 
-Nothing is approximated: products are computed in fp64 and rounded once to fp32. The rank of w₁ and
-w₂ is that of their fp32 numbers, in which the product of two factors of rank r has rank r but for
-its rounding. A LoHa or LoKr that has no such form is `lora_fx.adapter.as_lora`'s to approximate.
+Nothing is approximated: products are computed in fp64 and rounded once to fp32, those of LoHa in
+fp32, as its training computes them. The rank of w₁ and w₂ is that of their fp32 numbers, in which
+the product of two factors of rank r has rank r but for its rounding. A LoHa or LoKr that has no such form is `lora_fx.adapter.as_lora`'s to approximate.
 OFT, W·(R − 1)ᵀ, has the rank of R − 1, which is as large as the matrix where all blocks turn.
 """
 
@@ -20,6 +20,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry, Hadamard, Kronecker, name_of
+from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array, widened
 from lora_fx.text import counted, some
 
@@ -48,43 +49,47 @@ def as_exact_lora(adapter: Adapter, name: str = "the adapter") -> tuple[Adapter,
 
 
 def exact_update(entry: Entry) -> LowRank | None:
-    """Return the LoRA with the ΔW of a LoHa or LoKr; None where its rank is that of any matrix."""
-    if not isinstance(entry, (Hadamard, Kronecker)):
-        return None
-    factors = _of_hadamard(entry) if isinstance(entry, Hadamard) else _of_kronecker(entry)
-    a, b = factors
-    rank = len(a)
-    if not 0 < rank < min(entry.shape):
-        return None
-    kind = np.float32
-    alpha = entry.scale * rank
+    """Return the LoRA with the ΔW of a LoHa or LoKr; None for others, and a LoKr of no low rank."""
+    if isinstance(entry, Hadamard):
+        return _of_hadamard(entry)
+    if isinstance(entry, Kronecker):
+        return _of_kronecker(entry)
+    return None
+
+
+def has_low_rank(entry: Hadamard | Kronecker) -> bool:
+    """Whether the exact LoRA has a rank below that of any matrix of this shape."""
+    if isinstance(entry, Hadamard):
+        return entry.rank**2 < min(entry.shape)
+    return _of_kronecker(entry) is not None
+
+
+def _of_hadamard(entry: Hadamard) -> LowRank:
+    """Return a LoHa as an update of the variant loha, of rank r², however large that is."""
+    values = {
+        "hada_a1": entry.a1,
+        "hada_b1": entry.b1,
+        "hada_a2": entry.a2,
+        "hada_b2": entry.b2,
+    }
+    empty = np.zeros((1, 1), np.float32)
+    alpha = entry.scale * entry.rank**2
     origin = Origin(kernel=entry.kernel)
-    return LowRank(a.astype(kind), b.astype(kind), alpha, entry.layout, origin=origin)
+    low = LowRank(empty, empty, alpha, entry.layout, "loha", origin=origin)
+    return named_variant("loha").with_values(low, values)
 
 
-def _of_hadamard(entry: Hadamard) -> tuple[Array, Array]:
-    """Return a [r², in] and b [out, r²] in fp64; of no rows where r² is no less than the sides."""
-    rank = entry.b1.shape[1] * entry.b2.shape[1]
-    if rank >= min(entry.shape):
-        return _none(entry)
-    b = widened(entry.b1)[:, :, None] * widened(entry.b2)[:, None, :]
-    a = widened(entry.a1)[:, None, :] * widened(entry.a2)[None, :, :]
-    return a.reshape(rank, -1), b.reshape(-1, rank)
-
-
-def _of_kronecker(entry: Kronecker) -> tuple[Array, Array]:
-    """Return a [r₁·r₂, in] and b [out, r₁·r₂] in fp64, of no rows where that is no low rank."""
+def _of_kronecker(entry: Kronecker) -> LowRank | None:
+    """Return (u₁ ⊗ u₂)(v₁ ⊗ v₂) where its rank is low."""
     u1, v1 = _factors(entry.w1)
     u2, v2 = _factors(entry.w2)
-    if len(v1) * len(v2) >= min(entry.shape):
-        return _none(entry)
-    return np.kron(v1, v2), np.kron(u1, u2)
-
-
-def _none(entry: Hadamard | Kronecker) -> tuple[Array, Array]:
-    """Return factors of rank 0."""
-    out, inside = entry.shape
-    return np.zeros((0, inside)), np.zeros((out, 0))
+    rank = len(v1) * len(v2)
+    if not 0 < rank < min(entry.shape):
+        return None
+    a = np.kron(v1, v2).astype(np.float32)
+    b = np.kron(u1, u2).astype(np.float32)
+    origin = Origin(kernel=entry.kernel)
+    return LowRank(a, b, entry.scale * rank, entry.layout, origin=origin)
 
 
 def _factors(matrix: Array) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lora_fx.adapter.adapter import bind
+from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.adapter.starts import Init
 from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import LoraFxError
@@ -115,8 +116,8 @@ def insert(
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         also_train: Tensors trained whole, such as a new head.
-        variant: lora, the default, rslora, dora, lora-fa, lora+, qalora or qalora:G: see
-            lora_fx.adapter.variant.
+        variant: lora, the default, rslora, dora, lora-fa, lora+, qalora or qalora:G, loha or vera:
+            see lora_fx.adapter.variant.
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
         adapter: Start from this adapter, or that of a path. It brings its targets, ranks, alphas,
@@ -224,7 +225,7 @@ def fold(
     model = opened(model)
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
-    opened_adapter = None if adapter is None else as_adapter(adapter)
+    opened_adapter = None if adapter is None else as_exact_lora(as_adapter(adapter))[0]
     capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=opened_adapter)
     cap = captured_of(model, capture)
     if isinstance(model, AdaptedModule):

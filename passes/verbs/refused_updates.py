@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.exact_lora import exact_update
+from lora_fx.adapter.exact_lora import has_low_rank
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import (
     Dense,
@@ -33,12 +33,14 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
         adapter: Bound or not.
         name: What the message calls it.
         taker: What should take it, such as "mode switch".
-        reading_weight: A variant that reads W itself is taken.
+        reading_weight: A variant that reads W itself is taken, and a LoHa of any rank.
     """
     for key, entry in adapter.entries.items():
         is_taken = not isinstance(entry, Rotation)
-        if isinstance(entry, (Hadamard, Kronecker)):
-            is_taken = exact_update(entry) is not None
+        if isinstance(entry, Hadamard):
+            is_taken = reading_weight or has_low_rank(entry)
+        if isinstance(entry, Kronecker):
+            is_taken = has_low_rank(entry)
         if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
             is_taken = reading_weight
         if not is_taken:

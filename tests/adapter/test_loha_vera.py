@@ -128,7 +128,7 @@ def test_a_file_of_peft_folds_merges_and_trains_on(variant: str, tmp_path: Path)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["merged", "switch", "load", "batch"])
 def test_every_mode_of_export(variant: str, mode: Any, tmp_path: Path) -> None:
-    module = inserted(variant)
+    module = lora_fx.insert(net(), (X[:2],), rank=2, include=LAYERS[variant], variant=variant)
     steps(module, module.parameter_groups(0.05, weight_decay=0.0))
     lora_fx.save_adapter(module.adapter(), tmp_path / "a")
     adapters = tmp_path / "a" if mode == "merged" else [tmp_path / "a"]

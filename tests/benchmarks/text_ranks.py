@@ -27,6 +27,7 @@ import ast
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,7 +127,8 @@ def minilm_task() -> Task:
 
 def smollm2_task() -> Task:
     """Definitions of the standard library and the first lines of their docstrings."""
-    from samples.sources import smollm2
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "samples"))
+    from sources import smollm2
 
     model, tokenizer = smollm2()
     model.requires_grad_(False)

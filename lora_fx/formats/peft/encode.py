@@ -16,7 +16,7 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.tensor_files import finite, is_float
-from lora_fx.formats.peft import loha, vera
+from lora_fx.formats.peft import hada_tensors, vera_vectors
 from lora_fx.formats.peft.build_config import build_config
 from lora_fx.formats.peft.config import KASA, VERSION
 from lora_fx.formats.peft.form import PeftForm, forms_of, to_tensors
@@ -48,23 +48,25 @@ def _of_own_type(adapter: Adapter) -> Encoded | None:
     entries = adapter.entries.items()
     if not adapter.lowrank:
         return None
-    if not any(loha.refusal(key, entry) for key, entry in entries):
-        return (*loha.encode(adapter, metadata), ())
-    if any(vera.refusal(key, entry) for key, entry in entries) or vera.refusal_of_all(adapter):
+    if not any(hada_tensors.refusal(key, entry) for key, entry in entries):
+        return (*hada_tensors.encode(adapter, metadata), ())
+    if any(
+        vera_vectors.refusal(key, entry) for key, entry in entries
+    ) or vera_vectors.refusal_of_all(adapter):
         return None
-    return (*vera.encode(adapter, metadata), ())
+    return (*vera_vectors.encode(adapter, metadata), ())
 
 
 def _why_own(adapter: Adapter, key: str) -> str:
     """Return why PEFT cannot read an update of a variant that is not of its type LORA."""
     update = adapter.lowrank[key]
-    refusals = {"loha": loha.refusal, "vera": vera.refusal}
+    refusals = {"loha": hada_tensors.refusal, "vera": vera_vectors.refusal}
     variant = variant_of(update).name
     if variant not in refusals:
         return f"PEFT has no variant {variant!r}"
     why = refusals[variant](key, update)
     if not why and variant == "vera":
-        why = vera.refusal_of_all(adapter)
+        why = vera_vectors.refusal_of_all(adapter)
     return why or f"PEFT's type {variant.upper()} cannot hold all of this adapter"
 
 

@@ -26,7 +26,7 @@ from lora_fx.files.strict_json import json_object, read_json
 from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.header_json import metadata_text, probe_in_header
-from lora_fx.formats.peft import loha_lokr_oft, vera
+from lora_fx.formats.peft import loha_lokr_oft, vera_vectors
 from lora_fx.formats.peft.decode import decode
 from lora_fx.formats.peft.encode import encode
 from lora_fx.formats.peft.names import OWN, PREFIX
@@ -43,7 +43,7 @@ Decode = Callable[[PeftFile, JsonView], Adapter]
 KINDS: dict[str, Decode] = {
     "LORA": decode,
     **dict.fromkeys(loha_lokr_oft.KINDS, loha_lokr_oft.read_peft),
-    "VERA": vera.read_peft,
+    "VERA": vera_vectors.read_peft,
 }
 """peft_type → the function that reads its tensors."""
 

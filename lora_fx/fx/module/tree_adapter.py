@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.adapter.factor_tensors import FactorTensor, slots_of, with_values
 from lora_fx.adapter.learning import learning, relearning
 from lora_fx.adapter.lowrank import Full, LowRank, Updates
@@ -102,7 +103,8 @@ def bound_for_loading(
     Raises:
         LoraFxError: A key or a shape that does not fit, or a whole tensor that is not in `also`.
     """
-    bound = bind(adapter, found)
+    exact, _ = as_exact_lora(adapter)
+    bound = bind(exact, found)
     updates, metadata = relearning(bound.lowrank, bound.metadata)
     names, _ = named_tensors(root)
     for name in bound.full:

@@ -117,8 +117,9 @@ def test_training_leaves_the_base_alone_and_folds(variant: str, init: str, tmp_p
     assert rel(of(folded), branched) < 5e-6
 
     lora_fx.save_adapter(module.adapter(), tmp_path / "adapter")
-    read = peft.PeftModel.from_pretrained(model(), str(tmp_path / "adapter")).eval()
-    assert rel(of(read), branched) < 1e-5
+    if variant != "vera":  # PEFT has none for convolutions; see tests/adapter/test_loha_vera.py
+        read = peft.PeftModel.from_pretrained(model(), str(tmp_path / "adapter")).eval()
+        assert rel(of(read), branched) < 1e-5
     again = lora_fx.insert(shared(), adapter=lora_fx.load_adapter(tmp_path / "adapter"))
     assert rel(of(again), branched) < 1e-6
     assert _trained(again) == _trained(module), "what trains is known again"
