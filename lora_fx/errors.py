@@ -130,8 +130,10 @@ class NoMemberError(LoraFxError, AttributeError):
 class MisfitError(LoraFxError):
     """An adapter does not fit a model, most likely because it was made for another model."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "check that the adapter was trained on this model")
+    def __init__(
+        self, message: str, hint: str = "check that the adapter was trained on this model"
+    ) -> None:
+        super().__init__(message, hint)
 
 
 class MistakeError(LoraFxError):

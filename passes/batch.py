@@ -5,7 +5,8 @@
 A [n+1, in, r] and B [n+1, r, out] stack the factors of n adapters; entry 0 is zeros, so the id 0
 is the base. Ranks are padded with zeros to the largest, which changes no product; the scale is in
 B. An adapter with several updates of one use (parts of a fused weight) takes them side by side:
-Σ bᵢ·aᵢ = [b₁ b₂ …] · [a₁; a₂; …].
+Σ bᵢ·aᵢ = [b₁ b₂ …] · [a₁; a₂; …]. Tensors that adapters hold whole are tables, of which each row
+takes its own entry (lora_fx.onnx.whole_rows).
 
 Where an adapter is DoRA, evaluated on the base (lora_fx.adapter.scaled_rows), D [n+1, out] stacks
 the factors of rows, zeros for every other adapter, and + D[ids[b]]·(y − bias) comes to the sum. A
@@ -39,6 +40,7 @@ from lora_fx.onnx.graph.coded_weights import shares_ranges
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.made_for import CPU
 from lora_fx.onnx.manifest import PROPERTY
+from lora_fx.onnx.whole_rows import Replacements, choose_by_row
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.keys import applies, base_name, split_key, split_use
 from lora_fx.targets.regions import overlap, relative, widen, widen_rows
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from lora_fx.onnx.graph.graph import OnnxGraph
+    from lora_fx.onnx.row_adapters import RowAdapters
 
 Pair = tuple[Array, Array]
 OWN_FACTORS = "each row's own"
@@ -81,6 +84,7 @@ class Batch:
         sources: Name of a stored tensor of the graph → (the parameter that it is, StoredWeight).
         scales: Add the input `adapter_scales`, a weight for each row.
         made_for: The target that the file is made for, which decides the form of layers.
+        whole: The tensors that adapters replace; the graph has them as they lie in the model.
         targets: Receives what the manifest says of each target.
     """
 
@@ -88,6 +92,7 @@ class Batch:
     sources: Mapping[str, tuple[str, StoredWeight]]
     scales: bool = False
     made_for: str = CPU
+    whole: Sequence[Replacements] = ()
     targets: dict[str, Json] = field(default_factory=dict, compare=False)
     _stems: dict[str, object] = field(default_factory=dict, init=False, compare=False)
 
@@ -136,10 +141,32 @@ class Batch:
                 product = _product(graph, branch.site, branch.form, e)
                 total = e.op("add", total, e.scaled_rows(branch.form, product, branch.d, y))
             graph.replace_output(branch.site, total)
+            states[total] = states.get(y, row_axis.SAME)
+        if self.whole:
+            self._choose_whole(graph, inputs, states)
         FlatRows(graph).flatten_layers()
         row_guards.guard_outputs(graph, inputs.outside)
         self._write_manifest(graph.model)
-        return PassResult(graph, bool(sites))
+        return PassResult(graph, bool(sites or self.whole))
+
+    def _choose_whole(
+        self,
+        graph: OnnxGraph,
+        inputs: RowAdapters,
+        states: dict[ir.Value, row_axis.RowAxis],
+    ) -> None:
+        """Let every row read the whole tensors of its adapter.
+
+        Raises:
+            LoraFxError: A use that has no form by row, or activations with one range over all rows.
+        """
+        if shares_ranges(graph.model):
+            raise LoraFxError(
+                f"{self.whole[0].name!r} is a whole tensor of an adapter, but activations have one "
+                "range over all rows, so that one row would change others",
+                "use mode merged or switch",
+            )
+        choose_by_row(graph, self.whole, inputs, states)
 
     def _write_manifest(self, model: ir.Model) -> None:
         manifest = {
@@ -148,6 +175,8 @@ class Batch:
             "adapters": list(self.adapters),
             "targets": self.targets,
         }
+        if self.whole:
+            manifest["whole"] = [tensor.name for tensor in self.whole]
         if self.made_for != CPU:
             manifest["factors"] = OWN_FACTORS
         model.metadata_props[PROPERTY] = json.dumps(manifest)

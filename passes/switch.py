@@ -15,6 +15,9 @@ A target that DoRA adapts has an input D [*batch, out] too, zeros by default, an
     y' = y + D·(y − bias) + (x A) B        W + D·W + (A B)ᵀ in the weight form
 
 In mode load A and B stay initialisers of a fixed rank, and every use takes the weight form.
+
+A tensor that an adapter holds whole, a new head for example, is such an input too, with the base's
+own value as its default; in mode load an initialiser, which a session replaces.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.scaled_rows import GAINS
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.emitter import V
@@ -34,8 +38,9 @@ from lora_fx.ir.graph import Graph, Role, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.manifest import PROPERTY, Manifest, WholeSlot
 from lora_fx.onnx.switch import put_factors, without_defaults
+from lora_fx.onnx.whole_slots import make_inputs, whole_slots
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert, changed
@@ -65,6 +70,7 @@ class Switch:
             runtimes; one rank of zeros changes nothing either, and costs one more column.
         required: A and B are inputs without defaults, which every run has to give.
         gains: Key → hash of the weight, of targets that also get D, the factors of rows of DoRA.
+        whole: The tensors that adapters replace, by key.
         made: Receives the manifest.
     """
 
@@ -75,6 +81,7 @@ class Switch:
     least_rank: int = 0
     required: bool = False
     gains: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, WholeSlot] = field(default_factory=dict)
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -86,6 +93,7 @@ class Switch:
         model = graph.model
         if PROPERTY in model.metadata_props:
             return PassResult(graph, False)
+        whole = whole_slots(graph, self.whole)
         targets = self._targets(graph)
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
         insert_switchable(graph, targets, role, free_rank=not self.rank, gains=self.gains)
@@ -103,7 +111,11 @@ class Switch:
         model.ir_version = max(model.ir_version, OLDEST_IR)
         if self.required:
             without_defaults(graph, slots.values())
-        manifest = Manifest(slots, "load" if self.rank else "switch", required=self.required)
+        base: Mapping[str, Array] = {}
+        if not self.rank:
+            base = make_inputs(graph, whole, required=self.required)
+        mode = "load" if self.rank else "switch"
+        manifest = Manifest(slots, mode, required=self.required, whole=whole, base=base)
         model.metadata_props[PROPERTY] = manifest.to_text()
         self.made.append(manifest)
         graph.changed()
@@ -129,7 +141,7 @@ class Switch:
             if key in self.turned:
                 target = replace(target, layout=target.layout.transposed())
             targets.append(target)
-        if not targets and not self.stored:
+        if not targets and not self.stored and not self.whole:
             raise LoraFxError(
                 "the model has no target that can be switched",
                 "run lora-fx targets MODEL to list the targets",

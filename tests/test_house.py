@@ -468,7 +468,7 @@ NODES = {
     "lora_fx.fx.pt2": 16_500,
     "lora_fx.fx.train": 27_500,
     "lora_fx.ir": 13_000,
-    "lora_fx.onnx": 69_000,
+    "lora_fx.onnx": 75_500,
     "lora_fx.onnx.graph": 18_000,
     "lora_fx.onnx.rewrites": 7_400,
     "lora_fx.passes": 19_000,

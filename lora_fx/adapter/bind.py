@@ -95,7 +95,10 @@ def _bound_tensors(tensors: Mapping[str, Full], found: Found) -> dict[str, Full]
         expected_shape = tuple(found.shapes[key])
         if shape != expected_shape:
             raise MisfitError(
-                f"adapter tensor {key!r} is {list(shape)}; the model's is {list(expected_shape)}"
+                f"adapter tensor {key!r} is {list(shape)}; the model's is {list(expected_shape)}",
+                "load the model with as many labels as the adapter has, and export adapters with "
+                "other sizes as another file; or leave the tensor out with lora-fx convert ADAPTER "
+                f"-o OUT --exclude {key}",
             )
         first_name = found.first_names.get(key, key)
         by_first_name.setdefault(first_name, {})[key] = entry

@@ -15,6 +15,9 @@ MANIFEST = "data/extra/lora_fx.json"
 """The member of the archive, below its root folder."""
 SWITCH = "switch"
 """The field of the manifest that names the inputs for A and B."""
+BASE_ENDING = ".base.safetensors"
+"""What follows the stem in the name of the file that stands for the base, where every run has to be
+given A and B."""
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError,
     RuntimeError,  # of an encrypted member

@@ -6,13 +6,14 @@ input                  shape                               value
 A of a target          [*batch, in, rank]                  a transposed
 B of a target          [*batch, rank, out]                 s·b transposed
 D of a DoRA target     [*batch, out]                       g − 1, of one base
+whole tensor           as the parameter                    the adapter's, else the base's
 =====================  ==================================  =======================
 
 The names, shapes and dtypes are those of the file that an export wrote in mode switch, a .pt2 file
 or a portable .onnx file, and there is a tensor for every A and B that it takes: zeros, which change
 nothing, for targets that the adapter has no update of. So a runtime needs nothing but the file.
 The header's metadata has under `lora_fx.inputs` the key of each update with the names of its A and
-B, so that the file can be read as an adapter again.
+B, or of the one whole tensor, so that the file can be read as an adapter again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.evaluated import BASE_NUMBER
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.scaled_rows import GAINS, has_gains
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
@@ -74,7 +75,10 @@ class GraphInputs(Format):
         keys = json_object(metadata[KEYS], f"{path}: {KEYS} in its header")
         entries: dict[str, Entry] = {}
         for key, names in keys.items():
-            entries[key] = _lowrank(key, names, tensors, file)
+            if isinstance(names, list) and len(names) == 1 and names[0] in tensors:
+                entries[key] = Full(file.master(names[0], tensors[names[0]]))
+            else:
+                entries[key] = _lowrank(key, names, tensors, file)
         of_adapter: Json = {"notes": file.notes}
         if BASE in metadata:
             if not metadata[BASE].isdecimal():
@@ -113,16 +117,16 @@ def write_inputs(adapter: Adapter, manifest: Manifest, path: Path) -> None:
     """
     tensors = manifest.all_tensors(adapter)
     keys: dict[str, tuple[str, ...]] = {}
-    entries = adapter.resolved(manifest.slots).entries
-    for key in entries:
+    adapter = adapter.resolved({**manifest.slots, **manifest.whole})
+    for key, update in adapter.lowrank.items():
         slot = manifest.slots[key]
-        entry = entries[key]
-        is_scaled = isinstance(entry, LowRank) and has_gains(entry)
-        keys[key] = slot.names if is_scaled else (slot.a, slot.b)
-    metadata = {"format": "pt", KEYS: json.dumps(keys)}
+        keys[key] = slot.names if has_gains(update) else (slot.a, slot.b)
+    metadata = {"format": "pt"}
     if any(len(names) > 2 for names in keys.values()):
         metadata[BASE] = str(adapter.metadata[BASE_NUMBER])
-    write_tensors(path, tensors, metadata)
+    for key in adapter.full:
+        keys[key] = (manifest.whole_slot(key).name,)
+    write_tensors(path, tensors, {**metadata, KEYS: json.dumps(keys)})
 
 
 def _lowrank(key: str, names: object, tensors: Mapping[str, Array], file: File) -> LowRank:

@@ -14,7 +14,8 @@ has two version numbers, of adapter and model; they are kept in metadata as adap
 model_version, and the runtime compares neither. Files that an export wrote for its graph hold A and
 B transposed, as its inputs are; the version of the adapter is their mark. Of DoRA they also have
 K.lora_D [*batch, out], the factors of the rows of one base, whose number is the model_version; see
-lora_fx.adapter.evaluated.
+lora_fx.adapter.evaluated. A whole tensor lies there as the graph has it, which is as the parameter
+of a model of torch.
 
 What the format cannot say is refused: DoRA for any base, LoHa, LoKr, and whether an update is for
 one use of a tied tensor or for all. Layouts are not stored; `bind` gives those of a model. Files
@@ -143,8 +144,8 @@ _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the mod
 
 
 def _transposed(name: str, tensor: Array) -> Array:
-    """Return A or B transposed; D and a vector are returned unchanged."""
-    if tensor.ndim < 2 or name.endswith(".lora_D"):
+    """Return A or B transposed; all other tensors are returned unchanged."""
+    if tensor.ndim < 2 or not name.endswith((".lora_A", ".lora_B")):
         return tensor
     return tensor.swapaxes(-1, -2)
 

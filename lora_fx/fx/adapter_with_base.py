@@ -11,14 +11,17 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.residual import on_base
 from lora_fx.adapter.updates import Dense, ReplacedRows
+from lora_fx.dtypes import Array
 from lora_fx.fx.tensors import to_numpy
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 
 
 def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
-    """Return the adapter with bias changes and trained rows turned into whole tensors.
+    """Return the adapter with ΔW given whole and trained rows turned into whole tensors.
 
     An update of a base that its start changed becomes an update of the stored base.
     """
+    transposed = bool(adapter.metadata.get("fan_in_fan_out"))
     tensors = dict(model.named_parameters(remove_duplicate=False))
     entries = dict(adapter.entries)
     for key, entry in adapter.entries.items():
@@ -26,7 +29,7 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
             continue
         if isinstance(entry, LowRank) and entry.mutated:
             stored = to_numpy(tensors[key])
-            if adapter.metadata.get("fan_in_fan_out"):
+            if transposed:
                 stored = stored.T
             entries[key] = on_base(stored, entry, repr(key))
         elif isinstance(entry, ReplacedRows):
@@ -35,6 +38,23 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
             entries[key] = Full(value, tied=True)  # one name alone has a tensor of its own here
         elif isinstance(entry, Dense):
             value = to_numpy(tensors[key]).astype(np.float32)
-            if value.ndim == 1 and value.shape == entry.value.shape:
-                entries[key] = Full(value + np.float32(entry.scale) * entry.value, tied=True)
+            delta = _as_stored(entry, value.shape, transposed=transposed)
+            if delta is not None:
+                entries[key] = Full(value + np.float32(entry.scale) * delta, tied=True)
     return replace(adapter, entries=entries)
+
+
+def _as_stored(entry: Dense, shape: tuple[int, ...], *, transposed: bool) -> Array | None:
+    """Return ΔW as the parameter lies; None where the shape is another one.
+
+    Args:
+        entry: ΔW [out, in], [out, in, *kernel] or [out].
+        shape: That of the parameter.
+        transposed: The adapter says that its layers store [in, out].
+    """
+    delta = entry.value
+    if entry.layout is None:
+        if delta.ndim == 2 and transposed:
+            delta = delta.T
+        return delta if delta.shape == shape else None
+    return entry.layout.to_stored(NumpyEmitter(), delta.reshape(entry.shape))

@@ -25,7 +25,7 @@ from lora_fx.errors import LoraFxError, expect, one_line
 from lora_fx.onnx.adapter_buffers import BASE, AdapterBuffers, check_rank, largest_rank
 from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
 from lora_fx.onnx.graph_runs import GraphRuns, refuse_uncapturable
-from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of
+from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of, with_base
 from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
 from lora_fx.onnx.unverified import CUDA_GRAPHS, never_run
@@ -93,6 +93,7 @@ class Session:
             external = _external_tensors(path, adapter)
         if cuda_graph:
             refuse_uncapturable(path)
+            _refuse_whole_in_graphs(path)
         opened = open_session(
             path, provider, threads, exact=exact, external=external, cuda_graph=cuda_graph
         )
@@ -108,7 +109,9 @@ class Session:
         self.note = opened.note
         with exclusive(self.provider):
             self._defaults = ort_values(opened.base_factors, self.provider)
-        self.manifest = manifest_in(opened.metadata.get(PROPERTY), fspath(path))
+        self.manifest = with_base(
+            manifest_in(opened.metadata.get(PROPERTY), fspath(path)), Path(path)
+        )
         if self.manifest.mode == "train":
             raise LoraFxError(
                 f"{fspath(path)}: the file is a training step, and takes no adapter for a forward "
@@ -355,7 +358,12 @@ class Session:
         Args:
             weights: w by the name of an adapter.
         """
+        self._check_mixable(weights)
         mixed: dict[str, Array] = {}
+        for whole in self.manifest.whole.values():
+            for name in weights:  # of one adapter at full strength
+                if whole.name in self._arrays[name]:
+                    mixed[whole.name] = self._arrays[name][whole.name]
         for slot in self.manifest.slots.values():
             a_blocks = []
             b_blocks = []
@@ -375,6 +383,18 @@ class Session:
                 mixed[slot.d] = np.sum(gains, axis=0)
         return mixed
 
+    def _check_mixable(self, weights: Mapping[str, float]) -> None:
+        """Raise for a mix with a whole tensor: it is no change that could be weighted or added."""
+        if len(weights) == 1 and set(weights.values()) == {1.0}:
+            return
+        for name in weights:
+            for slot in self.manifest.whole.values():
+                if slot.name in self._arrays[name]:
+                    raise LoraFxError(
+                        f"a mix cannot hold the whole tensor {slot.name!r} of adapter {name!r}",
+                        f"pass adapter={name!r}; only low-rank updates can be mixed",
+                    )
+
     def _check_loaded(self, name: object) -> None:
         """Raise if no loaded adapter has this name."""
         if isinstance(name, str) and name in self._arrays:
@@ -384,6 +404,17 @@ class Session:
         if self._arrays:
             hint = near(text, list(self._arrays), f"loaded: {', '.join(self._arrays)}")
         raise LoraFxError(f"no adapter {text!r} is loaded", hint)
+
+
+def _refuse_whole_in_graphs(path: str | PathLike[str]) -> None:
+    """Raise for a file whose adapters replace whole tensors, of which there are no buffers."""
+    whole = manifest_of(path).whole
+    if whole:
+        raise LoraFxError(
+            f"{fspath(path)}: adapters replace {min(whole)!r} as a whole, and a session with CUDA "
+            "graphs has buffers for A and B only",
+            "make the session without cuda_graph",
+        )
 
 
 def _name_of(adapter: Adapter | str | PathLike[str]) -> str | None:

@@ -7,6 +7,9 @@ the weight, since D holds for one base. In mode switch they are inputs, which ha
 the file is portable; in mode load initialisers of a fixed rank, which a session replaces when it is
 made. Adapter files, sessions and checks read it; nothing guesses names. The manifest of a .pt2 file
 has the same in JSON.
+
+Under `whole` it has the tensors that adapters replace, a new head for example, in the shape that
+the parameter has in the model. The default of each is the base's own value.
 """
 
 from __future__ import annotations
@@ -28,14 +31,17 @@ from lora_fx.adapter.scaled_rows import GAINS, has_gains
 from lora_fx.adapter.updates import name_of
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
-from lora_fx.files.program_manifest import SWITCH, program_manifest
+from lora_fx.files.program_manifest import BASE_ENDING, SWITCH, program_manifest
 from lora_fx.files.strict_json import json_object
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.update_row import update_of
 from lora_fx.targets.keys import own_use
 from lora_fx.text import Json, JsonView, near
 
 PROPERTY = "lora_fx.manifest"
+WHOLE_FORMAT = 2
+"""The format of manifests that have `whole`; those without it have format 1."""
 CHANGED_SINCE = (
     "take the file that export wrote: another program has changed this one (onnxsim, for "
     "example, folds inputs with a default)"
@@ -60,7 +66,7 @@ def read_manifest(text: str, where: str) -> Json:
         LoraFxError: It is damaged, or of a later format.
     """
     data = json_object(text, f"{where}: its manifest", hint="export the model again")
-    check_format(data, f"{where}: its manifest")
+    check_format(data, f"{where}: its manifest", WHOLE_FORMAT)
     return data
 
 
@@ -124,11 +130,49 @@ class SwitchSlot:
 
 
 @dataclass(frozen=True)
+class WholeSlot:
+    """The tensor of one key that an adapter replaces.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape, as it is stored.
+        dtype: Its dtype.
+        aliases: Other names of the parameter that an adapter may have it under.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    aliases: tuple[str, ...] = ()
+
+    def stored(self, value: Array) -> Array:
+        """Return an adapter's value of the tensor in the dtype of the file."""
+        return np.ascontiguousarray(value.astype(numpy_dtype(self.dtype)))
+
+    def check(self, tensor: Array, where: str) -> None:
+        """Raise for a tensor of another shape or dtype."""
+        if tensor.shape != self.shape:
+            raise MisfitError(
+                f"{where}: the whole tensor {self.name!r} is {list(tensor.shape)}; expected "
+                f"{list(self.shape)}",
+                "export a file for adapters with this shape; all adapters of a file share it",
+            )
+        if tensor.dtype.name != self.dtype:
+            raise LoraFxError(
+                f"{where}: tensor {self.name!r} is {tensor.dtype.name}; expected {self.dtype}",
+                "write the dtype of the file with lora-fx convert ADAPTER --for X.onnx",
+            )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The slots of a file by key, and its mode.
 
     Attributes:
         slots: What an adapter has to bring, by key.
+        whole: The tensors that an adapter may replace, by key.
+        base: In memory only: the base's value of each of these by its name, where the file has no
+            default for it.
         mode: switch, load or train.
         training: In mode train: `optimizer`, `weight_decay`, `clip`, `loss`, `labels`, `seed` where
             there are dropouts, `states` (name of a slot → those of its states), `updates` (key →
@@ -144,11 +188,15 @@ class Manifest:
     required: bool = False
     rank: int = 0
     largest_rank: int = 0
+    whole: Mapping[str, WholeSlot] = field(default_factory=dict)
+    base: Mapping[str, Array] = field(default_factory=dict, compare=False)
 
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
-        data: Json = {**stamp(), "mode": self.mode}
+        data: Json = {**stamp(WHOLE_FORMAT if self.whole else 1), "mode": self.mode}
         data["slots"] = {key: slot.to_json() for key, slot in self.slots.items()}
+        if self.whole:
+            data["whole"] = {key: asdict(slot) for key, slot in self.whole.items()}
         if self.rank:
             data["rank"] = self.rank
         if self.largest_rank:
@@ -182,6 +230,7 @@ class Manifest:
                 data.get("required", False) is True,
                 int(data.get("rank", 0)),
                 int(data.get("largest_rank", 0)),
+                {key: _whole_from_json(row) for key, row in data.get("whole", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
@@ -195,18 +244,11 @@ class Manifest:
 
         Raises:
             LoraFxError: A key that the file has no slot for, a shape that does not fit, or an
-                entry that is no low-rank update.
+                entry that is neither a low-rank update nor a whole tensor.
         """
-        adapter = adapter.resolved(self.slots)
+        adapter = adapter.resolved({**self.slots, **self.whole})
         check_served(adapter, f"{where}: a switchable file", NEEDS_BASE)
-        if adapter.full:
-            raise LoraFxError(
-                f"{where}: {next(iter(adapter.full))!r} is a whole tensor; expected a low-rank "
-                "update",
-                "fold whole tensors with lora-fx export --mode merged",
-            )
-
-        tensors: dict[str, Array] = {}
+        tensors = self._whole_tensors(adapter, where)
         for key, update in adapter.lowrank.items():
             slot = self._slot_of(key, update, where)
             scaled_b = update.b * np.float32(update.scale)
@@ -252,8 +294,49 @@ class Manifest:
             where: What errors call it.
         """
         tensors = self.tensors(adapter, where) if adapter.entries else {}
-        tensors = {**self.zeros(), **tensors}
+        tensors = {**self.zeros(), **self.base, **tensors}
+        for slot in self.whole.values():
+            if slot.name not in tensors:
+                raise LoraFxError(
+                    f"{where}: it does not hold {slot.name!r}, and the file of the base's value, "
+                    f"X{BASE_ENDING}, is not there",
+                    "put that file, which the export wrote, beside the model",
+                )
         return self.padded(tensors) if self.rank else tensors
+
+    def whole_slot(self, name: str, where: str = "the adapter") -> WholeSlot:
+        """Return the slot of a whole tensor by any of its names.
+
+        Raises:
+            LoraFxError: The file has none.
+        """
+        for key, slot in self.whole.items():
+            if name in (key, *slot.aliases):
+                return slot
+        raise LoraFxError(
+            f"{where}: {name!r} is a whole tensor, and the file has no slot that replaces it; "
+            f"{near(name, self.whole)}",
+            "export the file with an adapter that holds this tensor, or leave it out with "
+            f"lora-fx convert ADAPTER -o OUT --exclude {name}",
+        )
+
+    def _whole_tensors(self, adapter: Adapter, where: str) -> dict[str, Array]:
+        """Return an adapter's whole tensors by their names in the file, and as the file has them.
+
+        Raises:
+            LoraFxError: A tensor without a slot, or that has two values under two names.
+        """
+        tensors: dict[str, Array] = {}
+        for name, full in adapter.full.items():
+            slot = self.whole_slot(name, where)
+            value = slot.stored(full.value)
+            if not np.array_equal(tensors.setdefault(slot.name, value), value):
+                raise LoraFxError(
+                    f"{where}: {name!r} is one tensor of the file with {slot.name!r}, but the "
+                    "adapter has another value for each",
+                    "pass an adapter that trained one of these names",
+                )
+        return tensors
 
     def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
         """Return the slot of an update; raise unless both are for the same use of the weight."""
@@ -299,17 +382,20 @@ class Manifest:
         for key, slot in self.slots.items():
             key_of_tensor |= dict.fromkeys(slot.names, key)
 
-        for name in tensors:
-            if name not in key_of_tensor:
+        whole = {slot.name: slot for slot in self.whole.values()}
+        for name, tensor in tensors.items():
+            if name in whole:
+                whole[name].check(tensor, where)
+            elif name not in key_of_tensor:
                 raise LoraFxError(
                     f"{where}: tensor {name!r} is not an input of the file",
-                    near(name, key_of_tensor),
+                    near(name, [*key_of_tensor, *whole]),
                 )
         if not tensors:
             raise LoraFxError(
                 f"{where}: it holds no tensors", "check that it was converted for this file"
             )
-        for key in dict.fromkeys(key_of_tensor[name] for name in tensors):
+        for key in dict.fromkeys(key_of_tensor[name] for name in tensors if name not in whole):
             self._check_pair(self.slots[key], tensors, where)
 
     def _check_pair(self, slot: SwitchSlot, tensors: Mapping[str, Array], where: str) -> None:
@@ -362,25 +448,9 @@ class Manifest:
         """
         for key, slot in self.slots.items():
             for name, expected_shape in slot.tensor_shapes(None).items():
-                if name not in declared:
-                    raise LoraFxError(
-                        f"{where}: the graph has no {name!r}, which its manifest names for {key!r}",
-                        CHANGED_SINCE,
-                    )
-                dtype, shape = declared[name]
-                if dtype != slot.dtype:
-                    raise LoraFxError(
-                        f"{where}: {name!r} is {dtype}, but {slot.dtype} in its manifest",
-                        CHANGED_SINCE,
-                    )
-                if not _fits(shape, expected_shape):
-                    shown = ", ".join(
-                        "rank" if size is None else str(size) for size in expected_shape
-                    )
-                    raise LoraFxError(
-                        f"{where}: {name!r} is {list(shape)}, but [{shown}] in its manifest",
-                        CHANGED_SINCE,
-                    )
+                _check_declared(key, name, slot.dtype, expected_shape, declared, where)
+        for key, whole in self.whole.items():
+            _check_declared(key, whole.name, whole.dtype, whole.shape, declared, where)
 
     def padded(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Return the tensors zero-padded to the rank of their slots, which changes no product."""
@@ -392,7 +462,17 @@ class Manifest:
                     padded[name] = np.pad(tensors[name], {rank_axis: (0, missing_ranks)})
             if slot.d in tensors:
                 padded[slot.d] = tensors[slot.d]
+        for whole in self.whole.values():
+            if whole.name in tensors:
+                padded[whole.name] = tensors[whole.name]
         return padded
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors that an adapter may bring."""
+        names: list[str] = []
+        for slot in self.slots.values():
+            names += slot.names
+        return names + [whole.name for whole in self.whole.values()]
 
 
 def _slot_from_json(fields: JsonView) -> SwitchSlot:
@@ -400,6 +480,48 @@ def _slot_from_json(fields: JsonView) -> SwitchSlot:
     batch = tuple(fields["batch"])
     shape = tuple(fields["shape"])
     return SwitchSlot(**{**fields, "batch": batch, "shape": shape})
+
+
+def _whole_from_json(row: JsonView) -> WholeSlot:
+    """Return the slot of a whole tensor that `Manifest.to_text` wrote."""
+    shape = tuple(map(int, row["shape"]))
+    aliases = tuple(map(str, row["aliases"]))
+    return WholeSlot(**{**row, "shape": shape, "aliases": aliases})
+
+
+def _check_declared(
+    key: str,
+    name: str,
+    dtype: str,
+    expected_shape: Sequence[int | None],
+    declared: Mapping[str, tuple[str, Sequence[object]]],
+    where: str,
+) -> None:
+    """Raise unless the graph declares a tensor of a slot as the manifest has it.
+
+    Args:
+        key: The key of the slot.
+        name: The tensor.
+        dtype: Its dtype in the manifest.
+        expected_shape: Its shape there; None is the rank.
+        declared: Dtype and shape of the graph's tensors by name.
+        where: What errors call the file.
+    """
+    if name not in declared:
+        raise LoraFxError(
+            f"{where}: the graph has no {name!r}, which its manifest names for {key!r}",
+            CHANGED_SINCE,
+        )
+    declared_dtype, shape = declared[name]
+    if declared_dtype != dtype:
+        raise LoraFxError(
+            f"{where}: {name!r} is {declared_dtype}, but {dtype} in its manifest", CHANGED_SINCE
+        )
+    if not _fits(shape, expected_shape):
+        shown = ", ".join("rank" if size is None else str(size) for size in expected_shape)
+        raise LoraFxError(
+            f"{where}: {name!r} is {list(shape)}, but [{shown}] in its manifest", CHANGED_SINCE
+        )
 
 
 def _fits(shape: Sequence[object], expected: Sequence[int | None]) -> bool:
@@ -427,7 +549,8 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
     expect_path(path, "the model", "the path of an .onnx or .pt2 file")
     if fspath(path).endswith(".pt2"):
         switch = program_manifest(Path(path)).get(SWITCH)
-        return manifest_in(None if switch is None else json.dumps(switch), fspath(path))
+        in_program = manifest_in(None if switch is None else json.dumps(switch), fspath(path))
+        return with_base(in_program, Path(path))
     try:
         model = ir.load(fspath(path))
         text = model.metadata_props.get(PROPERTY)
@@ -443,7 +566,7 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
         for value in _possible_slots(model.graph, manifest)
     }
     manifest.check_declared(declared, fspath(path))
-    return manifest
+    return with_base(manifest, Path(path))
 
 
 def _possible_slots(graph: ir.Graph, manifest: Manifest) -> list[ir.Value]:
@@ -463,6 +586,23 @@ def manifest_in(text: str | None, where: str) -> Manifest:
             "write a switchable file with lora-fx export MODEL -o X.onnx --mode switch",
         )
     return Manifest.from_text(text, where)
+
+
+def with_base(manifest: Manifest, path: Path) -> Manifest:
+    """Return the manifest with the base's values of whole tensors that have no default in the file.
+
+    They lie beside the file, in the one that stands for the base; without it they are unknown.
+    """
+    beside = path.with_name(f"{path.stem}{BASE_ENDING}")
+    if not (manifest.required and manifest.whole and beside.exists()):
+        return manifest
+    tensors, _ = read_tensors(beside)
+    base: dict[str, Array] = {}
+    for slot in manifest.whole.values():
+        if slot.name in tensors:
+            slot.check(tensors[slot.name], str(beside))
+            base[slot.name] = tensors[slot.name]
+    return replace(manifest, base=base)
 
 
 def check_no_slots(model: ir.Model, path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from lora_fx.inputs import OTHER_SIZES
 from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests ask it here
 from lora_fx.onnx.cuda_device import refuse_stand_in
-from lora_fx.onnx.manifest import PROPERTY, Manifest, manifest_in, read_manifest
+from lora_fx.onnx.manifest import PROPERTY, Manifest, manifest_in, read_manifest, with_base
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
 from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices
 from lora_fx.onnx.provider_nodes import CUDA, NAMES, RECORD
@@ -96,12 +97,13 @@ def _stays_in_place(path: str | PathLike[str]) -> bool:
 class RuntimeSession:
     """A loaded model and the provider that it runs on.
 
-    `note` is a line to show to the user, or empty.
+    `note` is a line to show to the user, or empty; `path` is the file.
     """
 
     session: ort.InferenceSession
     provider: str
     note: str = ""
+    path: str = ""
 
     @functools.cached_property
     def row_choice(self) -> RowChoice | None:
@@ -118,7 +120,9 @@ class RuntimeSession:
     @property
     def inputs(self) -> list[ort.NodeArg]:
         """The graph's inputs, but for A and B of a switchable file."""
-        return [node for node in self.session.get_inputs() if node.name not in self._required]
+        manifest = self._switchable
+        of_adapters = manifest.names() if manifest is not None and manifest.required else ()
+        return [node for node in self.session.get_inputs() if node.name not in of_adapters]
 
     @property
     def input_names(self) -> list[str]:
@@ -131,14 +135,14 @@ class RuntimeSession:
         text = self.metadata.get(PROPERTY)
         if text is None or read_manifest(text, "the model").get("mode") != "switch":
             return None
-        return manifest_in(text, "the model")
+        return with_base(manifest_in(text, "the model"), Path(self.path))
 
     @functools.cached_property
     def _required(self) -> dict[str, Array]:
-        """Zeros for A and B of a file in which they have no defaults."""
+        """Zeros for A and B of a file in which they have no defaults, and the base's tensors."""
         if self._switchable is None or not self._switchable.required:
             return {}
-        return self._switchable.zeros()
+        return {**self._switchable.zeros(), **self._switchable.base}
 
     @functools.cached_property
     def base_factors(self) -> dict[str, Array]:
@@ -310,7 +314,7 @@ def open_session(
     # A machine without a GPU runs on its CPU, which is no news.
     if provider == "auto" and used_provider == "cpu" and driver_present():
         note = "running on CPU: this build of ONNX Runtime does not use the GPU"
-    return RuntimeSession(session, used_provider, note)
+    return RuntimeSession(session, used_provider, note, fspath(path))
 
 
 def _threads_of_user() -> int:

@@ -270,13 +270,10 @@ def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
 
 
 def _adapter_tensors(text: str | None, where: str) -> set[str]:
-    """Return the names of A and B in a file of mode switch, from its manifest; else none."""
+    """Return the names of adapters' tensors in a file of mode switch, from its manifest."""
     if text is None or read_manifest(text, where).get("mode") != "switch":
         return set()
-    names: set[str] = set()
-    for slot in Manifest.from_text(text, where).slots.values():
-        names.update(slot.names)
-    return names
+    return set(Manifest.from_text(text, where).names())
 
 
 def _have_one_dynamic_batch(values: Iterable[ort.NodeArg]) -> bool:

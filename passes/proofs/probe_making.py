@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import is_plain
 from lora_fx.compare import MASK, rel
 from lora_fx.dtypes import Array, widened
@@ -36,6 +36,8 @@ from lora_fx.progress import stage
 from lora_fx.targets.found import Found
 from lora_fx.text import JsonView, counted, some
 
+WHOLE_TENSORS = "whole tensors"
+"""The name of the group of what an adapter replaces: a head, a norm."""
 ATTEMPTS = 3
 """The number of inputs that are tried: the first that shows every adapter is taken."""
 MARGIN = 8.0
@@ -283,7 +285,10 @@ class _Draft:
         order = {key: i for i, key in enumerate(self.subject.found)}
         keys = sorted(plain, key=lambda key: order.get(key, len(order)))
         targets = [target for key in keys if (target := self.subject.found.get(key)) is not None]
-        groups = groups_of(targets, self._most_groups())
+        most = self._most_groups() - bool(adapter.full)
+        groups = groups_of(targets, max(FEWEST_GROUPS, most))
+        if adapter.full:
+            groups[WHOLE_TENSORS] = [*adapter.full]
         if len(groups) < 2:
             return {}
         outputs: dict[str, Array] = {}
@@ -606,10 +611,17 @@ def _everywhere(outputs: Mapping[str, ProbeOutput], finite: Named) -> list[tuple
 
 
 def multiplied(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
-    """Return an adapter with the changes of some keys multiplied; its shapes and scales stay."""
+    """Return an adapter with the changes of some keys multiplied; its shapes and scales stay.
+
+    A whole tensor is left out, for which the factor is 0.
+    """
     entries = dict(adapter.entries)
     for key, factor in factors.items():
         update = entries[key]
+        if isinstance(update, Full):
+            assert factor == 0  # it is no change that could be multiplied
+            del entries[key]
+            continue
         assert isinstance(update, LowRank)  # groups and plain updates are low-rank
         if update.variant_tensors:  # of which its variant would make another b
             alpha = update.scale * update.rank

@@ -16,15 +16,18 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.evaluated import Evaluation
 from lora_fx.compare import Report, demand
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.batch_inputs import SCALES as SCALES_BY_ROW
 from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.row_guards import outputs_without_nan
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.tensor_copies import join_copies
+from lora_fx.onnx.whole_rows import Replacements
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.proofs.batch_rows import prove_rows
 from lora_fx.passes.proofs.onnx_reference import FileRerun
@@ -32,6 +35,7 @@ from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.proofs.row_ids import prove_ids
 from lora_fx.passes.verbs.export_files import (
+    LARGE_TENSORS,
     on_device,
     refuse_unexchangeable,
     report_of,
@@ -69,10 +73,12 @@ def write_batch(
     evaluation = Evaluation(reference.weight)
     served = {name: evaluation(adapter) for name, adapter in adapters.items()}
     refuse_unexchangeable(served, "a file with one adapter for each row")
+    _refuse_weights(adapters, options)
     model = graph.model
     nodes_of_base = _count_nodes(model)
     updates = {name: adapter.lowrank for name, adapter in served.items()}
-    Batch(updates, sources, options.scales, options.made_for)(graph)
+    whole = _replacements(graph, adapters)
+    Batch(updates, sources, options.scales, options.made_for, whole)(graph)
     join_copies(model, [name for name, stored in sources.values() if stored.keys])
     graph.lint()
 
@@ -109,13 +115,57 @@ def write_batch(
     details = {
         "mode": "batch",
         "adapters": list(adapters),
+        **({"whole_tensors": [tensor.name for tensor in whole]} if whole else {}),
         "nodes": _count_nodes(model),
         "nodes_of_base": nodes_of_base,
         **on_device(output, session),
         **reference.details(),
         **of_probe,
     }
+    notes += _said_of_large_tables(whole)
     return report_of(output.files, session.provider, parity, [*warnings, *notes], details)
+
+
+def _refuse_weights(adapters: Mapping[str, Adapter], options: ExportOptions) -> None:
+    """Raise for weights by row beside whole tensors: a tensor is one adapter's or another's."""
+    for name, adapter in adapters.items():
+        if adapter.full and options.scales:
+            raise LoraFxError(
+                f"{name}: it holds the whole tensor {min(adapter.full)!r}, which is replaced and "
+                "has no weight by row",
+                "leave --scales out",
+            )
+
+
+def _replacements(graph: OnnxGraph, adapters: Mapping[str, Adapter]) -> list[Replacements]:
+    """Return the values of every tensor that an adapter replaces, in the dtype of the graph."""
+    keys: dict[str, None] = {}
+    for adapter in adapters.values():
+        keys |= dict.fromkeys(adapter.full)
+    dtypes = {name: dtype_name(value) for name, value in graph.model.graph.initializers.items()}
+    whole = []
+    for key in keys:
+        values: list[Array | None] = []
+        for adapter in adapters.values():
+            full = adapter.full.get(key)
+            dtype = numpy_dtype(dtypes.get(key, "float32"))
+            values.append(None if full is None else full.value.astype(dtype))
+        whole.append(Replacements(key, values))
+    return whole
+
+
+def _said_of_large_tables(whole: Sequence[Replacements]) -> list[str]:
+    """Return a line where the tables of whole tensors are large."""
+    lines = []
+    for tensor in whole:
+        different = [value for value in tensor.values if value is not None]
+        if different and different[0].nbytes * (len(different) + 1) > LARGE_TENSORS:
+            each = different[0].nbytes >> 20
+            lines.append(
+                f"{tensor.name}: the file has it {len(different) + 1} times, {each} MB each, and "
+                "where a product reads it, a run copies one for every row"
+            )
+    return lines
 
 
 def _subject(

@@ -28,8 +28,8 @@ from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.proofs.switchable import NO_UPDATE
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
-from lora_fx.passes.verbs.refused_updates import exclude_hint, plain_hint
-from lora_fx.text import Json, JsonView
+from lora_fx.passes.verbs.refused_updates import plain_hint
+from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -176,12 +176,23 @@ def refuse_unexchangeable(adapters: Mapping[str, Adapter], what: str) -> None:
     for name, adapter in adapters.items():
         check_served(adapter, f"{name}: {what}", plain_hint(name))
         check_real(adapter.lowrank)
-        if adapter.full:
-            raise LoraFxError(
-                f"{name}: it holds the whole tensor {min(adapter.full)!r}; expected low-rank "
-                "updates only",
-                exclude_hint(name, sorted(adapter.full)),
+
+
+LARGE_TENSORS = 64 << 20
+"""The size in bytes above which the whole tensors of adapters are told."""
+
+
+def said_of_large_tensors(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Return a line for each adapter whose whole tensors are large."""
+    lines = []
+    for name, adapter in adapters.items():
+        size = sum(full.value.nbytes for full in adapter.full.values())
+        if size > LARGE_TENSORS:
+            lines.append(
+                f"{name}: its whole tensors ({some(sorted(adapter.full))}) are {size >> 20} MB, "
+                "which every session that loads it has in memory"
             )
+    return lines
 
 
 def named_adapters(adapters: ExportAdapters | None) -> dict[str, Adapter]:

@@ -34,7 +34,7 @@ from lora_fx.passes.verbs.export_batch import write_batch
 from lora_fx.passes.verbs.export_files import adapters_of
 from lora_fx.passes.verbs.export_optimised import optimise_file
 from lora_fx.passes.verbs.export_options import ExportOptions
-from lora_fx.passes.verbs.export_switch import write_switch
+from lora_fx.passes.verbs.export_switch import SwitchTargets, write_switch
 from lora_fx.passes.verbs.merge_onnx import merge_onnx
 from lora_fx.passes.verbs.refused_updates import exclude_hint
 from lora_fx.targets.found import Found
@@ -77,7 +77,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
             sources = _stored_weights(graph, targets)
             return write_batch(rewritten, reference, sources, bound, options, notes)
         keys, _ = options.chosen(targets, bound)
-        return write_switch(rewritten, reference, keys, bound, options, notes)
+        return write_switch(rewritten, reference, SwitchTargets(keys), bound, options, notes)
 
 
 def _bound(
@@ -86,10 +86,11 @@ def _bound(
     """Return an adapter with the keys and layouts of the graph."""
     matched = match(adapter, graph, targets, names)
     if matched.whole:
+        without = exclude_hint(name, sorted(matched.whole))
         raise LoraFxError(
-            f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected low-rank updates "
-            "only",
-            exclude_hint(name, sorted(matched.whole)),
+            f"{name}: it holds the whole tensor {min(matched.whole)!r}, which an .onnx file has no "
+            "slot for: its exporter may have computed other constants of that tensor",
+            f"export the model itself, whose file gets a slot; or {without}",
         )
     return replace(adapter, entries=dict(matched.updates), names=None)
 

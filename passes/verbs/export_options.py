@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import (
@@ -19,6 +21,7 @@ from lora_fx.errors import (
     expect,
     expect_name,
 )
+from lora_fx.files.program_manifest import BASE_ENDING
 from lora_fx.inputs import Named
 from lora_fx.onnx.made_for import CPU, MADE_FOR, PORTABLE, TARGETS
 from lora_fx.probe.probe import FULL, KINDS
@@ -301,7 +304,7 @@ class ExportOptions:
             )
 
     def capture_of_base(self) -> CaptureOptions:
-        """Return the capture options of the base; they name the adapter if there is only one."""
+        """Return the capture options of the base, with all that adapters replace as a whole."""
         if isinstance(self.adapters, Adapter):
             return replace(self.capture, adapter=self.adapters)
         adapters: list[Adapter] = []
@@ -309,7 +312,14 @@ class ExportOptions:
             adapters = [*self.adapters.values()]
         elif self.adapters:
             adapters = [*self.adapters]
-        return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
+        if len(adapters) == 1:
+            return replace(self.capture, adapter=adapters[0])
+        entries: dict[str, Entry] = {}
+        for adapter in adapters:
+            for key, entry in adapter.entries.items():
+                if isinstance(entry, (Full, Dense, ReplacedRows)):
+                    entries.setdefault(key, entry)
+        return replace(self.capture, adapter=Adapter(entries) if entries else None)
 
     @property
     def takes_dora(self) -> bool:
@@ -341,7 +351,7 @@ class ExportOptions:
     @property
     def base_file(self) -> str | None:
         """The name of the file that stands for the base, where A and B have no defaults."""
-        return f"{self.target.stem}.base.safetensors" if self.requires_factors else None
+        return f"{self.target.stem}{BASE_ENDING}" if self.requires_factors else None
 
     @property
     def rewrites(self) -> bool:
@@ -364,8 +374,9 @@ class ExportOptions:
         """Return the targets, and whether the default plan chose them, so that some may be lost."""
         keys: dict[str, None] = {}
         for adapter in adapters.values():
-            keys.update(dict.fromkeys(adapter))
-        if keys and not self.include and not self.exclude:
+            keys.update(dict.fromkeys(adapter.lowrank))
+        holds_tensors = any(adapter.full for adapter in adapters.values())
+        if (keys or holds_tensors) and not self.include and not self.exclude:
             return list(keys), False
         plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
         return list(plan.entries), not self.include

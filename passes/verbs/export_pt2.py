@@ -25,7 +25,7 @@ from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.module.module_base import said_of_other_bases
-from lora_fx.fx.pt2.factor_inputs import input_slots
+from lora_fx.fx.pt2.factor_inputs import input_slots, whole_inputs
 from lora_fx.fx.pt2.write import write_switchable
 from lora_fx.fx.weight_precision import precision_of
 from lora_fx.inputs import SIZES
@@ -44,11 +44,12 @@ from lora_fx.passes.verbs.export_files import (
     adapters_of,
     refuse_unexchangeable,
     report_of,
+    said_of_large_tensors,
     write_adapters,
 )
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_probe import probe_file
-from lora_fx.passes.verbs.export_slots import metadata_of, torch_reference, with_whole_tensors
+from lora_fx.passes.verbs.export_slots import metadata_of, replaced_tensors, torch_reference
 from lora_fx.passes.verbs.export_torch import folded_already
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.program import load_by_torch, share_memory
@@ -76,7 +77,8 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     reference = torch_reference(captured, options)
     base = plain(captured).eval()
     graph = base.graph(False, portable=True)
-    targets, left_out = _targets(graph, keys, loose=is_default_plan)
+    holds_tensors = any(adapter.full for adapter in adapters.values())
+    targets, left_out = _targets(graph, keys, loose=is_default_plan, may_be_empty=holds_tensors)
     warnings = [*map(str, captured.pinned), *notes, *left_out]
 
     rank = options.rank or 0
@@ -86,7 +88,12 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
     refuse_unexchangeable(served, "a switchable file")
     gains = hashes_of_gains(served, evaluation, targets if options.takes_dora else ())
     slots = input_slots(targets, rank, reference.inputs.names, gains)
+    whole = replaced_tensors(adapters)
     manifest = Manifest(slots, required=True, rank=rank, largest_rank=largest_rank)
+    if whole:
+        whole = whole_inputs(graph, whole, [*reference.inputs.names, *manifest.names()])
+        values = {slot.name: slot.stored(graph.read(key)) for key, slot in whole.items()}
+        manifest = replace(manifest, whole=whole, base=values)
     for name, adapter in served.items():
         manifest.tensors(adapter, f"adapter {name!r}")  # refused before the program is written
     paths = adapter_paths(adapters, options)
@@ -107,6 +114,8 @@ def export_pt2(model: object, options: ExportOptions) -> Report:
         of_probe = probe_file(temporary, subject, options.probe, "torch", warnings, add_to_program)
 
     details: Json = {"mode": "switch", "targets": len(slots), **reference.details(), **of_probe}
+    if whole:
+        details["whole_tensors"] = [*whole]
     files = [options.target, *paths.values()]
     return report_of(files, "torch", parity, warnings, details)
 
@@ -126,7 +135,7 @@ def _base_and_adapters(
 ) -> tuple[Captured, dict[str, Adapter], list[str]]:
     """Return the capture of the base, the adapters, bound to it, and what has to be said.
 
-    The base has the largest sizes that are asked for, and the whole tensors of a single adapter.
+    The base has the largest sizes that are asked for.
     """
     adapters = adapters_of(options)
     captured = captured_of(model, options.capture_of_base())
@@ -139,14 +148,12 @@ def _base_and_adapters(
         name: bind(with_base(adapter, captured.model), found) for name, adapter in adapters.items()
     }
     notes = said_of_other_bases(metadata_of(bound), captured.model)
-    if len(bound) == 1:
-        captured, bound, notes_of_tensors = with_whole_tensors(captured, bound)
-        notes += notes_of_tensors
+    notes += said_of_large_tensors(bound)
     return captured, bound, notes
 
 
 def _targets(
-    graph: FxGraph, keys: Sequence[str], *, loose: bool
+    graph: FxGraph, keys: Sequence[str], *, loose: bool, may_be_empty: bool
 ) -> tuple[dict[str, Target], list[str]]:
     """Return the graph's target of each key, and a line for each key that is left out.
 
@@ -166,7 +173,7 @@ def _targets(
             raise LoraFxError(
                 f"{key!r} is not a target of the exported graph", "leave it out with --exclude"
             )
-    if not targets:
+    if not targets and not may_be_empty:
         raise LoraFxError(
             "the model has no target that can be switched",
             "run lora-fx targets MODEL to list the targets",

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import ORT_TOL, Report
+from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.dotted_names import named_tensors, parameter_of, replace_parameter
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.module.module_base import said_of_other_bases
 from lora_fx.fx.quantised_parameters import forms
-from lora_fx.fx.sharing_copy import sharing_copy
-from lora_fx.fx.tensors import from_numpy
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.manifest import WholeSlot
 from lora_fx.onnx.precision import at_level
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.proofs.torch_reference import TorchReference
@@ -31,12 +28,12 @@ from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_batch import write_batch
 from lora_fx.passes.verbs.export_files import adapters_of
 from lora_fx.passes.verbs.export_options import ExportOptions
-from lora_fx.passes.verbs.export_switch import write_switch
+from lora_fx.passes.verbs.export_switch import SwitchTargets, write_switch
 from lora_fx.passes.verbs.export_torch import folded_already, level_gate, translated
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
-from lora_fx.targets.keys import applies, own_use, split_region, split_use
+from lora_fx.targets.keys import applies, base_name, own_use, split_region, split_use
 from lora_fx.targets.target import Target
-from lora_fx.text import JsonView, free_name, some
+from lora_fx.text import JsonView, free_name
 
 
 def export_slots(model: object, options: ExportOptions) -> Report:
@@ -56,19 +53,14 @@ def export_slots(model: object, options: ExportOptions) -> Report:
         return _export_batch(captured, bound, options)
 
     notes_of_base = said_of_other_bases(metadata_of(bound), captured.model)
-    if options.mode == "switch" and len(bound) == 1:
-        captured, bound, notes_of_tensors = with_whole_tensors(captured, bound)
-        if notes_of_tensors:
-            targets = find(captured)
-            notes_of_base += notes_of_tensors
     reference = torch_reference(captured, options, level_gate(options))
     keys, loose = options.chosen(targets, bound)
-    graph, _, notes = base_of(reference, keys, options)
+    whole = replaced_tensors(bound)
+    graph, _, notes = base_of(reference, keys, options, whole)
     notes += notes_of_base
     at_level(graph.model, options.accuracy_level)
-    return write_switch(
-        graph, reference, keys, bound, options, notes, loose=loose, captured_targets=targets
-    )
+    targets_of_model = SwitchTargets(keys, whole, loose=loose, captured=targets)
+    return write_switch(graph, reference, targets_of_model, bound, options, notes)
 
 
 def _export_batch(
@@ -83,7 +75,8 @@ def _export_batch(
                 # the weight of one use is stored apart, and whole
                 key = split_region(key)[0]
             keys[key] = None
-    graph, keys_of, notes = base_of(reference, [*keys], options)
+    whole = replaced_tensors(adapters)
+    graph, keys_of, notes = base_of(reference, [*keys], options, whole)
     sources = _sources(reference.base, graph, keys_of)
     batch_symbol(graph.model, *_without_batch(captured))
     notes += said_of_other_bases(metadata_of(adapters), captured.model)
@@ -95,37 +88,25 @@ def metadata_of(adapters: Mapping[str, Adapter]) -> dict[str, JsonView]:
     return {name: adapter.metadata for name, adapter in adapters.items()}
 
 
-def with_whole_tensors(
-    captured: Captured, adapters: Mapping[str, Adapter]
-) -> tuple[Captured, dict[str, Adapter], list[str]]:
-    """Return a base that holds the adapter's whole tensors, the other updates, and a note.
+def replaced_tensors(adapters: Mapping[str, Adapter]) -> dict[str, WholeSlot]:
+    """Return the tensors that adapters hold as a whole, by key; the file has them by that name.
 
-    A slot holds a low-rank update, so a head that was trained whole is part of the base.
+    Raises:
+        LoraFxError: One that another update changes in one of its uses alone.
     """
-    ((name, adapter),) = adapters.items()
-    first_names, aliases = named_tensors(captured.model)
-    tied = [key for key in adapter.full if aliases.get(first_names.get(key, key))]
-    if not adapter.full or tied:  # of a tied one, one use alone may be meant
-        return captured, dict(adapters), []
-
-    base = copy.copy(captured)
-    base.model = sharing_copy(captured.model)
-    base.tracings = {
-        training: [replace(tracing, analyses={}) for tracing in tracings]
-        for training, tracings in captured.tracings.items()
-    }
-    for key, full in adapter.full.items():
-        parameter = parameter_of(base.model, first_names.get(key, key))
-        value = from_numpy(full.value).to(parameter.device, parameter.dtype)
-        trained = torch.nn.Parameter(value, parameter.requires_grad)
-        replace_parameter(base.model, parameter, trained)
-
-    low_rank_alone = replace(adapter, entries={**adapter.lowrank})
-    note = (
-        f"{name}: its whole tensors ({some(sorted(adapter.full))}) are folded into the base: they "
-        "stay in the file when no adapter is active"
-    )
-    return base, {name: low_rank_alone}, [note]
+    whole: dict[str, WholeSlot] = {}
+    for adapter in adapters.values():
+        for key, full in adapter.full.items():
+            whole[key] = WholeSlot(key, full.value.shape, aliases=full.twins)
+    for name, adapter in adapters.items():
+        for key in adapter.lowrank:
+            if split_use(key)[1] and base_name(key) in whole:
+                raise LoraFxError(
+                    f"{name}: {key!r} changes one use of a tensor that another adapter replaces "
+                    "in all of its uses",
+                    "export one file for each of them",
+                )
+    return whole
 
 
 def _without_batch(captured: Captured) -> tuple[str, str]:
@@ -157,21 +138,25 @@ def torch_reference(
 
 
 def base_of(
-    reference: TorchReference, keys: Sequence[str], options: ExportOptions
+    reference: TorchReference,
+    keys: Sequence[str],
+    options: ExportOptions,
+    whole: Collection[str] = (),
 ) -> tuple[OnnxGraph, dict[str, tuple[str, ...]], list[str]]:
     """Export the base to ONNX, with a target for every key that can have one.
 
     In mode batch the weight of a key of one use is stored apart, whatever the file can tell.
+    Tensors of `whole` are stored as they lie in the model.
 
     Returns:
         The base, the keys that reach each weight that is stored apart, and what has to be said.
     """
-    model, notes = translated(reference.base, options)
+    model, notes = translated(reference.base, options, whole=whole)
     graph = OnnxGraph(model)
     lost = _lost_targets(reference, graph, keys, single=options.mode == "batch")
     stored_apart, keys_of = _by_keys(lost)
     if stored_apart:
-        model, _ = translated(reference.base, options, apart=stored_apart)
+        model, _ = translated(reference.base, options, apart=stored_apart, whole=whole)
         graph = OnnxGraph(model)
     pinned = map(str, execution_of(reference.base).captured.pinned)
     return graph, keys_of, [*pinned, *notes]

@@ -8,7 +8,7 @@ session is made, and an adapter takes their place there
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,24 +16,26 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.evaluated import Evaluation, hashes_of_gains
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.graph_inputs import write_inputs
 from lora_fx.inputs import SIZES
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.made_for import LEAST_RANKS
-from lora_fx.onnx.manifest import Manifest
+from lora_fx.onnx.manifest import Manifest, WholeSlot
 from lora_fx.onnx.tensor_copies import copies_of, join_copies
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Reference, Run
-from lora_fx.passes.proofs.switchable import prove_switchable
+from lora_fx.passes.proofs.switchable import NO_UPDATE, prove_switchable
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.export_files import (
     adapter_paths,
     on_device,
     refuse_unexchangeable,
     report_of,
+    said_of_large_tensors,
     save_within,
     write_adapters,
 )
@@ -52,28 +54,40 @@ SERVES_THE_BASE = (
 )
 
 
+@dataclass(frozen=True)
+class SwitchTargets:
+    """What adapters of a switchable file may change.
+
+    Attributes:
+        keys: The targets of low-rank updates.
+        whole: The tensors that an adapter may replace, by key.
+        loose: Leave out keys that the graph has no target for, and say so.
+        captured: The targets as adapters know them, where those are not the graph's.
+    """
+
+    keys: Sequence[str]
+    whole: Mapping[str, WholeSlot] = field(default_factory=dict)
+    loose: bool = False
+    captured: Found | None = None
+
+
 def write_switch(
     graph: OnnxGraph,
     reference: Reference,
-    keys: Sequence[str],
+    targets: SwitchTargets,
     adapters: Mapping[str, Adapter],
     options: ExportOptions,
     warnings: Sequence[str],
-    *,
-    loose: bool = False,
-    captured_targets: Found | None = None,
 ) -> Report:
     """Write the file, and one `NAME.onnx_adapter` for each adapter next to the file.
 
     Args:
         graph: The base; rewritten.
         reference: What it has to equal.
-        keys: Its targets.
+        targets: What adapters may change.
         adapters: Bound to the reference.
         options: What export is asked for, in mode switch or load.
         warnings: To be reported with those found here.
-        loose: Leave out keys that the graph has no target for, and say so.
-        captured_targets: The targets as adapters know them, where those are not the graph's.
 
     Raises:
         LoraFxError: A target that the graph has not; nothing is written.
@@ -83,14 +97,14 @@ def write_switch(
     evaluation = Evaluation(reference.weight)
     served = {name: evaluation(adapter) for name, adapter in adapters.items()}
     refuse_unexchangeable(served, "a switchable file")
+    warnings = [*warnings, *said_of_large_tensors(adapters)]
     warnings = [*warnings, *_replaced_files(paths, options)]
     if options.mode == "load" and options.places:
         warnings.append(SERVES_THE_BASE)
 
-    if captured_targets is None:
-        captured_targets = find(graph)
-    slots = _Slots.of(graph, keys, captured_targets)
-    if loose:
+    captured_targets = find(graph) if targets.captured is None else targets.captured
+    slots = _Slots.of(graph, targets.keys, captured_targets)
+    if targets.loose:
         slots, left_out = slots.without_missing()
         warnings += left_out
     copies = slots.copies_for_one_use(graph)
@@ -105,11 +119,12 @@ def write_switch(
         LEAST_RANKS.get(options.made_for, 0),
         required=options.requires_factors,
         gains=gains,
+        whole=targets.whole,
     )
     manifest = _made_switchable(graph, switch, copies)
 
     with options.output() as output:
-        replaced_by_session = _tensor_names(manifest) if options.mode == "load" else ()
+        replaced_by_session = manifest.names() if options.mode == "load" else ()
         warnings += save_within(
             output,
             graph.model,
@@ -118,6 +133,8 @@ def write_switch(
             options,
             replaced_by_session,
         )
+        if manifest.base and options.base_file is not None:  # which a session reads beside it
+            write_inputs(NO_UPDATE, manifest, output.path.with_name(options.base_file))
         session = Session(output.path, options.provider)
         file = _SwitchableFile(output.path, options, manifest, rank, session, evaluation)
         parity = prove_switchable(file, reference, layouts, adapters, warnings, gains)
@@ -135,6 +152,7 @@ def write_switch(
     details: Json = {
         "mode": manifest.mode,
         "targets": len(manifest.slots),
+        **({"whole_tensors": [*manifest.whole]} if manifest.whole else {}),
         **reference.details(),
         "nodes": sum(1 for _ in graph.model.graph.all_nodes()),
         **on_device(output, session),
@@ -296,14 +314,6 @@ def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> i
     return options.rank or largest or LOAD_RANK
 
 
-def _tensor_names(manifest: Manifest) -> list[str]:
-    """Return the names of the tensors of every slot."""
-    names: list[str] = []
-    for slot in manifest.slots.values():
-        names += slot.names
-    return names
-
-
 @dataclass(frozen=True)
 class _SwitchableFile:
     """A written file as ONNX Runtime runs it with different adapters.
@@ -333,6 +343,7 @@ class _SwitchableFile:
     def rerun_with(self, adapter: Adapter | None) -> FileRerun:
         """Return other ways to run the file with an adapter."""
         tensors = {} if adapter is None else self.manifest.tensors(self.evaluate(adapter))
+        tensors = {**self.manifest.base, **tensors}
         provider = self.options.provider
         if self.manifest.mode == "load":
             stored = self.manifest.padded(tensors) if tensors else {}

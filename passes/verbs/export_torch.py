@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def translated(
     *,
     level: int = 0,
     apart: Mapping[str, Target] | None = None,
+    whole: Collection[str] = (),
 ) -> tuple[Any, list[str]]:
     """Translate a module to ONNX in a dtype that the runtime supports; return notes on that.
 
@@ -47,8 +48,10 @@ def translated(
         options: What export is asked for.
         level: The accuracy level of products over codes.
         apart: Uses whose weight the file is to store under a name of its own, by that name.
+        whole: First names of parameters that the file is to store as they lie in the model.
     """
-    model = to_onnx(module, options.opset or OPSET, apart, repeat=options.capture.repeat)
+    opset = options.opset or OPSET
+    model = to_onnx(module, opset, apart, whole=whole, repeat=options.capture.repeat)
     at_level(model, level)
     mask_by_infinity(model)
     if options.precision != "bfloat16":

@@ -64,7 +64,7 @@ from lora_fx.passes.verbs.drawn_labels import DrawnLabels
 from lora_fx.passes.verbs.export_options import MODES, Companions, ExportOptions
 from lora_fx.passes.verbs.export_probe import probe_file
 from lora_fx.passes.verbs.export_slots import base_of, torch_reference
-from lora_fx.passes.verbs.export_switch import write_switch
+from lora_fx.passes.verbs.export_switch import SwitchTargets, write_switch
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.progress import stage
 from lora_fx.text import Json
@@ -258,11 +258,10 @@ class _Files:
         report = write_switch(
             graph,
             reference,
-            keys,
+            SwitchTargets(keys, captured=targets),
             {},
             of_forward,
             [*notes, *module.notes],
-            captured_targets=targets,
         )
         device = of_obstacles(target, self.obstacles, report.details["provider"], options.made_for)
         details = {

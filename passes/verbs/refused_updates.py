@@ -7,16 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.exact_lora import has_low_rank
-from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import (
-    Dense,
-    Entry,
-    Hadamard,
-    Kronecker,
-    ReplacedRows,
-    Rotation,
-    name_of,
-)
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Entry, Hadamard, Kronecker, Rotation, name_of
 from lora_fx.adapter.variant import (
     names_taken,
     variant_of,
@@ -74,24 +66,10 @@ def plain_hint(name: str) -> str:
 def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
     """Raise for tensors of an adapter that a file of this mode cannot hold.
 
-    Only the adapters are read, so this comes before a model is captured. Mode switch folds the
-    whole tensors of a single adapter into the base.
+    Only the adapters are read, so this comes before a model is captured.
     """
     for name, adapter in adapters.items():
-        holds_weights = mode in ("merged", "train")
         check_kinds(adapter, name, f"mode {mode}")
-        whole_tensors = [
-            key
-            for key, entry in adapter.entries.items()
-            if isinstance(entry, (Full, Dense, ReplacedRows))
-        ]
-        is_folded = mode == "switch" and len(adapters) == 1
-        if whole_tensors and not holds_weights and not is_folded:
-            raise LoraFxError(
-                f"{name}: it holds the whole tensor {whole_tensors[0]!r}; mode {mode} takes "
-                "low-rank updates only",
-                exclude_hint(name, whole_tensors),
-            )
         if mode == "batch":
             check_rows(adapter, name)
 

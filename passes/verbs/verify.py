@@ -287,4 +287,7 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     tensors = tensors_of(adapter, manifest, path)
     adapted = sum(slot.a in tensors for slot in manifest.slots.values())
     details = {"targets": len(manifest.slots), "adapted": adapted}
+    if manifest.whole:
+        replaced = [slot.name for slot in manifest.whole.values() if slot.name in tensors]
+        details |= {"whole_tensors": len(manifest.whole), "replaced": len(replaced)}
     return Report("verify", True, details=details)

@@ -105,7 +105,7 @@ def _tensors(file: Path, manifest: Manifest) -> dict[str, Array]:
     """
     tensors, _ = read_tensors(file)
     manifest.check(tensors, str(file))
-    tensors = {**manifest.zeros(), **tensors}
+    tensors = {**manifest.zeros(), **manifest.base, **tensors}
     return manifest.padded(tensors) if manifest.rank else tensors
 
 

@@ -328,18 +328,18 @@ class FxGraph(Analysed):
         """Return the site's node, and the nodes from the weight to its operand."""
         return self._at(site), tuple(self._chain(site))
 
+    def nodes_of(self, name: str) -> list[fx.Node]:
+        """Return the nodes that read a parameter from the tree, under any of its names."""
+        nodes = self.graph.find_nodes(op="get_attr")
+        return [node for node in nodes if self._names.get(str(node.target)) == name]
+
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True if nothing but these sites reads a parameter in this graph."""
         site_slots = {(self._at(site), site.slot) for site in sites}
         chains: set[fx.Node] = set()
         for site in sites:
             chains.update(self._chain(site))
-        starts = {
-            node
-            for node in self.graph.find_nodes(op="get_attr")
-            if self._names.get(str(node.target)) == name
-        }
-        for node in chains | starts:
+        for node in chains.union(self.nodes_of(name)):
             for user in node.users:
                 if user in chains:
                     continue

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import LoraFxError
@@ -38,6 +38,7 @@ def to_onnx(
     opset: int = OPSET,
     apart: Mapping[str, Target] | None = None,
     *,
+    whole: Collection[str] = (),
     repeat: bool = True,
 ) -> Any:
     """Export a module without branches to an onnx_ir.Model, with the model's own names.
@@ -47,6 +48,8 @@ def to_onnx(
         opset: The opset of the file.
         apart: Weights that get an initialiser of their own, by its name: what the target's uses
             read, which the exporter would compute from, join, or store once for several uses.
+        whole: First names of parameters that a run, a session or a row may replace: the file has
+            each as it lies in the model, and nothing is computed of it beforehand.
         repeat: Do once what is the same for many nodes; the long way gives the same file.
 
     Raises:
@@ -59,6 +62,7 @@ def to_onnx(
     _refuse_random_ops(graph)
 
     weights = {name: _lifted(graph, target) for name, target in (apart or {}).items()}
+    weights |= {name: _lifted_parameter(graph, name) for name in whole}
     with stage("preparing the graph for ONNX"):
         make_portable(graph.graph)
         traced = captured.traced(False, captured.named, execution.base_dtype)
@@ -125,14 +129,44 @@ def _has_free_size_of_one(leaf_of: Mapping[str, Any], free: Mapping[str, Collect
 
 def _lifted(graph: FxGraph, target: Target) -> Tensor:
     """Make the uses of a weight read a new input; return the weight's value."""
-    # a copy: an export takes one tensor for one value, wherever it meets it
-    weight = from_numpy(graph.read(target.parameter.name).copy())
-    inputs = graph.graph.find_nodes(op="placeholder")
-    with graph.graph.inserting_after(inputs[-1]):
-        weight_input = graph.graph.placeholder(f"weight_{len(inputs)}")
+    value = _value_apart(graph, target.parameter.name)
+    weight_input = _new_input(graph)
     for site in target.sites:
         graph.rebase(site, weight_input)
-    return weight
+    return value
+
+
+def _lifted_parameter(graph: FxGraph, name: str) -> Tensor:
+    """Make everything that reads a parameter read a new input; return the parameter's value.
+
+    Raises:
+        LoraFxError: Nothing in the graph reads it.
+    """
+    readers = graph.nodes_of(name)
+    if not readers:
+        raise LoraFxError(
+            f"{name!r}: an adapter replaces this tensor, which no output depends on",
+            f"run lora-fx convert ADAPTER -o OUT --exclude {name} to leave it out",
+        )
+    whole_input = _new_input(graph)
+    for node in readers:
+        whole_input.meta.setdefault("val", node.meta.get("val"))
+        node.replace_all_uses_with(whole_input)
+        graph.graph.erase_node(node)
+    graph.changed()
+    return _value_apart(graph, name)
+
+
+def _new_input(graph: FxGraph) -> fx.Node:
+    """Add an input behind all others."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    with graph.graph.inserting_after(inputs[-1]):
+        return graph.graph.placeholder(f"weight_{len(inputs)}")
+
+
+def _value_apart(graph: FxGraph, name: str) -> Tensor:
+    """Return a copy of a parameter: an export takes one tensor for one value, wherever it is."""
+    return from_numpy(graph.read(name).copy())
 
 
 def _store_lifted(model: ir.Model, weights: Mapping[str, Tensor]) -> None:

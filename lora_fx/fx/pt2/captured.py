@@ -30,7 +30,7 @@ from lora_fx.fx.capture.model_source import base_dtype
 from lora_fx.fx.dequantise_nodes import declare_codes
 from lora_fx.fx.graph.nodes import is_marked, unmark
 from lora_fx.fx.pt2.archive import open_archive
-from lora_fx.fx.pt2.factor_inputs import take_away_inputs
+from lora_fx.fx.pt2.factor_inputs import read_from_tree, take_away_inputs
 from lora_fx.fx.pt2.file_manifest import (
     SWITCH_FORMAT,
     adapter_names,
@@ -93,7 +93,8 @@ class FileCaptured(Captured):
         self.notes: list[str] = []
         self.tracings = {}
         self.unproven = {}
-        self._factors: tuple[str, ...] = ()  # the inputs that take A and B, after the model's own
+        self._factors: tuple[str, ...] = ()  # the inputs of adapters, after the model's own
+        self._whole: dict[str, str] = {}  # those for whole tensors, with the parameters' names
         try:
             self._read(manifest)
             if args or kwargs:  # an example of the caller's: a call that the programs take
@@ -127,11 +128,11 @@ class FileCaptured(Captured):
         programs = self._loaded
         named = dict(self._example_program.named)
         if SWITCH in manifest:
-            slots = Manifest.from_text(json.dumps(manifest[SWITCH]), self.path).slots
-            for slot in slots.values():
-                self._factors += slot.names
+            switch = Manifest.from_text(json.dumps(manifest[SWITCH]), self.path)
+            self._factors = tuple(switch.names())
+            self._whole = {slot.name: key for key, slot in switch.whole.items()}
         if self._factors and tuple(named)[-len(self._factors) :] != self._factors:
-            raise ValueError("A and B are not the last inputs of the program, in its order")
+            raise ValueError("an adapter's are not the last inputs of the program, in its order")
         for name in self._factors:
             del named[name]
         signature = plain_signature(named)  # of a file without a manifest
@@ -159,6 +160,9 @@ class FileCaptured(Captured):
         state: dict[str, torch.Tensor] = {}
         for loaded in programs:
             state.update(loaded.state)
+        absent = set(self._whole.values()) - set(state)
+        if absent:
+            raise ValueError(f"it has no {min(absent)!r}, which an input replaces")
         self.adapter: Adapter | None = read_adapter(manifest, state, str(self.path))
         self.dropout = 0.0
         if self.adapter:
@@ -316,6 +320,7 @@ class FileCaptured(Captured):
         loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
         strip_branches(module.graph)
+        read_from_tree(module, self._whole, loaded.state)
         take_away_inputs(module.graph, len(self._factors))
         match_places(module.graph, tree_leaves(self.named))
         names = leaf_names(self.named)

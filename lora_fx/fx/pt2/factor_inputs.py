@@ -10,6 +10,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -17,9 +18,11 @@ from torch import fx
 from lora_fx.adapter.factor_tensors import slot_names, tensor_name
 from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.dotted_names import owner
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import MARK, is_marked, make_marked, value
 from lora_fx.ir.kinds import swap_last
-from lora_fx.onnx.manifest import SwitchSlot
+from lora_fx.onnx.manifest import SwitchSlot, WholeSlot
 from lora_fx.targets.target import Target
 from lora_fx.text import free_name
 
@@ -46,15 +49,10 @@ def input_slots(
     of_weights = gains or {}
     slots: dict[str, SwitchSlot] = {}
     for key, target in targets.items():
-        names: list[str] = []
         halves = ["lora_A", "lora_B"]
         if key in of_weights:
             halves.append("lora_D")
-        for half in halves:
-            # in small letters, as torch writes the inputs of a graph
-            name = free_name(_identifier(f"{key}.{half}").lower(), used, "_")
-            used.add(name)
-            names.append(name)
+        names = [_input_name(f"{key}.{half}", used) for half in halves]
         layout = target.layout
         stored = tuple(target.parameter.shape)
         slots[key] = SwitchSlot(
@@ -62,6 +60,57 @@ def input_slots(
             target.op, target.role, rank or 1, d="".join(names[2:]), weight=of_weights.get(key, ""),
         )  # fmt: skip
     return slots
+
+
+def whole_inputs(
+    graph: FxGraph, whole: Mapping[str, WholeSlot], reserved: Iterable[str]
+) -> dict[str, WholeSlot]:
+    """Return the slots of whole tensors, with names of inputs, shapes and dtypes.
+
+    Args:
+        graph: It reads the parameters from its tree.
+        whole: Key → a slot.
+        reserved: Names of all other inputs.
+
+    Raises:
+        LoraFxError: A parameter that the graph does not read.
+    """
+    used = {name.lower() for name in argument_names(reserved)}
+    parameters = {parameter.name: parameter for parameter in graph.parameters()}
+    slots: dict[str, WholeSlot] = {}
+    for key, slot in whole.items():
+        if key not in parameters or not graph.nodes_of(key):
+            raise LoraFxError(
+                f"{key!r}: an adapter replaces this tensor, which no output depends on",
+                f"run lora-fx convert ADAPTER -o OUT --exclude {key} to leave it out",
+            )
+        parameter = parameters[key]
+        name = _input_name(key, used)
+        slots[key] = replace(slot, name=name, shape=parameter.shape, dtype=parameter.dtype)
+    return slots
+
+
+def _input_name(name: str, used: set[str]) -> str:
+    """Return the name of an input, in small letters as torch writes the inputs of a graph."""
+    free = free_name(_identifier(name).lower(), used, "_")
+    used.add(free)
+    return free
+
+
+def put_whole_inputs(graph: FxGraph, whole: Mapping[str, WholeSlot]) -> None:
+    """Make a graph read parameters from inputs, which follow all others.
+
+    Args:
+        graph: It reads them from its tree; edited in place.
+        whole: The slot of each key.
+    """
+    for key, slot in whole.items():
+        with graph.graph.inserting_after(graph.graph.find_nodes(op="placeholder")[-1]):
+            replaced = graph.graph.placeholder(slot.name)
+        for node in graph.nodes_of(key):
+            replaced.meta.setdefault("val", node.meta.get("val"))
+            node.replace_all_uses_with(replaced)
+            graph.graph.erase_node(node)
 
 
 def argument_names(names: Iterable[str]) -> list[str]:
@@ -147,6 +196,36 @@ def take_away_inputs(graph: fx.Graph, count: int) -> None:
     inputs = graph.find_nodes(op="placeholder")
     for factor in inputs[len(inputs) - count :]:
         _erase_with_users(factor)
+
+
+def read_from_tree(
+    module: fx.GraphModule, whole: Mapping[str, str], values: Mapping[str, torch.Tensor]
+) -> None:
+    """Make a graph read parameters from its module again; the undoing of `put_whole_inputs`.
+
+    Args:
+        module: Edited in place. The inputs stay, and nothing reads them.
+        whole: Name of an input → the parameter.
+        values: The parameters.
+    """
+    graph = module.graph
+    for node in graph.find_nodes(op="placeholder"):
+        name = whole.get(str(node.target))
+        if name is None:
+            continue
+        holder, leaf = owner(module, name, create=lambda _: torch.nn.Module())
+        holder.register_parameter(leaf, torch.nn.Parameter(values[name], requires_grad=False))
+        readers = [user for user in node.users if not _is_assert(user)]
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            stored = graph.get_attr(name)
+        stored.meta = dict(node.meta)
+        for user in readers:
+            user.replace_input_with(node, stored)
+
+
+def _is_assert(node: fx.Node) -> bool:
+    """Whether a node only checks an input's metadata."""
+    return node.target is aten._assert_tensor_metadata.default
 
 
 def _erase_with_users(node: fx.Node) -> None:

@@ -28,6 +28,7 @@ from lora_fx.fx.pt2.factor_inputs import (
     argument_names,
     inserted_names,
     put_inputs,
+    put_whole_inputs,
 )
 from lora_fx.fx.pt2.file_manifest import make_manifest
 from lora_fx.fx.pt2.output_trees import plain_spec
@@ -75,6 +76,7 @@ def write_switchable(module: CapturedModule, graph: FxGraph, path: Path, switch:
     named = captured.named
     traced = captured.traced(False, named, execution_of(module).base_dtype)
     put_inputs(graph.graph, switch.slots)
+    put_whole_inputs(graph, switch.whole)
     program = _export(module, graph, named, traced, _factors(switch))
 
     tensors = dict(module.state_dict(keep_vars=True))
@@ -145,7 +147,7 @@ class _Store:
 
 
 def _factors(switch: Manifest) -> dict[str, tuple[torch.Tensor, Dims]]:
-    """Return an example of A and B of every slot by name, each with its dynamic dimensions."""
+    """Return an example of every input of an adapter by name, each with its dynamic dimensions."""
     free_rank = Dim.AUTO
     example_rank = switch.rank or EXAMPLE_RANK
     if switch.largest_rank:
@@ -160,6 +162,9 @@ def _factors(switch: Manifest) -> dict[str, tuple[torch.Tensor, Dims]]:
             if None in shape and not switch.rank:
                 dims = {shape.index(None): free_rank}
             factors[name] = (torch.zeros(sizes, dtype=dtype), dims)
+    for whole in switch.whole.values():
+        example = torch.zeros(whole.shape, dtype=getattr(torch, whole.dtype))
+        factors[whole.name] = (example, None)
     return factors
 
 
