@@ -65,7 +65,6 @@ def no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 REFUSED = [
     *((kind, mode) for kind in ("LoHa", "LoKr") for mode in MODES),
     *(("OFT", mode) for mode in MODES),
-    *(("the whole tensor", mode) for mode in ("batch", "load")),
 ]
 
 
@@ -127,13 +126,6 @@ def test_an_adapter_file_tells_a_recurrent_layer(tmp_path: Path) -> None:
     lora_fx.export(net, tmp_path / "m.onnx", args, adapters={"up": rest}, mode="batch")
 
 
-def test_two_adapters_with_a_head_are_refused(no_capture: None, tmp_path: Path) -> None:
-    two = {"de": ADAPTERS["the whole tensor"], "fr": Adapter({"fc.weight": LORA})}
-    with pytest.raises(LoraFxError, match=r"de: it holds the whole tensor 'head.weight'") as caught:
-        lora_fx.export(Net(), tmp_path / "m.onnx", X, adapters=two, mode="switch")
-    assert "lora-fx convert de -o OUT --exclude head" in caught.value.hint
-
-
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
 def test_an_insert_is_refused(kind: str, no_capture: None) -> None:
     with pytest.raises(LoraFxError, match=kind):
@@ -149,8 +141,6 @@ def build():
     return nn.Sequential(nn.Linear(4, 6)), (torch.ones(3, 4),), {}
 """
 COMMANDS = {
-    "export, a head": ("export net.py:build whole -o m.onnx --mode batch", "whole tensor"),
-    "export, two heads": ("export net.py:build whole plain -o m.onnx --mode switch", "'head.weigh"),
     "export, missing": ("export net.py:build nope -o m.onnx --mode switch", "nope: no such file"),
     "export, merged, missing": ("export net.py:build nope -o m.onnx", "nope: no such file"),
     "verify, missing": ("verify net.py:build net.py:build --adapter nope", "nope: no such file"),
@@ -165,28 +155,25 @@ def test_a_command_is_refused(
     line, say = COMMANDS[name]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(CODE)
-    save_adapter(ADAPTERS["the whole tensor"], tmp_path / "whole")
-    save_adapter(Adapter({"fc.weight": LORA}), tmp_path / "plain")
     done = CliRunner().invoke(group, line.split())
     assert isinstance(done.exception, LoraFxError), done.exception
     assert say in done.exception.message
 
 
 def test_one_adapter_with_a_head_switches(tmp_path: Path) -> None:
-    """The head is part of the base, W + s·B·A by hand beside it; the file says so."""
+    """The head is the adapter's and not the base's, W + s·B·A by hand beside it."""
     net, path = Net(), tmp_path / "m.onnx"
     before = net.head.weight.detach().clone()
     adapter = ADAPTERS["the whole tensor"]
     report = lora_fx.export(net, path, X, adapters={"de": adapter}, mode="switch")
-    assert any(
-        "de: its whole tensors (head.weight) are folded into the base" in w for w in report.warnings
-    )
+    assert report.details["whole_tensors"] == ["head.weight"]
     x = numbers(5, 4)
     w, b = (t.detach().double().numpy() for t in (net.fc.weight, net.fc.bias))
     bias = net.head.bias.detach().double().numpy()
+    of_base = net.head.weight.detach().double().numpy()
     head = HEAD.value.astype("f8")
 
-    def by_hand(weight: np.ndarray) -> np.ndarray:
+    def by_hand(weight: np.ndarray, head: np.ndarray) -> np.ndarray:
         return np.maximum(x.astype("f8") @ weight.T + b, 0) @ head.T + bias
 
     delta = LORA.scale * LORA.b.astype("f8") @ LORA.a.astype("f8")
@@ -194,7 +181,7 @@ def test_one_adapter_with_a_head_switches(tmp_path: Path) -> None:
     session.load("de", tmp_path / "de.onnx_adapter")
     (base,) = session.run({"x": x}).values()
     (adapted,) = session.run({"x": x}, "de").values()
-    assert np.abs(by_hand(w + delta) - by_hand(w)).max() > 0.1
-    assert np.allclose(base, by_hand(w), atol=1e-5)
-    assert np.allclose(adapted, by_hand(w + delta), atol=1e-5)
+    assert np.abs(by_hand(w + delta, head) - by_hand(w, of_base)).max() > 0.1
+    assert np.allclose(base, by_hand(w, of_base), atol=1e-5)
+    assert np.allclose(adapted, by_hand(w + delta, head), atol=1e-5)
     assert torch.equal(net.head.weight, before)
