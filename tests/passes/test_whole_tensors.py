@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -461,3 +462,20 @@ def test_a_large_head_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         captured(), tmp_path / "b.onnx", adapters=adapters_of("head"), mode="batch", probe="none"
     )
     assert any("head.weight: the file has it 3 times" in w for w in report.warnings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_beside_dora(mode: str, tmp_path: Path) -> None:
+    """The factors of rows are of the base's weight, whatever head lies beside it."""
+    low = lora(0, 2)
+    dora = replace(low, variant="dora", magnitude=np.linspace(0.5, 2, 16).astype("f4"))
+    adapters = {
+        "dora": Adapter({LORA: dora, **KINDS["head"]}),
+        "whole": Adapter(dict(KINDS["adapted by another"])),
+    }
+    run = runner(mode, exported(mode, adapters, tmp_path), [*adapters])
+    branched = lora_fx.insert(captured(), adapter=adapters["dora"]).eval()
+    with torch.no_grad():
+        expected = branched(torch.tensor(ids()))["y"].numpy()
+    assert rel(run("dora", ids())["y"], expected) < TOL
+    assert rel(run("whole", ids())["y"], ByHand().run(adapters["whole"], ids())["y"]) < TOL

@@ -330,7 +330,7 @@ def test_an_older_lora_fx_refuses_the_file_by_its_format(tmp_path: Path) -> None
 
 def test_a_header_that_names_no_tensors_is_refused(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(3, 2), "b": torch.ones(2, 4)}
-    for names in ([["a"], ["b"]], ["a"], "ab", ["a", "c"], {"a": "b"}):
+    for names in ([["a"], ["b"]], ["c"], "ab", ["a", "c"], {"a": "b"}):
         save_file(tensors, tmp_path / "x.safetensors", {"lora_fx.inputs": json.dumps({"w": names})})
         with pytest.raises(LoraFxError, match="expected the names of its A and B"):
             lora_fx.load_adapter(tmp_path / "x.safetensors")
