@@ -51,7 +51,9 @@ Run = Callable[[str | None, Array], dict[str, Array]]
 
 
 def _with_base(adapters: dict[str, Adapter]) -> dict[str | None, Adapter | None]:
-    return {None: None, **adapters}
+    choices: dict[str | None, Adapter | None] = {None: None}
+    choices.update(adapters)
+    return choices
 
 
 def exported(
