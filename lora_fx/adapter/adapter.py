@@ -27,6 +27,9 @@ from lora_fx.targets.keys import base_name
 from lora_fx.targets.selectors import select_names
 from lora_fx.text import Json, JsonView, counted, html, human, some
 
+INVOCATION = "invocation"
+"""The field of metadata with an aLoRA's invocation tokens; see `lora_fx.adapter.invocation`."""
+
 
 class FileNames(Protocol):
     """The names of an adapter whose keys are not a model's parameter names (kohya, diffusers)."""
@@ -108,6 +111,11 @@ class Adapter(Mapping[str, Entry]):
     def others(self) -> dict[str, str]:
         """{key: what it is} of entries that only a merge of checkpoints can apply."""
         return {key: name_of(entry) for key, entry in self.entries.items() if not is_plain(entry)}
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens from which on an aLoRA acts; empty for an adapter that acts on all tokens."""
+        return tuple(self.metadata.get(INVOCATION, ()))
 
     @property
     def parameters(self) -> int:
@@ -289,6 +297,11 @@ def _check_mixable(parts: Sequence[tuple[Adapter, float]], how: str, rank: int |
         raise LoraFxError(f"unknown mix {how!r}", f"use one of {', '.join(HOWS)}")
     if rank is not None and how != "svd":
         raise LoraFxError(f"a {how} mix does not take a rank", "leave rank out; only svd takes it")
+    if len({adapter.invocation for adapter, _ in parts}) > 1:
+        raise LoraFxError(
+            "a mix of adapters that begin to act at different tokens is no adapter",
+            "mix adapters with the same invocation tokens, or without any",
+        )
     for adapter, _ in parts:
         if adapter.full:
             raise LoraFxError(

@@ -46,7 +46,7 @@ from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restore
 from lora_fx.formats.naming import ForeignNames, taken_names
 from lora_fx.formats.peft.build_config import build_config
-from lora_fx.formats.peft.config import MERGE, check_config, mutation
+from lora_fx.formats.peft.config import ALORA, MERGE, check_config, mutation
 from lora_fx.formats.peft.form import PeftForm, module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX, from_tensors
 from lora_fx.formats.peft.pattern import Pattern
@@ -231,6 +231,12 @@ class _Configs:
         start = mutation(config)
         if not start and config.get("use_bdlora"):
             start = "BD-LoRA"
+        if config.get(ALORA):
+            raise LoraFxError(
+                f"{where}: {ALORA} makes it an aLoRA; expected plain LoRA: a pipeline's models "
+                "read no token ids that invoke it",
+                "load it with PEFT",
+            )
         if start:
             raise LoraFxError(
                 f"{where}: the adapter was initialised with {start!r}; expected plain LoRA", MERGE

@@ -82,6 +82,8 @@ class Format(Protocol):
             its folder, where the user gave one, and None otherwise.
         fits_graphs: Whether it has `write_for`: files for one switchable graph (`--for X.onnx`).
         keeps_probe: Whether it has a place for the text `metadata["probe"]`; see docs/probe.md.
+        keeps_invocation: Whether it has a place for the tokens from which on an aLoRA acts. Others
+            refuse such an adapter.
         sole_suffix: Whether no other program has files of these endings, so that `--force` replaces
             such a file whatever it holds. Otherwise it replaces what the magic shows to be one.
     """
@@ -98,6 +100,7 @@ class Format(Protocol):
     takes_base: bool = False
     fits_graphs: bool = False
     keeps_probe: bool = False
+    keeps_invocation: bool = False
     sole_suffix: bool = False
 
     def detect(self, seen: FileHead) -> bool:

@@ -24,8 +24,9 @@ A fused `mlp.gate_up_proj` stays one tensor (ffn_up, twice the rows); one of a s
 split into its halves, since llama.cpp keeps ffn_gate_exps and ffn_up_exps apart. Experts are read
 under a name each, as checkpoints have them.
 
-What llama.cpp does not apply is refused: DoRA, whole tensors (it passes over norms), an aLoRA, and
-updates of a table that is both embedding and head, whose two uses want A and B in two orders.
+What llama.cpp does not apply is refused: DoRA, whole tensors (it passes over norms), and updates of
+a table that is both embedding and head, whose two uses want A and B in two orders. The tokens that
+invoke an aLoRA are `adapter.alora.invocation_tokens`.
 
 Facts: the GGUF specification of ggml, docs/gguf.md; llama.cpp as in llama-cpp-python 0.3.36,
 src/llama-adapter.cpp, src/llama-graph.cpp, convert_lora_to_gguf.py (which takes no notice of
@@ -46,8 +47,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import INVOCATION, Adapter
 from lora_fx.adapter.expert_families import experts_of
+from lora_fx.adapter.invocation import checked
 from lora_fx.adapter.lowrank import Factors, LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry, is_plain, name_of
@@ -77,6 +79,8 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)")
 _BLOCK = re.compile(r"0|[1-9]\d{0,4}", re.A)
 _MOST_VALUES = 50_000
 """The largest number of header values that are read; an adapter has some thousands."""
+ALORA = "adapter.alora.invocation_tokens"
+"""An array of uint32, and llama.cpp takes no other: the tokens from which on the adapter acts."""
 _UNCODED = {"F32", "F16", "BF16"}
 """The tensor types that are not quantised."""
 _NO_EXPERT = -1
@@ -157,21 +161,13 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
 
     Raises:
         LoraFxError: No adapter, a damaged file, an architecture whose names or heads are not
-            known, half a pair, an aLoRA.
+            known, half a pair, invocation tokens that are none.
     """
     file = File(str(path))
     fields, tensors = _contents(Path(path), file)
     stored_alpha = fields.get("adapter.lora.alpha")
     alpha = file.alpha("adapter.lora.alpha", np.asarray(stored_alpha) if stored_alpha else None)
     names = _names_for(fields, base, file)
-    alora = "adapter.alora.invocation_tokens"
-    if alora in fields:
-        what = (
-            "makes it an aLoRA, which acts only after those tokens and cannot be folded into a "
-            "weight"
-        )
-        raise file.error(alora, what, "use it in llama.cpp")
-
     entries: dict[str, Entry] = {}
     for name, tensor in tensors.items():
         stem, dot, half = name.rpartition(".lora_")
@@ -188,6 +184,9 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
                 raise file.error(stem, f"is a second update of {key!r}; expected one")
             entries[key] = update
     metadata: Json = {"notes": file.notes}
+    if ALORA in fields:
+        tokens = np.asarray(fields[ALORA])
+        metadata[INVOCATION] = [*checked(tokens, f"{file.name}: {ALORA}")]
     if PROPERTY in fields:
         metadata[FIELD] = fields[PROPERTY]
     return Adapter(entries, metadata)
@@ -324,7 +323,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
         tensors[f"{name}.lora_a"] = a
         tensors[f"{name}.lora_b"] = b
     masters = {name: file.master(name, array) for name, array in tensors.items()}
-    _write(path, masters, alpha, names, adapter.metadata.get(FIELD))
+    _write(path, masters, alpha, names, adapter)
 
     scaled = sum(other != alpha for other in alphas.values())
     if not scaled:
@@ -440,14 +439,17 @@ def _write(
     tensors: Mapping[str, Array],
     alpha: float,
     names: LlamaCppNames,
-    probe: str | None,
+    adapter: Adapter,
 ) -> None:
     writer = gguf_package().GGUFWriter(path, names.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
-    if probe is not None:
-        writer.add_string(PROPERTY, probe)
+    if adapter.invocation:
+        kinds = gguf_package().GGUFValueType
+        writer.add_key_value(ALORA, [*adapter.invocation], kinds.ARRAY, kinds.UINT32)
+    if FIELD in adapter.metadata:
+        writer.add_string(PROPERTY, adapter.metadata[FIELD])
     for field, key in HEADS.items():
         count = names.config.get(field)
         if isinstance(count, int):
@@ -468,6 +470,7 @@ class GgufAdapter(Format):
     magic = Magic(b"GGUF")
     one_model = True
     keeps_probe = True
+    keeps_invocation = True
     takes_base = True
 
     def is_adapter(self, head: bytes) -> bool:

@@ -35,8 +35,9 @@ GROUP = "lora_fx.formats"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _MEMBERS = (
     "name", "suffixes", "magic", "folder_files", "pickles", "only_read", "one_model",
-    "takes_empty", "keeps_variants", "takes_base", "fits_graphs", "keeps_probe", "sole_suffix",
-    "detect", "resembles", "is_adapter", "read", "write", "write_for",
+    "takes_empty", "keeps_variants", "takes_base", "fits_graphs", "keeps_probe",
+    "keeps_invocation", "sole_suffix", "detect", "resembles", "is_adapter", "read", "write",
+    "write_for",
 )  # fmt: skip
 _METHODS = ("detect", "resembles", "is_adapter", "read", "write", "write_for")
 OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".pt2", ".json")
@@ -175,6 +176,7 @@ class InstalledFormat(Format):
         self.takes_base = bool(inner.takes_base)
         self.fits_graphs = bool(inner.fits_graphs)
         self.keeps_probe = bool(inner.keeps_probe)
+        self.keeps_invocation = bool(inner.keeps_invocation)
         self.sole_suffix = bool(inner.sole_suffix)
 
     def detect(self, seen: FileHead) -> bool:

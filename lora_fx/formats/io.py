@@ -89,6 +89,7 @@ def save_adapter(
     writer = _writer(format)
     check_real(adapter.lowrank)
     _check_variants(adapter, writer)
+    _check_invocation(adapter, writer)
     if not adapter.entries and not writer.takes_empty:
         raise LoraFxError("the adapter has no update", "check that it was saved after training")
     target = Path(path)
@@ -146,6 +147,18 @@ def _check_variants(adapter: Adapter, writer: AdapterFormat) -> None:
         if not is_lora_or_dora(update):
             why = f"variant {update.variant} does not add s·B A to the weight"
             raise refused(f"a file of format {writer.name}", key, why)
+
+
+def _check_invocation(adapter: Adapter, writer: AdapterFormat) -> None:
+    """Raise for an aLoRA, if the format has no place for the tokens that invoke it."""
+    if not adapter.invocation or writer.keeps_invocation:
+        return
+    keeping = [name for name in FORMATS.writers() if FORMATS[name].keeps_invocation]
+    raise LoraFxError(
+        f"format {writer.name} has no place for invocation tokens: whoever reads the file would "
+        "apply the aLoRA to every token",
+        f"write format {' or '.join(keeping)}",
+    )
 
 
 def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lora_fx.adapter.invocation import checked
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.text import JsonView, is_whole
@@ -19,7 +20,6 @@ _CONVERT = (
     "which turns it into a plain LoRA for the original weights"
 )
 REFUSED: dict[str, tuple[str, str]] = {
-    "alora_invocation_tokens": ("aLoRA acts only after certain tokens", "load it with PEFT"),
     "arrow_config": ("Arrow routes between adapters token by token", "load it with PEFT"),
     "layer_replication": ("layers of the base model are repeated", MERGE),
     "megatron_config": ("the layers are Megatron's parallel ones", MERGE),
@@ -47,6 +47,10 @@ _LISTS = ("target_parameters", "modules_to_save")
 _FLAGS = (
     "use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying",
 )  # fmt: skip
+_NOT_WITH_ALORA = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "target_parameters",
+    "trainable_token_indices",
+)  # fmt: skip
 GROUP = 16
 """PEFT's default of qalora_group_size."""
 FIELDS = (
@@ -67,8 +71,11 @@ SHARED = frozenset((
     "rank_pattern",
 ))  # fmt: skip
 """Fields that LORA, LOHA and LOKR configs have in common."""
+ALORA = "alora_invocation_tokens"
+"""The tokens from which on the adapter acts; for LoRA on linear layers without another variant."""
 KNOWN = SHARED | frozenset((
-    *REFUSED, *TRAINS, *_LISTS, *_FLAGS, "bias", "corda_config", "eva_config", "init_lora_weights",
+    ALORA, *REFUSED, *TRAINS, *_LISTS, *_FLAGS, "bias", "corda_config", "eva_config",
+    "init_lora_weights",
     "kasa_config", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
     "qalora_group_size", "runtime_config", "trainable_token_indices", "use_bdlora",
 ))  # fmt: skip
@@ -94,6 +101,8 @@ def check_config(config: JsonView, where: str) -> list[str]:
     _check_init(config, where)
     if config.get("use_qalora"):
         _check_groups(config, where)
+    if config.get(ALORA):
+        _check_invocation(config, where)
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise wrong_field(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
@@ -114,7 +123,7 @@ def _check_supported(config: JsonView, where: str) -> None:
     """Raise for a field that is on and changes the maths."""
     for name, (why, hint) in REFUSED.items():
         value = config.get(name)
-        # Not plain truth: alora_invocation_tokens and token indices may be a list with only a 0.
+        # Not plain truth: a list may have only a 0.
         if value not in (None, False, [], {}, ""):
             raise LoraFxError(f"{where}: {name} is {value!r}; expected no {name}: {why}", hint)
 
@@ -149,6 +158,19 @@ def _check_groups(config: JsonView, where: str) -> None:
     other = mutation(config) or next(iter(flags), "")
     if other:
         raise wrong_field(f"{where}: use_qalora and {other}; expected one of them, as PEFT does")
+
+
+def _check_invocation(config: JsonView, where: str) -> None:
+    """Raise for wrong tokens, and for what acts on every token beside them.
+
+    PEFT has no layer for another variant with invocation tokens (`resolve_lora_variant`). A
+    changed base and biases of B act before the invocation, too.
+    """
+    checked(config[ALORA], f"{where}: {ALORA}")
+    flags = [name for name in _NOT_WITH_ALORA if config.get(name)]
+    other = next(iter(flags), "") or mutation(config)
+    if other:
+        raise wrong_field(f"{where}: {ALORA} and {other}; expected one of them, as PEFT does")
 
 
 WIDEST = 1 << 24

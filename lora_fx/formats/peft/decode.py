@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import INVOCATION, Adapter
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
 from lora_fx.errors import LoraFxError, check_format
-from lora_fx.formats.peft.config import ORIGIN, VERSION, check_config
+from lora_fx.formats.peft.config import ALORA, ORIGIN, VERSION, check_config
 from lora_fx.formats.peft.layer_reader import LayerReader
 from lora_fx.formats.peft.modules_to_save import heads_of, listed_whole, saved_whole
 from lora_fx.formats.peft.names import groups
@@ -101,5 +101,8 @@ def _metadata(
     # PEFT wants lora_dropout 0 beside target_parameters
     written_dropout = metadata.get("dropout") if config.get("target_parameters") else 0.0
     metadata["dropout"] = float(config.get("lora_dropout") or written_dropout or 0.0)
+    metadata.pop(INVOCATION, None)
+    if config.get(ALORA):
+        metadata[INVOCATION] = list(config[ALORA])
     metadata["notes"] = source.notes
     return metadata

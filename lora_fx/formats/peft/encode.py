@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import INVOCATION, Adapter
 from lora_fx.adapter.entry_json import to_json
 from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import Full, LowRank
@@ -18,7 +18,7 @@ from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.tensor_files import finite, is_float
 from lora_fx.formats.peft import hada_tensors, vera_vectors
 from lora_fx.formats.peft.build_config import build_config
-from lora_fx.formats.peft.config import KASA, VERSION
+from lora_fx.formats.peft.config import ALORA, KASA, VERSION
 from lora_fx.formats.peft.form import PeftForm, forms_of, to_tensors
 from lora_fx.formats.peft.modules_to_save import partly_held, split_full
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER
@@ -26,7 +26,7 @@ from lora_fx.formats.peft.one_variant import all_or_none, one_own_variant, one_v
 from lora_fx.probe.carried import FIELD
 from lora_fx.text import Json
 
-_DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft", FIELD)
+_DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft", FIELD, INVOCATION)
 """Metadata fields that reading derives from the config, the tensors, and other files."""
 Encoded = tuple[dict[str, Array], Json, Json, tuple[str, ...]]
 
@@ -155,8 +155,20 @@ class _Writer:
             self.fields["use_qalora"] = True
             self.fields["qalora_group_size"] = self.group_size
         self._set_start()
+        if self.adapter.invocation:
+            self._set_invocation()
         if any(updates[key].origin.tied for key, form in self.peft_forms.items() if form.plain):
             self.fields["ensure_weight_tying"] = True
+
+    def _set_invocation(self) -> None:
+        """Set the invocation tokens; note what PEFT will not load beside them."""
+        self.fields[ALORA] = list(self.adapter.invocation)
+        self.fields["task_type"] = "CAUSAL_LM"
+        others = [key for key, form in self.peft_forms.items() if form.kind != "linear"]
+        if others or self.group_size or self.fields["use_dora"]:
+            self.notes.append(
+                "PEFT will not load this adapter: its aLoRA is for linear layers, as plain LoRA"
+            )
 
     def _are_all_stored_in_out(self) -> bool:
         """Whether the weights of all linear layers are stored [in, out]; False without any."""

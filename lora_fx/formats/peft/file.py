@@ -177,6 +177,7 @@ class Peft(Format):
     takes_empty = True
     keeps_variants = True
     keeps_probe = True
+    keeps_invocation = True
 
     def detect(self, seen: FileHead) -> bool:
         """Whether the file has PEFT's prefix, or lora-fx's JSON."""
