@@ -54,6 +54,12 @@ class TargetOptions:
     dropout: float = option(
         "--dropout", type=float, default=0.0, help="Set the dropout on the inputs of the branches."
     )
+    invocation: str | None = option(
+        "--invocation",
+        metavar="TEXT|IDS",
+        help="Train an aLoRA, which acts from the last place on where these tokens stand: a text, "
+        "or token ids as 529,13,882.",
+    )
     quantise: tuple[str, ...] = quantise_option()
     seed: int = seed_option("Seed the first values of A and B.")
     dead: str = option(
@@ -64,12 +70,18 @@ class TargetOptions:
         "them, allow tests none; auto refuses those you named and leaves out others.",
     )
 
-    def insert(self, data: Iterable[Named] | None = None, loss: str | Loss = "ce") -> InsertOptions:
+    def insert(
+        self,
+        data: Iterable[Named] | None = None,
+        loss: str | Loss = "ce",
+        invocation: tuple[int, ...] | None = None,
+    ) -> InsertOptions:
         """The options of an insert.
 
         Args:
             data: The batches for an `init` that reads data.
             loss: The loss for an `init` that reads gradients.
+            invocation: The token ids that `--invocation` stands for.
         """
         from lora_fx.passes.verbs.options import InsertOptions
 
@@ -87,6 +99,7 @@ class TargetOptions:
             dead=self.dead,
             data=data,
             loss=loss,
+            invocation=invocation,
         )
 
 

@@ -17,6 +17,7 @@ from lora_fx.cli.data_arguments import (
     training_data,
 )
 from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.invocation import invocation_of
 from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
@@ -106,10 +107,11 @@ def command(
 
     cap = captured(model, capture)
     data = _start_batches(cap, targets.init, start)
+    tokens = invocation_of(targets.invocation, cap)
     if targets.init == "lora-ga":
-        options = targets.insert(data, loss_of(start.loss))
+        options = targets.insert(data, loss_of(start.loss), tokens)
     else:
-        options = targets.insert(data)
+        options = targets.insert(data, invocation=tokens)
     module = insert_into(cap, options, targets.quantise)
     report = module.report()
     if output.endswith(".pt2"):
@@ -162,7 +164,7 @@ def _onnx(
         )
     arrays = load_npz(capture.inputs_file) or None
     of_capture = [name for name in names_of(ModelOptions) if name != "inputs_file"]
-    of_torch = ("also_train", "dropout", "quantise", *names_of(StartOptions))
+    of_torch = ("also_train", "dropout", "invocation", "quantise", *names_of(StartOptions))
     refuse_given(model, (*of_torch, *of_capture))
     options = OnnxInsertOptions(
         plan=targets.plan,

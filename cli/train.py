@@ -10,6 +10,7 @@ from lora_fx.cli.branch_options import PLANNED, TargetOptions
 from lora_fx.cli.data_arguments import BATCH, batches_of, loss_of, tables_of
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.interrupted_state import stateful
+from lora_fx.cli.invocation import check_examples, invocation_of
 from lora_fx.cli.model_argument import (
     captured,
     is_causal_folder,
@@ -105,9 +106,13 @@ def command(
             size = math.ceil(settings.batch_size / (settings.accumulate * world.size))
             batches = batches_of(training, rows=min(BATCH, size))
             read_loss = loss if targets.init == "lora-ga" else "ce"
-            module = insert_into(cap, targets.insert(batches, read_loss), targets.quantise)
+            tokens = invocation_of(targets.invocation, cap)
+            options = targets.insert(batches, read_loss, tokens)
+            module = insert_into(cap, options, targets.quantise)
         else:
-            module = insert_into(cap, targets.insert(), targets.quantise)
+            options = targets.insert(invocation=invocation_of(targets.invocation, cap))
+            module = insert_into(cap, options, targets.quantise)
+        check_examples(training, module)
         check_real(module.updates)  # before the training, and not at the file after it
         check_move(module, check_device(device))
         module = module.to(device)

@@ -37,7 +37,7 @@ from lora_fx.adapter.variant_protocol import Read
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import V
-from lora_fx.ir.graph import Emitter, Factors, Graph, Role, Site
+from lora_fx.ir.graph import Emitter, Factors, Graph, Role, Site, TokenMask
 from lora_fx.ir.kinds import swap_last
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
@@ -63,6 +63,7 @@ class Insert:
             that do not reach every target.
         role: What the new tensors are for.
         weight_form: Take the weight form everywhere, as a reference for the output forms.
+        mask: The tokens on which the updates act; None for all.
         branched: Ids of the only sites that may have the output form; None where all may.
     """
 
@@ -72,6 +73,7 @@ class Insert:
     role: Role = Role.TRAIN
     missing: str = "error"
     weight_form: bool = False
+    mask: TokenMask | None = None
     branched: frozenset[str] | None = None
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
@@ -90,6 +92,8 @@ class Insert:
             # in (W + ΔW)(U + ΔU), which branches beside it do not.
             is_product_of_updates = operand_counts[_op(site)] > 1
             if is_product_of_updates or not self._output_form(graph, site, pairs):
+                if self.mask is not None:
+                    raise _unmasked(site)
                 self._weight_form(graph, site, pairs)
         return PassResult(graph, bool(bare))
 
@@ -111,12 +115,16 @@ class Insert:
         if any(has_gains(update) for _, update in pairs):
             return self._form_with_gains(graph, site, pairs, directions)
         if any(variant_of(update).reads_weight for _, update in pairs):
+            if self.mask is not None:
+                return False
             return self._stretched_form(graph, site, pairs, directions)
 
         e = graph.emit(site)
         total = graph.output(site)
         for pair, direction in zip(pairs, directions, strict=True):
             total = e.op("add", total, self._branch(graph, e, site, pair, direction))
+        if self.mask is not None:
+            total = e.op("where", self.mask.of(graph, site), total, graph.output(site))
         graph.replace_output(site, total)
         return True
 
@@ -260,6 +268,15 @@ class Insert:
         for target, update in pairs:
             w = changed(e, target, update, stored, w, self.role)
         graph.rebase(site, w)
+
+
+def _unmasked(site: Site) -> LoraFxError:
+    """Return the error for a use whose updates cannot be masked by token."""
+    return LoraFxError(
+        f"{site.parameter!r} ({site.op}, node {site.id}): an aLoRA acts on some tokens only, and "
+        "an update of this use changes the weight itself, for all of them",
+        f"pass --exclude {base_name(site.parameter).removesuffix('.weight')}",
+    )
 
 
 def _op(site: Site) -> str:

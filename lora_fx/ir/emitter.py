@@ -28,6 +28,7 @@ class Ops(Protocol[V_co]):
     einsum     x, y                                    equation
     conv       x, w [g·out, in, *kernel]               stride padding dilation groups
     conv_tr…   x, w [g·in, out, *kernel]               the same and output_padding
+    where      mask, x, y: x where it is true
     gather     x, ids                                  picks along axis 0
     dropout    x, in training                          p
     cast       x                                       dtype

@@ -158,6 +158,17 @@ class Analysed:
         self._named = named
 
 
+class TokenMask(Protocol):
+    """Which tokens an adapter acts on, in one IR: those of an aLoRA."""
+
+    def of(self, graph: object, site: Site) -> object:
+        """Return the mask in a shape that broadcasts with the result of a site of a graph.
+
+        Raises:
+            LoraFxError: The rows of the result are not known to be the tokens.
+        """
+
+
 class Graph(Protocol[V]):
     """A graph in one IR, as passes see it."""
 

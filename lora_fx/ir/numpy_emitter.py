@@ -38,6 +38,7 @@ PRIMS: Mapping[str, Callable[..., object]] = {
     "slice": _slice,
     "pad": lambda x, before, after: np.pad(x, list(zip(before, after, strict=True))),
     "einsum": lambda x, y, equation: np.einsum(equation, x, y),
+    "where": np.where,
     "gather": lambda x, ids: x[ids],
     "dropout": lambda x, p: x,
     "cast": lambda x, dtype: x.astype(numpy_dtype(dtype)),

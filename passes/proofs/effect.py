@@ -33,6 +33,7 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.gradients import Trained, probe, prove_gradients, without_gradient
+from lora_fx.passes.proofs.mask import prove_mask
 from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
 from lora_fx.passes.proofs.proof_inputs import arrays_of
 from lora_fx.progress import stage
@@ -54,6 +55,22 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
     if any(parameter.device.type == "meta" for parameter in module.parameters()):
         insertion_of(module).effect = Effect({}, (), ("not proven: the model has no weights",))
         return ()
+    if module.invocation:
+        with insertion_of(module).inserting(branches_alone)():
+            idle = _prove_branches(module, dead)
+        if not idle:
+            prove_mask(module, branches_alone)
+        return idle
+    return _prove_branches(module, dead)
+
+
+def branches_alone(updates: Updates, training: bool) -> Rewriter:
+    """Return the pass that inserts branches without a mask of tokens."""
+    return Insert(updates, training=training, missing="skip")
+
+
+def _prove_branches(module: AdaptedModule, dead: str) -> Sequence[str]:
+    """Prove that the branches train, and that they are W + s·b·a; see prove_effect."""
     trained = Trained.of(module)
     named = trained.runs_at()
     effect = prove_gradients(trained, named)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -62,7 +62,7 @@ class VariedRuns:
         if isinstance(module, AdaptedModule) and self._differs_in_b(adapter):
             self._write_b(module, adapter)
         elif isinstance(module, AdaptedModule) and not adapter.full:
-            module.load_adapter(Adapter(adapter.entries))
+            module.load_adapter(replace(adapter, names=None))
         else:
             module = self.module = self.branched(adapter).eval()
         self._loaded = adapter

@@ -13,6 +13,7 @@ import torch
 
 from lora_fx.adapter.adapter import bind
 from lora_fx.adapter.exact_lora import as_exact_lora
+from lora_fx.adapter.invocation import refuse_invocation
 from lora_fx.adapter.starts import Init
 from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import LoraFxError
@@ -103,6 +104,7 @@ def insert(
     loss: str | Loss | None = None,
     fast: bool = True,
     quantise: Wanted | None = None,
+    invocation: Sequence[int] | None = None,
     progress: Listener | None = None,
 ) -> AdaptedModule:
     """Insert low-rank branches and return a trainable module; the user's module is not changed.
@@ -138,6 +140,8 @@ def insert(
         quantise: nf4, int4 or int8: the base's weights become codes, those of the default plan but
             for what is trained whole; KIND=SELECTORS names others; see docs/quantised.md. A weight
             that is quantised already keeps its bytes.
+        invocation: Token ids, for an aLoRA: it acts on a row from the last place on where these
+            tokens stand, and not at all in a row without them; see docs/adapters.md.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Returns:
@@ -153,7 +157,7 @@ def insert(
         "also_train": also_train, "variant": variant, "dropout": dropout, "plan": plan,
         "adapter": None if adapter is None else as_adapter(adapter), "seed": seed,
         "norm_stats": norm_stats, "dead": dead, "init": init, "data": data, "loss": loss,
-        "fast": fast,
+        "fast": fast, "invocation": invocation,
     }  # fmt: skip
     options = InsertOptions.of(keywords)
     model = unwrapped(model)
@@ -239,6 +243,7 @@ def fold(
             "there is no adapter to fold", "pass adapter=…, or a module that insert returned"
         )
 
+    refuse_invocation(opened_adapter.invocation, "the adapter", "a folded weight")
     bound = bind(with_base(opened_adapter, cap.model), find(cap))
     fold_pass = Fold(bound.lowrank)
     tree = model if isinstance(model, CapturedModule) else cap.model

@@ -107,6 +107,11 @@ def attach(
         "norm_stats": norm_stats, "dead": dead, "init": init, "data": data, "loss": loss,
     }  # fmt: skip
     options = InsertOptions.of(keywords)
+    if options.tokens:
+        raise LoraFxError(
+            "a live model's layers do not see the token ids, of which an aLoRA's mask is made",
+            "use lora_fx.insert(model, …), whose graph has them",
+        )
     if is_attached(model):
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.adapter import INVOCATION, Adapter, bind
 from lora_fx.adapter.bind import reading
 from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.adapter.learning import relearning
@@ -32,6 +32,7 @@ from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import to_numpy
+from lora_fx.fx.token_mask import InvocationMask
 from lora_fx.fx.train.language_data import is_causal
 from lora_fx.passes.chunk import Chunk
 from lora_fx.passes.clean import Clean
@@ -118,6 +119,8 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         *_notes_on_folding(cap, found, updates),
     )
     metadata = reading(found, updates, {"dropout": options.dropout, **_origin_of(model)})
+    if options.tokens:
+        metadata = {**metadata, INVOCATION: [*options.tokens]}
     return Start(Adapter(updates, metadata), plan.also_train, notes)
 
 
@@ -215,9 +218,12 @@ def adapted_module(
     cap: Captured, found: Found, start: Start, options: InsertOptions
 ) -> AdaptedModule:
     """Build the module with the updates of a start; nothing is proven yet."""
+    mask = InvocationMask(options.tokens) if options.tokens else None
 
     def inserter(updates: Updates, training: bool) -> Callable[[FxGraph], object]:
-        return Insert(updates, dropout=options.dropout, training=training, missing="skip")
+        return Insert(
+            updates, dropout=options.dropout, training=training, missing="skip", mask=mask
+        )
 
     return AdaptedModule(
         cap,

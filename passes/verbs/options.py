@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.starts import OF_DATA, check_init
+from lora_fx.adapter.invocation import checked
+from lora_fx.adapter.starts import OF_DATA, OF_WEIGHT, check_init
 from lora_fx.adapter.variant import asked, named_variant, variant_of
 from lora_fx.errors import (
     LoraFxError,
@@ -284,10 +285,13 @@ class InsertOptions(BranchOptions):
     data: Iterable[Named] | None = None
     loss: str | Loss = "ce"
     fast: bool = True
+    invocation: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Raise for an option that is unknown, out of range, or excluded by another option."""
         super().__post_init__()
+        if self.invocation is not None:
+            self._check_invocation(checked(self.invocation, "invocation"))
         if self.init in OF_DATA and self.data is None:
             raise LoraFxError(
                 f"init {self.init!r} starts from data, but no data was given",
@@ -300,6 +304,33 @@ class InsertOptions(BranchOptions):
             raise LoraFxError(f"unknown norm_stats {self.norm_stats!r}", "use frozen or update")
         if self.adapter is not None:
             self._check_adapter(self.adapter)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens from which on the updates act; empty for all tokens."""
+        if self.adapter is not None:
+            return self.adapter.invocation
+        return tuple(self.invocation or ())
+
+    def _check_invocation(self, tokens: tuple[int, ...]) -> None:
+        """Raise for what cannot be masked by token, and for an adapter that acts otherwise."""
+        variant = named_variant(self.variant)
+        if variant.reads_weight or variant.constant_over or variant.peft_type != "LORA":
+            raise LoraFxError(
+                f"invocation with variant {self.variant!r}: an aLoRA is plain LoRA, masked by "
+                "token",
+                "use variant lora, rslora, lora-fa or lora+",
+            )
+        if self.init in OF_WEIGHT:
+            raise LoraFxError(
+                f"invocation with init {self.init!r}, which subtracts a part of W for every token",
+                "use init kaiming, gaussian or orthogonal",
+            )
+        if self.adapter is not None and self.adapter.invocation != tokens:
+            raise LoraFxError(
+                f"invocation is {[*tokens]}, and the adapter has {[*self.adapter.invocation]}",
+                "leave invocation out: an adapter brings its own",
+            )
 
     def _check_adapter(self, adapter: Adapter) -> None:
         """Raise for updates that a graph cannot hold, and for targets other than the adapter's."""

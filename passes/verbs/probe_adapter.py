@@ -58,6 +58,9 @@ def probe_adapter(
     Returns:
         The probe, and what has to be said; None, with the reason, where there can be none.
     """
+    if adapter.invocation:
+        why = "the adapter acts from its invocation tokens on, and a probe's input has none"
+        return None, [f"no probe: {why}"]
     with ExitStack() as stack:
         module: AdaptedModule | None = None
         captured = model

@@ -52,7 +52,7 @@ def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
     places = graph.find_nodes(op="placeholder")
     rows: dict[str, list[int]] = {}
     for name, place in zip(door.names, places, strict=True):
-        rows[name] = _rows_reached(place)
+        rows[name] = rows_reached(place)
     free_dims = door.free({spec.name: spec.dims for spec in inputs.specs})
 
     limited: list[Input] = []
@@ -63,7 +63,7 @@ def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
     return tuple(limited)
 
 
-def _rows_reached(place: fx.Node) -> list[int]:
+def rows_reached(place: fx.Node) -> list[int]:
     """Return the rows of each lookup table whose ids come from an input through id-like ops."""
     if not _is_whole(place):
         return []

@@ -495,6 +495,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "slice": lambda x, axis, start, stop: (aten.slice.Tensor, (x, axis, start, stop)),
     "pad": lambda x, **sides: (aten.constant_pad_nd.default, (x, tensors.padding(**sides), 0.0)),
     "einsum": lambda x, y, equation: (aten.einsum.default, (equation, [x, y])),
+    "where": lambda mask, x, y: (aten.where.self, (mask, x, y)),
     "gather": lambda x, ids: (aten.index.Tensor, (x, [ids])),
     "dropout": lambda x, p: (aten.dropout.default, (x, p, True)),
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),

@@ -31,6 +31,7 @@ from lora_fx.fx.module.tree_adapter import (
     write_full_tensors,
 )
 from lora_fx.fx.shards import refuse_shards, reshard
+from lora_fx.fx.token_mask import name_of_ids
 from lora_fx.probe.carried import without_probe
 from lora_fx.targets.found import Found
 from lora_fx.text import by_key
@@ -68,12 +69,15 @@ class AdaptedModule(CapturedModule):
         self._also = tuple(also_train)
         self._notes = tuple(notes)
         self._metadata = without_probe(adapter.metadata)
+        self._invocation = adapter.invocation
         self._stored: dict[str, Adapter] = {}
         self._active: dict[str, float] = {DEFAULT: 1.0}
         self._sampled = Base()
         self._effect: Effect | None = None
         decide_doubts(self)
-        self._graph(False, captured.named)  # registers the adapter's tensors
+        graph = self._graph(False, captured.named)  # registers the adapter's tensors
+        if self._invocation:
+            self._invoked = (name_of_ids(graph, captured.named), self._invocation)
         self._sampled.now(self._updates, self)  # while tensors are whole
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
@@ -106,6 +110,11 @@ class AdaptedModule(CapturedModule):
     def notes(self) -> tuple[str, ...]:
         """The notes of insert."""
         return self._notes
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens from which on the branches act; empty where they act on all tokens."""
+        return self._invocation
 
     @property
     def updates(self) -> Updates:
@@ -145,6 +154,12 @@ class AdaptedModule(CapturedModule):
                 among `also_train`.
         """
         adapter = as_adapter(adapter)
+        if adapter.invocation != self.invocation:
+            raise LoraFxError(
+                f"the adapter's invocation tokens are {[*adapter.invocation]}, and the branches "
+                f"have {[*self.invocation]}",
+                "insert with the adapter: lora_fx.insert(model, …, adapter=…)",
+            )
         bound = bound_for_loading(adapter, self._found, self, self._also, "insert")
         if name is not None and self._active != {name: 1.0}:
             self._stored[name] = bound

@@ -6,16 +6,19 @@ These are no members of the module: there they would be attributes of the user's
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from lora_fx.adapter.invocation import planted
 from lora_fx.conditions import Size
 from lora_fx.dtypes import Array
 from lora_fx.fx import tensors
 from lora_fx.fx.capture.call import copied
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.example import sample_call
+from lora_fx.fx.capture.onnx_names import onnx_name
 from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.trees import tree_leaves, tree_map_only
@@ -55,12 +58,31 @@ class Execution:
         return frozenset(sizes)
 
     def sample(self, size: Extents = SIZES[0], arrays: Any = None, seed: int = 0) -> dict[str, Any]:
-        """Draw named arguments of one size, by the captured signature."""
+        """Draw named arguments of one size, by the captured signature.
+
+        Rows of an aLoRA's tokens are longer by its invocation, which stands in most of them.
+        """
         captured = self.captured
         inputs = captured.bounded_inputs()
         device = tensors.device_of(self._module)
+        ids, invocation = self._module._invoked
+        if invocation and isinstance(size, tuple):
+            size = (size[0], size[1] + len(invocation))
         drawn = sample_call(inputs, captured.named, size, seed, arrays, device)
+        if invocation and ids not in (arrays or {}):
+            tokens = planted(inputs.sample(size, seed)[ids], invocation, seed)
+            drawn = sample_call(
+                inputs, captured.named, size, seed, {**(arrays or {}), ids: tokens}, device
+            )
         return self.in_own_dtype(drawn)
+
+    def invoked(self, feeds: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
+        """Return inputs by ONNX name with the adapter's invocation in most of the rows."""
+        ids, invocation = self._module._invoked
+        name = onnx_name(ids)
+        if not invocation or name not in feeds:
+            return dict(feeds)
+        return {**feeds, name: planted(feeds[name], invocation, seed)}
 
     def in_own_dtype(self, named: Named | None = None) -> dict[str, Any]:
         """Return arguments (the example by default) in the dtype that the module now has."""

@@ -37,6 +37,11 @@ class Insertion:
         return self._module._also
 
     @property
+    def invoked(self) -> tuple[str, tuple[int, ...]]:
+        """The argument with token ids and the tokens that invoke an aLoRA; empty for others."""
+        return self._module._invoked
+
+    @property
     def effect(self) -> Effect | None:
         """The result of the proof of effect; None before the proof."""
         return self._module._effect

@@ -153,6 +153,8 @@ class CapturedModule(Recomputing, Scope):
     """A captured model as a module with the original names, signature and output type."""
 
     _fast: Speedups | None = None
+    _invoked: tuple[str, tuple[int, ...]] = ("", ())
+    """The argument with token ids, and the tokens in it that invoke the adapter, if some do."""
     _loss_alone = False
     """Whether programs give the model's loss and None for its other outputs."""
 

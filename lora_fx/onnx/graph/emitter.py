@@ -129,6 +129,10 @@ class OnnxEmitter:
             return self.call(PLAIN[prim], *xs, **attrs)
         if prim in ("add", "mul"):
             return self._add_or_mul(prim, *xs)
+        if prim == "where":
+            picked = self.call("Where", *xs)
+            picked.type = xs[1].type  # the first operand is a mask
+            return picked
         if prim == "norm":
             return self._norm(xs[0])
         if prim in ("detach", "dropout"):  # a file has no gradients and is no training graph
