@@ -17,7 +17,7 @@ from lora_fx.cli.data_arguments import (
     training_data,
 )
 from lora_fx.cli.file_command import ReportCommand
-from lora_fx.cli.invocation import invocation_of
+from lora_fx.cli.invocation_option import invocation_of
 from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (

@@ -10,7 +10,7 @@ from lora_fx.cli.branch_options import PLANNED, TargetOptions
 from lora_fx.cli.data_arguments import BATCH, batches_of, loss_of, tables_of
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.interrupted_state import stateful
-from lora_fx.cli.invocation import check_examples, invocation_of
+from lora_fx.cli.invocation_option import check_examples, invocation_of
 from lora_fx.cli.model_argument import (
     captured,
     is_causal_folder,

@@ -41,6 +41,8 @@ from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.made_for import CPU
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.whole_rows import Replacements, choose_by_row
+from lora_fx.onnx.row_starts import Starts
+from lora_fx.onnx.starts_mask import StartsMask
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.keys import applies, base_name, split_key, split_use
 from lora_fx.targets.regions import overlap, relative, widen, widen_rows
@@ -85,7 +87,10 @@ class Batch:
         scales: Add the input `adapter_scales`, a weight for each row.
         made_for: The target that the file is made for, which decides the form of layers.
         whole: The tensors that adapters replace; the graph has them as they lie in the model.
+        starts: The input of token ids and the invocation tokens of the adapters, if one is an
+            aLoRA: each row's branch acts from its `adapter_starts` on.
         targets: Receives what the manifest says of each target.
+        made: Receives the starts, with the input that tells the size of the past.
     """
 
     adapters: Mapping[str, Updates]
@@ -93,7 +98,9 @@ class Batch:
     scales: bool = False
     made_for: str = CPU
     whole: Sequence[Replacements] = ()
+    starts: Starts | None = None
     targets: dict[str, Json] = field(default_factory=dict, compare=False)
+    made: list[Starts] = field(default_factory=list, compare=False)
     _stems: dict[str, object] = field(default_factory=dict, init=False, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -119,6 +126,7 @@ class Batch:
         inputs = add_inputs(
             graph, symbol, len(self.adapters) + 1, scales=self.scales, target=self.made_for
         )
+        mask = StartsMask(graph, self.starts) if self.starts else None
         branches: list[_Branch] = []
         # A of the uses that read one value
         factors_of_value: dict[object, list[ir.Value]] = {}
@@ -140,13 +148,15 @@ class Batch:
             if branch.d is not None:
                 product = _product(graph, branch.site, branch.form, e)
                 total = e.op("add", total, e.scaled_rows(branch.form, product, branch.d, y))
+            if mask is not None:
+                total = e.op("where", mask.of(graph, branch.site), total, y)
             graph.replace_output(branch.site, total)
             states[total] = states.get(y, row_axis.SAME)
         if self.whole:
             self._choose_whole(graph, inputs, states)
         FlatRows(graph).flatten_layers()
         row_guards.guard_outputs(graph, inputs.outside)
-        self._write_manifest(graph.model)
+        self._write_manifest(graph.model, mask)
         return PassResult(graph, bool(sites or self.whole))
 
     def _choose_whole(
@@ -168,8 +178,8 @@ class Batch:
             )
         choose_by_row(graph, self.whole, inputs, states)
 
-    def _write_manifest(self, model: ir.Model) -> None:
-        manifest = {
+    def _write_manifest(self, model: ir.Model, mask: StartsMask | None) -> None:
+        manifest: Json = {
             **stamp(),
             "mode": "batch",
             "adapters": list(self.adapters),
@@ -179,6 +189,9 @@ class Batch:
             manifest["whole"] = [tensor.name for tensor in self.whole]
         if self.made_for != CPU:
             manifest["factors"] = OWN_FACTORS
+        if mask is not None:
+            manifest["starts"] = mask.starts.to_json()
+            self.made.append(mask.starts)
         model.metadata_props[PROPERTY] = json.dumps(manifest)
 
     def _check_reached(self, keys_of_sites: Iterable[list[list[str]]]) -> None:

@@ -123,10 +123,14 @@ class Insert:
         total = graph.output(site)
         for pair, direction in zip(pairs, directions, strict=True):
             total = e.op("add", total, self._branch(graph, e, site, pair, direction))
+        self._put(graph, e, site, total)
+        return True
+
+    def _put(self, graph: Graph[V], e: Emitter[V], site: Site, total: V) -> None:
+        """Replace the result of a site, where the mask is true if there is one."""
         if self.mask is not None:
             total = e.op("where", self.mask.of(graph, site), total, graph.output(site))
         graph.replace_output(site, total)
-        return True
 
     def _branch(
         self,
@@ -257,7 +261,7 @@ class Insert:
                     gains = e.op("reshape", gains, shape=shape)
                 total = e.op("add", total, e.op("mul", product, gains))
             total = e.op("add", total, self._branch(graph, e, site, pair, "straight"))
-        graph.replace_output(site, total)
+        self._put(graph, e, site, total)
         return True
 
     def _weight_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> None:

@@ -14,6 +14,9 @@ A target that DoRA adapts has an input D [*batch, out] too, zeros by default, an
 
     y' = y + D·(y − bias) + (x A) B        W + D·W + (A B)ᵀ in the weight form
 
+With `starts`, of a file with aLoRA adapters, y' = y + (x A) B from the input `adapter_starts` on,
+and y itself before it, to the bit: see lora_fx.onnx.starts_mask.
+
 In mode load A and B stay initialisers of a fixed rank, and every use takes the weight form.
 
 A tensor that an adapter holds whole, a new head for example, is such an input too, with the base's
@@ -34,11 +37,13 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.emitter import V
-from lora_fx.ir.graph import Graph, Role, Site
+from lora_fx.ir.graph import Graph, Role, Site, TokenMask
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import PROPERTY, Manifest, WholeSlot
+from lora_fx.onnx.row_starts import Starts
+from lora_fx.onnx.starts_mask import StartsMask
 from lora_fx.onnx.switch import put_factors, without_defaults
 from lora_fx.onnx.whole_slots import make_inputs, whole_slots
 from lora_fx.passes.base import PassResult
@@ -68,6 +73,8 @@ class Switch:
             tensor as its head is.
         least_rank: The least rank of the defaults. A product over rank 0 ends the process on some
             runtimes; one rank of zeros changes nothing either, and costs one more column.
+        starts: The input of token ids and the invocation tokens of the adapters, if one is an
+            aLoRA: the branches are masked by token.
         required: A and B are inputs without defaults, which every run has to give.
         gains: Key → hash of the weight, of targets that also get D, the factors of rows of DoRA.
         whole: The tensors that adapters replace, by key.
@@ -82,6 +89,7 @@ class Switch:
     required: bool = False
     gains: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, WholeSlot] = field(default_factory=dict)
+    starts: Starts | None = None
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -96,7 +104,13 @@ class Switch:
         whole = whole_slots(graph, self.whole)
         targets = self._targets(graph)
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
-        insert_switchable(graph, targets, role, free_rank=not self.rank, gains=self.gains)
+        mask = None
+        if self.starts is not None:
+            self._refuse_stored()
+            mask = StartsMask(graph, self.starts)
+        insert_switchable(
+            graph, targets, role, free_rank=not self.rank, gains=self.gains, mask=mask
+        )
         for target in self.stored:
             self._store(graph, target, role)
 
@@ -106,7 +120,7 @@ class Switch:
             rank_symbol = "" if self.rank else f"rank_{i}"
             rank = self._default_rank(target)
             slots[key] = put_factors(graph, target, rank, rank_symbol, self.gains.get(key))
-        if not self.rank:
+        if not self.rank and mask is None:  # the sum is picked from, token by token
             accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)
         if self.required:
@@ -114,8 +128,14 @@ class Switch:
         base: Mapping[str, Array] = {}
         if not self.rank:
             base = make_inputs(graph, whole, required=self.required)
-        mode = "load" if self.rank else "switch"
-        manifest = Manifest(slots, mode, required=self.required, whole=whole, base=base)
+        manifest = Manifest(
+            slots,
+            "load" if self.rank else "switch",
+            required=self.required,
+            whole=whole,
+            base=base,
+            starts=mask.starts if mask else None,
+        )
         model.metadata_props[PROPERTY] = manifest.to_text()
         self.made.append(manifest)
         graph.changed()
@@ -148,6 +168,15 @@ class Switch:
             )
         return targets
 
+    def _refuse_stored(self) -> None:
+        """Raise for a target that is changed where it is stored, so for every token."""
+        for target in self.stored:
+            raise LoraFxError(
+                f"{target.key!r}: the graph computes what an op reads from it, so an aLoRA cannot "
+                "be masked there by token",
+                "leave it out with --exclude",
+            )
+
     def _store(self, graph: OnnxGraph, target: Target, role: Role) -> None:
         """Make every reader of a stored tensor read W + s·b·a."""
         value = graph.model.graph.initializers[target.key]
@@ -177,6 +206,7 @@ def insert_switchable(
     *,
     free_rank: bool = True,
     gains: Collection[str] = (),
+    mask: TokenMask | None = None,
 ) -> None:
     """Insert branches with updates of rank 1 and zeros, in forms that take any rank at run time.
 
@@ -186,6 +216,7 @@ def insert_switchable(
         role: What A and B are for.
         free_rank: False where the rank is fixed: every weight that can hold the sum holds it.
         gains: Keys of targets whose updates have factors of rows.
+        mask: The tokens on which the branches act; None for all.
     """
     in_output_form: list[Target] = []
     in_weight_form: list[Target] = []
@@ -195,8 +226,8 @@ def insert_switchable(
             in_output_form.append(target)
         else:
             in_weight_form.append(target)
-    Insert(_zeros(in_output_form, gains), role=role)(graph)
-    Insert(_zeros(in_weight_form, gains), role=role, weight_form=True)(graph)
+    Insert(_zeros(in_output_form, gains), role=role, mask=mask)(graph)
+    Insert(_zeros(in_weight_form, gains), role=role, weight_form=True, mask=mask)(graph)
 
 
 def has_free_rank(target: Target) -> bool:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lora_fx.checkpoint.findings import ERROR, WARNING, Finding, about
+from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding, about
 from lora_fx.checkpoint.pair import Check, Pair
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.tensor_files import finite, is_float
-from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED
+from lora_fx.formats.peft.config import ALORA, KEEPS_BASE, MERGE, REDONE, REFUSED
 from lora_fx.formats.peft.file import KINDS, names_variant
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.pattern import Pattern
@@ -41,6 +41,14 @@ def config(pair: Pair) -> Iterator[Finding]:
         value = pair.raw.config.get(name)
         if value not in (None, False, [], {}, ""):
             yield Finding([name], f"{name} = {value!r}: {why}", f"{name} off", hint)
+    if pair.raw.config.get(ALORA):
+        yield Finding(
+            [ALORA],
+            "an aLoRA, which acts from its invocation tokens on: no merge takes it",
+            "",
+            "export it with --mode switch or --mode batch",
+            NOTE,
+        )
 
 
 def scale(pair: Pair) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.invocation import NEVER
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, one_line
 from lora_fx.onnx.adapter_buffers import BASE, AdapterBuffers, check_rank, largest_rank
@@ -27,6 +28,7 @@ from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
 from lora_fx.onnx.graph_runs import GraphRuns, refuse_uncapturable
 from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of, with_base
 from lora_fx.onnx.range_guards import conditions_of
+from lora_fx.onnx.row_starts import STARTS, Starts
 from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
 from lora_fx.onnx.unverified import CUDA_GRAPHS, never_run
 from lora_fx.onnx.webgpu import exclusive
@@ -60,6 +62,7 @@ class Session:
 
     Attributes:
         manifest: What an adapter has to bring.
+        invocations: Name of a loaded adapter → the tokens from which on it acts, if it is an aLoRA.
         ranges: The sizes that the file is true for.
         provider: Where it runs: cpu or cuda.
         note: A line to show to the user, or empty.
@@ -128,6 +131,7 @@ class Session:
         self._arrays: dict[str, dict[str, Array]] = {}
         self._values: dict[str, Json] = {}
         self._idle_bindings: dict[str, list[ort.IOBinding]] = {}
+        self.invocations: dict[str, tuple[int, ...]] = {}
         self._cuda_graph = cuda_graph
         self._rank = rank
         self._graph_runs: GraphRuns | None = None
@@ -190,7 +194,8 @@ class Session:
                 "adapter can change at each run",
             )
         expect(name, str, "the name of an adapter", "a text", "call session.load(name, adapter)")
-        tensors = tensors_of(adapter, self.manifest, self._path)
+        tensors, invocation = tensors_of(adapter, self.manifest, self._path)
+        self.invocations[name] = invocation
         if self._cuda_graph:
             self._load_for_graphs(name, tensors)
             return
@@ -212,14 +217,15 @@ class Session:
         """Run once, with the base model, one adapter or a mix; return arrays by output name.
 
         Args:
-            inputs: Arrays by input name.
+            inputs: Arrays by input name. `adapter_starts` may be left out where no past hides the
+                invocation: it is computed from the token ids.
             adapter: None for the base model, a loaded name, or {name: weight}: the weighted sum of
                 their changes.
 
         Raises:
             LoraFxError: An adapter that is not loaded, a missing or unknown input.
         """
-        arrays = self._arrays_of(inputs)
+        arrays = self._arrays_of(inputs, adapter)
         if self._cuda_graph:
             tensors = self._chosen_tensors(adapter)
             with told(arrays):
@@ -237,11 +243,33 @@ class Session:
     def _arrays_of_outputs(self, outputs: Sequence[ort.OrtValue]) -> dict[str, Array]:
         return {name: value.numpy() for name, value in zip(self._outputs, outputs, strict=True)}
 
-    def _arrays_of(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the inputs in the runtime's form, checked."""
+    def _arrays_of(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
+        """Return the inputs in the runtime's form, checked; starts that are missing are added."""
         arrays = arrays_of(inputs)
+        starts = self.manifest.starts
+        if starts is not None and STARTS not in arrays and starts.fit(arrays):
+            arrays[STARTS] = self._starts(starts, arrays, adapter)
         check_inputs(arrays, self._inputs, self.ranges)
         return {name: np.ascontiguousarray(widened(array)) for name, array in arrays.items()}
+
+    def _starts(self, starts: Starts, arrays: Mapping[str, Array], adapter: Choice) -> Array:
+        """Return from where on the choice of a run acts, by row; the base acts nowhere.
+
+        Raises:
+            LoraFxError: A past hides where the rows were invoked; or a mix of adapters that begin
+                to act at different tokens.
+        """
+        self._check_choice(adapter)
+        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+        if not names:
+            return np.full(len(arrays[starts.ids]), NEVER, np.int64)
+        invocations = {self.invocations[name] for name in names}
+        if len(invocations) > 1:
+            raise LoraFxError(
+                f"the adapters {' and '.join(map(repr, names))} begin to act at different tokens",
+                f"mix adapters with the same invocation tokens, or pass {STARTS}",
+            )
+        return starts.of_run(arrays, invocations.pop())
 
     def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
         """Run with a binding that already has the adapter and that no other thread is using."""
@@ -276,7 +304,7 @@ class Session:
                 "other binding",
                 "call session.run, or make the session without cuda_graph",
             )
-        arrays = self._arrays_of(inputs)
+        arrays = self._arrays_of(inputs, adapter)
         binding = self.session.io_binding()
         chosen = self.choice(adapter)
         with exclusive(self.provider), told(arrays):
@@ -451,4 +479,4 @@ def _external_tensors(
             f"{fspath(path)}: a file of mode {manifest.mode} takes an adapter at each run",
             "call session.load(name, adapter), then session.run(inputs, adapter=name)",
         )
-    return manifest.padded(tensors_of(adapter, manifest, path))
+    return manifest.padded(tensors_of(adapter, manifest, path)[0])

@@ -22,16 +22,22 @@ from lora_fx.text import Json, near
 
 def tensors_of(
     adapter: Adapter | str | PathLike[str], manifest: Manifest, path: str | PathLike[str]
-) -> dict[str, Array]:
-    """Return an adapter's tensors, checked against a manifest; the adapter may be a file.
+) -> tuple[dict[str, Array], tuple[int, ...]]:
+    """Return an adapter's tensors, checked against a manifest, and its invocation tokens.
 
     Args:
-        adapter: The adapter; what reads its base is evaluated on the weights in the model's file.
+        adapter: An Adapter, or its file; what reads its base is evaluated on the weights in the
+            model's file. An .onnx_adapter file says nothing of invocation tokens: the manifest has
+            those of the adapters that were exported with the file, by name.
         manifest: That of the model.
         path: The model's file.
+
+    Raises:
+        LoraFxError: It does not fit; or it is an .onnx_adapter file of a name that the manifest
+            of a file with `adapter_starts` does not have.
     """
     if isinstance(adapter, Adapter):
-        return manifest.tensors(for_file(adapter, manifest, path))
+        return manifest.tensors(for_file(adapter, manifest, path)), adapter.invocation
     from lora_fx.formats.io import load_adapter
 
     expected = "an Adapter, or the path of one"
@@ -43,8 +49,23 @@ def tensors_of(
         tensors, versions = read_file(Path(where))
         manifest.check(tensors, where)
         manifest.check_base(tensors, versions[BASE_NUMBER], where)
-        return tensors
-    return manifest.tensors(for_file(load_adapter(where), manifest, path), where)
+        return tensors, _exported_invocation(where, manifest)
+    loaded = load_adapter(where)
+    return manifest.tensors(for_file(loaded, manifest, path), where), loaded.invocation
+
+
+def _exported_invocation(where: str, manifest: Manifest) -> tuple[int, ...]:
+    """Return the tokens of an .onnx_adapter file, by its name, as the manifest has them."""
+    if manifest.starts is None:
+        return ()
+    name = Path(where).stem
+    if name not in manifest.starts.invocations:
+        raise LoraFxError(
+            f"{where}: an .onnx_adapter file does not say from which tokens on it acts, and no "
+            f"adapter {name!r} was exported with this file",
+            "load the adapter from its folder, or keep the file name that export gave",
+        )
+    return manifest.starts.invocations[name]
 
 
 def arrays_of(inputs: object) -> dict[str, Array]:

@@ -35,6 +35,7 @@ from lora_fx.files.program_manifest import BASE_ENDING, SWITCH, program_manifest
 from lora_fx.files.strict_json import json_object
 from lora_fx.files.tensor_files import read_tensors
 from lora_fx.onnx.graph.values import dtype_name
+from lora_fx.onnx.row_starts import Starts
 from lora_fx.onnx.update_row import update_of
 from lora_fx.targets.keys import own_use
 from lora_fx.text import Json, JsonView, near
@@ -180,6 +181,7 @@ class Manifest:
         required: In mode switch: A and B have no defaults, and every run has to give them.
         rank: In mode switch, the rank that A and B have in every run; 0 where each may have any.
         largest_rank: The largest of ranks that are free; 0 where there is none.
+        starts: Where adapters begin to act, in a file with the input `adapter_starts`.
     """
 
     slots: Mapping[str, SwitchSlot]
@@ -190,6 +192,7 @@ class Manifest:
     largest_rank: int = 0
     whole: Mapping[str, WholeSlot] = field(default_factory=dict)
     base: Mapping[str, Array] = field(default_factory=dict, compare=False)
+    starts: Starts | None = None
 
     def to_text(self) -> str:
         """Return the manifest as JSON, for the model's metadata."""
@@ -205,6 +208,8 @@ class Manifest:
             data["training"] = self.training
         if self.required:
             data["required"] = True
+        if self.starts is not None:
+            data["starts"] = self.starts.to_json()
         return json.dumps(data)
 
     @classmethod
@@ -231,6 +236,7 @@ class Manifest:
                 int(data.get("rank", 0)),
                 int(data.get("largest_rank", 0)),
                 {key: _whole_from_json(row) for key, row in data.get("whole", {}).items()},
+                starts=Starts.from_json(data["starts"]) if "starts" in data else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
@@ -248,6 +254,12 @@ class Manifest:
         """
         adapter = adapter.resolved({**self.slots, **self.whole})
         check_served(adapter, f"{where}: a switchable file", NEEDS_BASE)
+        if adapter.invocation and self.starts is None:
+            raise LoraFxError(
+                f"{where}: it is an aLoRA, and the file has no input that says from which token on "
+                "an adapter acts",
+                "export the file with this adapter: lora-fx export MODEL ADAPTER --mode switch",
+            )
         tensors = self._whole_tensors(adapter, where)
         for key, update in adapter.lowrank.items():
             slot = self._slot_of(key, update, where)

@@ -126,7 +126,7 @@ class TrainSession:
                 from lora_fx.formats.io import load_adapter
 
                 adapter = load_adapter(adapter)
-        tensors = tensors_of(adapter, self.manifest, self._path)
+        tensors, _ = tensors_of(adapter, self.manifest, self._path)
         self._check_ranks(tensors, where)
 
         names = (*self.manifest.training["states"], *self._states)

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.invocation import planted
 from lora_fx.compare import (
     Parity,
     compare_fairly,
@@ -25,9 +26,11 @@ from lora_fx.dtypes import Array
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.batch_inputs import SCALES
+from lora_fx.onnx.row_starts import STARTS, Starts
 from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.reference import Choices, Reference, Run
 from lora_fx.passes.proofs.run_comparison import compared
+from lora_fx.passes.proofs.starts_runs import with_starts
 
 AT_ONCE = 16
 """The largest number of rows in one batch of the check."""
@@ -40,6 +43,7 @@ def prove_rows(
     rowed: Sequence[str],
     *,
     scales: bool,
+    starts: Starts | None = None,
     rerun: FileRerun | None = None,
     evaluate: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> list[Parity]:
@@ -51,6 +55,7 @@ def prove_rows(
         adapters: Bound, in the order of their ids.
         rowed: Inputs that have the batch dimension.
         scales: The graph takes weights by row.
+        starts: The graph takes the token from which on each row's adapter acts.
         rerun: Other ways to run the batch graph.
         evaluate: Makes what a weight can multiply of an adapter that reads its base.
 
@@ -64,6 +69,8 @@ def prove_rows(
         feeds_of_base = {**feeds, IDS: np.zeros(n_rows, np.int64)}
         if scales:
             feeds_of_base[SCALES] = np.ones(n_rows, np.float32)
+        if starts is not None:
+            feeds_of_base = with_starts(starts, feeds_of_base, None)
         return feeds_of_base
 
     base_rerun = rerun and replace(rerun, also=of_base)
@@ -74,7 +81,8 @@ def prove_rows(
 
     batches: list[MixedBatch] = []
     rng = np.random.default_rng(1)
-    for feeds, ids in list(_batches(reference, len(adapters), rowed)):
+    longest = max((len(adapter.invocation) for adapter in adapters.values()), default=0)
+    for feeds, ids in list(_batches(reference, len(adapters), rowed, longest)):
         choices: list[Array | None] = [None]
         if scales:
             choices = [rng.uniform(0.5, 1.5, len(ids)).astype(np.float32)]
@@ -82,6 +90,8 @@ def prove_rows(
                 choices.append(np.ones(len(ids), np.float32))  # with the adapter as it is
         for weights in choices:
             batch = MixedBatch(feeds, ids, weights)
+            if starts is not None:
+                batch.invoke(starts, [(), *(adapter.invocation for adapter in adapters.values())])
             batch.outputs = run(batch.graph_feeds)
             batches.append(batch)
 
@@ -104,6 +114,7 @@ class MixedBatch:
         feeds: Inputs of the model.
         ids: The id of each row's adapter.
         weights: The weight of each row's adapter; None where the graph takes none.
+        starts: The token from which on each row's adapter acts; None where the graph takes none.
         outputs: Of the batch graph.
         rows: Row → its adapter and the inputs with which it runs alone.
         expected: Row → the outputs of the reference for the row alone.
@@ -112,6 +123,7 @@ class MixedBatch:
     feeds: dict[str, Array]
     ids: Array
     weights: Array | None
+    starts: Array | None = None
     outputs: dict[str, Array] = field(default_factory=dict)
     rows: dict[int, tuple[Adapter | None, Named]] = field(default_factory=dict)
     expected: dict[int, dict[str, Array]] = field(default_factory=dict)
@@ -122,7 +134,23 @@ class MixedBatch:
         feeds = {**self.feeds, IDS: self.ids}
         if self.weights is not None:
             feeds[SCALES] = self.weights
+        if self.starts is not None:
+            feeds[STARTS] = self.starts
         return feeds
+
+    def invoke(self, starts: Starts, invocations: Sequence[Sequence[int]]) -> None:
+        """Put each row's invocation among its token ids, but for every third row; set the starts.
+
+        Args:
+            starts: What the manifest of the graph says of them.
+            invocations: The tokens of each adapter in the order of ids, the base first.
+        """
+        tokens = np.array(self.feeds[starts.ids])
+        of_rows = [invocations[int(number)] for number in self.ids]
+        for row, invocation in enumerate(of_rows):
+            tokens[row : row + 1] = planted(tokens[row : row + 1], invocation, row)
+        self.feeds = {**self.feeds, starts.ids: tokens}
+        self.starts = starts.within(self.feeds, of_rows)
 
     def expected_rows(self) -> dict[str, Array]:
         """Join the reference's outputs of all rows, in the order of the batch."""
@@ -276,16 +304,19 @@ def _together(
 
 
 def _batches(
-    reference: Reference, count: int, rowed: Sequence[str]
+    reference: Reference, count: int, rowed: Sequence[str], longer: int = 0
 ) -> Iterator[tuple[dict[str, Array], Array]]:
-    """Yield (inputs, ids) until every id had a row and one id had two; then batches of few ids."""
+    """Yield (inputs, ids) until every id had a row and one id had two; then batches of few ids.
+
+    Rows of tokens are longer by `longer`.
+    """
     lengths = [size[1] for size in reference.inputs.checks if isinstance(size, tuple)]
     order = np.random.default_rng(0).permutation(count + 1)
     waiting_ids = [*order.tolist(), int(order[-1]) or 1, 0]
     number = 0
     while waiting_ids or (not reference.arrays and number < len(lengths)):
         n_rows = min(max(len(waiting_ids), 4), AT_ONCE)
-        feeds = reference.feeds((n_rows, lengths[number % len(lengths)]), number)
+        feeds = reference.feeds((n_rows, lengths[number % len(lengths)] + longer), number)
         n_rows = _row_count(feeds, rowed)  # a user's inputs have rows of their own
         ids = waiting_ids[:n_rows]
         waiting_ids = waiting_ids[n_rows:]
@@ -296,7 +327,7 @@ def _batches(
 
     last = int(order[order > 0][-1])
     for pattern in ((last, 0, 0, last), (last, last)):  # few adapters share one product
-        feeds = reference.feeds((len(pattern), SIZES[0][1]), number)
+        feeds = reference.feeds((len(pattern), SIZES[0][1] + longer), number)
         n_rows = _row_count(feeds, rowed)
         ids = [pattern[j % len(pattern)] for j in range(n_rows)]
         yield feeds, np.array(ids, np.int64)

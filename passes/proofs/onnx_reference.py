@@ -193,6 +193,12 @@ class OnnxReference:
         """Yield inputs at every distinct size; once if the user gave arrays."""
         return feeds_of_sizes(self.inputs, self.arrays)
 
+    ids = ""
+
+    def invoked(self, feeds: Named, adapter: Adapter | None) -> dict[str, Array]:
+        """Implement `Reference.invoked`: an .onnx file takes no aLoRA."""
+        return dict(feeds)
+
     def run(self, adapter: Adapter | None) -> Run:
         """Implement `Reference.run`."""
         return partial(self._run, adapter, True)

@@ -114,6 +114,13 @@ class Reference(Protocol):
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """Return sampled inputs of a size by ONNX name; the user's own inputs replace them."""
 
+    @property
+    def ids(self) -> str:
+        """The input with the token ids of rows that may invoke an aLoRA; empty if there is none."""
+
+    def invoked(self, feeds: Named, adapter: Adapter | None) -> dict[str, Array]:
+        """Return inputs whose token ids invoke an adapter, where it is an aLoRA, in most rows."""
+
     def run(self, adapter: Adapter | None) -> Run:
         """Return {input: array} → {output: array} of the model with an adapter's branches."""
 

@@ -16,12 +16,13 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.onnx_names import onnx_conditions, onnx_name
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.module.module_base import base_facts
+from lora_fx.fx.token_mask import name_of_ids
 from lora_fx.inputs import SIZES, Extents, Inputs, Named
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.graph_choices import choices_of
@@ -65,6 +66,12 @@ class TorchReference:
         """Implement `Reference.inputs`."""
         return execution_of(self.base).captured.inputs
 
+    @property
+    def ids(self) -> str:
+        """Implement `Reference.ids`."""
+        named = execution_of(self.base).captured.named
+        return onnx_name(name_of_ids(self.base.graph(False), named))
+
     def details(self) -> Json:
         """Implement `Reference.details`."""
         return rows_of(execution_of(self.base).captured)
@@ -86,6 +93,10 @@ class TorchReference:
             if self.arrays is None and is_real(example):
                 named = example
         return arrays_of(named)
+
+    def invoked(self, feeds: Named, adapter: Adapter | None) -> dict[str, Array]:
+        """Implement `Reference.invoked`."""
+        return execution_of(self._module(adapter)).invoked(feeds)
 
     def run(self, adapter: Adapter | None) -> Run:
         """Implement `Reference.run`."""

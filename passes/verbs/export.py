@@ -219,6 +219,11 @@ def export_as(
     refuse_genai(genai, options.mode, cache=options.capture.cache)
     if options.is_program:
         _refuse_for_program(file, options.target, quantise, genai)
+    if genai is not None and any(adapter.invocation for adapter in _adapters_of(options)):
+        raise LoraFxError(
+            "onnxruntime-genai gives a run no adapter_starts, from which on an aLoRA acts",
+            "leave --genai out, or the aLoRA",
+        )
     if genai is not None and options.mode == "switch" and options.made_for == PORTABLE:
         raise LoraFxError(
             "onnxruntime-genai gives a run of the base no A and B, which a portable file requires",
@@ -266,6 +271,13 @@ def _checked(options: ExportOptions) -> tuple[ExportOptions, list[str]]:
         exact[name], notes_of_adapter = as_exact_lora(adapter, name)
         notes += notes_of_adapter
     return (replace(options, adapters=exact) if notes else options), notes
+
+
+def _adapters_of(options: ExportOptions) -> Sequence[Adapter]:
+    """Return the adapters of an export."""
+    if options.adapters is None or isinstance(options.adapters, Adapter):
+        return [options.adapters] if options.adapters is not None else []
+    return [*named_adapters(options.adapters).values()]
 
 
 def _with_codes(

@@ -34,6 +34,7 @@ from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.proofs.row_ids import prove_ids
+from lora_fx.passes.proofs.starts_runs import starts_of, with_starts
 from lora_fx.passes.verbs.export_files import (
     LARGE_TENSORS,
     on_device,
@@ -78,7 +79,10 @@ def write_batch(
     nodes_of_base = _count_nodes(model)
     updates = {name: adapter.lowrank for name, adapter in served.items()}
     whole = _replacements(graph, adapters)
-    Batch(updates, sources, options.scales, options.made_for, whole)(graph)
+    starts = starts_of(adapters, reference)
+    batch = Batch(updates, sources, options.scales, options.made_for, whole, starts)
+    batch(graph)
+    starts = batch.made[0] if batch.made else None
     join_copies(model, [name for name, stored in sources.values() if stored.keys])
     graph.lint()
 
@@ -92,6 +96,7 @@ def write_batch(
             adapters,
             inputs_by_row,
             scales=options.scales,
+            starts=starts,
             rerun=FileRerun(output.path, options.provider),
             evaluate=evaluation,
         )
@@ -101,6 +106,8 @@ def write_batch(
         rows = next(feeds[name].shape[0] for name in inputs_by_row if name in feeds)
         if options.scales:
             feeds[SCALES_BY_ROW] = np.ones(rows, np.float32)
+        if starts is not None:
+            feeds = with_starts(starts, feeds, None)
         prove_ids(session, model, feeds, rows, len(adapters) + 1)
         subject = _subject(session, reference, adapters, inputs_by_row, options)
         of_probe = probe_file(output.path, subject, options.probe, session.provider, notes)

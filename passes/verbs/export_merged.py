@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.invocation import refuse_invocation
 from lora_fx.compare import FOLD_TOL, Parity, Report, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -71,6 +72,7 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
     model = opened(model)
     if isinstance(model, AdaptedModule):
         if adapter is None:
+            refuse_invocation(model.invocation, "the module's adapter", "mode merged")
             return model
         copied: AdaptedModule = copy.deepcopy(model)  # the caller's adapter stays
         copied.load_adapter(adapter)

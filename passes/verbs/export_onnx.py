@@ -66,6 +66,13 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
         name: _bound(name, adapter, graph, targets, options.names)
         for name, adapter in adapters.items()
     }
+    for name, adapter in adapters.items():
+        if adapter.invocation:
+            raise LoraFxError(
+                f"{name} is an aLoRA, and the file that it is exported from is an .onnx graph, "
+                "with which its mask of tokens cannot be compared",
+                "export the model that the file was made from",
+            )
     notes = [*graph.notes]
     if renamed:
         notes.append(f"{renamed} tensors were renamed as the exporter's metadata says")

@@ -12,7 +12,7 @@ from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.onnx.probe_runs import add_probe, size_and_precision
 from lora_fx.passes.proofs.probe_making import FEWEST_GROUPS, Subject, make_probe
 from lora_fx.probe.probe import NONE, Probe
-from lora_fx.text import Json
+from lora_fx.text import Json, some
 
 LARGE = 1 << 30
 """The size of a file in bytes above which an adapter has few groups: each is a run of the model."""
@@ -42,6 +42,13 @@ def probe_file(
         The field `probe` of the report.
     """
     if kind == NONE:
+        return {}
+    invoked = [name for name, adapter in subject.adapters.items() if adapter.invocation]
+    if invoked:
+        warnings.append(
+            f"no probe: an aLoRA ({some(invoked)}) acts from its invocation tokens on, and a probe "
+            "has one input for the base and all adapters"
+        )
         return {}
     if add is add_probe:
         subject = _as_written(subject, path)

@@ -149,6 +149,13 @@ def _base_and_adapters(
     }
     notes = said_of_other_bases(metadata_of(bound), captured.model)
     notes += said_of_large_tensors(bound)
+    for name, adapter in bound.items():
+        if adapter.invocation:
+            raise LoraFxError(
+                f"{name} is an aLoRA, and a .pt2 file of mode switch has no input that says from "
+                "which token on an adapter acts",
+                "write an .onnx file; or write the adapted module itself with save_program",
+            )
     return captured, bound, notes
 
 

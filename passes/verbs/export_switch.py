@@ -28,6 +28,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.probe_making import Subject
 from lora_fx.passes.proofs.reference import Reference, Run
+from lora_fx.passes.proofs.starts_runs import notes_on_caches, starts_of, with_starts
 from lora_fx.passes.proofs.switchable import NO_UPDATE, prove_switchable
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.export_files import (
@@ -120,6 +121,7 @@ def write_switch(
         required=options.requires_factors,
         gains=gains,
         whole=targets.whole,
+        starts=starts_of(adapters, reference),
     )
     manifest = _made_switchable(graph, switch, copies)
 
@@ -138,6 +140,7 @@ def write_switch(
         session = Session(output.path, options.provider)
         file = _SwitchableFile(output.path, options, manifest, rank, session, evaluation)
         parity = prove_switchable(file, reference, layouts, adapters, warnings, gains)
+        warnings += notes_on_caches(file, reference, adapters)
         write_adapters(paths, served, manifest, options, output.beside)
         output.adapters += paths.values()
         probed = {**adapters, **options.also_probed}
@@ -318,6 +321,8 @@ def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> i
 class _SwitchableFile:
     """A written file as ONNX Runtime runs it with different adapters.
 
+    The tokens of a run's own ids invoke an aLoRA, behind the past.
+
     `rank` is the rank of the slots in mode load; 0 if they take any rank. `evaluate` makes what the
     file takes of an adapter that reads its base.
     """
@@ -334,11 +339,16 @@ class _SwitchableFile:
         """Return a run of the file with an adapter; mode load makes a new session for it."""
         if adapter is None:
             return self.session.run
+        starts = self.manifest.starts
         adapter = self.evaluate(adapter)
         if self.options.mode == "load":
             return Session(self.path, self.options.provider, adapter=adapter).run
         self.session.load("adapter", adapter)
-        return partial(self.session.run, adapter="adapter")
+        if starts is None:
+            return partial(self.session.run, adapter="adapter")
+        return lambda feeds: self.session.run(
+            with_starts(starts, feeds, adapter), adapter="adapter"
+        )
 
     def rerun_with(self, adapter: Adapter | None) -> FileRerun:
         """Return other ways to run the file with an adapter."""
@@ -348,4 +358,9 @@ class _SwitchableFile:
         if self.manifest.mode == "load":
             stored = self.manifest.padded(tensors) if tensors else {}
             return FileRerun(self.path, provider, stored=stored)
-        return FileRerun(self.path, provider, lambda feeds: {**feeds, **tensors})
+        starts = self.manifest.starts
+        if starts is None:
+            return FileRerun(self.path, provider, lambda feeds: {**feeds, **tensors})
+        return FileRerun(
+            self.path, provider, lambda feeds: {**with_starts(starts, feeds, adapter), **tensors}
+        )

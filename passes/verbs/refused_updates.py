@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.exact_lora import has_low_rank
+from lora_fx.adapter.invocation import refuse_invocation
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, Hadamard, Kronecker, Rotation, name_of
 from lora_fx.adapter.variant import (
@@ -69,6 +70,8 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
     Only the adapters are read, so this comes before a model is captured.
     """
     for name, adapter in adapters.items():
+        if mode not in ("switch", "batch"):
+            refuse_invocation(adapter.invocation, name, f"mode {mode}")
         check_kinds(adapter, name, f"mode {mode}")
         if mode == "batch":
             check_rows(adapter, name)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import INVOCATION, Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard
@@ -90,6 +90,17 @@ def test_every_tensor_is_that_of_llama_cpps_converter(tmp_path: Path, name: str)
         np.testing.assert_array_equal(got.a, want.a, strict=True)
         np.testing.assert_array_equal(got.b, want.b, strict=True)
         assert (got.alpha, got.origin.op) == (6.0, want.origin.op)
+
+
+def test_invocation_tokens_are_an_array_of_uint32(tmp_path: Path) -> None:
+    """As src/llama-adapter.cpp reads them, and no other type (llama-cpp-python 0.3.36)."""
+    given = replace(adapter("llama"), metadata={INVOCATION: [7, 128_255]})
+    out = written(tmp_path, given, "llama")
+    field = GGUFReader(out).fields["adapter.alora.invocation_tokens"]
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert field.contents() == [7, 128_255]
+    assert load_adapter(out).invocation == (7, 128_255)
+    assert load_adapter(written(tmp_path, adapter("llama"), "llama")).invocation == ()
 
 
 @settings(max_examples=25, deadline=None)
@@ -275,7 +286,7 @@ def test_heads_come_from_the_base_where_the_file_has_none(tmp_path: Path) -> Non
 BAD: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "a model": (pair("blk.0.ffn_up.weight", 24), {"type": "model"}, "('model', 'lora')"),
     "control vector": (pair("blk.0.ffn_up.weight", 24), {"kind": "control"}, "('adapter', 'cont"),
-    "alora": (pair("blk.0.ffn_up.weight", 24), {"tokens": [1, 2]}, "aLoRA"),
+    "alora": (pair("blk.0.ffn_up.weight", 24), {"tokens": [1, -2]}, "list of 1 to 4096 token ids"),
     "nan": (pair("blk.0.ffn_up.weight", 24), {"alpha": float("nan")}, "adapter.lora.alpha"),
     "architecture": (pair("blk.0.ffn_up.weight", 24), {"arch": "t5"}, "architecture 't5'"),
     "half": ({"blk.0.ffn_up.weight.lora_a": normal(0, 2, 8)}, {}, "is not half of a pair"),
