@@ -137,7 +137,12 @@ class OnnxAdapter(Format):
                 "pass -o X.safetensors, which holds an array for every input",
             )
         write_adapter(for_file(adapter, manifest, graph), manifest, path)
-        return ()
+        if not adapter.invocation:
+            return ()
+        return (
+            "the format has no place for invocation tokens: sessions take them from the model's "
+            "file, which has those of the adapters that were exported with it, by name",
+        )
 
 
 _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the model instead")

@@ -284,7 +284,7 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     from lora_fx.onnx.manifest import manifest_of
 
     manifest = manifest_of(path)
-    tensors = tensors_of(adapter, manifest, path)
+    tensors, _ = tensors_of(adapter, manifest, path)
     adapted = sum(slot.a in tensors for slot in manifest.slots.values())
     details = {"targets": len(manifest.slots), "adapted": adapted}
     if manifest.whole:
