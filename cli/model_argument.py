@@ -86,7 +86,7 @@ def module_with_adapter(cap: Captured) -> AdaptedModule:
 
     assert isinstance(cap, FileCaptured)
     choosing = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
-    option = first_given(*choosing, "plan", "quantise", "dead")
+    option = first_given(*choosing, "plan", "quantise", "dead", "invocation")
     if option:
         raise LoraFxError(
             f"{cap.path} contains an adapter, whose training goes on, so {option} has no effect",

@@ -129,7 +129,8 @@ NO_SAY: list[tuple[str, str, str]] = [
     (f"{INSERT} --init eva --data data.npz", "--loss ce", "which reads no gradient"),
     *(
         ("insert m.onnx -o out.onnx", o, "for m.onnx, which is already a graph")
-        for o in (*GRAPH, "--trust", "--also-train fc1", "--dropout 0.0", "--quantise nf4")
+        for o in (*GRAPH, "--trust", "--also-train fc1", "--dropout 0.0", "--quantise nf4",
+                  "--invocation 5")
     ),
     ("insert out.pt2 -o out", "--no-repeat", "which is traced already"),
     (f"{TRAIN} --plan plan.json", "--rank 8", "with --plan plan.json"),
@@ -148,7 +149,7 @@ NO_SAY: list[tuple[str, str, str]] = [
         ("train held.pt2 data.npz -o out --steps 2", o, "so --")
         for o in ("--rank 8", "--alpha 8", "--include fc1", "--exclude fc1",
                   "--also-train fc1.bias", "--variant lora", "--init kaiming", "--dropout 0.0",
-                  "--quantise nf4", "--dead drop", "--plan plan.json")
+                  "--quantise nf4", "--dead drop", "--plan plan.json", "--invocation 5")
     ),
     ("train held.pt2 data.npz -o out --steps 2", "--weights base.safetensors", "its weights"),
     ("train held.pt2 data.npz -o out --steps 2", "--no-repeat", "which is traced already"),

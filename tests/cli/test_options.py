@@ -142,7 +142,7 @@ HANDED_ON: dict[str, tuple[type[Any], Any, set[str]]] = {
     # a group, what makes a verb's options of it, and what a command reads of it by itself
     "merge": (CheckpointOptions, CheckpointOptions.merge, {"link"}),
     "extract": (RecoveryOptions, RecoveryOptions.extract, set()),
-    "insert": (TargetOptions, TargetOptions.insert, {"quantise"}),
+    "insert": (TargetOptions, TargetOptions.insert, {"quantise", "invocation"}),
     "loop": (
         LoopOptions,
         lambda group: group.settings(0),
