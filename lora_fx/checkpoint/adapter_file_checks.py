@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding, about
+from lora_fx.checkpoint.findings import ERROR, WARNING, Finding, about
 from lora_fx.checkpoint.pair import Check, Pair
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -43,11 +43,10 @@ def config(pair: Pair) -> Iterator[Finding]:
             yield Finding([name], f"{name} = {value!r}: {why}", f"{name} off", hint)
     if pair.raw.config.get(ALORA):
         yield Finding(
-            [ALORA],
-            "an aLoRA, which acts from its invocation tokens on: no merge takes it",
-            "",
+            [ALORA, *pair.adapter.entries],
+            "an aLoRA, which acts from its invocation tokens on: no weight can hold it",
+            f"{ALORA} off",
             "export it with --mode switch or --mode batch",
-            NOTE,
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from lora_fx.adapter.expert_families import Family, family_of
+from lora_fx.adapter.invocation import refuse_invocation
 from lora_fx.adapter.updates import Entry, Rotation
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.findings import NOTE, WARNING, Finding, about
@@ -56,6 +57,7 @@ def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxErr
         return pair.refusal
     entries = {key: entry for key, entry in pair.adapter.entries.items() if key not in reported}
     try:
+        refuse_invocation(pair.adapter.invocation, str(pair.path), "a merge")
         plan = _plan(pair, entries, lenient=bool(reported))
         if pair.options.requantise and not pair.options.lossy:
             folds = [

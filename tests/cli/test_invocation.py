@@ -51,7 +51,7 @@ def test_a_text_is_tokenised_and_examples_without_it_are_counted(
     assert "no example has the invocation tokens" in capsys.readouterr().err
     assert run("merge", folder, tmp_path / "a", "-o", tmp_path / "merged") == 2
     assert "is an aLoRA" in capsys.readouterr().err
-    assert run("doctor", folder, tmp_path / "a") == 0
+    assert run("doctor", folder, tmp_path / "a") == 1
     assert "an aLoRA, which acts from its invocation tokens on" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"a"}
 

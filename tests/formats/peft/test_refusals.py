@@ -43,7 +43,7 @@ def refused(path: Path, *words: str) -> LoraFxError:
         ("peft_type", "IA3", "'LORA'"),
         ("peft_type", ["LORA"], "'LORA'"),
         ("use_dora", "yes", "true or false"),
-        ("alora_invocation_tokens", [0], "aLoRA"),
+        ("alora_invocation_tokens", [-1], "list of 1 to 4096 token ids"),
         ("arrow_config", {"top_k": 2}, "Arrow"),
         ("layer_replication", [[0, 4], [2, 5]], "repeated"),
         ("trainable_token_indices", [0], "expected a tensor X.token_adapter"),
