@@ -40,9 +40,9 @@ from lora_fx.onnx.graph.coded_weights import shares_ranges
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.made_for import CPU
 from lora_fx.onnx.manifest import PROPERTY
-from lora_fx.onnx.whole_rows import Replacements, choose_by_row
 from lora_fx.onnx.row_starts import Starts
 from lora_fx.onnx.starts_mask import StartsMask
+from lora_fx.onnx.whole_rows import Replacements, choose_by_row
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.keys import applies, base_name, split_key, split_use
 from lora_fx.targets.regions import overlap, relative, widen, widen_rows
