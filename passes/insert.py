@@ -250,6 +250,7 @@ class Insert:
         total = graph.output(site)
         for pair in pairs:
             target, update = pair
+            total = e.op("add", total, self._branch(graph, e, site, pair, "straight"))
             if has_gains(update):
                 gains = _beside(e, target, update, product, self.role)(GAINS)
                 narrow = update.layout or target.layout
@@ -260,7 +261,6 @@ class Insert:
                 if shape != (narrow.out_size,):
                     gains = e.op("reshape", gains, shape=shape)
                 total = e.op("add", total, e.op("mul", product, gains))
-            total = e.op("add", total, self._branch(graph, e, site, pair, "straight"))
         self._put(graph, e, site, total)
         return True
 

@@ -16,6 +16,7 @@ from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.adapter.learning import relearning
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.starts import OF_DATA, OF_WEIGHT, initial
+from lora_fx.adapter.updates import name_of
 from lora_fx.adapter.variant import named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -132,7 +133,7 @@ def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout:
     metadata["dropout"] = dropout
     for key, update in updates.items():
         if update.mutated or variant_of(update).reads_weight:
-            check_storable(found[key], f"{update.mutated or update.variant} reads W itself")
+            check_storable(found[key], f"{update.mutated or name_of(update)} reads W itself")
 
     notes = [*notes_of_ranks, *_notes_on_targets(found, updates)]
     for row in found.unreached:
