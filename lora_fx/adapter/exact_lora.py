@@ -5,8 +5,8 @@ LoKr  w₁ ⊗ w₂ = (u₁ ⊗ u₂)(v₁ ⊗ v₂) of rank r₁·r₂, where w
 
 Nothing is approximated: products are computed in fp64 and rounded once to fp32, those of LoHa in
 fp32, as its training computes them. The rank of w₁ and w₂ is that of their fp32 numbers, in which
-the product of two factors of rank r has rank r but for its rounding. A LoHa or LoKr that has no
-such form is `lora_fx.adapter.as_lora`'s to approximate.
+the product of two factors of rank r has rank r but for its rounding. A LoKr that has no such form
+is `lora_fx.adapter.as_lora`'s to approximate.
 OFT, W·(R − 1)ᵀ, has the rank of R − 1, which is as large as the matrix where all blocks turn.
 """
 

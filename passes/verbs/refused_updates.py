@@ -12,32 +12,29 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, Hadamard, Kronecker, Rotation, name_of
 from lora_fx.adapter.variant import (
     names_taken,
-    variant_of,
 )
 from lora_fx.errors import (
     LoraFxError,
 )
 
 
-def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
+def check_kinds(adapter: Adapter, name: str, taker: str, *, any_rank: bool = True) -> None:
     """Raise for an update that a graph cannot hold; only the adapter is read.
 
     Args:
         adapter: Bound or not.
         name: What the message calls it.
         taker: What should take it, such as "mode switch".
-        reading_weight: A variant that reads W itself is taken, and a LoHa of any rank.
+        any_rank: A LoHa is taken whatever the rank r² that it has as LoRA.
     """
     for key, entry in adapter.entries.items():
         is_taken = not isinstance(entry, Rotation)
         if isinstance(entry, Hadamard):
-            is_taken = reading_weight or has_low_rank(entry)
+            is_taken = any_rank or has_low_rank(entry)
         if isinstance(entry, Kronecker):
             is_taken = has_low_rank(entry)
-        if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
-            is_taken = reading_weight
         if not is_taken:
-            *names, last = names_taken(reading_weight=reading_weight)
+            *names, last = names_taken(reading_weight=True)
             raise LoraFxError(
                 f"{name}: {key!r} is {name_of(entry)}{_why_not_lora(entry)}; {taker} takes "
                 f"{', '.join(names)} and {last}",
@@ -72,7 +69,8 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
     for name, adapter in adapters.items():
         if mode not in ("switch", "batch"):
             refuse_invocation(adapter.invocation, name, f"mode {mode}")
-        check_kinds(adapter, name, f"mode {mode}")
+        holds_weights = mode in ("merged", "train")
+        check_kinds(adapter, name, f"mode {mode}", any_rank=holds_weights)
         if mode == "batch":
             check_rows(adapter, name)
 

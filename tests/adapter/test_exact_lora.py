@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.exact_lora import as_exact_lora, exact_update
+from lora_fx.adapter.exact_lora import as_exact_lora, exact_update, has_low_rank
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, Hadamard, Kronecker, Rotation
 from lora_fx.compare import rel
@@ -50,8 +50,8 @@ def test_the_change_is_the_same(name: str) -> None:
         assert rel(low.matrix(), wide) < 1e-6
 
 
+HIGH = Hadamard(numbers(4, 20), numbers(16, 4), numbers(4, 20), numbers(16, 4), 5.0)
 FULL: dict[str, Entry] = {
-    "LoHa": Hadamard(numbers(4, 20), numbers(16, 4), numbers(4, 20), numbers(16, 4), 5.0),
     "LoKr": Kronecker(numbers(2, 3), numbers(9, 10), 1.0),
     "LoKr of zeros": Kronecker(numbers(2, 3), np.zeros((9, 10), np.float32), 1.0),
     "OFT": Rotation(numbers(2, 3, 3)),
@@ -64,6 +64,12 @@ def test_what_has_no_such_form(name: str) -> None:
     assert exact_update(FULL[name]) is None
     adapter = Adapter({"w": FULL[name]})
     assert as_exact_lora(adapter) == (adapter, [])
+
+
+def test_a_loha_of_a_high_rank_has_the_form_too() -> None:
+    low = exact_update(HIGH)
+    assert low is not None and low.rank == 16 and not has_low_rank(HIGH)
+    assert rel(low.matrix(), HIGH.block(0, slice(None), slice(None))) < 1e-6
 
 
 def test_a_note_for_each_method() -> None:

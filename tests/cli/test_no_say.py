@@ -191,6 +191,7 @@ NO_SAY: list[tuple[str, str, str]] = [
         (f"{EXPORT} --mode batch", o, "ignore an option of mode")
         for o in ("--include fc1", "--exclude fc1", "--rank 4", "--optimise", "--clip 1")
     ),
+    (f"{EXPORT} --mode batch", "--variant dora", "no slots for adapters of a variant"),
     (f"{EXPORT} --mode switch", "--largest batch=4", "largest sizes are for .pt2 files"),
     (f"{PROGRAM} --rank 4", "--largest rank=8", "the rank is fixed"),
     *(
