@@ -242,8 +242,7 @@ class AdaptedModule(CapturedModule):
                 module, leaf = owner(self, slot.name)
                 del module._parameters[leaf]
         self._updates = dict(updates)  # the passes read it
-        self._programs.compiled.clear()
-        self._programs.codes.clear()
+        self._programs = self._programs.anew()  # copies of this module may run the old ones
         self._graph(False, self._programs.captured.named)
 
     def report(self) -> AdaptedReport:

@@ -143,6 +143,10 @@ class Programs:
         """Whether a program calls a module, as a block with its own function."""
         return (ident, module.__dict__.get("_path")) in self.codes
 
+    def anew(self) -> Programs:
+        """Return the programs of the same captures, of which none is compiled yet."""
+        return replace(self, codes={}, compiled={}, inlined=set(self.inlined))
+
     def __deepcopy__(self, memo: dict[int, object]) -> Programs:
         """Copy the dictionaries, but not what they hold."""
         compiled = {k: list(v) for k, v in self.compiled.items()}

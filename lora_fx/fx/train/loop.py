@@ -31,7 +31,7 @@ from lora_fx.fx.train.state import Trail
 from lora_fx.fx.train.train_report import TrainReport
 from lora_fx.progress import stage
 
-__all__ = ["Saving", "Settings", "fit"]
+__all__ = ["Run", "Saving", "Settings", "fit", "prepared"]
 
 NO_VALIDATION = (
     "no validation data: overfitting would not be seen, and the last adapter is kept, not the best"
@@ -71,10 +71,34 @@ def fit(
             of another run, or a loss or gradient that is not finite: the message names the step
             and the first target whose gradient is not, and no weight has moved in that step.
     """
+    run = prepared(model, training, validation, loss, settings, saving=saving, world=world)
+    with run.objective.alone():
+        run.check_memory(loss)
+        trail = run.start()
+        for batch in run.batches(trail):
+            with run.first_step(trail):
+                value = run.loss_and_gradients(batch, trail.step + 1)
+            run.take(value, trail, progress)
+    return run.finish(trail)
+
+
+def prepared(
+    model: AdaptedModule,
+    training: Table | Buckets,
+    validation: Table | None,
+    loss: str | Loss,
+    settings: Settings | None,
+    *,
+    saving: Saving | None = None,
+    world: Processes = ALONE,
+) -> Run:
+    """Return a run before its first step, with its optimizer and its objective.
+
+    Args and errors are those of `fit`.
+    """
     settings = settings or Settings()
     saving = saving or Saving()
-    steps = settings.steps_on(training)
-    optimizer = Optimizer(model, settings, steps)
+    optimizer = Optimizer(model, settings, settings.steps_on(training))
     parts = world.size * settings.accumulate
     rows = part_rows(model, settings.batch_size, parts)
     half = settings.mixed_precision == "bf16"
@@ -93,25 +117,9 @@ def fit(
         facts = run_facts.facts_of(model, training, held_out, loss, optimizer, world.size)
     if world.size > 1:
         world.same(run_facts.digests(model, facts))
-
-    run = _Run(run_objective, optimizer, world, saving, facts, held_out, rows)
-    with run_objective.alone():
-        measured = run_objective if isinstance(loss, str) else without_own_loss(run_objective)
-        RunMemory(measured, optimizer, training, rows, parts).check()
-        trail = run.start()
-        run.go(training, trail, progress)
-    report = trail.report
-    if report.best_step and report.best_step != trail.step:
-        state.set_trained(optimizer, trail.kept)
-    report.best_step = report.best_step or steps
-    report.warnings += warnings
-    if report.before is not None and not trail.best < report.before:
-        report.warnings.append(
-            f"the lowest validation loss is {trail.best:.4f}, but before training it was "
-            f"{report.before:.4f}: the adapter does not improve the model"
-        )
-    model.eval()
-    return report
+    return Run(
+        run_objective, optimizer, world, saving, facts, training, held_out, rows, tuple(warnings)
+    )
 
 
 def _refuse_patience(settings: Settings) -> None:
@@ -153,16 +161,41 @@ def _least_rows(model: AdaptedModule) -> int:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The training loop; the changing state is in a Trail and in the model."""
+class Run:
+    """A run of the training loop; the changing state is in a Trail and in the model.
+
+    Attributes:
+        objective: Its loss, and the model.
+        optimizer: Its optimizer, with the settings.
+        world: The processes that share it.
+        saving: The folder of its states.
+        facts: What a resumed state must share; empty where nothing is saved or shared.
+        training: The examples.
+        held_out: The held-out examples, or None.
+        rows: The number of held-out examples that run at a time.
+        warnings: What has to be said of it.
+    """
 
     objective: Objective
     optimizer: Optimizer
     world: Processes
     saving: Saving
     facts: Facts
+    training: Table | Buckets
     held_out: Table | None
-    rows: int  # of held-out examples that run at a time
+    rows: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> AdaptedModule:
+        """The model whose adapter is trained."""
+        return self.objective.model
+
+    def check_memory(self, loss: str | Loss) -> None:
+        """Tell the memory of the run, and refuse a run that cannot fit; the loss is that of fit."""
+        measured = self.objective if isinstance(loss, str) else without_own_loss(self.objective)
+        parts = self.world.size * self.optimizer.settings.accumulate
+        RunMemory(measured, self.optimizer, self.training, self.rows, parts).check()
 
     def start(self) -> Trail:
         """Return the progress at the start: of the resumed state, or of a new run."""
@@ -173,34 +206,61 @@ class _Run:
         torch.manual_seed(self.optimizer.settings.seed + APART * self.world.rank)
         return Trail()
 
-    def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
-        """Take the remaining steps."""
+    def batches(self, trail: Trail) -> Iterator[Table]:
+        """Yield the batch of each remaining step; `take` is called before the next one."""
         settings = self.optimizer.settings
-        steps = self.optimizer.steps
-        report = trail.report
-        while trail.step < steps and report.stopped is None:
-            batches = training.batches(settings.batch_size, settings.seed + trail.epoch)
+        while not self._ends(trail):
+            batches = self.training.batches(settings.batch_size, settings.seed + trail.epoch)
             for batch in itertools.islice(batches, trail.at, None):
-                step = trail.step + 1
-                with self._stage_of_step(report):
-                    report.losses.append(self._loss_and_gradients(batch, step))
-                if progress is not None:
-                    progress(step, steps, report.losses[-1])
-                if step == 1:
-                    self._validate_before_training(trail)
-                self.optimizer.take(step)
-                trail.step = step
-                trail.at += 1
-                if self._validate_and_save(trail):
+                yield batch
+                if self._ends(trail):
                     return
             trail.epoch += 1
             trail.at = 0
 
-    def _stage_of_step(self, report: TrainReport) -> contextlib.AbstractContextManager[None]:
+    def _ends(self, trail: Trail) -> bool:
+        """Whether no step remains."""
+        return trail.step >= self.optimizer.steps or trail.report.stopped is not None
+
+    def first_step(self, trail: Trail) -> contextlib.AbstractContextManager[None]:
         """Return the stage of this run's first step, which compiles what the others run."""
-        if report.losses:
+        if trail.report.losses:
             return contextlib.nullcontext()
         return stage("running the first step")
+
+    def take(self, loss: float, trail: Trail, progress: Progress | None) -> None:
+        """Take a step with the present gradients; validate and save where it is due.
+
+        Args:
+            loss: The loss of the batch.
+            trail: The progress, which goes on by a step.
+            progress: As in fit.
+        """
+        step = trail.step + 1
+        trail.report.losses.append(loss)
+        if progress is not None:
+            progress(step, self.optimizer.steps, loss)
+        if step == 1:
+            self._validate_before_training(trail)
+        self.optimizer.take(step)
+        trail.step = step
+        trail.at += 1
+        self._validate_and_save(trail)
+
+    def finish(self, trail: Trail) -> TrainReport:
+        """Give the model the best adapter, and return the report of the whole run."""
+        report = trail.report
+        if report.best_step and report.best_step != trail.step:
+            state.set_trained(self.optimizer, trail.kept)
+        report.best_step = report.best_step or self.optimizer.steps
+        report.warnings += self.warnings
+        if report.before is not None and not trail.best < report.before:
+            report.warnings.append(
+                f"the lowest validation loss is {trail.best:.4f}, but before training it was "
+                f"{report.before:.4f}: the adapter does not improve the model"
+            )
+        self.model.eval()
+        return report
 
     def _validate_before_training(self, trail: Trail) -> None:
         """Compute the validation loss of the untrained model.
@@ -215,15 +275,15 @@ class _Run:
         with stage("validating before any weight changes"), torch.random.fork_rng(devices):
             trail.report.before = self.objective.mean(self.held_out, self.rows, self.world)
 
-    def _validate_and_save(self, trail: Trail) -> bool:
-        """Validate and save if this step requires it; return whether the run ends here."""
+    def _validate_and_save(self, trail: Trail) -> None:
+        """Validate and save if this step requires it."""
         steps = self.optimizer.steps
         checks = self.optimizer.settings.checks
         is_last = trail.step == steps
         is_due = trail.step * checks % steps < checks
         if self.held_out is not None and (is_due or is_last):
             self._validate(self.held_out, trail)
-        ends = is_last or trail.report.stopped is not None
+        ends = self._ends(trail)
         saves = is_due
         if self.saving.every:
             saves = trail.step % self.saving.every == 0
@@ -234,7 +294,6 @@ class _Run:
             # the run's own file, which it may replace: what a user had there was refused before
             with replacing(self.saving.curve, force=True) as temporary:
                 temporary.write_text(trail.report.to_csv(), encoding="utf-8")
-        return ends
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
         """Compute the validation loss, keep the adapter if it is the lowest, check patience."""
@@ -254,7 +313,7 @@ class _Run:
         if is_out_of_patience and trail.step < self.optimizer.steps:
             report.stopped = trail.step
 
-    def _loss_and_gradients(self, batch: Table, step: int) -> float:
+    def loss_and_gradients(self, batch: Table, step: int) -> float:
         """Compute the gradients of a step, counted from 1; return the batch's loss.
 
         The step is the same for any number of processes and parts, up to rounding. A part's loss
@@ -264,27 +323,38 @@ class _Run:
         Raises:
             LoraFxError: The loss or a gradient is not finite; no weight has moved.
         """
-        model = self.objective.model
-        trained = self.optimizer.trained
-        model.train()
+        self.model.train()
         self.optimizer.clear()
         value = 0.0
-        for part, share in self._parts(batch):
+        for part, share in self.parts(batch):
             loss = self.objective.loss(part) * share
             loss.backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach())
+        return self.finished_gradients(value, step)
+
+    def finished_gradients(self, value: float, step: int) -> float:
+        """Sum the gradients of all processes, check and clip them; return the batch's loss.
+
+        Args:
+            value: This process's share of the loss.
+            step: Counted from 1.
+
+        Raises:
+            LoraFxError: The loss or a gradient is not finite; no weight has moved.
+        """
+        trained = self.optimizer.trained
         value, _ = self.world.total(value)
         self.world.add([parameter.grad for parameter in trained], trained)
 
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        check_step(model, value, float(norm), step)  # clipping would spread a nan
+        check_step(self.model, value, float(norm), step)  # clipping would spread a nan
         clip = self.optimizer.settings.clip
         if clip:
             nn.utils.clip_grads_with_norm_(trained, clip, norm)
         return value
 
-    def _parts(self, batch: Table) -> Iterator[tuple[Table, float]]:
+    def parts(self, batch: Table) -> Iterator[tuple[Table, float]]:
         """Yield this process's parts of a batch with their shares of its loss; skip empty ones."""
         parts = self.optimizer.settings.accumulate
         count = self.world.size * parts

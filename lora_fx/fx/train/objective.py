@@ -90,15 +90,18 @@ class Objective:
 
     def loss(self, batch: Table) -> torch.Tensor:
         """Return the mean loss of a batch, with its autograd graph, in the model's current mode."""
-        labels = batch.columns.get(batch.label)
-        device = device_of(self.model)
-        with self._precision(device):
+        with self.precision(device_of(self.model)):
             out = self.model(**inputs_of(self.model, batch, self.own))
-            if labels is None:
-                return self.compute(out, None)
-            return self.compute(out, from_numpy(labels).to(device))
+            return self.loss_of(out, batch)
 
-    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    def loss_of(self, out: object, batch: Table) -> torch.Tensor:
+        """Return the mean loss of a batch from the model's output."""
+        labels = batch.columns.get(batch.label)
+        if labels is None:
+            return self.compute(out, None)
+        return self.compute(out, from_numpy(labels).to(device_of(self.model)))
+
+    def precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """Return a block in which products run in the run's precision; the meta device has one."""
         if device.type == "meta":
             return contextlib.nullcontext()

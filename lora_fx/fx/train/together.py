@@ -1,0 +1,301 @@
+"""Several runs in lockstep, over one base: the steps of equal shapes run in one vmap.
+
+Each run has its own batch, optimizer, schedule and random numbers, and a loss of its own, so its
+numbers are those of `fit` on its module alone. The first step of copies runs both ways, and they
+stay together only if both agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from lora_fx.data import Buckets, Table
+from lora_fx.errors import one_line
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.copies import PlainPrograms, kind_of, own_tensors
+from lora_fx.fx.tensors import device_of
+from lora_fx.fx.train.copy_draws import Draws, DrawsApart
+from lora_fx.fx.train.loop import Progress, Run, prepared
+from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.train.reduction import inputs_of
+from lora_fx.fx.train.settings import Settings
+from lora_fx.fx.train.state import Trail
+from lora_fx.fx.train.train_report import TrainReport
+from lora_fx.fx.trees import tree_flatten, tree_unflatten
+from lora_fx.inputs import Named
+from lora_fx.text import by_key
+
+GATE = 1e-3
+"""The largest difference of a gradient together from the same alone, of its largest element."""
+HALF_GATE = 5e-2
+"""The same in bfloat16."""
+RunProgress = Callable[[int, int, int, float], None]
+"""A function that is called with the number of a run, its step, its number of steps, its loss."""
+
+
+def fit_together(
+    models: Sequence[AdaptedModule],
+    training: Table | Buckets,
+    validation: Table | None,
+    loss: str | Loss,
+    settings: Sequence[Settings],
+    progress: RunProgress | None = None,
+) -> list[TrainReport]:
+    """Train adapters side by side; afterwards each model holds its own best one.
+
+    Args:
+        models: Copies of one module, as `insert(copies=…)` has them.
+        training: As in fit; each run has its own order of it.
+        validation: As in fit.
+        loss: As in fit.
+        settings: Those of each run.
+        progress: Called as (run, step, steps, loss).
+
+    Raises:
+        LoraFxError: As in fit; the first run that fails ends all.
+    """
+    lanes = []
+    for number, (model, own) in enumerate(zip(models, settings, strict=True)):
+        run = prepared(model, training, validation, loss, own)
+        lanes.append(_Lane(number, run, Draws(device_of(model))))
+    lanes[0].run.check_memory(loss)
+    with contextlib.ExitStack() as stack:
+        for lane in lanes:
+            stack.enter_context(lane.run.objective.alone())
+            lane.start()
+        _Lockstep().go(lanes, progress)
+    return [lane.run.finish(lane.trail) for lane in lanes]
+
+
+@dataclass(eq=False)
+class _Lane:
+    """A run among others.
+
+    Attributes:
+        number: Its place among the models.
+        run: The run.
+        draws: Its random generators.
+        trail: Its progress.
+        batches: What it has still to see.
+    """
+
+    number: int
+    run: Run
+    draws: Draws
+    trail: Trail = field(default_factory=Trail)
+    batches: Iterator[Table] = field(default_factory=lambda: iter(()))
+
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """A value that is equal for runs whose parts of equal shapes run together."""
+        return kind_of(self.run.model)
+
+    def start(self) -> None:
+        """Begin the run, with generators of its own seed."""
+        with self.draws.used():
+            self.trail = self.run.start()
+        self.batches = self.run.batches(self.trail)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The loss of a part, and its gradients by the run's trained tensors, in their order."""
+
+    loss: float
+    gradients: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a run's batch, and its share of the batch's loss."""
+
+    lane: _Lane
+    table: Table
+    share: float
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """A value that is equal for parts that one vmap can run."""
+        columns = self.table.columns.items()
+        return self.lane.kind, tuple((name, column.shape) for name, column in columns)
+
+    def alone(self) -> _Result:
+        """Return the loss and the gradients as the run alone would compute them."""
+        with self.lane.draws.used():
+            loss = self.lane.run.objective.loss(self.table) * self.share
+            return _Result(float(loss.detach()), self.gradients(loss))
+
+    def gradients(self, loss: Tensor, *, retain: bool = False) -> Sequence[Tensor | None]:
+        """Return the gradients of a loss by the run's trained tensors."""
+        trained = self.lane.run.optimizer.trained
+        return torch.autograd.grad(loss, trained, allow_unused=True, retain_graph=retain)
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients to those of the run's trained tensors."""
+        for tensor, gradient in zip(self.lane.run.optimizer.trained, gradients, strict=True):
+            if tensor.grad is None:
+                tensor.grad = gradient
+            elif gradient is not None:
+                tensor.grad += gradient
+
+
+@dataclass
+class _Lockstep:
+    """The steps of several runs.
+
+    Attributes:
+        plain: The programs that vmap runs.
+        agreed: Whether copies of a kind give together what they give alone, once that is known.
+    """
+
+    plain: PlainPrograms = field(default_factory=PlainPrograms)
+    agreed: dict[tuple[object, ...], bool] = field(default_factory=dict)
+
+    def go(self, lanes: Sequence[_Lane], progress: RunProgress | None) -> None:
+        """Take the steps of all runs; one that ends leaves the others."""
+        while True:
+            coming = {}
+            for lane in lanes:
+                batch = next(lane.batches, None)
+                if batch is not None:
+                    coming[lane] = batch
+            if not coming:
+                return
+            with next(iter(coming)).run.first_step(next(iter(coming)).trail):
+                losses = self._gradients(coming)
+            for lane, value in losses.items():
+                told = None
+                if progress is not None:
+                    told = _of_run(progress, lane.number)
+                with lane.draws.used():
+                    lane.run.take(value, lane.trail, told)
+
+    def _gradients(self, batches: dict[_Lane, Table]) -> dict[_Lane, float]:
+        """Compute the gradients of a step of each run; return the losses."""
+        parts: dict[_Lane, list[_Part]] = {}
+        values = {}
+        for lane, batch in batches.items():
+            lane.run.model.train()
+            lane.run.optimizer.clear()
+            parts[lane] = [_Part(lane, table, share) for table, share in lane.run.parts(batch)]
+            values[lane] = 0.0
+        for place in range(max(len(own) for own in parts.values())):
+            present = [own[place] for own in parts.values() if place < len(own)]
+            for group in by_key((part.kind, part) for part in present).values():
+                losses = self._add_gradients(group)
+                for part, value in zip(group, losses, strict=True):
+                    values[part.lane] += value
+        return {
+            lane: lane.run.finished_gradients(value, lane.trail.step + 1)
+            for lane, value in values.items()
+        }
+
+    def _add_gradients(self, group: Sequence[_Part]) -> list[float]:
+        """Add the gradients of parts of one kind to their runs' tensors; return their losses."""
+        kind = group[0].lane.kind
+        if len(group) > 1 and self.agreed.get(kind):
+            losses = self._together(group, [part.lane.draws for part in group])
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            return [float(loss.detach()) for loss in losses]
+
+        before = [part.lane.draws.copied() for part in group]
+        results = [part.alone() for part in group]
+        if len(group) > 1 and kind not in self.agreed:
+            reason = self._disagreement(group, before, results)
+            self.agreed[kind] = not reason
+            if reason:
+                line = f"its steps are not run together with those of other runs: {reason}"
+                for part in group:
+                    part.lane.trail.report.warnings.append(line)
+        for part, result in zip(group, results, strict=True):
+            part.add(result.gradients)
+        return [result.loss for result in results]
+
+    def _disagreement(
+        self, group: Sequence[_Part], draws: Sequence[Draws], alone: Sequence[_Result]
+    ) -> str:
+        """Return why copies cannot run together, empty if they can.
+
+        Args:
+            group: A part of each copy.
+            draws: The generators that they began with.
+            alone: What each gave.
+        """
+        if group[0].lane.run.model.is_activation_checkpointing:
+            return "--activation-checkpointing recomputes blocks, which vmap does not take"
+        try:
+            losses = self._together(group, draws)
+            gradients = [
+                part.gradients(loss, retain=True)
+                for part, loss in zip(group, losses, strict=True)
+            ]
+        except Exception as error:  # whatever an operator without a rule of vmap raises
+            return one_line(f"{type(error).__name__}: {error}", 160)
+        for expected, found in zip(alone, gradients, strict=True):
+            difference = _difference(expected.gradients, found)
+            gate = HALF_GATE if group[0].lane.run.objective.half else GATE
+            if not difference <= gate:
+                return f"a gradient differs by {difference:.1e} from that of the run alone"
+        return ""
+
+    def _together(self, group: Sequence[_Part], draws: Sequence[Draws]) -> list[Tensor]:
+        """Return the losses of parts of one kind, of one vmap over their runs' tensors."""
+        objective = group[0].lane.run.objective
+        model = objective.model
+        own = [own_tensors(part.lane.run.model) for part in group]
+        tensors = {name: torch.stack([copy[name] for copy in own]) for name in own[0]}
+        arguments = [inputs_of(model, part.table, objective.own) for part in group]
+        inputs = {name: torch.stack([row[name] for row in arguments]) for name in arguments[0]}
+        structure: list[Any] = []  # leaves of the output, which of them are tensors, tree
+
+        def run(number: Tensor, tensors: Named, inputs: Named) -> list[Tensor]:
+            with DrawsApart(draws, number):
+                out = functional_call(model, tensors, (), dict(inputs))
+            leaves, tree = tree_flatten(out)
+            places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            structure[:] = [leaves, places, tree]
+            return [leaves[place] for place in places]
+
+        numbers = torch.arange(len(group))
+        with self.plain.of(model), objective.precision(device_of(model)):
+            results = vmap(run, randomness="error")(numbers, tensors, inputs)
+            leaves, places, tree = structure
+            losses = []
+            for copy, part in enumerate(group):
+                for place, result in zip(places, results, strict=True):
+                    leaves[place] = result[copy]
+                loss = objective.loss_of(tree_unflatten(leaves, tree), part.table)
+                losses.append(loss * part.share)
+        return losses
+
+
+def _difference(alone: Sequence[Tensor | None], together: Sequence[Tensor | None]) -> float:
+    """Return the largest difference of two lists of gradients, of the largest element."""
+    largest = 0.0
+    difference = 0.0
+    for expected, found in zip(alone, together, strict=True):
+        if expected is None or found is None:
+            if expected is not found:
+                return math.inf
+            continue
+        largest = max(largest, float(expected.abs().max()))
+        difference = max(difference, float((expected - found).abs().max()))
+    return difference / largest if largest else difference
+
+
+def _of_run(progress: RunProgress, number: int) -> Progress:
+    """Return the progress of one run."""
+
+    def told(step: int, steps: int, loss: float) -> None:
+        progress(number, step, steps, loss)
+
+    return told

@@ -1,0 +1,89 @@
+"""Many adapters over one base: what differs between them is built anew, all else is shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.copies import copy_of, shares_programs
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.passes.verbs.build import Start, build_module, found_in, start_of
+from lora_fx.passes.verbs.options import InsertOptions
+from lora_fx.targets.found import Found
+
+
+@dataclass
+class SharedBase:
+    """A captured model for several adapters: its modules share the weights and the programs.
+
+    The first module of a kind is built and proven as `insert` does it. Later ones of other seeds,
+    and of other ranks of the same scale, are copies of it and have its targets.
+
+    Attributes:
+        cap: The capture.
+        device: The device of the modules.
+    """
+
+    cap: Captured
+    device: str = "cpu"
+    _found: Found | None = None
+    _templates: list[_Template] = field(default_factory=list)
+
+    def module(self, options: InsertOptions) -> AdaptedModule:
+        """Return a module with new branches, as `insert` returns it.
+
+        Raises:
+            LoraFxError: As for insert.
+        """
+        if self._found is None:
+            self._found = found_in(self.cap)
+        start = start_of(self.cap.model, self.cap, self._found, options)
+        template = self._template(start, options)
+        copied = copy_of(template.module, template.adapter_of(start))
+        insertion_of(copied).say(*start.notes)
+        return copied
+
+    def _template(self, start: Start, options: InsertOptions) -> _Template:
+        """Return the module of the start's kind, which is built if there is none."""
+        kind = (options.dropout, options.norm_stats, options.fast, options.dead)
+        for template in self._templates:
+            if template.kind == kind and template.holds(start):
+                return template
+        module = build_module(self.cap, options).to(self.device)
+        idle = frozenset(start.adapter.lowrank.keys() - module.updates.keys())
+        self._templates.append(_Template(kind, module, start.trained_whole, idle))
+        return self._templates[-1]
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A module that is never trained, of which copies are.
+
+    Attributes:
+        kind: The options that its programs depend on, beside its updates.
+        module: The module.
+        trained_whole: The tensors that are trained whole.
+        idle: Targets that were left out, since no gradient reaches them.
+    """
+
+    kind: tuple[object, ...]
+    module: AdaptedModule
+    trained_whole: tuple[str, ...]
+    idle: frozenset[str]
+
+    def adapter_of(self, start: Start) -> Adapter:
+        """Return the first values of a module: those of the start, without idle targets."""
+        entries = {
+            key: entry for key, entry in start.adapter.entries.items() if key not in self.idle
+        }
+        if start.bound is not None:
+            entries |= start.bound.full
+        return Adapter(entries, start.adapter.metadata)
+
+    def holds(self, start: Start) -> bool:
+        """Whether the programs of this module run a start's adapter."""
+        if start.trained_whole != self.trained_whole:
+            return False
+        return shares_programs(self.module, self.adapter_of(start))
