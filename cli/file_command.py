@@ -28,7 +28,9 @@ from lora_fx.peak_memory import refusing
 from lora_fx.progress import stage
 from lora_fx.text import JsonView, is_whole
 
-WRITTEN = ("output", "out", "report", "attest", "curve", "save_state", "resume", "save_config")
+WRITTEN = ("output", "out", "report", "attest", "curve", "save_state", "resume", "save_runs",
+    "save_config",
+)  # fmt: skip
 """Options that name an output."""
 
 

@@ -210,10 +210,11 @@ Rules = Sequence[NoSay[JsonView]]
 
 
 GROUPS = {
-    "Data": "data eval_data label loss validation max_length examples",
+    "Data": "data eval_data label loss validation split_seed max_length examples",
     "Training": "epochs steps batch_size gradient_accumulation_steps accumulate checks patience "
     "mixed_precision activation_checkpointing curve",
     "Optimizer": "optimizer lr schedule warmup weight_decay clip",
+    "Many runs": "sweep seeds together save_runs",
     "States of a training": "save_state save_every save_total_limit resume",
     "Targets and ranks": "plan rank alpha energy max_rank params max_error max_abs_error include "
     "exclude also_train also_full whole variant init seed dropout quantise accuracy_level dead",

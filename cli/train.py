@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import click
 
 from lora_fx.cli.branch_options import PLANNED, TargetOptions
-from lora_fx.cli.data_arguments import BATCH, batches_of, loss_of, tables_of
+from lora_fx.cli.data_arguments import loss_of, tables_of
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.interrupted_state import stateful
 from lora_fx.cli.invocation_option import check_examples, invocation_of
@@ -22,23 +20,25 @@ from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.parallel_run import together
 from lora_fx.cli.step_lines import StepLines
-from lora_fx.cli.train_options import (
-    TRAINED,
-    ExampleOptions,
-    LoopOptions,
-    defaults_taken,
-    with_checks,
+from lora_fx.cli.train_options import TRAINED, ExampleOptions, defaults_taken, with_checks
+from lora_fx.cli.train_sweep import (
+    OF_A_SWEEP,
+    RunOptions,
+    SweepJob,
+    checked_runs,
+    rows_of_start,
+    start_options,
 )
 from lora_fx.errors import expect_name
 from lora_fx.run_defaults import CAUSAL, OTHERS
 
 
-@click.command("train", cls=ReportCommand, no_say=(*PLANNED, *TRAINED, *PROGRAM))
+@click.command("train", cls=ReportCommand, no_say=(*PLANNED, *TRAINED, *OF_A_SWEEP, *PROGRAM))
 @click.argument("model")
 @click.argument("data")
 @output_option("ADAPTER", "Write an adapter folder or a .safetensors file.")
 @option_group("examples", ExampleOptions)
-@option_group("loop", LoopOptions)
+@option_group("loop", RunOptions)
 @option_group("targets", TargetOptions)
 @option_group("capture", ModelOptions)
 @force_option
@@ -47,7 +47,7 @@ def command(
     data: str,
     output: str,
     examples: ExampleOptions,
-    loop: LoopOptions,
+    loop: RunOptions,
     targets: TargetOptions,
     capture: ModelOptions,
     force: bool,
@@ -59,14 +59,15 @@ def command(
     tokenizer in the folder of the model encodes columns of text. For a causal language model DATA
     is a .jsonl file with "text", with "prompt" and "completion", or with "messages".
 
-    A tenth of DATA is held out for validation. The adapter with the best validation loss is saved.
+    A tenth of DATA is held out for validation. The adapter with the best validation loss is saved;
+    with --sweep or --seeds, which train several over one base, it is the best one of all.
 
     \b
     lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
+    lora-fx train model.py:build data.npz -o best --sweep rank=4,8,16 --sweep lr=1e-4,3e-4 --seeds 4
     """
-    from lora_fx.adapter.starts import OF_DATA
     from lora_fx.files.atomic import check_output
     from lora_fx.files.run_files import inputs_are_in_memory
     from lora_fx.formats.io import FORMATS, check_real, save_adapter
@@ -86,45 +87,47 @@ def command(
         check_device(device)
         examples.check(loop.patience)
         loop.settings(targets.seed)  # which refuses a name that is not known, before any work
+        runs = checked_runs(loop, targets, examples, world.size)
         saving = loop.saving(force=force)
         cap = captured(model, capture, later=True)
         defaults = OTHERS
         if is_causal_folder(model, cap):
             defaults = CAUSAL
             note(*defaults_taken(examples, loop))
-        settings = loop.settings(targets.seed, defaults)
-        training, validation = tables_of(data, cap, examples, targets.seed, defaults)
-        settings, notes = with_checks(settings, loop, defaults, training, len(validation))
-        note(*notes)
+        split_seed = targets.seed if examples.split_seed is None else examples.split_seed
+        training, validation = tables_of(data, cap, examples, split_seed, defaults)
         loss = loss_of(examples.loss)
         if not isinstance(cap, FileCaptured):
             label_example(cap, training, loss)
         trace_example(cap)
-        if cap.adapter is not None:
-            module = module_with_adapter(cap)
-        elif targets.init in OF_DATA:
-            size = math.ceil(settings.batch_size / (settings.accumulate * world.size))
-            batches = batches_of(training, rows=min(BATCH, size))
-            read_loss = loss if targets.init == "lora-ga" else "ce"
-            tokens = invocation_of(targets.invocation, cap)
-            options = targets.insert(batches, read_loss, tokens)
-            module = insert_into(cap, options, targets.quantise)
+        tokens = invocation_of(targets.invocation, cap)
+        if runs:
+            job = SweepJob(cap, training, validation, loss, defaults, targets, device, tokens)
+            finished = job.run(runs, loop)
+            module, report = finished.best_run()
         else:
-            options = targets.insert(invocation=invocation_of(targets.invocation, cap))
-            module = insert_into(cap, options, targets.quantise)
-        check_examples(training, module)
-        check_real(module.updates)  # before the training, and not at the file after it
-        check_move(module, check_device(device))
-        module = module.to(device)
-        if loop.activation_checkpointing:
-            module.activation_checkpointing_enable()
+            settings = loop.settings(targets.seed, defaults)
+            settings, notes = with_checks(settings, loop, defaults, training, len(validation))
+            note(*notes)
+            if cap.adapter is not None:
+                module = module_with_adapter(cap)
+            else:
+                rows = rows_of_start(settings, world.size)
+                options = start_options(targets, training, loss, rows, tokens)
+                module = insert_into(cap, options, targets.quantise)
+            check_examples(training, module)
+            check_real(module.updates)  # before the training, and not at the file after it
+            check_move(module, check_device(device))
+            module = module.to(device)
+            if loop.activation_checkpointing:
+                module.activation_checkpointing_enable()
 
-        inputs_are_in_memory()
-        lines = StepLines(say)
-        with stateful(saving):
-            report = fit(
-                module, training, validation, loss, settings, lines, saving=saving, world=world
-            )
+            inputs_are_in_memory()
+            lines = StepLines(say)
+            with stateful(saving):
+                report = fit(
+                    module, training, validation, loss, settings, lines, saving=saving, world=world
+                )
         if not world.first:
             return
         note(*report.warnings, *prove_as_it_is(module), warns=True)
@@ -139,4 +142,7 @@ def command(
         fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}
         fields |= {"examples": counts, **report.to_json(), **of_probe}
         said = f"{made}\n{report}\nwrote {' and '.join(outputs)}"
+        if runs:
+            fields |= finished.to_json()
+            said = f"{finished.table()}\n{said}"
         emit(said, warnings=made.notes, **fields)

@@ -45,6 +45,12 @@ class ExampleOptions:
         metavar="FILE",
         help="Validate on these examples in place of a share of DATA.",
     )
+    split_seed: int | None = option(
+        "--split-seed",
+        type=click.IntRange(0, 2**32 - 1),
+        metavar="N",
+        help="Draw the held-out examples by this seed.  [default: --seed]",
+    )
     max_length: int | None = max_length_option()
 
     def check(self, patience: int | None) -> None:
@@ -301,6 +307,11 @@ TRAINED: Rules = (
         lambda asked: bool(asked["eval_data"]),
         "with --eval-data {0[eval_data]}",
         "leave one of them out",
+    ),
+    NoSay(
+        ("split_seed",),
+        lambda asked: bool(asked["eval_data"]) or asked["validation"] == 0,
+        "when no share of DATA is held out",
     ),
     NoSay(
         ("epochs",),

@@ -25,6 +25,7 @@ from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import refuse_inference
@@ -43,6 +44,7 @@ from lora_fx.passes.verbs.options import (
     Selectors,
 )
 from lora_fx.passes.verbs.quantise import Wanted, quantised
+from lora_fx.passes.verbs.shared_base import SharedBase
 from lora_fx.progress import Listener, stage, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Plan
@@ -105,6 +107,7 @@ def insert(
     fast: bool = True,
     quantise: Wanted | None = None,
     invocation: Sequence[int] | None = None,
+    copies: int = 1,
     progress: Listener | None = None,
 ) -> AdaptedModule:
     """Insert low-rank branches and return a trainable module; the user's module is not changed.
@@ -160,11 +163,18 @@ def insert(
         "fast": fast, "invocation": invocation,
     }  # fmt: skip
     options = InsertOptions.of(keywords)
+    _check_copies(copies, options)
     model = unwrapped(model)
     refuse_second_adapter(model)
     capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=options.adapter)
     with torch.inference_mode(False):  # A and B train, wherever insert is called
-        return insert_into(captured_of(model, capture), options, quantise)
+        module = insert_into(captured_of(model, capture), options, quantise)
+        if copies > 1:
+            base = SharedBase.of(module, options)
+            seeds = range(options.seed + 1, options.seed + copies)
+            others = [base.module(replace(options, seed=seed)) for seed in seeds]
+            insertion_of(module).copies = (module, *others)
+        return module
 
 
 @told
@@ -188,6 +198,17 @@ def insert_into(
             first_names, _ = named_tensors(cap.model)
             cap = quantised(cap, quantise, options.whole(first_names))
         return build_module(cap, options)
+
+
+def _check_copies(copies: int, options: InsertOptions) -> None:
+    """Raise for a number of copies that cannot be made with the other options."""
+    if copies < 1:
+        raise LoraFxError(f"copies={copies}; expected 1 or more", "leave it out for one adapter")
+    if copies > 1 and options.data is not None and not isinstance(options.data, Sequence):
+        raise LoraFxError(
+            "copies read the batches of data once each, and this iterable gives them once",
+            "pass data=[*batches]",
+        )
 
 
 def refuse_second_adapter(model: object) -> None:

@@ -1,89 +1,133 @@
-"""Many adapters over one base: what differs between them is built anew, all else is shared."""
+"""Many adapters over one base, some of them at a time; the best is for the caller to keep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.data import Buckets, Table
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.dotted_names import named_tensors
+from lora_fx.fx.load.models import check_device
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.copies import copy_of, shares_programs
-from lora_fx.fx.module.insertion import insertion_of
-from lora_fx.passes.verbs.build import Start, build_module, found_in, start_of
+from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.train.settings import Settings
+from lora_fx.fx.train.together import RunProgress, fit_together
+from lora_fx.fx.train.train_report import TrainReport
+from lora_fx.passes.verbs.adapt import refuse_second_adapter
 from lora_fx.passes.verbs.options import InsertOptions
-from lora_fx.targets.found import Found
+from lora_fx.passes.verbs.quantise import Wanted, quantised
+from lora_fx.passes.verbs.shared_base import SharedBase
 
 
-@dataclass
-class SharedBase:
-    """A captured model for several adapters: its modules share the weights and the programs.
+def shared_base(
+    cap: Captured,
+    options: InsertOptions,
+    quantise: Wanted | None = None,
+    device: str = "cpu",
+    *,
+    recompute: bool = False,
+) -> SharedBase:
+    """Return the base of several adapters.
 
-    The first module of a kind is built and proven as `insert` does it. Later ones of other seeds,
-    and of other ranks of the same scale, are copies of it and have its targets.
-
-    Attributes:
+    Args:
         cap: The capture.
-        device: The device of the modules.
+        options: Those of any of the adapters, for what is trained whole.
+        quantise: As in insert.
+        device: Where the runs are.
+        recompute: Whether blocks run again in backward.
+
+    Raises:
+        LoraFxError: As for insert, and where the model does not fit on the device.
     """
-
-    cap: Captured
-    device: str = "cpu"
-    _found: Found | None = None
-    _templates: list[_Template] = field(default_factory=list)
-
-    def module(self, options: InsertOptions) -> AdaptedModule:
-        """Return a module with new branches, as `insert` returns it.
-
-        Raises:
-            LoraFxError: As for insert.
-        """
-        if self._found is None:
-            self._found = found_in(self.cap)
-        start = start_of(self.cap.model, self.cap, self._found, options)
-        template = self._template(start, options)
-        copied = copy_of(template.module, template.adapter_of(start))
-        insertion_of(copied).say(*start.notes)
-        return copied
-
-    def _template(self, start: Start, options: InsertOptions) -> _Template:
-        """Return the module of the start's kind, which is built if there is none."""
-        kind = (options.dropout, options.norm_stats, options.fast, options.dead)
-        for template in self._templates:
-            if template.kind == kind and template.holds(start):
-                return template
-        module = build_module(self.cap, options).to(self.device)
-        idle = frozenset(start.adapter.lowrank.keys() - module.updates.keys())
-        self._templates.append(_Template(kind, module, start.trained_whole, idle))
-        return self._templates[-1]
+    refuse_second_adapter(cap)
+    if quantise:
+        first_names, _ = named_tensors(cap.model)
+        cap = quantised(cap, quantise, options.whole(first_names))
+    return SharedBase(cap, check_device(device), recompute)
 
 
 @dataclass(frozen=True)
-class _Template:
-    """A module that is never trained, of which copies are.
+class SweepRun:
+    """One adapter of a sweep: what is inserted, and how it is trained."""
+
+    options: InsertOptions
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished run of a sweep.
 
     Attributes:
-        kind: The options that its programs depend on, beside its updates.
-        module: The module.
-        trained_whole: The tensors that are trained whole.
-        idle: Targets that were left out, since no gradient reaches them.
+        number: Its place among the runs, from 0.
+        report: Its losses.
+        module: The module, with its best adapter.
     """
 
-    kind: tuple[object, ...]
+    number: int
+    report: TrainReport
     module: AdaptedModule
-    trained_whole: tuple[str, ...]
-    idle: frozenset[str]
 
-    def adapter_of(self, start: Start) -> Adapter:
-        """Return the first values of a module: those of the start, without idle targets."""
-        entries = {
-            key: entry for key, entry in start.adapter.entries.items() if key not in self.idle
-        }
-        if start.bound is not None:
-            entries |= start.bound.full
-        return Adapter(entries, start.adapter.metadata)
 
-    def holds(self, start: Start) -> bool:
-        """Whether the programs of this module run a start's adapter."""
-        if start.trained_whole != self.trained_whole:
-            return False
-        return shares_programs(self.module, self.adapter_of(start))
+def sweep(
+    base: SharedBase,
+    runs: Sequence[SweepRun],
+    training: Table | Buckets,
+    validation: Table | None,
+    loss: str | Loss = "ce",
+    *,
+    together: int = 1,
+    progress: RunProgress | None = None,
+) -> Iterator[SweepResult]:
+    """Train adapters over one base, some at a time; yield each one as it is finished.
+
+    Losses and adapters are those that each run has alone, with the same data and settings.
+
+    Args:
+        base: The captured model.
+        runs: What differs between the runs.
+        training: As in fit.
+        validation: As in fit.
+        loss: As in fit.
+        together: How many runs take their steps at a time.
+        progress: Called as (run, step, steps, loss).
+
+    Raises:
+        LoraFxError: As for insert and fit. A run whose loss is not finite ends alone.
+    """
+    is_first = True
+    for numbers in _groups(runs, together):
+        modules = [base.module(runs[number].options) for number in numbers]
+        settings = [runs[number].settings for number in numbers]
+        told = None if progress is None else _told(progress, numbers)
+        reports = fit_together(
+            modules, training, validation, loss, settings, told, check_memory=is_first
+        )
+        is_first = False
+        for number, report in zip(numbers, reports, strict=True):
+            yield SweepResult(number, report, modules.pop(0))
+
+
+def _groups(runs: Sequence[SweepRun], together: int) -> Iterator[list[int]]:
+    """Yield the numbers of runs that train at a time: those of one kind, since these share steps.
+
+    A kind is what is inserted, but for the seed.
+    """
+    kinds: list[tuple[InsertOptions, list[int]]] = []
+    for number, run in enumerate(runs):
+        kind = replace(run.options, seed=0)
+        for known, numbers in kinds:
+            if known == kind:
+                numbers.append(number)
+                break
+        else:
+            kinds.append((kind, [number]))
+    for _, numbers in kinds:
+        for first in range(0, len(numbers), together):
+            yield numbers[first : first + together]
+
+
+def _told(progress: RunProgress, numbers: Sequence[int]) -> RunProgress:
+    """Return a progress whose runs are numbered among those of a group."""
+    return lambda place, *step: progress(numbers[place], *step)

@@ -74,6 +74,7 @@ class AdaptedModule(CapturedModule):
         self._active: dict[str, float] = {DEFAULT: 1.0}
         self._sampled = Base()
         self._effect: Effect | None = None
+        self._copies: tuple[AdaptedModule, ...] = ()
         decide_doubts(self)
         graph = self._graph(False, captured.named)  # registers the adapter's tensors
         if self._invocation:
@@ -105,6 +106,11 @@ class AdaptedModule(CapturedModule):
             {"params": params, "lr": rate, "weight_decay": weight_decay}
             for rate, params in groups.items()
         ]
+
+    @property
+    def copies(self) -> tuple[AdaptedModule, ...]:
+        """The adapters that insert(copies=…) made over one base, this one first."""
+        return self._copies or (self,)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -50,6 +50,15 @@ class Insertion:
     def effect(self, effect: Effect) -> None:
         self._module._effect = effect
 
+    @property
+    def copies(self) -> tuple[AdaptedModule, ...]:
+        """The module and its copies; see `AdaptedModule.copies`."""
+        return self._module.copies
+
+    @copies.setter
+    def copies(self, copies: tuple[AdaptedModule, ...]) -> None:
+        self._module._copies = copies
+
     def say(self, *notes: str) -> None:
         """Add notes to the report, each once."""
         self._module._notes = tuple(dict.fromkeys((*self._module.notes, *notes)))

@@ -99,7 +99,9 @@ class _CopyByCopy(torch.autograd.Function):
         """Keep nothing: see torch.autograd.Function."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], number: Any, run: Any, *operands: Any) -> Any:
+    def vmap(
+        info: Any, in_dims: Sequence[int | None], number: Any, run: Any, *operands: Any
+    ) -> Any:
         """Run each copy on its own part of the operands, and stack the results."""
         results = []
         for copy in range(info.batch_size):

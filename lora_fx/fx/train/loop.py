@@ -191,11 +191,16 @@ class Run:
         """The model whose adapter is trained."""
         return self.objective.model
 
-    def check_memory(self, loss: str | Loss) -> None:
-        """Tell the memory of the run, and refuse a run that cannot fit; the loss is that of fit."""
+    def check_memory(self, loss: str | Loss, copies: int = 1) -> None:
+        """Tell the memory of the run, and refuse a run that cannot fit.
+
+        Args:
+            loss: That of fit.
+            copies: How many runs of its kind take their steps together.
+        """
         measured = self.objective if isinstance(loss, str) else without_own_loss(self.objective)
         parts = self.world.size * self.optimizer.settings.accumulate
-        RunMemory(measured, self.optimizer, self.training, self.rows, parts).check()
+        RunMemory(measured, self.optimizer, self.training, self.rows, parts, copies).check()
 
     def start(self) -> Trail:
         """Return the progress at the start: of the resumed state, or of a new run."""

@@ -34,7 +34,7 @@ GRADIENT_GATE = 2e-2
 """The same for the gradient, relative to its largest; two answers differ by 10 % or more."""
 
 
-def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, object]:
+def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, Tensor]:
     """Return a batch as the model's arguments, on its device; labels only if `own` is given."""
     device = device_of(model)
     return {

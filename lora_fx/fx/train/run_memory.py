@@ -49,6 +49,7 @@ class RunMemory:
         training: Its examples.
         rows: How many of them run at a time.
         parts: How many parts a batch has, those of all processes together.
+        copies: How many such runs take their steps together.
     """
 
     objective: Objective
@@ -56,6 +57,7 @@ class RunMemory:
     training: Table | Buckets
     rows: int
     parts: int
+    copies: int = 1
 
     def check(self) -> None:
         """Tell the memory of the run, and refuse a run that cannot fit.
@@ -74,11 +76,12 @@ class RunMemory:
 
     def peak_of(self, step: StepMemory) -> PeakMemory:
         """Return the estimate of a run whose largest step takes so much."""
-        trained = sum(p.numel() * p.element_size() for p in self.optimizer.trained)
+        trained = self.copies * sum(p.numel() * p.element_size() for p in self.optimizer.trained)
         moments = trained * self.optimizer.moments_of_each
-        kept = round((1 + SLACK) * step.kept)
-        certain = step.kept // 2 if self.objective.half else step.kept
-        momentary = round((1 + SLACK) * (step.peak - step.kept))
+        kept_at_once = self.copies * step.kept
+        kept = round((1 + SLACK) * kept_at_once)
+        certain = kept_at_once // 2 if self.objective.half else kept_at_once
+        momentary = round((1 + SLACK) * self.copies * (step.peak - step.kept))
         shape = ", ".join(map(str, step.largest))
         parts = (
             MemoryPart("kept for backward", kept, certain),
@@ -95,6 +98,9 @@ class RunMemory:
 
     def _ways_out(self, free: int) -> Iterator[str]:
         """Yield options that make the run fit, each with what it needs, or the least of all."""
+        if self.copies > 1:
+            yield f"--together 1 needs {sized(replace(self, copies=1)._needed(self.rows))}"
+            return
         ways = [*self._by_fewer_rows(free), *self._by_checkpointing(free)]
         ways += [*self._by_shorter_rows(free), *self._by_codes(free)]
         yield from ways

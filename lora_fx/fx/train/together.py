@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from lora_fx.data import Buckets, Table
-from lora_fx.errors import one_line
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.copies import PlainPrograms, kind_of, own_tensors
 from lora_fx.fx.tensors import device_of
@@ -49,8 +49,12 @@ def fit_together(
     loss: str | Loss,
     settings: Sequence[Settings],
     progress: RunProgress | None = None,
+    *,
+    check_memory: bool = True,
 ) -> list[TrainReport]:
     """Train adapters side by side; afterwards each model holds its own best one.
+
+    A run whose loss or gradient is not finite ends, and its report has the error; the others go on.
 
     Args:
         models: Copies of one module, as `insert(copies=…)` has them.
@@ -59,20 +63,26 @@ def fit_together(
         loss: As in fit.
         settings: Those of each run.
         progress: Called as (run, step, steps, loss).
+        check_memory: Refuse runs that cannot fit.
 
     Raises:
-        LoraFxError: As in fit; the first run that fails ends all.
+        LoraFxError: As in fit, but for a loss or gradient that is not finite.
     """
     lanes = []
     for number, (model, own) in enumerate(zip(models, settings, strict=True)):
         run = prepared(model, training, validation, loss, own)
         lanes.append(_Lane(number, run, Draws(device_of(model))))
-    lanes[0].run.check_memory(loss)
+    lockstep = _Lockstep()
+    if check_memory:
+        first = lanes[0].run
+        alike = sum(lane.kind == lanes[0].kind for lane in lanes)
+        with lockstep.plain.of(first.model) if alike > 1 else contextlib.nullcontext():
+            first.check_memory(loss, copies=alike)
     with contextlib.ExitStack() as stack:
         for lane in lanes:
             stack.enter_context(lane.run.objective.alone())
             lane.start()
-        _Lockstep().go(lanes, progress)
+        lockstep.go(lanes, progress)
     return [lane.run.finish(lane.trail) for lane in lanes]
 
 
@@ -98,6 +108,17 @@ class _Lane:
     def kind(self) -> tuple[object, ...]:
         """A value that is equal for runs whose parts of equal shapes run together."""
         return kind_of(self.run.model)
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """A block with the run's generators; a value that is not finite ends the run."""
+        with self.draws.used():
+            try:
+                yield
+            except LoraFxError as error:
+                if error.exit_code != 1:
+                    raise
+                self.trail.report.error = error.message
 
     def start(self) -> None:
         """Begin the run, with generators of its own seed."""
@@ -165,19 +186,18 @@ class _Lockstep:
         while True:
             coming = {}
             for lane in lanes:
-                batch = next(lane.batches, None)
+                batch = None if lane.trail.report.error else next(lane.batches, None)
                 if batch is not None:
                     coming[lane] = batch
             if not coming:
                 return
-            with next(iter(coming)).run.first_step(next(iter(coming)).trail):
+            first = next(iter(coming))
+            with first.run.first_step(first.trail):
                 losses = self._gradients(coming)
             for lane, value in losses.items():
-                told = None
-                if progress is not None:
-                    told = _of_run(progress, lane.number)
-                with lane.draws.used():
-                    lane.run.take(value, lane.trail, told)
+                with lane.ending():
+                    loss = lane.run.finished_gradients(value, lane.trail.step + 1)
+                    lane.run.take(loss, lane.trail, _of_run(progress, lane.number))
 
     def _gradients(self, batches: dict[_Lane, Table]) -> dict[_Lane, float]:
         """Compute the gradients of a step of each run; return the losses."""
@@ -194,10 +214,7 @@ class _Lockstep:
                 losses = self._add_gradients(group)
                 for part, value in zip(group, losses, strict=True):
                     values[part.lane] += value
-        return {
-            lane: lane.run.finished_gradients(value, lane.trail.step + 1)
-            for lane, value in values.items()
-        }
+        return values
 
     def _add_gradients(self, group: Sequence[_Part]) -> list[float]:
         """Add the gradients of parts of one kind to their runs' tensors; return their losses."""
@@ -235,8 +252,7 @@ class _Lockstep:
         try:
             losses = self._together(group, draws)
             gradients = [
-                part.gradients(loss, retain=True)
-                for part, loss in zip(group, losses, strict=True)
+                part.gradients(loss, retain=True) for part, loss in zip(group, losses, strict=True)
             ]
         except Exception as error:  # whatever an operator without a rule of vmap raises
             return one_line(f"{type(error).__name__}: {error}", 160)
@@ -257,7 +273,7 @@ class _Lockstep:
         inputs = {name: torch.stack([row[name] for row in arguments]) for name in arguments[0]}
         structure: list[Any] = []  # leaves of the output, which of them are tensors, tree
 
-        def run(number: Tensor, tensors: Named, inputs: Named) -> list[Tensor]:
+        def run(number: Tensor, tensors: dict[str, Tensor], inputs: Named) -> list[Tensor]:
             with DrawsApart(draws, number):
                 out = functional_call(model, tensors, (), dict(inputs))
             leaves, tree = tree_flatten(out)
@@ -292,8 +308,10 @@ def _difference(alone: Sequence[Tensor | None], together: Sequence[Tensor | None
     return difference / largest if largest else difference
 
 
-def _of_run(progress: RunProgress, number: int) -> Progress:
+def _of_run(progress: RunProgress | None, number: int) -> Progress | None:
     """Return the progress of one run."""
+    if progress is None:
+        return None
 
     def told(step: int, steps: int, loss: float) -> None:
         progress(number, step, steps, loss)

@@ -16,6 +16,7 @@ class TrainReport:
     `before` is the validation loss before the first step, None without validation.
     `stopped` is the step at which patience ended the run, or None where it went to its end.
     `resumed` is the step from which the run went on, None where it began at the first.
+    `error` is why a run among others ended before its last step; a run alone raises it.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -24,6 +25,7 @@ class TrainReport:
     best_step: int = 0
     stopped: int | None = None
     resumed: int | None = None
+    error: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     __repr__ = short
