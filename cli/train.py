@@ -23,8 +23,8 @@ from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, defaults_taken, with_checks
 from lora_fx.cli.train_sweep import (
     OF_A_SWEEP,
-    RunOptions,
     SweepJob,
+    SweepOptions,
     checked_runs,
     rows_of_start,
     start_options,
@@ -38,7 +38,7 @@ from lora_fx.run_defaults import CAUSAL, OTHERS
 @click.argument("data")
 @output_option("ADAPTER", "Write an adapter folder or a .safetensors file.")
 @option_group("examples", ExampleOptions)
-@option_group("loop", RunOptions)
+@option_group("loop", SweepOptions)
 @option_group("targets", TargetOptions)
 @option_group("capture", ModelOptions)
 @force_option
@@ -47,7 +47,7 @@ def command(
     data: str,
     output: str,
     examples: ExampleOptions,
-    loop: RunOptions,
+    loop: SweepOptions,
     targets: TargetOptions,
     capture: ModelOptions,
     force: bool,
@@ -137,6 +137,8 @@ def command(
         outputs = [output]
         if loop.curve:
             outputs.append(loop.curve)
+        if loop.save_runs:
+            outputs.append(loop.save_runs)
         made = module.report()
         counts = {"training": len(training), "validation": len(validation)}
         fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}

@@ -18,6 +18,7 @@ from lora_fx.cli.branch_options import PLANNED, TargetOptions
 from lora_fx.cli.data_arguments import BATCH, batches_of
 from lora_fx.cli.options import Rules, count_option, given_here, option, repeatable
 from lora_fx.cli.output import note, say
+from lora_fx.cli.saved_runs import SavedRuns
 from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions, with_checks
 from lora_fx.errors import LoraFxError, NoSay, expect_name, refuse_no_say
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.loss import Loss
+    from lora_fx.fx.train.run_facts import Facts
     from lora_fx.fx.train.settings import Settings
     from lora_fx.fx.train.train_report import TrainReport
     from lora_fx.passes.verbs.options import InsertOptions
@@ -47,7 +49,7 @@ EXAMPLE = "pass --sweep rank=4,8,16, for example"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(LoopOptions):
+class SweepOptions(LoopOptions):
     """The options of the training loop, of one run or of a sweep of several."""
 
     sweep: tuple[str, ...] = repeatable(
@@ -85,16 +87,17 @@ class Variation:
 
     values: Mapping[str, Any]
     targets: TargetOptions
-    loop: RunOptions
+    loop: SweepOptions
 
     @property
     def name(self) -> str:
-        """The run as a text: `rank=4,lr=0.0003`."""
-        return ",".join(f"{name.replace('_', '-')}={shown(v)}" for name, v in self.values.items())
+        """The run as a text, also the name of its folder: `rank=4,lr=0.0003`."""
+        words = [f"{name.replace('_', '-')}={shown(v)}" for name, v in self.values.items()]
+        return ",".join(words).replace(":", "-")
 
 
 def checked_runs(
-    loop: RunOptions, targets: TargetOptions, examples: ExampleOptions, processes: int
+    loop: SweepOptions, targets: TargetOptions, examples: ExampleOptions, processes: int
 ) -> list[Variation]:
     """Return the runs of a sweep, none without one; raise, before any work, for what is wrong.
 
@@ -120,12 +123,12 @@ def checked_runs(
             f"a sweep runs in one process, and {processes} were started",
             "start lora-fx train without torchrun or accelerate launch",
         )
-    if loop.save_runs and Path(loop.save_runs).exists():
-        raise LoraFxError(f"{loop.save_runs} already exists", "choose another folder")
+    if loop.save_runs:
+        SavedRuns(Path(loop.save_runs)).check([run.name for run in runs])
     return runs
 
 
-def variations(loop: RunOptions, targets: TargetOptions, rules: Rules) -> list[Variation]:
+def variations(loop: SweepOptions, targets: TargetOptions, rules: Rules) -> list[Variation]:
     """Return the runs of a sweep: every combination of the values, the seeds last.
 
     Args:
@@ -152,7 +155,7 @@ def variations(loop: RunOptions, targets: TargetOptions, rules: Rules) -> list[V
     runs = []
     for combination in itertools.product(*values.values()):
         own = dict(zip(values, combination, strict=True))
-        refuse_no_say(rules, {**context.params, **own}, spelled)
+        refuse_no_say(rules, {**context.params, **own}, {**given, **spelled})
         of_targets = {name: own[name] for name in SWEPT["targets"] if name in own}
         of_loop = {name: own[name] for name in SWEPT["loop"] if name in own}
         runs.append(Variation(own, replace(targets, **of_targets), replace(loop, **of_loop)))
@@ -205,6 +208,7 @@ class Finished:
 
     Attributes:
         runs: All runs.
+        saved: The folder that keeps them; None for none.
         reports: The reports of those that are finished, by number.
         best: The number of the best; None before any.
         module: Its module.
@@ -212,18 +216,27 @@ class Finished:
     """
 
     runs: Sequence[Variation]
+    saved: SavedRuns | None = None
     reports: dict[int, TrainReport] = field(default_factory=dict)
     best: int | None = None
     module: AdaptedModule | None = None
     folders: dict[int, str] = field(default_factory=dict)
 
     def add(self, result: SweepResult) -> None:
-        """Take a run; its module is kept if it is the best so far."""
-        self.reports[result.number] = result.report
+        """Take a run and save it; its module is kept if it is the best so far."""
+        number = result.number
+        self.reports[number] = result.report
         if result.report.error is not None:
             return
+        name = self.runs[number].name
+        if self.saved is not None:
+            self.folders[number] = self.saved.path(name)
+            if not result.is_known:
+                self.saved.save(name, result.module, result.report, result.facts)
         if self.best is None or _loss(result.report) < _loss(self.reports[self.best]):
-            self.best = result.number
+            if result.is_known:
+                result.module.load_adapter(self.folders[number])
+            self.best = number
             self.module = result.module
 
     def best_run(self) -> tuple[AdaptedModule, TrainReport]:
@@ -254,27 +267,26 @@ class Finished:
             lines.append(f"run{'s' if len(own) > 1 else ''} {named}: {warning}")
         return lines
 
-    def save(self, result: SweepResult, folder: str | None) -> None:
-        """Save the adapter of a run in the folder, if there is one; no adapter of a failed run."""
-        from lora_fx.formats.io import save_adapter
+    def known(self, number: int, facts: Facts) -> TrainReport | None:
+        """Return the report of a run that an earlier command has finished; None if there is none.
 
-        if folder is None or result.report.error is not None:
-            return
-        Path(folder).mkdir(exist_ok=True)
-        name = self.runs[result.number].name.replace(":", "-")
-        path = str(Path(folder) / name)
-        note(*save_adapter(result.module.adapter(), path))
-        self.folders[result.number] = path
+        Raises:
+            LoraFxError: The saved run is another one.
+        """
+        if self.saved is None:
+            return None
+        return self.saved.report(self.runs[number].name, facts)
 
     @contextlib.contextmanager
-    def saving(self, folder: str | None) -> Iterator[None]:
+    def told_if_interrupted(self) -> Iterator[None]:
         """Add the saved adapters to the message if this block is interrupted."""
         try:
             yield
         except KeyboardInterrupt as stop:
-            if self.folders:
+            if self.saved is not None and self.folders:
+                count = f"{len(self.folders)} of {len(self.runs)}"
                 left = (
-                    f"{folder} holds the adapters of {len(self.folders)} of {len(self.runs)} runs"
+                    f"{self.saved.folder} holds {count} runs: the same command goes on from there"
                 )
                 stop.left = left  # type: ignore[attr-defined]
             raise
@@ -392,7 +404,7 @@ class SweepJob:
     targets: TargetOptions
     device: str
 
-    def run(self, variations: Sequence[Variation], loop: RunOptions) -> Finished:
+    def run(self, variations: Sequence[Variation], loop: SweepOptions) -> Finished:
         """Train all adapters, and save them where they are kept.
 
         Raises:
@@ -420,16 +432,17 @@ class SweepJob:
             if number == 0:
                 lines(step, steps, value)
 
-        finished = Finished(variations)
+        saved = SavedRuns(Path(loop.save_runs)) if loop.save_runs else None
+        finished = Finished(variations, saved)
         results = sweep(
             base, runs, self.training, self.validation, self.loss,
             together=loop.together or 1, progress=progress,
+            known=finished.known if saved else None,
         )  # fmt: skip
-        with finished.saving(loop.save_runs):
+        with finished.told_if_interrupted():
             for result in results:
                 finished.add(result)
                 say(finished.line(result.number))
-                finished.save(result, loop.save_runs)
         note(*finished.warnings(), warns=True)
         return finished
 

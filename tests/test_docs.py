@@ -183,7 +183,10 @@ DATA = {"x": np.zeros((20, 2, 4), np.float32), "labels": np.arange(40).reshape(2
 RUNS = {
     "targets": ["targets model.py:build"],
     "insert": ["insert model.py:build -o start --rank 2"],
-    "train": ["train model.py:build data.npz -o tuned --rank 2 --steps 2"],
+    "train": [
+        "train model.py:build data.npz -o tuned --rank 2 --steps 2",
+        "train model.py:build data.npz -o swept --sweep rank=1,2 --steps 2",
+    ],
     "merge": [
         "merge base.safetensors tuned -o merged.safetensors --any-base --dry-run",
         "merge base.safetensors tuned -o merged.safetensors --any-base",

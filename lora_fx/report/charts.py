@@ -76,6 +76,48 @@ def training(result: JsonView) -> JsonView | None:
     }
 
 
+def runs(result: JsonView) -> JsonView | None:
+    """Return the curves of the runs of a sweep; None without runs."""
+    rows = result.get("runs")
+    if not isinstance(rows, list) or not rows:
+        return None
+    last = max(len(row["losses"]) for row in rows)
+    trained = [
+        _thinned([(step, loss) for step, loss in enumerate(row["losses"], 1) if _finite(loss)])
+        for row in rows
+    ]
+    validated = [_validation_points(row["validation"], row["before"]) for row in rows]
+    ticks = _ticks([loss for curve in (*trained, *validated) for _, loss in curve])
+    low = ticks[0]
+    high = ticks[-1]
+
+    def line(curve: Sequence[tuple[float, float]]) -> str:
+        spots = [
+            (WIDE * step / max(1, last), HIGH * (high - loss) / (high - low))
+            for step, loss in curve
+        ]
+        return _line(spots)
+
+    best = result.get("best")
+    others = [place for place, row in enumerate(rows) if row["run"] != best]
+    of_best = [place for place, row in enumerate(rows) if row["run"] == best]
+    return {
+        "wide": WIDE,
+        "high": HIGH,
+        "label": f"Training and validation losses of {plural(len(rows), 'run')}; best: run {best}",
+        "grid": "".join(f"M0 {HIGH * (high - tick) / (high - low):.0f}h{WIDE}" for tick in ticks),
+        "ticks": [(f"{tick:g}", f"{100 * (high - tick) / (high - low):.1f}") for tick in ticks],
+        "steps": [(step, f"{100 * step / last:.1f}") for step in _steps(last)],
+        "train": "".join(line(trained[place]) for place in others),
+        "held": "".join(line(validated[place]) for place in others),
+        "best_train": "".join(line(trained[place]) for place in of_best),
+        "best_held": "".join(line(validated[place]) for place in of_best),
+        "best": best,
+        "names": list(rows[0]["options"]),
+        "rows": rows,
+    }
+
+
 def _validation_points(validation: JsonView, before: object) -> list[tuple[int, float]]:
     """Return (step, validation loss) in order; step 0 is before the training."""
     points = []

@@ -52,6 +52,7 @@ def page(result: JsonView) -> str:
         "more": page_only,
         "facts": [*facts(result, rows)],
         "curve_of_losses": charts.training(result),
+        "runs": charts.runs(result),
         "structure": blocks(rows),
         "rounding": charts.rounding(rows),
         "table": table(result, rows),

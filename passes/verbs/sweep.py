@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lora_fx.data import Buckets, Table
@@ -11,6 +11,8 @@ from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.load.models import check_device
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.train.optimizer import Optimizer
+from lora_fx.fx.train.run_facts import Facts, facts_of
 from lora_fx.fx.train.settings import Settings
 from lora_fx.fx.train.together import RunProgress, fit_together
 from lora_fx.fx.train.train_report import TrainReport
@@ -47,6 +49,10 @@ def shared_base(
     return SharedBase(cap, check_device(device), recompute)
 
 
+Known = Callable[[int, Facts], TrainReport | None]
+"""A function of the number of a run and its facts; None if the run is not finished."""
+
+
 @dataclass(frozen=True)
 class SweepRun:
     """One adapter of a sweep: what is inserted, and how it is trained."""
@@ -62,12 +68,16 @@ class SweepResult:
     Attributes:
         number: Its place among the runs, from 0.
         report: Its losses.
-        module: The module, with its best adapter.
+        module: The module, with its best adapter; a known run's has not been trained.
+        facts: What a run shares with this one that has the same result; without `known`, empty.
+        is_known: Whether the report was known before.
     """
 
     number: int
     report: TrainReport
     module: AdaptedModule
+    facts: Facts
+    is_known: bool = False
 
 
 def sweep(
@@ -79,6 +89,7 @@ def sweep(
     *,
     together: int = 1,
     progress: RunProgress | None = None,
+    known: Known | None = None,
 ) -> Iterator[SweepResult]:
     """Train adapters over one base, some at a time; yield each one as it is finished.
 
@@ -92,21 +103,56 @@ def sweep(
         loss: As in fit.
         together: How many runs take their steps at a time.
         progress: Called as (run, step, steps, loss).
+        known: Called as (run, facts); a run whose report it returns is not trained.
 
     Raises:
         LoraFxError: As for insert and fit. A run whose loss is not finite ends alone.
     """
     is_first = True
-    for numbers in _groups(runs, together):
-        modules = [base.module(runs[number].options) for number in numbers]
-        settings = [runs[number].settings for number in numbers]
-        told = None if progress is None else _told(progress, numbers)
+    for group in _groups(runs, together):
+        results = []
+        for number in group:
+            run = runs[number]
+            module = base.module(run.options)
+            facts: Facts = {}
+            report = None
+            if known is not None:
+                facts = _facts(module, run, training, validation, loss)
+                report = known(number, facts)
+            if report is None:
+                results.append(SweepResult(number, TrainReport(), module, facts))
+            else:
+                yield SweepResult(number, report, module, facts, is_known=True)
+        if not results:
+            continue
+
+        numbers = [result.number for result in results]
         reports = fit_together(
-            modules, training, validation, loss, settings, told, check_memory=is_first
+            [result.module for result in results],
+            training,
+            validation,
+            loss,
+            [runs[number].settings for number in numbers],
+            None if progress is None else _told(progress, numbers),
+            check_memory=is_first,
         )
         is_first = False
-        for number, report in zip(numbers, reports, strict=True):
-            yield SweepResult(number, report, modules.pop(0))
+        results.reverse()  # each module goes when its result is used
+        for report in reports:
+            yield replace(results.pop(), report=report)
+
+
+def _facts(
+    module: AdaptedModule,
+    run: SweepRun,
+    training: Table | Buckets,
+    validation: Table | None,
+    loss: str | Loss,
+) -> Facts:
+    """Return what another run has to share that has the same result."""
+    optimizer = Optimizer(module, run.settings, run.settings.steps_on(training))
+    facts = facts_of(module, training, validation, loss, optimizer, 1)
+    return {**facts, "start": {"init": run.options.init}}
 
 
 def _groups(runs: Sequence[SweepRun], together: int) -> Iterator[list[int]]:

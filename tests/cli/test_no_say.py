@@ -49,6 +49,7 @@ ALWAYS: dict[str, dict[str, str]] = {
         "weight_decay": RUNS, "clip": RUNS,
         "accumulate": RUNS, "gradient_accumulation_steps": RUNS, "mixed_precision": RUNS,
         "activation_checkpointing": RUNS, "save_state": WRITES, "resume": READS, "seed": RUNS,
+        "sweep": GOAL, "seeds": RUNS,
         "trust": PERMITS, "inputs_file": DATA, "dynamic": RUNS, "static": RUNS,
     },
     "merge": {
@@ -137,6 +138,9 @@ NO_SAY: list[tuple[str, str, str]] = [
     (f"{TRAIN} --plan plan.json", "--alpha 8", "with --plan plan.json"),
     (f"{TRAIN} --plan plan.json", "--include fc1", "with --plan plan.json"),
     (f"{TRAIN} --schedule constant", "--warmup 0.05", "for --schedule constant"),
+    (TRAIN, "--together 2", "without --sweep or --seeds"),
+    (TRAIN, "--save-runs runs", "without --sweep or --seeds"),
+    (f"{TRAIN} --validation 0", "--split-seed 1", "when no share of DATA is held out"),
     (f"{TRAIN} --eval-data data.npz", "--validation 0.1", "with --eval-data data.npz"),
     (f"{TRAIN} --steps 2", "--epochs 3", "with --steps 2"),
     (f"{TRAIN} --steps 2 --validation 0", "--checks 10", "when no example is held out"),

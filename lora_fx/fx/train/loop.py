@@ -31,7 +31,7 @@ from lora_fx.fx.train.state import Trail
 from lora_fx.fx.train.train_report import TrainReport
 from lora_fx.progress import stage
 
-__all__ = ["Run", "Saving", "Settings", "fit", "prepared"]
+__all__ = ["Saving", "Settings", "TrainRun", "fit", "prepared"]
 
 NO_VALIDATION = (
     "no validation data: overfitting would not be seen, and the last adapter is kept, not the best"
@@ -91,7 +91,7 @@ def prepared(
     *,
     saving: Saving | None = None,
     world: Processes = ALONE,
-) -> Run:
+) -> TrainRun:
     """Return a run before its first step, with its optimizer and its objective.
 
     Args and errors are those of `fit`.
@@ -117,7 +117,7 @@ def prepared(
         facts = run_facts.facts_of(model, training, held_out, loss, optimizer, world.size)
     if world.size > 1:
         world.same(run_facts.digests(model, facts))
-    return Run(
+    return TrainRun(
         run_objective, optimizer, world, saving, facts, training, held_out, rows, tuple(warnings)
     )
 
@@ -161,7 +161,7 @@ def _least_rows(model: AdaptedModule) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainRun:
     """A run of the training loop; the changing state is in a Trail and in the model.
 
     Attributes:

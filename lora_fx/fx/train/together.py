@@ -24,7 +24,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.copies import PlainPrograms, kind_of, own_tensors
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.train.copy_draws import Draws, DrawsApart
-from lora_fx.fx.train.loop import Progress, Run, prepared
+from lora_fx.fx.train.loop import Progress, TrainRun, prepared
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.reduction import inputs_of
 from lora_fx.fx.train.settings import Settings
@@ -99,7 +99,7 @@ class _Lane:
     """
 
     number: int
-    run: Run
+    run: TrainRun
     draws: Draws
     trail: Trail = field(default_factory=Trail)
     batches: Iterator[Table] = field(default_factory=lambda: iter(()))
