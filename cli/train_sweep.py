@@ -285,9 +285,8 @@ class Finished:
         except KeyboardInterrupt as stop:
             if self.saved is not None and self.folders:
                 count = f"{len(self.folders)} of {len(self.runs)}"
-                left = (
-                    f"{self.saved.folder} holds {count} runs: the same command goes on from there"
-                )
+                held = f"{self.saved.folder} holds {count} runs"
+                left = f"{held}: the same command goes on from there"
                 stop.left = left  # type: ignore[attr-defined]
             raise
 

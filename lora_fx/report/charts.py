@@ -87,7 +87,9 @@ def runs(result: JsonView) -> JsonView | None:
         for row in rows
     ]
     validated = [_validation_points(row["validation"], row["before"]) for row in rows]
-    ticks = _ticks([loss for curve in (*trained, *validated) for _, loss in curve])
+    losses = [loss for curve in trained for _, loss in curve]
+    losses += [loss for curve in validated for _, loss in curve]
+    ticks = _ticks(losses)
     low = ticks[0]
     high = ticks[-1]
 

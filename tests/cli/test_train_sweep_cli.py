@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -138,11 +139,11 @@ def test_an_interrupted_sweep_leaves_whole_adapters(
 ) -> None:
     calls: list[int] = []
 
-    def interrupted(*args: object, **options: object) -> object:
+    def interrupted(*args: Any, **options: Any) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return fit_together(*args, **options)  # type: ignore[arg-type]
+        return fit_together(*args, **options)
 
     monkeypatch.setattr("lora_fx.passes.verbs.sweep.fit_together", interrupted)
     command = (*TRAIN, "--seeds", "4", "--save-runs", "runs")

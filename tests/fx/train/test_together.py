@@ -194,7 +194,7 @@ def test_runs_of_other_lengths_sizes_and_schedules() -> None:
 def test_the_base_is_captured_once_and_held_once() -> None:
     cap = net()
     traced: list[object] = []
-    trace = capture_file.trace
+    trace: Any = vars(capture_file)["trace"]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         traced.append(args)
