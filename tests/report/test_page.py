@@ -376,3 +376,34 @@ def test_a_column_needs_one_row_that_knows() -> None:
     first, second = Page(page({"targets": rows})).targets
     assert (first["role"], second["role"]) == ("", "q")
     assert "rounding" not in first and "spectrum" not in first
+
+
+def test_the_runs_of_a_sweep_are_one_picture_and_a_table() -> None:
+    losses = [1.0, 0.8, 0.6, 0.5]
+    rows = [
+        {
+            "run": run,
+            "options": {"rank": 2 * run, "variant": "<b>lora", "lr": 3e-4},
+            "adapter": None,
+            "error": None,
+            "losses": [run * loss for loss in losses],
+            "validation": {"2": 0.9 * run, "4": 0.7 * run},
+            "before": 1.1,
+            "best_step": 4,
+        }
+        for run in (1, 2, 3)
+    ]
+    rows[2] |= {"error": "step 3: the loss is nan", "losses": [1.0, math.nan], "validation": {}}
+    text = page({**trained(1), "best": 1, "runs": rows})
+    shown = Page(text)
+    assert "<h2 id=runs>Runs</h2>" in text and "<b>lora" not in text.partition("<script")[0]
+    assert "Training and validation losses of 3 runs; best: run 1" in text
+    picture = text.partition("<h2 id=runs>")[2].partition("</section>")[0]
+    paths = re.findall(r'class="line (\w+)( faint)?" d="([^"]*)"', picture)
+    assert [(kind, bool(faint)) for kind, faint, _ in paths] == [
+        ("train", True), ("held", True), ("train", False), ("held", False),
+    ]  # fmt: skip
+    assert [path.count("M") for _, _, path in paths] == [2, 2, 1, 1]
+    assert "step 3: the loss is nan" in picture and "0.7000" in picture and ">best" in picture
+    assert shown.tags
+    assert "id=runs" not in page(trained(1))
