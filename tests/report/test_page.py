@@ -380,7 +380,7 @@ def test_a_column_needs_one_row_that_knows() -> None:
 
 def test_the_runs_of_a_sweep_are_one_picture_and_a_table() -> None:
     losses = [1.0, 0.8, 0.6, 0.5]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "run": run,
             "options": {"rank": 2 * run, "variant": "<b>lora", "lr": 3e-4},

@@ -8,6 +8,7 @@ stay together only if both agree.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lora_fx.data import Buckets, Table
@@ -109,6 +110,11 @@ class _Lane:
         """A value that is equal for runs whose parts of equal shapes run together."""
         return kind_of(self.run.model)
 
+    @cached_property
+    def own(self) -> dict[str, nn.Parameter]:
+        """The tensors of its model that it does not share."""
+        return own_tensors(self.run.model)
+
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
         """A block with the run's generators; a value that is not finite ends the run."""
@@ -153,16 +159,17 @@ class _Part:
         """Return the loss and the gradients as the run alone would compute them."""
         with self.lane.draws.used():
             loss = self.lane.run.objective.loss(self.table) * self.share
-            return _Result(float(loss.detach()), self.gradients(loss))
+            gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+            return _Result(float(loss.detach()), gradients)
 
-    def gradients(self, loss: Tensor, *, retain: bool = False) -> Sequence[Tensor | None]:
-        """Return the gradients of a loss by the run's trained tensors."""
-        trained = self.lane.run.optimizer.trained
-        return torch.autograd.grad(loss, trained, allow_unused=True, retain_graph=retain)
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The trained tensors of its run."""
+        return self.lane.run.optimizer.trained
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add gradients to those of the run's trained tensors."""
-        for tensor, gradient in zip(self.lane.run.optimizer.trained, gradients, strict=True):
+        for tensor, gradient in zip(self.trained, gradients, strict=True):
             if tensor.grad is None:
                 tensor.grad = gradient
             elif gradient is not None:
@@ -251,12 +258,14 @@ class _Lockstep:
             return "--activation-checkpointing recomputes blocks, which vmap does not take"
         try:
             losses = self._together(group, draws)
-            gradients = [
-                part.gradients(loss, retain=True) for part, loss in zip(group, losses, strict=True)
-            ]
+            trained = [tensor for part in group for tensor in part.trained]
+            # of the sum, as in the steps to come: what mixed the copies would show here
+            total = torch.stack(losses).sum()
+            gradients = iter(torch.autograd.grad(total, trained, allow_unused=True))
         except Exception as error:  # whatever an operator without a rule of vmap raises
             return one_line(f"{type(error).__name__}: {error}", 160)
-        for expected, found in zip(alone, gradients, strict=True):
+        for expected in alone:
+            found = list(itertools.islice(gradients, len(expected.gradients)))
             difference = _difference(expected.gradients, found)
             gate = HALF_GATE if group[0].lane.run.objective.half else GATE
             if not difference <= gate:
@@ -267,7 +276,7 @@ class _Lockstep:
         """Return the losses of parts of one kind, of one vmap over their runs' tensors."""
         objective = group[0].lane.run.objective
         model = objective.model
-        own = [own_tensors(part.lane.run.model) for part in group]
+        own = [part.lane.own for part in group]
         tensors = {name: torch.stack([copy[name] for copy in own]) for name in own[0]}
         arguments = [inputs_of(model, part.table, objective.own) for part in group]
         inputs = {name: torch.stack([row[name] for row in arguments]) for name in arguments[0]}
