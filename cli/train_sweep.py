@@ -22,7 +22,7 @@ from lora_fx.cli.saved_runs import SavedRuns
 from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions, with_checks
 from lora_fx.errors import LoraFxError, NoSay, expect_name, refuse_no_say
-from lora_fx.text import Json
+from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     from lora_fx.data import Table
@@ -378,7 +378,24 @@ def start_options(
     if targets.init not in OF_DATA:
         return targets.insert()
     read_loss = loss if targets.init == "lora-ga" else "ce"
-    return targets.insert(list(batches_of(training, rows=rows)), read_loss)
+    return targets.insert(Batches(training, rows), read_loss)
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """The batches of one pass over the data, made anew whenever they are read.
+
+    Attributes:
+        table: The examples.
+        rows: How many of them a batch has.
+    """
+
+    table: Table
+    rows: int
+
+    def __iter__(self) -> Iterator[JsonView]:
+        """Yield the columns of each batch."""
+        return batches_of(self.table, rows=self.rows)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lora_fx.passes.verbs.adapt import refuse_second_adapter
 from lora_fx.passes.verbs.options import InsertOptions
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.passes.verbs.shared_base import SharedBase
+from lora_fx.text import by_key
 
 
 def shared_base(
@@ -160,18 +161,16 @@ def _groups(runs: Sequence[SweepRun], together: int) -> Iterator[list[int]]:
 
     A kind is what is inserted, but for the seed.
     """
-    kinds: list[tuple[InsertOptions, list[int]]] = []
-    for number, run in enumerate(runs):
-        kind = replace(run.options, seed=0)
-        for known, numbers in kinds:
-            if known == kind:
-                numbers.append(number)
-                break
-        else:
-            kinds.append((kind, [number]))
-    for _, numbers in kinds:
+    kinds = by_key((_kind(run.options), number) for number, run in enumerate(runs))
+    for numbers in kinds.values():
         for first in range(0, len(numbers), together):
             yield numbers[first : first + together]
+
+
+def _kind(options: InsertOptions) -> tuple[object, ...]:
+    """Return the options by which runs differ that cannot share steps."""
+    start = (id(options.plan), id(options.adapter), options.init)
+    return options.rank, options.alpha, options.variant, options.dropout, *start
 
 
 def _told(progress: RunProgress, numbers: Sequence[int]) -> RunProgress:

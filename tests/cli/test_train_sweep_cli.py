@@ -56,6 +56,16 @@ def test_the_best_is_written_and_every_run_is_that_of_its_own_command(
     assert Path(runs[7]["adapter"], "adapter_model.safetensors").read_bytes() == alone
 
 
+def test_first_values_of_data(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (*TRAIN, "--init", "eva", "--rank", "2")
+    code, out, err = run(capsys, *command, "--seeds", "2", "--together", "2", "--json")
+    assert code == 0, err
+    runs = json.loads(out)["runs"]
+    own = ("--seed", "1", "--split-seed", "0", "--force", "--json")
+    code, out, _ = run(capsys, *command, *own)
+    assert code == 0 and json.loads(out)["losses"] == pytest.approx(runs[1]["losses"], rel=2e-6)
+
+
 def test_the_table(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ("--sweep", "weight-decay=0,0.5", "--sweep", "variant=lora,rslora", "--seeds", "2")
     code, out, err = run(capsys, *TRAIN, *sweep, "--together", "4")
