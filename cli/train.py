@@ -105,6 +105,7 @@ def command(
             job = SweepJob(cap, training, validation, loss, defaults, targets, device, tokens)
             finished = job.run(runs, loop)
             module, report = finished.best_run()
+            check_examples(training, module)
         else:
             settings = loop.settings(targets.seed, defaults)
             settings, notes = with_checks(settings, loop, defaults, training, len(validation))

@@ -363,7 +363,11 @@ def rows_of_start(settings: Settings, processes: int) -> int:
 
 
 def start_options(
-    targets: TargetOptions, training: Table, loss: str | Loss, rows: int
+    targets: TargetOptions,
+    training: Table,
+    loss: str | Loss,
+    rows: int,
+    invocation: tuple[int, ...] | None,
 ) -> InsertOptions:
     """Return the options of an insert, with batches where the first values are those of data.
 
@@ -372,13 +376,14 @@ def start_options(
         training: The examples.
         loss: The loss.
         rows: How many examples a batch has.
+        invocation: The tokens that invoke an aLoRA.
     """
     from lora_fx.adapter.starts import OF_DATA
 
     if targets.init not in OF_DATA:
-        return targets.insert()
+        return targets.insert(invocation=invocation)
     read_loss = loss if targets.init == "lora-ga" else "ce"
-    return targets.insert(Batches(training, rows), read_loss)
+    return targets.insert(Batches(training, rows), read_loss, invocation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,6 +415,7 @@ class SweepJob:
         defaults: The numbers of options that were not given.
         targets: The options of the branches.
         device: The device's name.
+        invocation: The tokens that invoke an aLoRA.
     """
 
     cap: Captured
@@ -419,6 +425,7 @@ class SweepJob:
     defaults: RunDefaults
     targets: TargetOptions
     device: str
+    invocation: tuple[int, ...] | None = None
 
     def run(self, variations: Sequence[Variation], loop: SweepOptions) -> Finished:
         """Train all adapters, and save them where they are kept.
@@ -471,7 +478,8 @@ class SweepJob:
         settings, lines = with_checks(settings, variation.loop, self.defaults, self.training, count)
         notes |= dict.fromkeys(lines)
         rows = rows_of_start(settings, 1)
-        return SweepRun(start_options(variation.targets, self.training, self.loss, rows), settings)
+        options = start_options(variation.targets, self.training, self.loss, rows, self.invocation)
+        return SweepRun(options, settings)
 
 
 OF_A_SWEEP: Rules = (
