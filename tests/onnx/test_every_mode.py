@@ -7,7 +7,6 @@ same table. A new method is a row here; a new way to use adapters is a function 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,6 +17,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,7 +27,7 @@ from lora_fx.adapter.updates import Hadamard, Kronecker
 from lora_fx.adapter.variant import VARIANTS
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx import Session
+from lora_fx.onnx import Session, adapter_starts
 from lora_fx.onnx.session import open_session
 
 GATE = 1e-6
@@ -44,17 +44,34 @@ class Net(nn.Module):
         self.mid = nn.Linear(16, 12)
         self.head = nn.Linear(12, 10)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.mid(torch.relu(self.fc(self.emb(ids))))))
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.mid(torch.relu(self.fc(self.emb(input_ids))))))
+
+
+class Causal(Net):
+    """The same, as PEFT's models of task CAUSAL_LM call it: only those have aLoRA."""
+
+    config = transformers.PretrainedConfig()
+
+    def forward(self, input_ids: torch.Tensor, **more: object) -> torch.Tensor:
+        return super().forward(input_ids)
+
+    def prepare_inputs_for_generation(self) -> None:
+        raise NotImplementedError
 
 
 IDS = torch.randint(0, 13, (3, 5), generator=torch.Generator().manual_seed(0))
 TARGETS = ["fc", "mid"]
 
 
-def net() -> Net:
+def net(kind: type[Net] = Net) -> Net:
     torch.manual_seed(0)
-    return Net().eval()
+    return kind().eval()
+
+
+def of_peft(config: peft.PeftConfig) -> Net:
+    """The net as PEFT can wrap it."""
+    return net(Causal if config.task_type else Net)
 
 
 def of_net(state: dict[str, torch.Tensor]) -> np.ndarray:
@@ -78,7 +95,7 @@ def by_peft(config: peft.PeftConfig) -> Callable[[Path], Made]:
     """Let PEFT make an adapter, whose forward is the oracle."""
 
     def make(folder: Path) -> Made:
-        model = peft.get_peft_model(net(), copy.deepcopy(config)).eval()
+        model = peft.get_peft_model(of_peft(config), copy.deepcopy(config)).eval()
         g = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -90,7 +107,7 @@ def by_peft(config: peft.PeftConfig) -> Callable[[Path], Made]:
                     p.add_(0.3 * torch.randn(p.shape, generator=g))
         model.save_pretrained(str(folder))
         with torch.no_grad():
-            return Made(folder, model(IDS).numpy(), model)
+            return Made(folder, model(input_ids=IDS).numpy(), model)
 
     return make
 
@@ -119,14 +136,6 @@ def by_insert(variant: str) -> Callable[[Path], Made]:
     return make
 
 
-def alora(folder: Path) -> Made:
-    """A folder of LoRA that says that it acts from its invocation tokens on."""
-    made = by_peft(lora())(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "alora_invocation_tokens": [1]}))
-    return made
-
-
 def lora(**more: Any) -> peft.LoraConfig:
     return peft.LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, **more)
 
@@ -142,7 +151,7 @@ def trained(made: Made, path: Path) -> np.ndarray:
         if p.requires_grad and "lora_" in name:
             assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any(), name
     if made.model is not None and hasattr(made.model.base_model.model.fc, "lora_B"):
-        (made.model(IDS) ** 2).sum().backward()
+        (made.model(input_ids=IDS) ** 2).sum().backward()
         theirs = made.model.base_model.model.fc.lora_B["default"].weight.grad
         ours = module.get_parameter("fc.lora_B.weight").grad
         assert ours is not None and rel(ours.numpy(), theirs.numpy()) < GATE
@@ -163,7 +172,7 @@ def switched(made: Made, path: Path) -> np.ndarray:
     )
     session = Session(file)
     session.load("de", path / "de.onnx_adapter")
-    (out,) = session.run({"ids": IDS.numpy()}, adapter="de").values()
+    (out,) = session.run({"input_ids": IDS.numpy()}, adapter="de").values()
     return out
 
 
@@ -173,7 +182,7 @@ def loaded(made: Made, path: Path) -> np.ndarray:
         net(), file, (IDS,), adapters={"de": made.folder}, mode="load", probe="none", force=True
     )
     session = Session(file, adapter=path / "de.onnx_adapter")
-    (out,) = session.run({"ids": IDS.numpy()}).values()
+    (out,) = session.run({"input_ids": IDS.numpy()}).values()
     return out
 
 
@@ -185,15 +194,26 @@ def by_row(made: Made, path: Path) -> np.ndarray:
     )
     both = np.concatenate([IDS.numpy(), IDS.numpy()])
     rows = np.array([1, 1, 1, 0, 0, 0])
-    (out,) = open_session(file).run({"ids": both, "adapter_ids": rows}).values()
+    feeds = {"input_ids": both, "adapter_ids": rows}
+    invocation = lora_fx.load_adapter(made.folder).invocation
+    if invocation:
+        feeds["adapter_starts"] = adapter_starts(both, invocation)
+    (out,) = open_session(file).run(feeds).values()
     with torch.no_grad():
         assert rel(out[3:], net()(IDS).numpy()) < GATE
     return out[:3]
 
 
 def saved(made: Made, path: Path) -> np.ndarray:
-    """Read, saved, and merged from there; LoHa and LoKr have a place in kohya's files alone."""
+    """Read, saved, and merged from there; LoHa and LoKr have a place in kohya's files alone.
+
+    An aLoRA cannot be merged, so that it runs from there.
+    """
     adapter = lora_fx.load_adapter(made.folder)
+    if adapter.invocation:
+        lora_fx.save_adapter(adapter, path / "again")
+        with torch.no_grad():
+            return lora_fx.insert(net(), (IDS,), adapter=path / "again")(IDS).numpy()
     if any(isinstance(entry, (Hadamard, Kronecker)) for entry in adapter.values()):
         again = path / "again.safetensors"
         lora_fx.save_adapter(adapter, again, format="kohya")
@@ -208,9 +228,10 @@ def read_by_peft(made: Made, path: Path) -> np.ndarray:
     if any(isinstance(entry, Hadamard) for entry in adapter.values()):  # as training has it
         adapter = lora_fx.insert(net(), (IDS,), adapter=adapter).adapter()
     lora_fx.save_adapter(adapter, path / "again")
-    model = peft.PeftModel.from_pretrained(net(), str(path / "again")).eval()
+    base = of_peft(peft.PeftConfig.from_pretrained(str(path / "again")))
+    model = peft.PeftModel.from_pretrained(base, str(path / "again")).eval()
     with torch.no_grad():
-        return model(IDS).numpy()
+        return model(input_ids=IDS).numpy()
 
 
 COLUMNS: dict[str, Callable[[Made, Path], np.ndarray]] = {
@@ -228,7 +249,7 @@ SLOTS = ("switched", "loaded", "by row")
 """The columns in which a file holds factors."""
 NO_LOW_RANK = "is LoHa of rank 4² in a matrix|is LoKr whose factors have no low rank"
 OFT = "is OFT, which turns the weight by a matrix of full rank"
-ALORA = "aLoRA acts only after certain tokens"
+ALORA = "is an aLoRA, which acts from its invocation tokens on"
 NOT_OF_LORA = "which peft_type LORA cannot store"
 ROWS_OF_QALORA = "QALoRA|size mismatch|expected"
 
@@ -274,7 +295,10 @@ METHODS: dict[str, Method] = {
         by_peft(peft.OFTConfig(r=0, oft_block_size=4, target_modules=TARGETS)),
         {**dict.fromkeys(GRAPHS, OFT), **dict.fromkeys(("saved", "read by PEFT"), NOT_OF_LORA)},
     ),
-    "aLoRA": Method(alora, dict.fromkeys(COLUMNS, ALORA)),
+    "aLoRA": Method(
+        by_peft(lora(alora_invocation_tokens=[int(IDS[0, 2])], task_type="CAUSAL_LM")),
+        dict.fromkeys(("merged", "loaded"), ALORA),
+    ),
     "a bias beside LoRA": Method(by_peft(lora(lora_bias=True))),
     "a whole head": Method(by_peft(lora(modules_to_save=["head"]))),
     "trained rows": Method(by_peft(lora(trainable_token_indices={"emb": [1, 4]}))),
