@@ -303,7 +303,10 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     # methods without a weight form, or for another base
     "ia3": (by_peft(lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
             ("IA3", "peft_type")),
-    "vera": (by_peft(lambda: peft.VeraConfig(r=2, target_modules=["q_proj"])), ("VERA",)),
+    "fourierft": (
+        by_peft(lambda: peft.FourierFTConfig(n_frequency=9, target_modules=["q_proj"])),
+        ("FOURIERFT",),
+    ),
     "prompt tuning's config": (but(put(peft_type="PROMPT_TUNING")), ("PROMPT_TUNING",)),
     "oft of kohya": (image({f"{TO_Q}.oft_blocks": normal(2, 3, 3)}), (TO_Q, "OFT")),
     "alora": (but(put(alora_invocation_tokens=[0])), ("alora_invocation_tokens",)),
