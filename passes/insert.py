@@ -418,7 +418,7 @@ def factors(
     a = e.op("cast_like", half.variant.a(e, read), like)
     # the scale goes to b before the cast: once in fp32, on the smaller factor
     b = half.variant.b(e, read)
-    if scale is not None:
+    if scale is not None and not (half.variant.scale_is_one and scale == 1.0):
         b = e.op("mul", b, float(scale))
     return a, e.op("cast_like", b, like)
 

@@ -26,12 +26,14 @@ class FactorTensor:
         name: Its dotted name in a model.
         value: Its numbers.
         trained: False where it does not train.
+        saved: False where it is a buffer that the state dict leaves out.
     """
 
     field: str
     name: str
     value: Array
     trained: bool = True
+    saved: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,13 @@ def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
 def _trained_half(key: str, variant: Variant, values: Mapping[str, Array], rank: int) -> Half:
     """Return the half that has these values by field; the variant says which of them train."""
     tensors = {
-        field: FactorTensor(field, tensor_name(key, field), value, field not in variant.still)
+        field: FactorTensor(
+            field,
+            tensor_name(key, field),
+            value,
+            field not in variant.still,
+            field not in variant.unsaved,
+        )
         for field, value in values.items()
     }
     return Half(variant, tensors, rank)
@@ -169,15 +177,16 @@ def _frame_of(key: str, low: LowRank) -> tuple[object, ...]:
 def _sizes_of(key: str, low: LowRank) -> tuple[tuple[int, ...], ...]:
     """Return the sizes of the trained tensors that a compiled program depends on."""
     trained = halves(key, low)[0].tensors
-    if set(trained) != {"a", "b"}:
+    saved = {field for field, tensor in trained.items() if tensor.saved}
+    if saved != {"a", "b"}:
         return tuple(tensor.value.shape for tensor in trained.values())
     shape = trained["a"].value.shape
-    if _is_plain_matrix(low.layout) and not low.frozen:
+    if is_plain_matrix(low.layout) and not low.frozen:
         return (shape[1:],)
     return (shape,)
 
 
-def _is_plain_matrix(layout: Layout | None) -> bool:
+def is_plain_matrix(layout: Layout | None) -> bool:
     """Whether a stored weight is already a matrix, with no reshape needed."""
     if layout is None or layout.batch:
         return False

@@ -71,6 +71,7 @@ class Variant:
             themselves. They are in `LowRank.variant_tensors`.
         also: Fields of the tensors beside them that only `change` reads. They are in
             `LowRank.variant_tensors` too.
+        unsaved: Fields among them that a model holds as buffers, and not in its state dict.
         reads_weight: True where W' is more than W + s·b·a: it is computed from W itself.
         stretches: True where W' = g·V, see `stretch`. Only then an update that reads W gets a
             branch beside its op.
@@ -91,6 +92,7 @@ class Variant:
     title: ClassVar[str] = ""
     made_of: ClassVar[tuple[str, ...]] = ()
     also: ClassVar[tuple[str, ...]] = ()
+    unsaved: ClassVar[tuple[str, ...]] = ()
     reads_weight: ClassVar[bool] = False
     stretches: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False

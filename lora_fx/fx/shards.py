@@ -66,9 +66,14 @@ def run_gathered(units: Iterable[nn.Module], run: Callable[[], Any]) -> Any:
     return run()
 
 
+def is_any_sharded(root: nn.Module) -> bool:
+    """True for a tree with a DTensor in it."""
+    return any(is_sharded(parameter) for parameter in root.parameters())
+
+
 def refuse_shards(root: nn.Module) -> None:
     """Raise LoraFxError for a sharded model, whose adapter cannot change its shapes."""
-    if any(is_sharded(p) for p in root.parameters()):
+    if is_any_sharded(root):
         raise LoraFxError(
             "a sharded model keeps the targets and ranks of its adapter",
             "load this adapter before fully_shard",

@@ -19,6 +19,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factor_tensors import frame, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.target_union import TargetUnion, changed_ranks, empty_slot
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, restore, swap
@@ -30,6 +31,7 @@ from lora_fx.fx.dotted_names import owner, parameter_of
 from lora_fx.fx.module import adapted_report, tree_adapter
 from lora_fx.fx.module.adapted_report import AdaptedReport, Effect
 from lora_fx.fx.module.module_base import Base
+from lora_fx.fx.shards import is_any_sharded
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
@@ -64,6 +66,8 @@ class Attachment:
         self.planner = planner
         self.switch = ActiveAdapter()
         self.updates: dict[str, LowRank] = {}
+        self.installed: dict[str, LowRank] = {}  # the same, completed once the model is compiled
+        self._union: TargetUnion | None = None
         self.by_weight: frozenset[str] = frozenset()
         self.proven: dict[str, str] = {}  # key → use
         self.lost: dict[str, str] = {}  # key of a target that was left out → why
@@ -86,17 +90,30 @@ class Attachment:
 
     # --- on and off ------------------------------------------------------------------------------
 
-    def install(self, updates: Updates) -> None:
-        """Give the model's modules the forms of `updates`; A and B become its parameters."""
+    def install(
+        self, updates: Updates, installed: Updates | None = None, *, same: bool = False
+    ) -> None:
+        """Give the model's modules the forms of `updates`; A and B become its parameters.
+
+        Args:
+            updates: The updates of the adapter.
+            installed: The same, completed to a union of targets.
+            same: The adapter is the one that is there: its parameters stay the same objects.
+        """
+        installed = updates if installed is None else installed
         # first, since it may refuse: then the model is as before
-        forms = self.planner.forms(updates, self.by_weight)
+        forms = self.planner.forms(installed, self.by_weight)
+        parameters = self._parameters() if same else {}
         self.remove()
         self.updates = dict(updates)
+        self.installed = dict(installed)
         self.forms = forms
         # now, while tensors are whole: FSDP shards them later
         self._sampled.now(self.updates, self.model)
-        for key, update in self.updates.items():
-            self._register_factors(key, update)
+        for name, parameter in parameters.items():
+            module, leaf = owner(self.model, name, create=lambda _: AdapterTensors())
+            module.register_parameter(leaf, parameter)
+        tree_adapter.place_factors(self.model, self.installed, self._device_of)
         for name in self._flags:
             parameter_of(self.model, name).requires_grad_(name in self._also)
         try:
@@ -106,15 +123,14 @@ class Attachment:
             self.remove()
             raise
 
-    def _register_factors(self, key: str, update: LowRank) -> None:
-        """Register A and B of an update in the module tree, on the device of its weight."""
-        device = self._device_of(key)
-        for slot in slots_of(key, update):
-            module, leaf = owner(self.model, slot.name, create=lambda _: AdapterTensors())
-            # fp32 masters, whatever the base's dtype; complex64 of complex weights
-            master = slot.value.astype(factor_dtype(slot.value.dtype.name))
-            tensor = torch.from_numpy(master).to(device)
-            module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the adapter by name."""
+        parameters = {}
+        for key, update in self.installed.items():
+            for slot in slots_of(key, update):
+                if slot.saved:
+                    parameters[slot.name] = parameter_of(self.model, slot.name)
+        return parameters
 
     def _device_of(self, key: str) -> torch.device:
         """Return the device of a key's weight; for a computed weight, of its parameters."""
@@ -247,13 +263,13 @@ class Attachment:
 
     def fill(self, updates: Updates) -> None:
         """Write the values of `updates` into the installed parameters of the same shapes."""
-        tree_adapter.write_factors(self.model, {key: updates[key] for key in self.updates})
+        tree_adapter.write_factors(self.model, {key: updates[key] for key in self.installed})
 
     def adapter(self) -> Adapter:
         """Return the current adapter, bound to this model's keys."""
         shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
         return tree_adapter.current_adapter(
-            self.model, self.updates, shapes, self.metadata, self._sampled
+            self.model, self.updates, shapes, self.metadata, self._sampled, self.installed
         )
 
     def load_adapter(self, adapter: Adapter) -> None:
@@ -282,22 +298,56 @@ class Attachment:
                     "graph",
                     "detach the model, then call lora_fx.attach(…, adapter=adapter)",
                 )
-        if frame(updates) == frame(self.updates):
-            self.fill(updates)
-            self.updates = {key: updates[key] for key in self.updates}
-        else:
-            self.install(updates)
+        self._put(updates)
         tree_adapter.write_full_tensors(self.model, fitting, self._originals)
         self.metadata = without_probe(fitting.metadata)
         self.check_base(adapter)
 
+    def _put(self, updates: Updates) -> None:
+        """Put updates into the branches; the forms stay if shapes and scales are equal."""
+        installed = updates
+        misfits: list[str] = []
+        anew: set[str] = set()
+        if self._union is not None:
+            misfits = self._union.misfits(updates)
+            self._union = self._union.extended(updates)
+            installed = self._union.installed(updates)
+            anew = changed_ranks(self.updates, updates)
+        if frame(installed) == frame(self.installed):
+            tree_adapter.write_factors(self.model, installed, anew)
+            self.installed = {key: installed[key] for key in self.installed}
+            self.updates = dict(updates)
+        else:
+            if self._union is not None:
+                tree_adapter.warn_of_compiling(misfits)
+            self.install(updates, installed)
+            tree_adapter.free_ranks(self.model, self.installed)
+
     def compile(self, *args: object, **kwargs: object) -> None:
-        """Compile as the model does; adapters of other ranks ≥ 2 then need no new compilation."""
+        """Compile as the model does, once for all targets that attach was given.
+
+        Another adapter of any of these targets, of any rank and scale, compiles nothing new. A
+        warning says what one that does not fit lacks.
+        """
         model: Any = self.model
         # a compile of the user's class is not skipped
         user_class: Any = super(type(model), model)
         user_class.compile(*args, **kwargs)
-        tree_adapter.compile_ranks(self.model, self.updates)
+        if not is_any_sharded(model):  # such a model keeps its targets and ranks
+            self._union = TargetUnion(self._empty_slots()).extended(self.updates)
+            updates = self.adapter().lowrank
+            self.install(updates, self._union.installed(updates), same=True)
+        tree_adapter.free_ranks(model, self.installed)
+        tree_adapter.compile_ranks(model)
+
+    def _empty_slots(self) -> dict[str, LowRank]:
+        """Return zero updates for the targets that attach has proven."""
+        slots = {}
+        for key, use in self.proven.items():
+            target = self.found[key]
+            dtype = factor_dtype(target.parameter.dtype).name
+            slots[key] = empty_slot(target.layout, use, dtype=dtype)
+        return slots
 
     def check_base(self, adapter: Adapter) -> None:
         """Put a note into the report if an adapter says that it was trained on other weights."""

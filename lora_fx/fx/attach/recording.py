@@ -91,7 +91,10 @@ class Bound:
 
     def __call__(self, first: torch.Tensor, second: object = None, op: object = None) -> object:
         """Run the program on the values of one call."""
-        tensors = [module._parameters[leaf] for module, leaf in self.places]
+        tensors = [
+            module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+            for module, leaf in self.places
+        ]
         values: list[object] = [first, second, op, *tensors, *self.constants]
         for prim, operands, attrs, used_up in self.steps:
             values.append(PRIMS[prim](*[values[i] for i in operands], **attrs))

@@ -552,7 +552,8 @@ class FxEmitter:
         """Add a get_attr of an adapter's tensor, and register the tensor on the tree once."""
         root = self.owner.root
         module, leaf = owner(root, name, create=lambda _: tensors.AdapterTensors())
-        if leaf not in module._parameters:  # a later graph finds it there
+        if leaf not in module._parameters and leaf not in module._buffers:
+            # a later graph finds it there
             # In torch's own memory, which is aligned, and row by row, which factors of an SVD are
             # not: so a run gives the same bits again, also from a file.
             tensor = from_numpy(value).clone().to(tensors.device_of(root))

@@ -12,6 +12,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter, mix
 from lora_fx.adapter.factor_tensors import frame, slots_of
 from lora_fx.adapter.lowrank import Updates
+from lora_fx.adapter.target_union import TargetUnion, changed_ranks
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -26,11 +27,15 @@ from lora_fx.fx.module.tree_adapter import (
     bound_for_loading,
     compile_ranks,
     current_adapter,
+    free_ranks,
+    place_factors,
     update_tensors,
+    warn_of_compiling,
     write_factors,
     write_full_tensors,
 )
-from lora_fx.fx.shards import refuse_shards, reshard
+from lora_fx.fx.shards import is_any_sharded, refuse_shards, reshard
+from lora_fx.fx.tensors import device_of
 from lora_fx.fx.token_mask import name_of_ids
 from lora_fx.probe.carried import without_probe
 from lora_fx.targets.found import Found
@@ -65,6 +70,8 @@ class AdaptedModule(CapturedModule):
         self._fast = speedups
         self._found = found
         self._updates = adapter.lowrank
+        self._installed: Updates = self._updates
+        self._union: TargetUnion | None = None
         self._inserter = inserter
         self._also = tuple(also_train)
         self._notes = tuple(notes)
@@ -83,6 +90,11 @@ class AdaptedModule(CapturedModule):
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
         self._inserter(self._updates, training)(graph)
+
+    def _rewrite_program(self, graph: FxGraph, training: bool) -> None:
+        """Insert the branches; those of all targets of the union once the module is compiled."""
+        installed = self._updates if self._union is None else self._installed
+        self._inserter(installed, training)(graph)
 
     def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the tensors of each update by key and field: a, b, and further ones."""
@@ -138,7 +150,9 @@ class AdaptedModule(CapturedModule):
         if not self._active:
             return Adapter({})
         also = dict.fromkeys(self._also)
-        return current_adapter(self, self._updates, also, self._metadata, self._sampled)
+        return current_adapter(
+            self, self._updates, also, self._metadata, self._sampled, self._installed
+        )
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -170,6 +184,8 @@ class AdaptedModule(CapturedModule):
         if name is not None and self._active != {name: 1.0}:
             self._stored[name] = bound
             self._sampled.check(adapter.metadata, self, f"the adapter {name!r}")
+            if self._union is not None:
+                self._extend(self._union, bound.lowrank)
             return
         if len(self._active) != 1:
             raise LoraFxError(
@@ -207,17 +223,47 @@ class AdaptedModule(CapturedModule):
             self._put(adapters[0][0])
         else:
             self._put(mix(adapters))
-        for key, update in self._updates.items():
+        self._let_train(is_plain)
+
+    def _let_train(self, trains: bool) -> None:
+        """Let the tensors in the branches train, or not."""
+        for key, update in self._installed.items():
             for slot in slots_of(key, update):
-                parameter_of(self, slot.name).requires_grad_(is_plain and slot.trained)
+                if slot.saved:
+                    parameter_of(self, slot.name).requires_grad_(trains and slot.trained)
 
     def compile(self, *args: object, **kwargs: object) -> None:
-        """Compile as nn.Module does; adapters of other ranks ≥ 2, same scale, compile nothing new.
+        """Compile as nn.Module does, once for the targets of all loaded adapters.
 
-        The scale is alpha/rank. `torch.compile(module)` compiles anew for every rank.
+        Another adapter of any of these targets, of any rank and scale, compiles nothing new. A
+        warning says what one that does not fit lacks. `torch.compile(module)` compiles anew for
+        other targets and ranks.
         """
         super().compile(*args, **kwargs)
-        compile_ranks(self, self._updates)
+        if not is_any_sharded(self):  # such a model keeps its targets and ranks
+            union = TargetUnion()
+            for adapter in self._stored.values():
+                union = union.extended(adapter.lowrank)
+            self._complete(union.extended(self._updates))
+        free_ranks(self, self._installed)
+        compile_ranks(self)
+
+    def _complete(self, union: TargetUnion) -> None:
+        """Complete the branches of the active adapter to a union of targets."""
+        updates = self.adapter().lowrank
+        self._union = union
+        self._installed = union.installed(updates)
+        place_factors(self, self._installed, lambda _: device_of(self))
+        self._let_train(list(self._active.values()) in ([], [1.0]))
+        self._generate_again()
+
+    def _extend(self, union: TargetUnion, updates: Updates) -> None:
+        """Extend the union by an adapter's targets, and say that it has to be compiled again."""
+        extended = union.extended(updates)
+        if extended != union:
+            warn_of_compiling(union.misfits(updates))
+            self._complete(extended)
+            free_ranks(self, self._installed)
 
     def scale(self, factor: float) -> None:
         """Multiply every low-rank update of the active adapter by a factor."""
@@ -231,24 +277,42 @@ class AdaptedModule(CapturedModule):
     def _put(self, bound: Adapter) -> None:
         """Put an adapter into the branches; the programs stay if shapes and scales are equal."""
         reshard(self)
-        if frame(bound.lowrank) == frame(self._updates):
-            self._updates = dict(bound.lowrank)
-            write_factors(self, self._updates)
+        updates = bound.lowrank
+        installed = updates
+        misfits: list[str] = []
+        anew: set[str] = set()
+        if self._union is not None:
+            misfits = self._union.misfits(updates)
+            self._union = self._union.extended(updates)
+            installed = self._union.installed(updates)
+            anew = changed_ranks(self._updates, updates)
+        if frame(installed) == frame(self._installed):
+            write_factors(self, installed, anew)
+            self._installed = dict(installed)
+            self._updates = dict(updates)
         else:
-            self._rebuild(bound.lowrank)
+            if self._union is not None:
+                warn_of_compiling(misfits)
+            self._rebuild(updates, installed)
         originals = dict(self._programs.captured.model.named_parameters())
         write_full_tensors(self, bound, {name: originals[name] for name in self._also})
         self._metadata = without_probe(bound.metadata)
 
-    def _rebuild(self, updates: Updates) -> None:
+    def _rebuild(self, updates: Updates, installed: Updates) -> None:
         """Replace the branches' tensors by tensors of other shapes, and drop the programs."""
         refuse_shards(self)
-        for key, update in self._updates.items():
+        for key, update in self._installed.items():
             for slot in slots_of(key, update):
                 module, leaf = owner(self, slot.name)
-                del module._parameters[leaf]
+                delattr(module, leaf)
         self._updates = dict(updates)  # the passes read it
-        self._programs = self._programs.anew()  # copies of this module may run the old ones
+        self._installed = dict(installed)
+        place_factors(self, installed, lambda _: device_of(self))
+        if self._union is None:
+            self._programs = self._programs.anew()  # copies of this module may run the old ones
+        else:
+            free_ranks(self, installed)
+            self._generate_again()
         self._graph(False, self._programs.captured.named)
 
     def report(self) -> AdaptedReport:

@@ -221,7 +221,11 @@ class CapturedModule(Recomputing, Scope):
         return captured
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
-        """Turn a captured graph into this module's program."""
+        """Turn a captured graph into this module's graph."""
+
+    def _rewrite_program(self, graph: FxGraph, training: bool) -> None:
+        """Turn a captured graph into the program that calls run."""
+        self._rewrite(graph, training)
 
     def graph(
         self, training: bool = False, *, portable: bool = False, named: Named | None = None
@@ -239,14 +243,19 @@ class CapturedModule(Recomputing, Scope):
     def _graph(self, training: bool, named: Named, *, portable: bool = False) -> FxGraph:
         captured = self._programs.captured
         traced = captured.traced(training, named, self._dtype, portable=portable)
+        graph = self._placed(traced, training)
+        if self._adapted:
+            self._rewrite(graph, training)
+        graph.lint()
+        return graph
+
+    def _placed(self, traced: Traced, training: bool) -> FxGraph:
+        """Return a captured graph over this module's tensors."""
         graph = traced.fx_graph(self, training)
         self._place_constants(graph, traced.constants)
         self._place_bodies(graph)
         if training and self._norm_stats == "frozen" and freeze_norms(graph.graph):
             graph.changed()
-        if self._adapted:
-            self._rewrite(graph, training)
-        graph.lint()
         return graph
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -255,7 +264,15 @@ class CapturedModule(Recomputing, Scope):
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
         traced.door.check(tree_leaves(named))
-        graph = self._graph(self.training, named)
+        return self._generate(key, traced)
+
+    def _generate(self, key: tuple[object, ...], traced: Traced) -> Program:
+        """Generate the code of a program in the module's present state."""
+        programs = self._programs
+        graph = self._placed(traced, self.training)
+        if self._adapted:
+            self._rewrite_program(graph, self.training)
+        graph.lint()
         if self._loss_alone and keep_loss(graph.graph, traced.out_spec):
             graph.changed()
         blocks = self._blocks() if programs.blocks else {}
@@ -276,6 +293,20 @@ class CapturedModule(Recomputing, Scope):
             programs.codes[ident, path] = code
         programs.compiled.setdefault(key, []).append((ident, traced))
         return ident, traced
+
+    def _generate_again(self) -> None:
+        """Generate the code of every program again, for other branches.
+
+        Code that is being compiled cannot: torch.compile does not see through a capture.
+        """
+        before = self._programs.compiled
+        self._programs = self._programs.anew()  # copies of this module may run the old ones
+        for key, programs_of_key in before.items():
+            training, dtype, adapted, loss_alone, *_ = key
+            state = {"training": training, "_dtype": dtype, "_adapted": adapted}
+            with patched(self, **state, _loss_alone=loss_alone):
+                for _, traced in programs_of_key:
+                    self._generate(key, traced)
 
     def _blocks(self) -> dict[str, Scope]:
         """Return the blocks that programs call, by path."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.adapter.factor_tensors import FactorTensor, slots_of, with_values
 from lora_fx.adapter.learning import learning, relearning
 from lora_fx.adapter.lowrank import Full, LowRank, Updates
+from lora_fx.adapter.scale_tensor import SCALE_TENSOR
+from lora_fx.adapter.target_union import taken_out
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
@@ -21,17 +24,47 @@ from lora_fx.fx import dynamo
 from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
 from lora_fx.fx.module.module_base import Base
 from lora_fx.fx.shards import gathered_array, refuse_shards, reshard, write_tensor
-from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.tensors import AdapterTensors, from_numpy, to_numpy
 from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
+from lora_fx.text import some
 
 
 def update_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Parameter]]:
-    """Return the tensors of each update in a tree, by key and field."""
-    return {
-        key: {slot.field: parameter_of(root, slot.name) for slot in slots_of(key, update)}
-        for key, update in updates.items()
-    }
+    """Return the parameters of each update in a tree, by key and field."""
+    tensors: dict[str, dict[str, nn.Parameter]] = {}
+    for key, update in updates.items():
+        saved = [slot for slot in slots_of(key, update) if slot.saved]
+        tensors[key] = {slot.field: parameter_of(root, slot.name) for slot in saved}
+    return tensors
+
+
+def place_factors(
+    root: nn.Module, updates: Updates, device_of: Callable[[str], torch.device]
+) -> None:
+    """Register the tensors of updates that a tree lacks, and fill up those of lower rank.
+
+    A parameter that is there stays the same object, for the optimizers that have it.
+
+    Args:
+        root: The tree.
+        updates: Their values are those of the tensors that are there, up to their ranks.
+        device_of: Key → the device of its tensors.
+    """
+    for key, update in updates.items():
+        for slot in slots_of(key, update):
+            module, leaf = owner(root, slot.name, create=lambda _: AdapterTensors())
+            # fp32 masters, whatever the base's dtype; complex64 of complex weights
+            master = slot.value.astype(factor_dtype(slot.value.dtype.name))
+            tensor = torch.from_numpy(master).to(device_of(key))
+            parameter = module._parameters.get(leaf)
+            if not slot.saved:
+                module.register_buffer(leaf, tensor, persistent=False)
+            elif parameter is None:
+                module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
+            elif parameter.shape != tensor.shape:
+                parameter.data = tensor.to(parameter)
+                parameter.grad = None
 
 
 def factor_pairs(
@@ -45,22 +78,36 @@ def factor_pairs(
     }
 
 
-def write_factors(root: nn.Module, updates: Updates) -> None:
-    """Write updates into a tree's tensors; a tensor of another rank gets a new parameter."""
+def write_factors(root: nn.Module, updates: Updates, anew: Collection[str] = ()) -> None:
+    """Write updates into a tree's tensors; a tensor of another rank gets a new parameter.
+
+    Args:
+        root: Holds the tensors.
+        updates: The updates.
+        anew: Further keys whose tensors get new parameters, which no optimizer moves.
+    """
     reshard(root)
     slots: list[FactorTensor] = []
+    replaced: set[str] = set()
     for key, update in updates.items():
-        slots += slots_of(key, update)
+        for slot in slots_of(key, update):
+            if not slot.saved:
+                module, leaf = owner(root, slot.name)
+                module.get_buffer(leaf).fill_(float(slot.value))
+                continue
+            slots.append(slot)
+            if key in anew:
+                replaced.add(slot.name)
     if any(parameter_of(root, slot.name).shape != slot.value.shape for slot in slots):
         refuse_shards(root)
     for slot in slots:
         parameter = parameter_of(root, slot.name)
         value = torch.from_numpy(np.array(slot.value))
         # of another rank, one size is another; parts that some tool keeps elsewhere are refused
-        if _is_other_rank(parameter.shape, value.shape):
+        if slot.name in replaced or _is_other_rank(parameter.shape, value.shape):
             replacement = nn.Parameter(value.to(parameter), parameter.requires_grad)
-            module, _ = owner(root, slot.name)
-            module.register_parameter(slot.name.rpartition(".")[2], replacement)
+            module, leaf = owner(root, slot.name)
+            module.register_parameter(leaf, replacement)
         else:
             write_tensor(slot.name, parameter, value)
     free_ranks(root, updates)
@@ -81,11 +128,25 @@ def free_ranks(root: nn.Module, updates: Updates) -> None:
             dynamo.may_vary(tensors["b"], tensors["b"].dim() - 1)
 
 
-def compile_ranks(root: nn.Module, updates: Updates) -> None:
+def compile_ranks(root: nn.Module) -> None:
     """Let a compiled module take other ranks without another compilation."""
-    free_ranks(root, updates)
     compiled: Any = root._compiled_call_impl
     root._compiled_call_impl = dynamo.with_free_parameters(compiled)
+
+
+def warn_of_compiling(misfits: Sequence[str]) -> None:
+    """Warn that the next call of a compiled model compiles again.
+
+    Args:
+        misfits: The updates that the compiled program has no place for; none where it belongs to
+            the last adapter alone.
+    """
+    reason = some(misfits) or "the last adapter had a program of its own"
+    warnings.warn(
+        f"the next call compiles again: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def bound_for_loading(
@@ -132,6 +193,7 @@ def current_adapter(
     also: Mapping[str, tuple[int, ...] | None],
     metadata: Named,
     base: Base,
+    installed: Updates | None = None,
 ) -> Adapter:
     """Return the adapter with the present values of the tensors in a tree.
 
@@ -143,15 +205,24 @@ def current_adapter(
         also: First name of a tensor that is trained whole → its shape, where that is known.
         metadata: Further metadata of the adapter.
         base: The record of the frozen weights.
+        installed: The updates as they lie in the tree, where a union of targets completes them.
+
+    Raises:
+        LoraFxError: Training has changed numbers there that are no part of the adapter.
     """
     reshard(root)
     entries: dict[str, LowRank | Full] = {}
-    for key, update in updates.items():
+    for key, in_tree in (installed or updates).items():
         values = {}
-        for slot in slots_of(key, update):
-            value = gathered_array(slot.name, parameter_of(root, slot.name), slot.value.shape)
-            values[slot.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
-        entries[key] = with_values(update, values)
+        for slot in slots_of(key, in_tree):
+            if slot.saved:
+                value = gathered_array(slot.name, parameter_of(root, slot.name), slot.value.shape)
+                values[slot.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
+        if SCALE_TENSOR.of(in_tree) is None:
+            entries[key] = with_values(updates[key], values)
+        else:
+            taken = taken_out(key, updates.get(key), values)
+            entries |= {} if taken is None else {key: taken}
     _, aliases = named_tensors(root)
     for name, shape in also.items():
         twins = tuple(aliases.get(name, ()))
