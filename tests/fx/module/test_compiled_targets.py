@@ -239,7 +239,7 @@ def test_the_loaded_adapters_are_the_union() -> None:
     module.load_adapter(drawn(every, 2, keys=("q.weight", "k.weight")), name="both")
     module.eval()
     module(X)
-    module.compile(backend="aot_eager", fullgraph=True)
+    module.compile(backend="aot_eager")
     module(X)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for name in ("k", "both", "default", "k"):
