@@ -254,7 +254,8 @@ class AdaptedModule(CapturedModule):
         self._union = union
         self._installed = union.installed(updates)
         place_factors(self, self._installed, lambda _: device_of(self))
-        self._let_train(list(self._active.values()) in ([], [1.0]))
+        if list(self._active.values()) not in ([], [1.0]):  # new tensors belong to the mix too
+            self._let_train(False)
         self._generate_again()
 
     def _extend(self, union: TargetUnion, updates: Updates) -> None:

@@ -56,7 +56,8 @@ def place_factors(
             module, leaf = owner(root, slot.name, create=lambda _: AdapterTensors())
             # fp32 masters, whatever the base's dtype; complex64 of complex weights
             master = slot.value.astype(factor_dtype(slot.value.dtype.name))
-            tensor = torch.from_numpy(master).to(device_of(key))
+            # in torch's own memory, which is aligned: see FxEmitter.parameter
+            tensor = from_numpy(master).clone().to(device_of(key))
             parameter = module._parameters.get(leaf)
             if not slot.saved:
                 module.register_buffer(leaf, tensor, persistent=False)
@@ -98,7 +99,8 @@ def write_factors(root: nn.Module, updates: Updates, anew: Collection[str] = ())
             slots.append(slot)
             if key in anew:
                 replaced.add(slot.name)
-    if any(parameter_of(root, slot.name).shape != slot.value.shape for slot in slots):
+    others = [slot for slot in slots if parameter_of(root, slot.name).shape != slot.value.shape]
+    if others or replaced:
         refuse_shards(root)
     for slot in slots:
         parameter = parameter_of(root, slot.name)
