@@ -241,7 +241,7 @@ class AdaptedModule(CapturedModule):
         """
         super().compile(*args, **kwargs)
         if not is_any_sharded(self):  # such a model keeps its targets and ranks
-            union = TargetUnion()
+            union = self._union or TargetUnion()
             for adapter in self._stored.values():
                 union = union.extended(adapter.lowrank)
             self._complete(union.extended(self._updates))

@@ -138,6 +138,7 @@ def test_twenty_adapters(verb: str, training: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # inductor's own imports
 @pytest.mark.parametrize("verb", ["insert", "attach"])
 def test_twenty_adapters_in_inductor(verb: str) -> None:
     swaps_20_times(verb, True, "inductor")
@@ -263,6 +264,9 @@ def test_the_loaded_adapters_are_the_union() -> None:
     module.activate(None)
     assert torch.equal(module(X), base(X))
     module.activate("k")
+    module.compile(backend="aot_eager")  # again, with all that it had
+    module.load_adapter(drawn(every, 5, keys=KEYS))  # without a warning
+    module.load_adapter(drawn(every, 6, keys=KEYS[1:2]))
     fewer = str(module.report()).splitlines()
     assert fewer[0].startswith("1 target adapted") and len(fewer) == 3, fewer
 
