@@ -261,7 +261,7 @@ class AdaptedModule(CapturedModule):
     def _extend(self, union: TargetUnion, updates: Updates) -> None:
         """Extend the union by an adapter's targets, and say that it has to be compiled again."""
         extended = union.extended(updates)
-        if extended != union:
+        if any(union.slots.get(key) is not slot for key, slot in extended.slots.items()):
             warn_of_compiling(union.misfits(updates))
             self._complete(extended)
             free_ranks(self, self._installed)

@@ -322,8 +322,11 @@ def test_ranks_that_are_in_the_program(verb: str) -> None:
     low = every.lowrank["conv.weight"]
     a, b = np.ones((6, low.a.shape[-1]), np.float32), np.ones((low.b.shape[0], 6), np.float32)
     high = Adapter({**high.entries, "conv.weight": replace(low, a=a, b=b, alpha=1.0)})
+    by_name: dict[str, Any] = {"name": "high"} if verb == "insert" else {}
     with pytest.warns(RuntimeWarning, match=r"'conv\.weight' has rank 6, and the program 4"):
-        module.load_adapter(high)
+        module.load_adapter(high, **by_name)
+    if by_name:
+        module.activate("high")
     assert rel(module(x).detach().numpy(), in_fp64(Convolved(), high, x).numpy()) < 2e-6
 
 
