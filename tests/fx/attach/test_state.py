@@ -23,8 +23,8 @@ def test_refusals() -> None:
         lora_fx.attach(lambda x: model(x), (x,))
     with pytest.raises(lora_fx.LoraFxError, match="captured graph already"):
         lora_fx.attach(lora_fx.insert(model, (x,), rank=2), (x,))
-    with pytest.raises(lora_fx.LoraFxError, match="unknown variant 'vera'"):
-        lora_fx.attach(model, (x,), variant="vera")
+    with pytest.raises(lora_fx.LoraFxError, match="unknown variant 'boft'"):
+        lora_fx.attach(model, (x,), variant="boft")
     lora_fx.attach(model, (x,), rank=2)
     for verb in (lora_fx.attach, lora_fx.insert, lora_fx.find):
         with pytest.raises(lora_fx.LoraFxError, match="an adapter is attached to this"):
