@@ -14,7 +14,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.errors import CaptureError
+from lora_fx.fx.capture.finite_numbers import FiniteNumbers
 from lora_fx.patching import patched
+
+NO_DROP = "layer drop is off in train mode: a graph contains every layer"
 
 
 class _DrawnNumber(float):
@@ -41,7 +44,8 @@ class EveryLayer(TorchFunctionMode):
     ) -> Any:
         """Run a function; a single drawn number becomes one that drops nothing."""
         if func is torch.rand and len(args) == 1 and args[0] in ([], ()):
-            self.notes[:] = ["layer drop is off in train mode: a graph contains every layer"]
+            if NO_DROP not in self.notes:
+                self.notes.append(NO_DROP)
             return _DrawnNumber(1.0)
         return func(*args, **(kwargs or {}))
 
@@ -67,7 +71,8 @@ def observing(model: nn.Module) -> Iterator[Observed]:
     A train mode that drops whole layers at random drops none: Wav2Vec2, BART and their like draw
     one number a layer and let Python compare it, which no graph can hold. (Stochastic depth by a
     mask draws tensors, and stays.) An export drops autograd functions and hooks, so they are noted.
-    What numpy and Python draw would be a constant of the graph.
+    What numpy and Python draw would be a constant of the graph. Branches on whether numbers are
+    finite go where finite ones go.
 
     Raises:
         CaptureError: Numbers were drawn outside torch.
@@ -96,7 +101,7 @@ def observing(model: nn.Module) -> Iterator[Observed]:
     hooks_noted = patched(tensor_class, register_hook=noted_hook)
     layers = EveryLayer(observed.notes) if model.training else contextlib.nullcontext()
     state_before = _random_state_outside_torch()
-    with functions_noted, hooks_noted, layers:
+    with functions_noted, hooks_noted, layers, FiniteNumbers(observed.notes):
         yield observed
     own_gradients[:] = dict.fromkeys(own_gradients)
     if _random_state_outside_torch() != state_before:

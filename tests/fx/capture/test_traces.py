@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import fx, nn
 
+import lora_fx
 from lora_fx.fx.capture.block_copies import NotRepeated, write_out
 from lora_fx.fx.capture.cleaned_graph import match_places
 from lora_fx.fx.capture.expert_forms import EveryTurn, traceable_experts
+from lora_fx.fx.capture.finite_numbers import NOTE, FiniteNumbers
 from lora_fx.fx.capture.observed import EveryLayer
 from lora_fx.fx.capture.repeat import AGAIN, END, START
 from lora_fx.fx.capture.unchanged import as_it_was, same_attributes, same_dtypes
@@ -47,6 +49,39 @@ def test_no_layer_is_dropped() -> None:
         number: Any = torch.rand([])
         assert number == 1.0 and number.item() == 1.0
     assert notes == ["layer drop is off in train mode: a graph contains every layer"]
+
+
+class Clamps(nn.Module):
+    """A layer whose numbers are clamped where one is not finite, as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        if not torch.isfinite(y).all() or torch.isinf(y).any() or y.isnan().any():
+            y = y.clamp(-1.0, 1.0)
+        return y
+
+
+def test_a_branch_on_finite_numbers_is_captured_for_all_sizes() -> None:
+    model = Clamps()
+    cap = lora_fx.capture(model, (torch.ones(2, 4),))
+    for graph in (cap.train, cap.eval):
+        x = 5 * torch.randn(7, 4)
+        (y,) = graph(x)
+        assert torch.equal(y, model(x))
+    assert not cap.pinned and [*cap.notes] == [NOTE]
+
+
+def test_other_branches_on_values_stay() -> None:
+    notes: list[str] = []
+    with FiniteNumbers(notes):
+        bad = torch.tensor([1.0, torch.inf])
+        assert torch.isfinite(bad).any() and not torch.isinf(bad).all()
+        assert (bad > 2).any() and not (bad > 2).all()
+    assert notes == []
 
 
 def test_experts_of_other_libraries_stay() -> None:
