@@ -7,6 +7,7 @@ in order. Tried with torch 2.13 and 2.15.
 from __future__ import annotations
 
 from torch.utils._pytree import (
+    SUPPORTED_NODES,
     LeafSpec,
     TreeSpec,
     register_dataclass,
@@ -22,6 +23,7 @@ from torch.utils._pytree import (
 __all__ = [
     "LeafSpec",
     "TreeSpec",
+    "has_unnamed_parts",
     "register_dataclass",
     "tree_flatten",
     "tree_flatten_with_path",
@@ -31,3 +33,12 @@ __all__ = [
     "tree_structure",
     "tree_unflatten",
 ]
+
+
+def has_unnamed_parts(value: object) -> bool:
+    """Whether a value is of a class that was registered without the names of its parts.
+
+    `tree_flatten_with_path` refuses such a class; the outputs of diffusers are of one.
+    """
+    node = SUPPORTED_NODES.get(type(value))
+    return node is not None and node.flatten_with_keys_fn is None

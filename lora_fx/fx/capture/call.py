@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lora_fx.fx.trees import (
+    has_unnamed_parts,
     register_dataclass,
     tree_flatten_with_path,
     tree_leaves,
@@ -168,8 +169,23 @@ def _is_cut_or_expanded(tensor: torch.Tensor) -> bool:
 
 def leaves_of(named: Named) -> list[tuple[str, Any]]:
     """Return (name, leaf) of all leaves: an argument's name, with `.i` for parts of a container."""
-    leaves_with_paths, _ = tree_flatten_with_path(dict(named))
-    return [(".".join(map(_key_text, path)), leaf) for path, leaf in leaves_with_paths]
+    leaves: list[tuple[str, Any]] = []
+    nodes, _ = tree_flatten_with_path(dict(named), is_leaf=has_unnamed_parts)
+    for path, node in nodes:
+        name = ".".join(map(_key_text, path))
+        if has_unnamed_parts(node):
+            leaves += [(f"{name}.{part}", leaf) for part, leaf in leaves_of(_parts_of(node))]
+        else:
+            leaves.append((name, node))
+    return leaves
+
+
+def _parts_of(node: object) -> Named:
+    """Return the parts of a node by name: the keys of a mapping, or else numbers."""
+    if isinstance(node, Mapping):
+        return node
+    parts = tree_leaves(node, is_leaf=lambda value: value is not node)
+    return {str(i): part for i, part in enumerate(parts)}
 
 
 def _key_text(key: object) -> str:

@@ -14,7 +14,7 @@ from lora_fx.fx.capture.door import Door
 from lora_fx.fx.capture.onnx_names import onnx_name
 from lora_fx.fx.graph.nodes import aten_ops, dtype_name, dtype_of, reached, shape_of
 from lora_fx.fx.graph.views import VIEWS
-from lora_fx.fx.tensors import from_numpy, has_values
+from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.trees import tree_structure, tree_unflatten
 from lora_fx.inputs import Extents, Input, Inputs, Named
 
@@ -111,7 +111,8 @@ def sample_call(
             raise LoraFxError(
                 f"no input is named {spelling!r}", f"the inputs are {', '.join(drawn)}"
             )
-        drawn[names_by_spelling[spelling]] = array
+        values = to_numpy(array) if isinstance(array, torch.Tensor) else array
+        drawn[names_by_spelling[spelling]] = values
     return filled(named, drawn, device)
 
 

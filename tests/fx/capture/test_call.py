@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import register_pytree_node
 
+import lora_fx
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import (
@@ -23,6 +25,7 @@ from lora_fx.fx.capture.door import Door, dims_of_one, without_dims
 from lora_fx.fx.capture.example import describe, filled, sample_call
 from lora_fx.fx.capture.onnx_names import onnx_conditions, output_name, symbols_of
 from lora_fx.fx.capture.root_module import as_module
+from lora_fx.fx.trees import tree_leaves
 
 
 def open_forward(x: Any, /, y: Any = 2, *others: Any, z: Any = None, **options: Any) -> Any:
@@ -156,6 +159,40 @@ def test_a_door_knows_what_is_free_and_what_is_fixed() -> None:
         door.check([torch.ones(3, 5), 1, torch.ones(2)])
 
 
+class Unnamed(dict[str, Any]):
+    """A mapping that is registered without the names of its parts, as diffusers' outputs are."""
+
+
+class Pair:
+    """Two parts, registered without names."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+
+register_pytree_node(
+    Unnamed,
+    lambda m: (list(m.values()), list(m)),
+    lambda parts, names: Unnamed(zip(names, parts, strict=True)),
+)
+register_pytree_node(Pair, lambda pair: (pair.parts, None), lambda parts, _: Pair([*parts]))
+
+
+def test_leaves_of_classes_without_names_of_their_parts() -> None:
+    output = Unnamed(sample=1, more=(2, Pair([3, {"z": 4}])))
+    leaves = [("y.sample", 1), ("y.more.0", 2), ("y.more.1.0", 3), ("y.more.1.1.z", 4)]
+    assert leaves_of({"y": output}) == leaves
+    assert [leaf for _, leaf in leaves] == tree_leaves(output)
+
+
+def test_a_model_with_such_an_output_is_adapted() -> None:
+    layer = nn.Linear(4, 3)
+    model = as_module(lambda x: Unnamed(sample=layer(x)))
+    adapted = lora_fx.insert(model, (torch.ones(2, 4),), rank=2)
+    output = adapted.eval()(torch.ones(5, 4))
+    assert type(output) is Unnamed and torch.equal(output["sample"], layer(torch.ones(5, 4)))
+
+
 def test_drawn_arguments_are_like_the_example() -> None:
     named = {"ids": torch.tensor([[3, 5]]), "mask": torch.tensor([True]), "flag": 1}
     inputs = describe(named)
@@ -166,6 +203,8 @@ def test_drawn_arguments_are_like_the_example() -> None:
     arrays = {"ids": torch.tensor([[1, 2]]).numpy()}
     call = sample_call(inputs, named, {}, arrays=arrays)
     assert call["ids"].tolist() == [[1, 2]] and call["flag"] == 1
+    call = sample_call(inputs, named, {}, arrays={"ids": torch.tensor([[1, 2]])})
+    assert call["ids"].tolist() == [[1, 2]]
     with pytest.raises(LoraFxError, match="no input is named 'tokens'"):
         sample_call(inputs, named, {}, arrays={"tokens": arrays["ids"]})
     mask = torch.tensor([False]).numpy()
