@@ -219,8 +219,18 @@ class Inputs:
 
     def values(self, size: Extents) -> dict[str, int] | None:
         """Return symbol values at one size, or at the nearest valid one; None if none was found."""
+        requested = self._requested(size, self._places)
+        nearest = self._nearest(requested)
+        if nearest is None:
+            # sums of sizes that must be equal, as joint attention has them, are where all sizes are
+            others = _without_batch_and_past([*requested])
+            alike = dict.fromkeys(others, max((requested[other] for other in others), default=0))
+            nearest = self._nearest({**requested, **alike})
+        return nearest
+
+    def _nearest(self, requested: Mapping[str, int]) -> dict[str, int] | None:
+        """Return the valid symbol values nearest to the requested ones; None if none are near."""
         places = self._places
-        requested = self._requested(size, places)
         restricted = set[str]()
         for condition in self.conditions:
             restricted |= _symbols_about(condition, places)

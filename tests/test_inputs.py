@@ -34,3 +34,15 @@ def test_a_condition_is_solved_once_for_the_symbols_of_all_sizes(
     assert solved == 4
     assert all(map(inputs.implied, conditions))
     assert solved == 8  # once more for demands alone
+
+
+def test_sums_of_sizes_that_must_be_equal_have_other_sizes_than_the_example() -> None:
+    """Joint attention: positions of words and pixels are inputs of their own, as Flux has them."""
+    lengths = {"words": 6, "pixels": 64, "word_ids": 6, "pixel_ids": 64}
+    specs = tuple(Input(name, "float32", (n, 3), {0: name}) for name, n in lengths.items())
+    places = tuple((f"s{i}", name, 0) for i, name in enumerate(lengths))
+    condition = Condition("(s0 + s1) == (s2 + s3)", places, "model.py, line 1", True)
+    inputs = Inputs(specs, (condition,))
+    tried = [inputs.values(size) for size in inputs.checks]
+    assert all(values and values["words"] == values["word_ids"] for values in tried)
+    assert len({str(values) for values in tried}) == len(inputs.checks)
