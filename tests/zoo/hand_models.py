@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from . import hand, hand_idioms, hand_layers
-from .base import BATCH, HEADS, HIDDEN, INNER, P_DROP, SEQ, Built, entry, floats, ids
+from . import hand, hand_domains, hand_idioms, hand_layers
+from .base import BATCH, HEADS, HIDDEN, IMAGE, INNER, P_DROP, SEQ, Built, entry, floats, ids
 
 
 def _enter(name: str, make: Callable[[], nn.Module], *shape: int, **facts: Any) -> None:
@@ -135,3 +135,26 @@ _enter("standardised_conv", lambda: hand_layers.StandardConv(6, 10, 3), 6, 8, 9,
 def _two_inputs() -> Built:
     inputs = {"pair": {"left": floats(BATCH, SEQ, 12), "right": floats(BATCH, SEQ, 10)}}
     return hand_layers.TwoInputs(12, 10, 20), (), inputs | {"scale": torch.ones(BATCH, 1, 1)}
+
+
+# domains
+
+
+@entry("vla_policy", "hand", fast=True)
+def _vla_policy() -> Built:
+    model = hand_domains.Policy(37, HIDDEN, HEADS, 7, 4)
+    state, noisy, time = floats(BATCH, 7), floats(BATCH, 4, 7), torch.rand(BATCH)
+    return model, (floats(*IMAGE), ids(37), state, noisy, time), {}
+
+
+@entry("table_attention", "hand", fast=True)
+def _table_attention() -> Built:
+    labels = torch.randint(0, 3, (BATCH, 6))
+    tables = floats(BATCH, 6, 5), labels, floats(BATCH, 3, 5)
+    return hand_domains.Table(HIDDEN, HEADS, 3), tables, {}
+
+
+@entry("recommender", "hand", fast=True, include="*")
+def _recommender() -> Built:
+    model = hand_domains.Recommender((37, 23), 13, 12)
+    return model, (floats(BATCH, 13), ids(37), ids(23)), {}
