@@ -36,9 +36,18 @@ QUANTISED = {"quantised_vit": None, "qlora_smollm2": smollm2_file}
 """Samples over codes, and what finds the weights of one."""
 OTHERS = {"trl_sft_dpo": ("trl", "PEFT gives the same logits, which DPO has changed: True")}
 """Samples that need a library which no extra installs, and what they print."""
+DOMAINS = {
+    "detector_rtdetr": "scipy",
+    "segmenter_sam2": "transformers",
+    "protein_esm2": "transformers",
+    "series_timesfm": "transformers",
+    "graph_gat": "torch_geometric",
+    "diffusion_flux": "diffusers",
+}
+"""Samples of the extra `domains`, and the library that each needs."""
 IN_PROCESSES = ("llama_processes",)
 """Samples that take a way to run; tests/fx/train/test_llama_processes.py runs them."""
-SHARED = ("beside_peft", "greedy", "sources")
+SHARED = ("beside_peft", "domains", "greedy", "sources")
 """What samples import of each other; no program."""
 
 
@@ -50,6 +59,7 @@ def test_every_sample_is_listed() -> None:
         *NOTHING_MISSING,
         *QUANTISED,
         *OTHERS,
+        *DOMAINS,
         *IN_PROCESSES,
         *SHARED,
     }
@@ -117,6 +127,24 @@ def test_the_sample_of_another_library(name: str, tmp_path: Path) -> None:
     assert float(after) < 0.1 * float(before), done.stdout
     first, last = re.findall(r"margin of the rewards (\S+) → (\S+)", done.stdout)[0]
     assert abs(float(first)) < 1e-3 and float(last) > 1, done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOMAINS)
+def test_the_sample_of_a_domain(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(DOMAINS[name])
+    done = subprocess.run(
+        [sys.executable, str(SAMPLES / f"{name}.py")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "random weights" in done.stdout
+    before, after = re.findall(r"20 steps: loss (\S+) → (\S+)", done.stdout)[0]
+    assert float(after) < 0.6 * float(before), done.stdout
+    assert "saved and loaded again: True" in done.stdout
+    merged = "refused: " if name == "diffusion_flux" else "ok, fold within"  # over codes
+    assert f"merged: {merged}" in done.stdout
+    assert "switch: ok, base within" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
