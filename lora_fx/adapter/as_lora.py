@@ -20,6 +20,7 @@ from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.adapter.variant_protocol import plain
+from lora_fx.adapter.vera import refuse_unknown_inputs
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -72,6 +73,7 @@ def as_lora(
         raise LoraFxError(f"rank is {rank}; expected 1 or more", "pass --rank 16, for example")
     if energy is not None and not 0 < energy <= 1:
         raise LoraFxError(f"energy {energy} is not in (0, 1]", "pass --energy 0.99, for example")
+    refuse_unknown_inputs(adapter.entries, adapter.metadata, "another form")
     entries: dict[str, Entry] = {}
     rows: list[Approximated] = []
     for key, entry in adapter.entries.items():

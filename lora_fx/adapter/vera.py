@@ -21,7 +21,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.inputs import generator
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.layout import Layout
+from lora_fx.text import JsonView
 
+WIDEST = "vera_widest"
+"""In an adapter's metadata: its file does not tell how many inputs each layer has."""
 D_INITIAL = 0.1
 """The first value of λ_d, the default of PEFT's d_initial."""
 
@@ -112,3 +115,23 @@ def _projections(rank: int, widest_in: int, widest_out: int, seed: int) -> tuple
         bound = math.sqrt(6.0 / shape[1])
         drawn.append(rng.uniform(-bound, bound, shape).astype(np.float32))
     return drawn[0], drawn[1]
+
+
+def refuse_unknown_inputs(entries: Mapping[str, object], metadata: JsonView, what: str) -> None:
+    """Raise for updates of a file that does not tell the inputs of its layers.
+
+    Args:
+        entries: Those of the adapter.
+        metadata: The adapter's.
+        what: What would take A of the widest layer for that of each, for the message.
+    """
+    if not metadata.get(WIDEST):
+        return
+    for key, entry in entries.items():
+        if isinstance(entry, LowRank) and entry.variant == "vera" and entry.layout is None:
+            raise LoraFxError(
+                f"{key!r} is VeRA of a file that has A for the widest layer alone; {what} needs "
+                "the inputs of each layer",
+                "bind it to its model first: lora_fx.insert(model, …, adapter=PATH).adapter() has "
+                "them",
+            )

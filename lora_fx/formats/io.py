@@ -16,6 +16,7 @@ from pathlib import Path
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.variant import is_lora_or_dora, variant_of
+from lora_fx.adapter.vera import refuse_unknown_inputs
 from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
@@ -90,6 +91,8 @@ def save_adapter(
     check_real(adapter.lowrank)
     _check_variants(adapter, writer)
     _check_invocation(adapter, writer)
+    if not writer.keeps_variants:
+        refuse_unknown_inputs(adapter.entries, adapter.metadata, f"format {format}")
     if not adapter.entries and not writer.takes_empty:
         raise LoraFxError("the adapter has no update", "check that it was saved after training")
     target = Path(path)

@@ -6,7 +6,7 @@ otherwise by now (in 16 bits, in codes, fused with another) is told, and nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike, fspath
 
@@ -15,6 +15,8 @@ import onnx_ir as ir
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.evaluated import Evaluation, can_be_evaluated, weight_hash
 from lora_fx.adapter.exact_lora import as_exact_lora
+from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.vera import WIDEST
 from lora_fx.dtypes import Array, widened
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
@@ -37,11 +39,23 @@ def for_file(adapter: Adapter, manifest: Manifest, path: str | PathLike[str]) ->
         LoraFxError: A slot without factors of rows, or a weight that is stored otherwise by now.
     """
     adapter, _ = as_exact_lora(adapter)
+    if adapter.metadata.get(WIDEST):
+        adapter = _with_inputs(adapter.resolved(manifest.slots), manifest)
     if not any(can_be_evaluated(low) for low in adapter.lowrank.values()):
         return adapter
     if fspath(path).endswith(".pt2"):  # its tensors are torch's; the manifest tells what to do
         return adapter
     return Evaluation(_FileWeights(fspath(path), manifest).read)(adapter.resolved(manifest.slots))
+
+
+def _with_inputs(adapter: Adapter, manifest: Manifest) -> Adapter:
+    """Return the adapter with as many inputs as each slot has, where its own file tells none."""
+    entries = dict(adapter.entries)
+    for key, low in adapter.lowrank.items():
+        slot = manifest.slots.get(key)
+        if slot is not None:
+            entries[key] = variant_of(low).within(low, slot.inside * slot.out)
+    return replace(adapter, entries=entries)
 
 
 @dataclass(eq=False)

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
+from lora_fx.adapter.as_lora import as_lora
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Hadamard
 from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.onnx import Session
 
 VARIANTS = ("loha", "vera")
 LAYERS = {"loha": "conv,up,down", "vera": "up,down"}
@@ -206,3 +208,35 @@ def test_an_adapter_of_the_wrong_width_is_refused(tmp_path: Path) -> None:
         lora_fx.insert(
             net(), (X[:2],), adapter=lora_fx.Adapter({"down.weight": low}, adapter.metadata)
         )
+
+
+def test_a_weight_of_vera_is_saved(tmp_path: Path) -> None:
+    module = inserted("vera")
+    steps(module, module.parameter_groups(0.05, weight_decay=0.0))
+    half = module.adapter().weighted(0.5)
+    lora_fx.save_adapter(half, tmp_path / "half")
+    expected = of(lora_fx.fold(net(), (X[:2],), adapter=half))
+    theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path / "half")).eval()
+    assert rel(of(theirs), expected) < 1e-6
+    assert rel(expected, of(module)) > 0.01
+
+
+def test_a_file_of_peft_does_not_tell_the_inputs(tmp_path: Path) -> None:
+    """Where they are known, it is taken rightly; where they are not, it is refused."""
+    _, theirs = trained_by_both("vera", tmp_path / "start")
+    theirs.save_pretrained(str(tmp_path / "a"))
+    adapter = lora_fx.load_adapter(tmp_path / "a")
+    with pytest.raises(LoraFxError, match="format kohya needs the inputs of each layer"):
+        lora_fx.save_adapter(adapter, tmp_path / "a.safetensors", format="kohya")
+    with pytest.raises(LoraFxError, match="another form needs the inputs of each layer"):
+        as_lora(adapter, rank=2)
+    file = tmp_path / "x.onnx"
+    lora_fx.export(net(), file, (X[:2],), adapters=[tmp_path / "start"], mode="switch")
+    session = Session(file, provider="cpu")
+    session.load("a", tmp_path / "a")
+    (out,) = session.run({"x": X.numpy()}, "a").values()
+    assert rel(out, of(theirs)) < 2e-6
+    bound = lora_fx.insert(net(), (X[:2],), adapter=adapter).adapter()
+    lora_fx.save_adapter(bound, tmp_path / "bound")
+    again = lora_fx.load_adapter(tmp_path / "bound")
+    lora_fx.save_adapter(again, tmp_path / "b.safetensors", format="kohya")

@@ -24,7 +24,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.adapter.variant import named_variant, variant_of
-from lora_fx.adapter.vera import D_INITIAL
+from lora_fx.adapter.vera import D_INITIAL, WIDEST
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.formats.peft.build_config import build_config
@@ -97,6 +97,9 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
         entries[f"{module}.weight"] = _update(source, names, a[:, :width], b)
 
     metadata: Json = dict(ours.get("metadata", {}))
+    metadata.pop(WIDEST, None)
+    if len(entries) > 1 and set(vectors) - set(inputs):
+        metadata[WIDEST] = True
     metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
     metadata |= target_facts(config, vectors, source.name, source.notes)
     if config.get("fan_in_fan_out"):
@@ -186,10 +189,13 @@ def encode(adapter: Adapter, metadata: JsonView) -> tuple[dict[str, Array], Json
         form = form_of(key, update)
         is_transposed = form.transposed
         numbers[form.module] = (update.rank, 1.0)
-        inputs[form.module] = update.a.shape[-1]
-        for name in ("lambda_d", "lambda_b"):
-            vector = update.variant_tensors[name].reshape(-1)
-            tensors[f"{PREFIX}{form.module}.vera_{name}"] = vector
+        if update.layout is not None or not adapter.metadata.get(WIDEST):
+            inputs[form.module] = update.a.shape[-1]
+        vectors = update.variant_tensors
+        lead = f"{PREFIX}{form.module}.vera_lambda"
+        tensors[f"{lead}_d"] = vectors["lambda_d"].reshape(-1)
+        # a weight of the adapter, for which VeRA has no number
+        tensors[f"{lead}_b"] = vectors["lambda_b"].reshape(-1) * np.float32(update.scale)
     fields = {
         "peft_type": "VERA",
         "fan_in_fan_out": is_transposed,
