@@ -452,7 +452,7 @@ NODES = {
     "lora_fx": 25_000,
     "lora_fx.adapter": 36_000,
     "lora_fx.checkpoint": 63_000,
-    "lora_fx.cli": 32_000,
+    "lora_fx.cli": 34_000,
     "lora_fx.files": 20_000,
     "lora_fx.files.quantised": 13_000,
     "lora_fx.formats": 31_000,
