@@ -254,7 +254,8 @@ def test_the_json_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         fields = documented("Every command") | documented(name)
         assert emitted <= fields, name
         # which are there with their provider, their mode, or such tensors alone
-        assert fields - emitted <= {"webgpu", "ids", "server", "served", "whole_tensors"}, name
+        of_whole_tensors = {"whole_tensors", "replaced"}
+        assert fields - emitted <= {"webgpu", "ids", "server", "served", *of_whole_tensors}, name
     for path, keys in rows.items():
         assert path == "inputs[]" or keys == documented(path), path
     assert {"targets[]", "refusals[]", "unreached[]", "pinned[]", "parity[]", "tensors[]"} <= set(

@@ -140,14 +140,14 @@ def _two_inputs() -> Built:
 # domains
 
 
-@entry("vla_policy", "hand", fast=True)
+@entry("vla_policy", "hand")
 def _vla_policy() -> Built:
     model = hand_domains.Policy(37, HIDDEN, HEADS, 7, 4)
     state, noisy, time = floats(BATCH, 7), floats(BATCH, 4, 7), torch.rand(BATCH)
     return model, (floats(*IMAGE), ids(37), state, noisy, time), {}
 
 
-@entry("table_attention", "hand", fast=True)
+@entry("table_attention", "hand")
 def _table_attention() -> Built:
     labels = torch.randint(0, 3, (BATCH, 6))
     tables = floats(BATCH, 6, 5), labels, floats(BATCH, 3, 5)
