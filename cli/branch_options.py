@@ -10,6 +10,7 @@ import click
 
 from lora_fx.cli.options import Rules, option, quantise_option, seed_option, selectors
 from lora_fx.errors import NoSay
+from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
@@ -103,6 +104,12 @@ class TargetOptions:
         )
 
 
+def _scale_is_one(asked: JsonView) -> bool:
+    from lora_fx.adapter.variant import named_variant
+
+    return named_variant(asked["variant"]).scale_is_one
+
+
 PLANNED: Rules = (
     NoSay(
         ("rank", "alpha", "include"),
@@ -110,5 +117,6 @@ PLANNED: Rules = (
         "with --plan {0[plan]}",
         "leave one of them out",
     ),
+    NoSay(("alpha",), _scale_is_one, "with variant {0[variant]}, whose scale is 1"),
 )
 """Combinations in which an option has no effect and is refused."""

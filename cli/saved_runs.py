@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError, check_format, stamp
-from lora_fx.files.atomic import replacing
+from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.strict_json import read_json
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.run_facts import Facts
     from lora_fx.fx.train.train_report import TrainReport
+    from lora_fx.passes.verbs.sweep import Start
 
 FIELDS = ("losses", "before", "best_step", "stopped", "warnings")
 """The fields of a report that are stored under their names."""
@@ -32,12 +33,16 @@ class SavedRuns:
     folder: Path
 
     def check(self, names: Collection[str]) -> None:
-        """Raise, before any work, for a folder that holds anything but runs of these names.
+        """Raise, before any work, for a folder that cannot be made or that holds anything else.
+
+        Args:
+            names: Those of the runs that it may hold.
 
         Raises:
-            LoraFxError: Names what is there.
+            LoraFxError: Names what is there, or the folder that it would be in.
         """
         if not self.folder.exists():
+            check_output(self.folder)
             return
         if not self.folder.is_dir():
             raise LoraFxError(f"{self.folder} already exists", "choose another folder")
@@ -69,8 +74,13 @@ class SavedRuns:
         with replacing(self.path(f"{name}.json"), force=True) as temporary:
             temporary.write_text(json.dumps(words) + "\n", encoding="utf-8")
 
-    def report(self, name: str, facts: Facts) -> TrainReport | None:
+    def report(self, name: str, facts: Facts, start: Start) -> TrainReport | None:
         """Return the report of a run that is finished, None if it is not.
+
+        Args:
+            name: The run.
+            facts: What it has to share.
+            start: What it has to compute before its first step.
 
         Raises:
             LoraFxError: The run in the folder has another model, other data or other settings, or
@@ -86,13 +96,21 @@ class SavedRuns:
         check_format(words, str(path))
         lines = differences(words.get("facts") or {}, facts)
         if lines:
-            raise LoraFxError(
-                f"{path} is of another run: {lines[0]}", "choose another folder for these runs"
-            )
+            raise _is_another(path, lines[0])
         try:
             validation = {int(step): float(loss) for step, loss in words["validation"].items()}
-            return TrainReport(validation=validation, **{field: words[field] for field in FIELDS})
+            fields = {field: words[field] for field in FIELDS}
+            fields["before"] = None if words["before"] is None else float(words["before"])
+            report = TrainReport(validation=validation, **fields)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
                 f"{path}: damaged: {error!r}", "remove it to train this run again"
             ) from error
+        if line := start.difference(report.before):
+            raise _is_another(path, line)
+        return report
+
+
+def _is_another(path: Path, line: str) -> LoraFxError:
+    """Return the error of a saved run that differs from the one of this name."""
+    return LoraFxError(f"{path} is of another run: {line}", "choose another folder for these runs")

@@ -25,7 +25,8 @@ from lora_fx.cli.train_sweep import (
     OF_A_SWEEP,
     SweepJob,
     SweepOptions,
-    checked_runs,
+    check_runs,
+    planned_runs,
     rows_of_start,
     start_options,
 )
@@ -68,6 +69,8 @@ def command(
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     lora-fx train model.py:build data.npz -o best --sweep rank=4,8,16 --sweep lr=1e-4,3e-4 --seeds 4
     """
+    runs = planned_runs(loop, targets, examples)  # before torch, which takes seconds
+
     from lora_fx.files.atomic import check_output
     from lora_fx.files.run_files import inputs_are_in_memory
     from lora_fx.formats.io import FORMATS, check_real, save_adapter
@@ -87,7 +90,7 @@ def command(
         check_device(device)
         examples.check(loop.patience)
         loop.settings(targets.seed)  # which refuses a name that is not known, before any work
-        runs = checked_runs(loop, targets, examples, world.size)
+        check_runs(runs, world.size)
         saving = loop.saving(force=force)
         cap = captured(model, capture, later=True)
         defaults = OTHERS

@@ -33,19 +33,32 @@ if TYPE_CHECKING:
     from lora_fx.fx.train.settings import Settings
     from lora_fx.fx.train.train_report import TrainReport
     from lora_fx.passes.verbs.options import InsertOptions
-    from lora_fx.passes.verbs.sweep import SweepResult, SweepRun
+    from lora_fx.passes.verbs.sweep import Start, SweepResult, SweepRun
     from lora_fx.run_defaults import RunDefaults
 
 SWEPT = {
-    "targets": ("rank", "alpha", "variant", "init", "dropout", "seed"),
-    "loop": (
-        "lr", "schedule", "optimizer", "weight_decay", "warmup", "clip", "steps", "epochs",
-        "batch_size",
-    ),
-}  # fmt: skip
-"""The options that may differ between runs, by the group that has them."""
-NAMES = tuple(name for names in SWEPT.values() for name in names)
-EXAMPLE = "pass --sweep rank=4,8,16, for example"
+    "targets": {
+        "rank": "4,8,16",
+        "alpha": "8,16",
+        "variant": "lora,dora",
+        "init": "kaiming,pissa",
+        "dropout": "0,0.1",
+        "seed": "0,1,2",
+    },
+    "loop": {
+        "lr": "1e-4,3e-4",
+        "schedule": "cosine,linear",
+        "optimizer": "adamw_torch,sgd",
+        "weight_decay": "0,0.01",
+        "warmup": "0,0.1",
+        "clip": "0,1",
+        "steps": "100,200",
+        "epochs": "1,3",
+        "batch_size": "16,32",
+    },
+}
+"""The options that may differ between runs, by the group that has them: name → sample values."""
+EXAMPLES = SWEPT["targets"] | SWEPT["loop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,36 +109,51 @@ class Variation:
         return ",".join(words).replace(":", "-")
 
 
-def checked_runs(
-    loop: SweepOptions, targets: TargetOptions, examples: ExampleOptions, processes: int
+def planned_runs(
+    loop: SweepOptions, targets: TargetOptions, examples: ExampleOptions
 ) -> list[Variation]:
-    """Return the runs of a sweep, none without one; raise, before any work, for what is wrong.
+    """Return the runs of a sweep, none without one; raise for what the options alone show wrong.
+
+    That is before torch is imported. `check_runs` does the rest.
 
     Args:
         loop: The options of the loop and of the sweep.
         targets: The options of the branches.
         examples: The options of the examples.
-        processes: How many processes share the command.
     """
     if not loop.is_sweep:
         return []
     runs = variations(loop, targets, (*PLANNED, *TRAINED))
     for run in runs:
         named_variant(run.targets.variant)
-        run.loop.settings(run.targets.seed)  # which refuses a name that is not known
     if examples.validation == 0:
         raise LoraFxError(
             "a sweep keeps the adapter with the best validation loss, and --validation is 0",
             "pass --validation 0.1, for example, or --eval-data FILE",
         )
-    if processes > 1:
+    names = [run.name for run in runs]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise LoraFxError(f"{count} runs of the sweep are named {name}", "leave out all but one")
+    if loop.save_runs:
+        SavedRuns(Path(loop.save_runs)).check(names)
+    return runs
+
+
+def check_runs(runs: Sequence[Variation], processes: int) -> None:
+    """Raise, before any work, for a run whose settings are wrong, or for several processes.
+
+    Args:
+        runs: The runs of a sweep, none without one.
+        processes: How many processes share the command.
+    """
+    if runs and processes > 1:
         raise LoraFxError(
             f"a sweep runs in one process, and {processes} were started",
             "start lora-fx train without torchrun or accelerate launch",
         )
-    if loop.save_runs:
-        SavedRuns(Path(loop.save_runs)).check([run.name for run in runs])
-    return runs
+    for run in runs:
+        run.loop.settings(run.targets.seed)  # which refuses a name that is not known
 
 
 def variations(loop: SweepOptions, targets: TargetOptions, rules: Rules) -> list[Variation]:
@@ -173,9 +201,9 @@ def swept_values(texts: Sequence[str], context: click.Context) -> dict[str, list
     for text in texts:
         written, equals, listed = text.partition("=")
         name = written.strip().removeprefix("--").replace("-", "_")
-        spelled = [known.replace("_", "-") for known in NAMES]
+        spelled = [known.replace("_", "-") for known in EXAMPLES]
         if not equals:
-            raise LoraFxError(f"--sweep {text}: there is no '='", EXAMPLE)
+            raise LoraFxError(f"--sweep {text}: there is no '='", _example(name))
         expect_name(
             name.replace("_", "-"),
             spelled,
@@ -186,20 +214,40 @@ def swept_values(texts: Sequence[str], context: click.Context) -> dict[str, list
             raise LoraFxError(f"--sweep {written} is given twice", "list all values in one of them")
         words = [word.strip() for word in listed.split(",") if word.strip()]
         if not words:
-            raise LoraFxError(f"--sweep {text}: there is no value", EXAMPLE)
+            raise LoraFxError(f"--sweep {text}: there is no value", _example(name))
         try:
             values[name] = [params[name].type_cast_value(context, word) for word in words]
         except click.BadParameter as error:
-            raise LoraFxError(f"--sweep {text}: {error.message}", EXAMPLE) from error
+            raise LoraFxError(
+                f"--sweep {text}: {error.message}", _values_of(params[name])
+            ) from error
         repeated = [value for value, count in Counter(values[name]).items() if count > 1]
         if repeated:
-            raise LoraFxError(f"--sweep {text}: {shown(repeated[0])} is there twice", EXAMPLE)
+            raise LoraFxError(
+                f"--sweep {text}: {shown(repeated[0])} is there twice", _example(name)
+            )
     return values
 
 
+def _example(name: str) -> str:
+    """Return a hint with values of an option, or of --rank if it cannot be swept."""
+    name = name if name in EXAMPLES else "rank"
+    return f"pass --sweep {name.replace('_', '-')}={EXAMPLES[name]}, for example"
+
+
+def _values_of(param: click.Parameter) -> str:
+    """Return a hint with all values of an option, or with an example if it takes any number."""
+    if isinstance(param.type, click.Choice):
+        return f"use {', '.join(param.type.choices)}"
+    return _example(param.name or "")
+
+
 def shown(value: object) -> str:
-    """Return a value as the table has it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a value as the table has it; two values that differ are two texts."""
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 @dataclass
@@ -267,7 +315,7 @@ class Finished:
             lines.append(f"run{'s' if len(own) > 1 else ''} {named}: {warning}")
         return lines
 
-    def known(self, number: int, facts: Facts) -> TrainReport | None:
+    def known(self, number: int, facts: Facts, start: Start) -> TrainReport | None:
         """Return the report of a run that an earlier command has finished; None if there is none.
 
         Raises:
@@ -275,7 +323,7 @@ class Finished:
         """
         if self.saved is None:
             return None
-        return self.saved.report(self.runs[number].name, facts)
+        return self.saved.report(self.runs[number].name, facts, start)
 
     @contextlib.contextmanager
     def told_if_interrupted(self) -> Iterator[None]:

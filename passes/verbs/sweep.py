@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.load.models import check_device
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.train.loop import TrainRun, prepared
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.optimizer import Optimizer
 from lora_fx.fx.train.run_facts import Facts, facts_of
@@ -50,8 +53,55 @@ def shared_base(
     return SharedBase(cap, check_device(device), recompute)
 
 
-Known = Callable[[int, Facts], TrainReport | None]
-"""A function of the number of a run and its facts; None if the run is not finished."""
+LIKE = 1e-6
+"""How far two equal validation losses may differ, of their size: one machine gives equal bits."""
+HALF_LIKE = 1e-3
+"""The same where products or weights have 16 bits."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run before its first step, by which a finished one is told from one of another model.
+
+    Facts have both ends of each weight, and the source of a loss; this has all that they compute.
+
+    Attributes:
+        prepare: Return the run.
+        confirmed: Validation losses before training that runs of this sweep have.
+    """
+
+    prepare: Callable[[], TrainRun]
+    confirmed: set[float | None]
+
+    def difference(self, before: float | None) -> str:
+        """Return how a finished run differs, in words; empty if it does not.
+
+        Args:
+            before: Its validation loss before training.
+        """
+        if before in self.confirmed:  # as those of all runs whose B is 0
+            return ""
+        run = self.prepare()
+        with run.objective.alone():
+            now = run.loss_of_start()
+        if before is None or now is None:
+            is_same = before is now
+        else:
+            is_same = math.isclose(before, now, rel_tol=_tolerance(run))
+        if not is_same:
+            return f"model or loss: before training it is {before} in the state, {now} now"
+        self.confirmed.add(before)
+        return ""
+
+
+def _tolerance(run: TrainRun) -> float:
+    """Return how far two validation losses of a run may differ, of their size."""
+    is_half = any(tensor.dtype.itemsize == 2 for tensor in run.model.parameters())
+    return HALF_LIKE if is_half or run.objective.half else LIKE
+
+
+Known = Callable[[int, Facts, Start], TrainReport | None]
+"""A function of the number of a run and what it shares; None if the run is not finished."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +154,13 @@ def sweep(
         loss: As in fit.
         together: How many runs take their steps at a time.
         progress: Called as (run, step, steps, loss).
-        known: Called as (run, facts); a run whose report it returns is not trained.
+        known: Called as (run, facts, start); a run whose report it returns is not trained.
 
     Raises:
         LoraFxError: As for insert and fit. A run whose loss is not finite ends alone.
     """
     is_first = True
+    confirmed: set[float | None] = set()
     for group in _groups(runs, together):
         results = []
         for number in group:
@@ -119,7 +170,8 @@ def sweep(
             report = None
             if known is not None:
                 facts = _facts(module, run, training, validation, loss)
-                report = known(number, facts)
+                prepare = partial(prepared, module, training, validation, loss, run.settings)
+                report = known(number, facts, Start(prepare, confirmed))
             if report is None:
                 results.append(SweepResult(number, TrainReport(), module, facts))
             else:

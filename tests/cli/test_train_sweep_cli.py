@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,17 @@ def test_the_table(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--save-runs", "runs"], "--save-runs has no effect without --sweep or --seeds"),
         (["--seeds", "2", "--save-runs", "d.npz"], "d.npz already exists"),
         (["--seeds", "2", "--save-runs", "best"], "--save-runs best is also --output"),
+        (["--seeds", "2", "--save-runs", "no/runs"], "the folder no does not exist"),
+        (["--sweep", "lr=nan,nan"], "2 runs of the sweep are named lr=nan"),
+        (["--sweep", "init=foo"], "Hint: use kaiming, gaussian, orthogonal, pissa, olora, eva"),
+        (["--sweep", "lr=-1"], "Hint: pass --sweep lr=1e-4,3e-4, for example"),
+        (["--sweep", "batch-size="], "Hint: pass --sweep batch-size=16,32, for example"),
+        (["--variant", "vera", "--alpha", "8"], "--alpha has no effect with variant vera, whose"),
+        (
+            ["--variant", "vera", "--sweep", "alpha=4,8"],
+            "--sweep alpha has no effect with variant vera, whose scale is 1",
+        ),
+        (["--sweep", "variant=lora,vera", "--alpha", "8"], "--alpha has no effect with variant"),
         (["--eval-data", "d.npz", "--split-seed", "1"], "--split-seed has no effect"),
     ],
 )  # fmt: skip
@@ -118,6 +131,76 @@ def test_refused_before_any_work(
     assert code == 2 and not out
     assert message in err and "train …" not in err
     assert not Path("best").exists()
+
+
+@pytest.mark.parametrize("value", ["foo=1", "rank=two", "variant=lara", "init=foo"])
+def test_refused_before_torch_is_imported(ready: Path, value: str) -> None:
+    code = (
+        "import sys\nfrom lora_fx.cli import main\n"
+        f"try: main([*{TRAIN!r}, '--sweep', {value!r}])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == "2 False\n", found.stderr
+    first, second = found.stderr.splitlines()
+    assert first.startswith("Error: ") and second.startswith("Hint: ")
+
+
+def test_values_that_are_near_have_names_of_their_own(
+    ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = ("--sweep", "lr=0.01,0.010000001", "--save-runs", "runs")
+    code, out, err = run(capsys, *TRAIN, *values, "--json")
+    assert code == 0, err
+    folders = [row["adapter"] for row in json.loads(out)["runs"]]
+    assert folders == ["runs/lr=0.01", "runs/lr=0.010000001"]
+    assert all(Path(folder, "adapter_model.safetensors").is_file() for folder in folders)
+
+
+WIDE = """
+import torch
+from pathlib import Path
+from torch import nn
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 2048), nn.ReLU(), nn.Linear(2048, 5)).eval()
+    model.forward = lambda x: nn.Sequential.forward(model, x)
+    with torch.no_grad():
+        model[0].weight[900:1100] *= float(Path("factor").read_text())
+    return model, (torch.randn(3, 8),), {}
+"""
+LOSS = """
+from pathlib import Path
+import torch
+def loss(output, labels):
+    smoothing = float(Path("smoothing").read_text())
+    return torch.nn.functional.cross_entropy(output, labels, label_smoothing=smoothing)
+"""
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("changed", ["factor", "smoothing"])
+def test_saved_runs_of_another_base_or_loss(
+    ready: Path, capsys: pytest.CaptureFixture[str], changed: str, init: str
+) -> None:
+    Path("wide.py").write_text(WIDE)
+    Path("loss.py").write_text(LOSS)
+    Path("factor").write_text("1")  # of weights between the ends that facts have
+    Path("smoothing").write_text("0")  # of a value that the source of the loss does not show
+    command = ["train", "wide.py:build", *TRAIN[2:], "--loss", "loss.py:loss", "--init", init]
+    command += ["--sweep", "rank=2,4", "--save-runs", "runs", "--force", "--json"]
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
+    code, again, err = run(capsys, *command)
+    assert code == 0 and json.loads(again)["runs"] == json.loads(out)["runs"], err
+
+    Path(changed).write_text("0.5")
+    code, out, err = run(capsys, *command)
+    assert code == 2
+    line = "model or loss: before training it is"
+    if (changed, init) == ("factor", "pissa"):  # whose frozen weights change at their ends too
+        line = "model: weights: another"
+    assert f"runs/rank=2.json is of another run: {line}" in err
 
 
 def test_epochs_and_steps(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -273,12 +273,16 @@ class TrainRun:
         That is after the first loss, which shows a user what a step takes, and before any weight
         moves. The random numbers of the steps are the same without it.
         """
+        trail.report.before = self.loss_of_start()
+
+    def loss_of_start(self) -> float | None:
+        """Return the validation loss of the model as it is; None without validation."""
         if self.held_out is None:
-            return
+            return None
         device = device_of(self.objective.model)
         devices = [device] if device.type == "cuda" else []
         with stage("validating before any weight changes"), torch.random.fork_rng(devices):
-            trail.report.before = self.objective.mean(self.held_out, self.rows, self.world)
+            return self.objective.mean(self.held_out, self.rows, self.world)
 
     def _validate_and_save(self, trail: Trail) -> None:
         """Validate and save if this step requires it."""
