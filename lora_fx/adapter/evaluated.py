@@ -26,6 +26,11 @@ BASE_NUMBER = "model_version"
 """The metadata field of the base's number: the name that a file of ONNX Runtime has for it."""
 ANY_BASE = 1
 """The number of an adapter that is for any base."""
+AS_TRAINED = (
+    "give the adapter as it was trained, such as its PEFT folder, and not a file that an export "
+    "wrote of it"
+)
+"""The hint for an update that was evaluated on a base."""
 
 
 def can_be_evaluated(low: LowRank) -> bool:
@@ -114,6 +119,46 @@ def base_number(hashes: Mapping[str, str], keys: Iterable[str]) -> int:
     return max(int.from_bytes(digest[:4]) >> 1, ANY_BASE + 1)
 
 
+def keys_of_gains(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the keys of updates that have factors of rows."""
+    return [key for key, low in entries.items() if isinstance(low, LowRank) and has_gains(low)]
+
+
+def refuse_evaluated(adapter: Adapter, where: str, taker: str) -> None:
+    """Raise LoraFxError for an update that was evaluated on a base.
+
+    Args:
+        adapter: Bound or not.
+        where: What the message calls it.
+        taker: What cannot take it.
+    """
+    for key in keys_of_gains(adapter.entries):
+        raise LoraFxError(
+            f"{where}: {key!r} is {name_of(adapter.entries[key])}, with the factors of its rows; "
+            f"{taker} does not take these",
+            AS_TRAINED,
+        )
+
+
+def check_number(adapter: Adapter, hash_of: Callable[[str], str]) -> None:
+    """Raise LoraFxError for updates that were evaluated on another base.
+
+    Args:
+        adapter: Its keys are those of the base.
+        hash_of: Gives the `weight_hash` of a key; called only for updates with factors of rows.
+    """
+    keys = keys_of_gains(adapter.entries)
+    if not keys:
+        return
+    hashes = {key: hash_of(key) for key in keys}
+    if adapter.metadata.get(BASE_NUMBER) != base_number(hashes, keys):
+        raise LoraFxError(
+            f"the adapter's {keys[0]!r} is {name_of(adapter.entries[keys[0]])}, and the factors of "
+            "its rows were computed from another base than this model",
+            AS_TRAINED,
+        )
+
+
 @dataclass(eq=False)
 class Evaluation:
     """Evaluates adapters on one base; an update that comes again is not computed again.
@@ -128,13 +173,18 @@ class Evaluation:
     _results: dict[str, tuple[LowRank, LowRank]] = field(default_factory=dict)
 
     def __call__(self, adapter: Adapter) -> Adapter:
-        """Return the adapter with every update evaluated that reads its base."""
+        """Return the adapter with every update evaluated that reads its base.
+
+        Raises:
+            LoraFxError: It has updates that were evaluated on another base.
+        """
+        check_number(adapter, self.hash_of)
         entries: dict[str, Entry] = {}
         for key, entry in adapter.entries.items():
             if isinstance(entry, LowRank) and can_be_evaluated(entry):
                 entry = self._evaluated(key, entry)
             entries[key] = entry
-        keys = [key for key, low in entries.items() if isinstance(low, LowRank) and has_gains(low)]
+        keys = keys_of_gains(entries)
         if not keys:
             return adapter
         metadata = {**adapter.metadata, BASE_NUMBER: base_number(self.hashes, keys)}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.adapter_hash import adapter_hash
+from lora_fx.adapter.evaluated import refuse_evaluated
 from lora_fx.adapter.invocation import refuse_invocation
 from lora_fx.checkpoint.companions import REPORTS, report_name
 from lora_fx.checkpoint.fold_stats import Stats
@@ -274,6 +275,7 @@ def _read_adapter(item: object, most: int | None, base: Path | None) -> Weighted
         path = Path(local(adapter, files=FORMATS.files_of_folders))
         adapter = load_adapter(path, most=most, base=base, resolve=False)
     refuse_invocation(adapter.invocation, where, "a merge")
+    refuse_evaluated(adapter, where, "a merge")
     return WeightedAdapter(
         adapter, float(weight), where, adapter_hash(adapter), path, stated=stated
     )

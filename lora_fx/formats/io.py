@@ -14,6 +14,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import refuse_evaluated
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.variant import is_lora_or_dora, variant_of
 from lora_fx.adapter.vera import refuse_unknown_inputs
@@ -89,6 +90,7 @@ def save_adapter(
     expect_path(path, "path", "call save_adapter(adapter, path)")
     writer = _writer(format)
     check_real(adapter.lowrank)
+    refuse_evaluated(adapter, "the adapter", f"a file of format {format}")
     _check_variants(adapter, writer)
     _check_invocation(adapter, writer)
     if not writer.keeps_variants:

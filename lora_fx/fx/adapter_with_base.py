@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import check_number, weight_hash
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.residual import on_base
+from lora_fx.adapter.starts import matrix
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.targets.found import Found
 
 
 def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -42,6 +46,22 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
             if delta is not None:
                 entries[key] = Full(value + np.float32(entry.scale) * delta, tied=True)
     return replace(adapter, entries=entries)
+
+
+def check_evaluated(adapter: Adapter, found: Found, read: Callable[[str], Array]) -> None:
+    """Raise LoraFxError for updates that were evaluated on another base than a model.
+
+    Args:
+        adapter: Bound to the model.
+        found: The model's targets.
+        read: Gives a stored parameter of the model by name.
+    """
+
+    def hash_of(key: str) -> str:
+        target = found[key]
+        return weight_hash(matrix(target, read(target.parameter.name)))
+
+    check_number(adapter, hash_of)
 
 
 def _as_stored(entry: Dense, shape: tuple[int, ...], *, transposed: bool) -> Array | None:

@@ -155,6 +155,7 @@ class Session:
         """
         arrays = {**self._arrays_of(probe.feeds()), **tensors}
         feeds = {**self._defaults, **ort_values(arrays)}
+        self.manifest.check_whole(feeds, "the probe's run")
         with exclusive(self.provider), told(arrays):
             values = self.session.run_with_ort_values(self._outputs, feeds)
         outputs = self._arrays_of_outputs(values)
@@ -318,11 +319,14 @@ class Session:
     def choice(self, adapter: Choice) -> Json:
         """Return the OrtValues of a choice, by input name; inputs left out keep their defaults."""
         self._check_choice(adapter)
+        chosen: Json = {**self._defaults}
         if isinstance(adapter, str):
-            return {**self._defaults, **self._values[adapter]}
-        if not adapter:
-            return {**self._defaults}
-        return {**self._defaults, **ort_values(self._mixed(adapter))}
+            chosen |= self._values[adapter]
+        elif adapter:
+            chosen |= ort_values(self._mixed(adapter))
+        where = f"the choice {one_line(repr(adapter), 80)}" if adapter else "the base model"
+        self.manifest.check_whole(chosen, where)
+        return chosen
 
     def _chosen_tensors(self, adapter: Choice) -> Mapping[str, Array]:
         """Return the A and B of a choice by name, for the buffers of CUDA graphs."""

@@ -15,7 +15,7 @@ the parameter has in the model. The default of each is the base's own value.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -307,14 +307,23 @@ class Manifest:
         """
         tensors = self.tensors(adapter, where) if adapter.entries else {}
         tensors = {**self.zeros(), **self.base, **tensors}
+        self.check_whole(tensors, where)
+        return self.padded(tensors) if self.rank else tensors
+
+    def check_whole(self, names: Collection[str], where: str) -> None:
+        """Raise for a whole tensor without a value, where the file's inputs have no defaults.
+
+        Args:
+            names: The names of the tensors that have values.
+            where: What errors call the adapter.
+        """
         for slot in self.whole.values():
-            if slot.name not in tensors:
+            if self.required and slot.name not in names:
                 raise LoraFxError(
                     f"{where}: it does not hold {slot.name!r}, and the file of the base's value, "
                     f"X{BASE_ENDING}, is not there",
                     "put that file, which the export wrote, beside the model",
                 )
-        return self.padded(tensors) if self.rank else tensors
 
     def whole_slot(self, name: str, where: str = "the adapter") -> WholeSlot:
         """Return the slot of a whole tensor by any of its names.

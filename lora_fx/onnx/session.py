@@ -173,6 +173,8 @@ class RuntimeSession:
         """
         if self.row_choice is not None:
             self.row_choice.check(feeds)
+        if self._switchable is not None:
+            self._switchable.check_whole({**self.base_factors, **feeds}, "the base model")
         with told(feeds, OTHER_SIZES):
             return self.outputs(feeds)
 

@@ -69,6 +69,18 @@ class _FileWeights:
     def _initializers(self) -> dict[str, ir.Value]:
         return dict(load(self.path).graph.initializers)
 
+    def _stored(self, key: str) -> Array | None:
+        """Return the tensor of a key: an initialiser, or the base's value of an input."""
+        name, _ = split_region(key)
+        value = self._initializers.get(name) or self._initializers.get(base_name(key))
+        if value is not None and value.const_value is not None:
+            return value.const_value.numpy()
+        whole = self.manifest.whole.get(name) or self.manifest.whole.get(base_name(key))
+        if whole is None:
+            return None
+        self.manifest.check_whole(self.manifest.base, self.path)
+        return self.manifest.base.get(whole.name)
+
     def read(self, key: str) -> Array:
         """Return the weight of a slot as [*batch, out, in], in fp64."""
         slot = self.manifest.slots.get(key)
@@ -81,17 +93,14 @@ class _FileWeights:
                 f"{self.path}: its slot for {key!r} takes plain LoRA, and no factors of rows",
                 NO_GAINS,
             )
-        name, _ = split_region(key)
-        value = self._initializers.get(name) or self._initializers.get(base_name(key))
-        if value is not None and value.const_value is not None:
-            stored = value.const_value.numpy()
-            if stored.shape == slot.shape:
-                _, region = split_key(key, slot.shape)
-                part = stored[tuple(slice(first, end) for first, end in region)]
-                layout = Layout.from_json(dict(slot.layout))
-                weight = layout.from_stored(NumpyEmitter(), widened(part))
-                if weight_hash(weight) == slot.weight:
-                    return weight
+        stored = self._stored(key)
+        if stored is not None and stored.shape == slot.shape:
+            _, region = split_key(key, slot.shape)
+            part = stored[tuple(slice(first, end) for first, end in region)]
+            layout = Layout.from_json(dict(slot.layout))
+            weight = layout.from_stored(NumpyEmitter(), widened(part))
+            if weight_hash(weight) == slot.weight:
+                return weight
         raise LoraFxError(
             f"{self.path}: the weight of {key!r} is stored in another form than the adapter needs",
             "give the adapter to the export, which writes its file: lora-fx export MODEL ADAPTER "

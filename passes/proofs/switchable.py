@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.evaluated import BASE_NUMBER, base_number, keys_of_gains
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.compare import Parity, compare, demand
@@ -50,11 +51,12 @@ def prove_switchable(
     layouts: Mapping[str, Layout],
     adapters: Mapping[str, Adapter],
     warnings: list[str],
-    gains: Collection[str] = (),
+    gains: Mapping[str, str],
 ) -> list[Parity]:
     """Compare the file with the reference: without an adapter, then with each adapter.
 
-    Without adapters a random adapter is used, which has factors of rows for the keys of `gains`.
+    Without adapters a random adapter is used, which has factors of rows for the keys of `gains`,
+    which gives the hashes of their weights.
     `warnings` gets a line for each adapter that changes nothing.
 
     Raises:
@@ -97,7 +99,7 @@ def _random_adapter(
     layouts: Mapping[str, Layout],
     most: int,
     changes_little: Callable[[Adapter], bool],
-    gains: Collection[str],
+    gains: Mapping[str, str],
 ) -> Adapter:
     """Draw an update of every target: large enough to see, without exploding rounding."""
     for scale in SCALES:
@@ -110,7 +112,8 @@ def _random_adapter(
                 drawn = generator(key, 1).uniform(-scale, scale, b.shape[:-1])
                 low = replace(low, variant_tensors={GAINS: drawn.astype(np.float32)})
             entries[key] = low
-        adapter = Adapter(entries)
+        numbered = keys_of_gains(entries)
+        adapter = Adapter(entries, {BASE_NUMBER: base_number(gains, numbered)})
         if changes_little(adapter):
             break
     return adapter

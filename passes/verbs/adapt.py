@@ -18,7 +18,7 @@ from lora_fx.adapter.starts import Init
 from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
-from lora_fx.fx.adapter_with_base import with_base
+from lora_fx.fx.adapter_with_base import check_evaluated, with_base
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.dotted_names import named_tensors
@@ -265,7 +265,10 @@ def fold(
         )
 
     refuse_invocation(opened_adapter.invocation, "the adapter", "a folded weight")
-    bound = bind(with_base(opened_adapter, cap.model), find(cap))
+    found = find(cap)
+    bound = bind(with_base(opened_adapter, cap.model), found)
+    if not isinstance(model, AdaptedModule):
+        check_evaluated(bound, found, lambda name: cap.fx_graph().read(name))
     fold_pass = Fold(bound.lowrank)
     tree = model if isinstance(model, CapturedModule) else cap.model
     with stage("folding the adapter into the weights"):

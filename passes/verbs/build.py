@@ -22,7 +22,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.hub import origin
 from lora_fx.formats.peft.build_config import MODULES_OF_NAME
-from lora_fx.fx.adapter_with_base import with_base
+from lora_fx.fx.adapter_with_base import check_evaluated, with_base
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.dotted_names import named_tensors, parameter_of
@@ -93,7 +93,9 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         LoraFxError: No target, an adapter that does not fit, a start that cannot be had.
     """
     if options.adapter is not None:
-        return _start_of_adapter(model, found, options.adapter, options.dropout)
+        start = _start_of_adapter(model, found, options.adapter, options.dropout)
+        check_evaluated(start.adapter, found, _read_of(model, cap))
+        return start
 
     plan = options.planned(found, named_tensors(model)[0])
     moments: Mapping[str, Moments] | None = None
@@ -163,9 +165,18 @@ def _reader_of_weights(
     """Return a reader of weights by name if the start or the variant needs one, else None."""
     if options.init not in OF_WEIGHT and not named_variant(options.variant).reads_weight:
         return None
-    if cap is not None:
-        return cap.fx_graph().read
-    return lambda name: to_numpy(parameter_of(model, name))
+    return _read_of(model, cap)
+
+
+def _read_of(model: nn.Module, cap: Captured | None) -> Callable[[str], Array]:
+    """Return a reader of weights by name."""
+
+    def read(name: str) -> Array:
+        if cap is not None:
+            return cap.fx_graph().read(name)
+        return to_numpy(parameter_of(model, name))
+
+    return read
 
 
 def _notes_on_targets(found: Found, updates: Updates) -> list[str]:

@@ -21,6 +21,7 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import dynamo
+from lora_fx.fx.adapter_with_base import check_evaluated
 from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
 from lora_fx.fx.module.module_base import Base
 from lora_fx.fx.shards import gathered_array, refuse_shards, reshard, write_tensor
@@ -164,10 +165,12 @@ def bound_for_loading(
         verb: The verb that trains further tensors whole, for the hint.
 
     Raises:
-        LoraFxError: A key or a shape that does not fit, or a whole tensor that is not in `also`.
+        LoraFxError: A key or a shape that does not fit, or a whole tensor that is not in `also`;
+            updates that were evaluated on another base.
     """
     exact, _ = as_exact_lora(adapter)
     bound = bind(exact, found)
+    check_evaluated(bound, found, lambda name: to_numpy(parameter_of(root, name)))
     updates, metadata = relearning(bound.lowrank, bound.metadata)
     names, _ = named_tensors(root)
     for name in bound.full:
