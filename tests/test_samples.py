@@ -47,7 +47,7 @@ DOMAINS = {
 """Samples of the extra `domains`, and the library that each needs."""
 IN_PROCESSES = ("llama_processes",)
 """Samples that take a way to run; tests/fx/train/test_llama_processes.py runs them."""
-SHARED = ("beside_peft", "domains", "greedy", "sources")
+SHARED = ("beside_peft", "domains", "greedy", "greedy_pairs", "sources")
 """What samples import of each other; no program."""
 
 

@@ -6,7 +6,7 @@ import contextlib
 import glob
 import itertools
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,13 +122,15 @@ def output(
     force: bool = False,
     places: Sequence[Place] = (),
     owner: Path | None = None,
+    last: Callable[[], None] | None = None,
 ) -> Iterator[Output]:
     """A block with a file that gets its final name, after its data, if the block does not raise.
 
     An existing data file is never replaced: it may be an input's, and a run that is killed between
     the two names would leave a model with the data of another. The new one is then `NAME.1.data`,
     NAME being that of `owner` where the data is of several files.
-    Copies are there before the file has its name, and go again if that fails.
+    Copies are there before the file has its name, and go again if that fails; before them, `last`
+    is called.
 
     Raises:
         LoraFxError: The file exists and `force` is not given; its data exists and it is not.
@@ -147,6 +149,8 @@ def output(
 
         if file.external and file.data.name != f"{owner.name}.data" and not force:
             raise LoraFxError(f"{owner}.data already exists", EXISTS)
+        if last is not None:
+            last()
         with few_runs():
             for place in places:
                 file.copies += place.place(temporary, beside, file.adapters)

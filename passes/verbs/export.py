@@ -134,7 +134,8 @@ def export(
             stem (docs/serving.md).
         max_batch: With triton, above 0: the server may put requests together, up to so many rows.
         cache: For a decoder of transformers, in all modes but train: its key-value cache goes in
-            and comes out as tensors. The inputs are known, so none are given.
+            and comes out as tensors. The inputs are known, so none are given. An encoder-decoder,
+            in merged and switch, becomes two files, `X-encoder.onnx` and `X.onnx`.
         genai: With cache, in merged and switch: a folder for onnxruntime-genai, with a copy of the
             file and the tokenizer of the model's own folder (docs/serving.md).
         within: You keep to the sizes that the report's `ranges` name: leave the nodes out that fail
@@ -243,10 +244,21 @@ def export_as(
         raise LoraFxError(
             "names are for .onnx files", "leave names out: a torch model has its own names"
         )
+    if options.capture.cache:
+        from lora_fx.passes.verbs.export_encoder_decoder import export_parts, has_parts
+
+        if has_parts(model):
+            report = export_parts(model, options, _export_part, quantise=bool(quantise))
+            return replace(report, warnings=(*notes, *report.warnings))
     if quantise:
         model, options, notes_of_codes = _with_codes(model, options, quantise)
         notes += notes_of_codes
     return _export_model(model, options, notes)
+
+
+def _export_part(model: object, options: ExportOptions) -> Report:
+    """Export the capture of one part of an encoder-decoder."""
+    return _export_model(model, options, ())
 
 
 def _checked(options: ExportOptions) -> tuple[ExportOptions, list[str]]:

@@ -123,6 +123,8 @@ class ExportOptions:
     clip: float | None = None
     owner: Path | None = None
     also: Callable[[Output, Manifest], Companions] | None = None
+    last: Callable[[], None] | None = None
+    """Called when the file is proven, before it has its name; what it raises leaves no file."""
     tol: float | None = None
     probe: str = FULL
     also_probed: Mapping[str, Adapter] = field(default_factory=dict)
@@ -368,6 +370,7 @@ class ExportOptions:
             force=self.force,
             places=self.places,
             owner=self.owner,
+            last=self.last,
         )
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:

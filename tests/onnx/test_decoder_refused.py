@@ -20,9 +20,6 @@ def other(name: str) -> Any:
     import transformers as tf
 
     small = dict(vocab_size=96, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
-    if name == "t5":
-        config = tf.T5Config(vocab_size=96, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=3)
-        return tf.T5ForConditionalGeneration(config)
     if name == "bert":
         return tf.BertForMaskedLM(tf.BertConfig(**small, intermediate_size=40))
     if name == "mamba":
@@ -36,7 +33,6 @@ def other(name: str) -> Any:
 @pytest.mark.parametrize(
     "name, words",
     {
-        "t5": "T5ForConditionalGeneration has an encoder",
         "bert": "BertForMaskedLM",
         "mamba": "MambaForCausalLM",
         "body": "LlamaModel returns no logits",

@@ -309,7 +309,7 @@ def test_what_the_model_lacks_is_said_before_it_is_captured(
     model = transformers.LlamaForCausalLM(config).eval()
     model.config._name_or_path = str(source)
     (source / "generation_config.json").write_text("{}")
-    monkeypatch.setattr(decoder, "with_cache", None)
+    monkeypatch.setattr(decoder, "with_forward", None)
     with pytest.raises(LoraFxError, match="has an eos_token_id"):
         lora_fx.export(model, "m.onnx", cache=True, genai="genai")
 

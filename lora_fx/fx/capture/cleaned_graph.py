@@ -19,7 +19,7 @@ from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
 from lora_fx.fx.capture.learnt_sizes import Shape, learn
 from lora_fx.fx.capture.size_nodes import constants_of
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import value
+from lora_fx.fx.graph.nodes import draws_nothing, value
 from lora_fx.fx.lowering.context_bodies import inline_regions
 from lora_fx.fx.lowering.product_chains import split_products
 from lora_fx.fx.lowering.vmap import without_vmap
@@ -194,9 +194,17 @@ def match_places(graph: fx.Graph, leaves: Sequence[object]) -> None:
 def finish(graph: fx.Graph) -> None:
     """Apply the last cleaning steps to a graph."""
     split_products(graph)
-    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
+    graph.eliminate_dead_code(_stays)
     _follow_device(graph)
     graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether a node without a reader stays in a graph: it draws numbers, or checks something."""
+    if node.op in ("output", "placeholder"):
+        return True
+    # for fx, a dropout and attention are impure even where they draw nothing
+    return bool(node.is_impure()) and not draws_nothing(node)
 
 
 def _follow_device(graph: fx.Graph) -> None:

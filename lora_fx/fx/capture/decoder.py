@@ -7,7 +7,6 @@ stay those of the user's model, which is not touched.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -17,24 +16,31 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError, retold
+from lora_fx.fx.capture.cached_model import (
+    BEFORE,
+    NOW,
+    ROWS,
+    OtherForward,
+    cache_name,
+    cache_of,
+    check_forward,
+    device_of_inputs,
+    filled_cache,
+    tokens,
+    with_forward,
+)
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.encoder_decoder import decoder_step, is_encoder_decoder
 from lora_fx.fx.capture.expert_forms import traceable_experts
 from lora_fx.fx.capture.model_source import base_dtype, weightless
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.symbolic_sizes import equal_sizes_shared
-from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST
 
-ROWS = 2
-"""The number of rows in the example."""
-NOW = 5
-"""The number of new tokens in the example."""
-BEFORE = 3
-"""The number of tokens in the example's cache."""
 WORKS = "use a causal language model of transformers whose cache keeps every token"
 
 
-class Cached:
+class Cached(OtherForward):
     """The forward of a decoder with a cache; a subclass mixes it in before the model's class."""
 
     def forward(
@@ -62,36 +68,16 @@ class Cached:
             check(past_states.shape[0] == rows)
             check(past_states.shape[2] == past)
         forward: Any = super().forward  # type: ignore[misc]  # of the class that is mixed in
-        named: dict[str, Any] = {_cache_name(forward): _filled_cache(pairs)}
+        named: dict[str, Any] = {cache_name(forward): filled_cache(pairs)}
         if "position_ids" in inspect.signature(forward).parameters:
             positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
             named["position_ids"] = positions.narrow(1, past, length)
         out = forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **named)
         present = {
             str(i): {"key": layer.keys, "value": layer.values}
-            for i, layer in enumerate(_cache_of(out).layers)
+            for i, layer in enumerate(cache_of(out).layers)
         }
         return {"logits": out.logits, "present": present}
-
-
-def _filled_cache(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """Return a cache that holds the given keys and values of every layer, without copies.
-
-    Made from the pairs by its class, it would join each tensor to an empty one: four more traced
-    ops a layer.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    initialised = DynamicLayer()
-    initialised.lazy_initialization(*pairs[0])
-    cache = DynamicCache()
-    for keys, values in pairs:
-        layer = copy.copy(initialised)
-        layer.keys = keys
-        layer.values = values
-        cache.layers.append(layer)
-    return cache
 
 
 def decoder(
@@ -114,11 +100,15 @@ def decoder(
         )
     notes: list[str] = []
     if isinstance(model, Captured):
-        if isinstance(model.model, Cached):
+        if isinstance(model.model, OtherForward):
             return model
         notes = model.notes
         repeat = model.repeat
         model = model.model
+    if is_encoder_decoder(model):
+        captured = decoder_step(model, repeat=repeat, check=check)
+        captured.notes += [note for note in notes if note not in captured.notes]
+        return captured
     layers = _layers(model)
     if check is not None:
         check(model.config)
@@ -130,7 +120,7 @@ def decoder(
     for i in range(len(layers)):
         dynamic[f"past_key_values.{i}.key"] = {2: PAST}
         dynamic[f"past_key_values.{i}.value"] = {2: PAST}
-    captured = Captured(with_cache(model), (), named, dynamic, repeat=repeat)
+    captured = Captured(with_forward(Cached, model), (), named, dynamic, repeat=repeat)
     captured.notes += [note for note in notes if note not in captured.notes]
     with equal_sizes_shared():
         captured.traced(False, captured.named)
@@ -146,9 +136,8 @@ def _example_call(model: Any, layers: Sequence[tuple[int, int, int]]) -> dict[st
     """
     generator = torch.Generator().manual_seed(0)
     dtype = base_dtype(model)
-    device = _device(model)
-    tokens = int(model.config.get_text_config().vocab_size)
-    input_ids = torch.randint(0, tokens, (ROWS, NOW), generator=generator).to(device)
+    device = device_of_inputs(model)
+    input_ids = tokens(model, NOW, generator)
     past: dict[str, dict[str, torch.Tensor]] = {}
     for i, (heads, key_width, value_width) in enumerate(layers):
         key = torch.randn(ROWS, heads, BEFORE, key_width, generator=generator)
@@ -161,14 +150,6 @@ def _example_call(model: Any, layers: Sequence[tuple[int, int, int]]) -> dict[st
     }
 
 
-def with_cache(model: nn.Module) -> nn.Module:
-    """Return a module with Cached's forward over the same tensors, under the same class name."""
-    kind = type(type(model).__name__, (Cached, type(model)), {"__module__": __name__})
-    cached: nn.Module = object.__new__(kind)
-    cached.__dict__.update(model.__dict__)
-    return cached
-
-
 def _layers(model: Any) -> list[tuple[int, int, int]]:
     """Return heads, key width and value width of each layer, from a run without weights."""
     _check_decoder(model)
@@ -179,11 +160,11 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
         from transformers import DynamicCache
 
         # made without the config, no layer of it drops what a sliding window has passed
-        empty_cache = {_cache_name(model.forward): DynamicCache()}
+        empty_cache = {cache_name(model.forward): DynamicCache()}
         with mode, traceable_experts(copied, portable=True), torch.no_grad():
-            ids = torch.zeros(ROWS, NOW, dtype=torch.int64, device=_device(model))
+            ids = torch.zeros(ROWS, NOW, dtype=torch.int64, device=device_of_inputs(model))
             out = copied(input_ids=ids, use_cache=True, **empty_cache)
-    cache = _cache_of(out)
+    cache = cache_of(out)
     kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
     if type(cache).__name__ != "DynamicCache" or kinds != {"DynamicLayer"}:
         returned = ", ".join(sorted(kinds)) or type(cache).__name__
@@ -204,33 +185,7 @@ def _check_decoder(model: Any) -> None:
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise LoraFxError(f"{name} is not a decoder of transformers", WORKS)
-    if getattr(config, "is_encoder_decoder", False):
-        raise LoraFxError(
-            f"{name} has an encoder, and such a model has another kind of cache", WORKS
-        )
     parameters = inspect.signature(model.forward).parameters
     if not {"input_ids", "attention_mask", "use_cache"} <= set(parameters):
         raise LoraFxError(f"{name} takes no cache, so it is not a decoder", WORKS)
-    if "forward" in model.__dict__:
-        raise LoraFxError(
-            f"the forward of this {name} object was replaced",
-            "build the model again: only the forward of its class can take a cache",
-        )
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Return the device of a model's inputs; the CPU for a model without weights."""
-    device = device_of(model)
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def _cache_name(forward: Any) -> str:
-    """Return the name of the forward's argument that takes the cache object."""
-    if "cache" in inspect.signature(forward).parameters:
-        return "cache"
-    return "past_key_values"
-
-
-def _cache_of(out: Any) -> Any:
-    """Return the cache object of a model's output; its field has one of two names."""
-    return getattr(out, "cache", None) or getattr(out, "past_key_values", None)
+    check_forward(model)

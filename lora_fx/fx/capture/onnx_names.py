@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lora_fx.conditions import Condition
 
-_CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
+_CACHE = re.compile(r"(past_key_values|present)\.\d+\.((decoder|encoder)\.)?(key|value)")
 
 
 def onnx_name(path: str) -> str:

@@ -147,14 +147,18 @@ def replace_parts(node: Node, parts: Sequence[Node]) -> None:
 
 def random_ops(graph: fx.Graph) -> list[str]:
     """Return the ops of a graph that draw random numbers, without dropouts that are off."""
+    drawing = [node for node in graph.nodes if _may_draw(node) and not draws_nothing(node)]
+    return list(dict.fromkeys(map(op_name, drawing)))
+
+
+def draws_nothing(node: fx.Node) -> bool:
+    """Whether a node is of an op that can draw random numbers, and its dropout is off."""
     switches = ("train", "training", "p", "dropout", "dropout_p")
-    names: dict[str, None] = {}
-    for node in graph.nodes:
-        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            continue
-        if all(argument(node, switch, True) for switch in switches):
-            names[op_name(node)] = None
-    return list(names)
+    return _may_draw(node) and not all(argument(node, switch, True) for switch in switches)
+
+
+def _may_draw(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 NO_GRAD = "lora_fx_no_grad"
