@@ -501,11 +501,12 @@ class Parity:
 
 def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:
     """Return {input: shape} for a report; of a cache only the first input, since all are alike."""
-    shown = "past_key_values.0.key"
+    # that of a decoder, or those of the parts of an encoder-decoder's cache
+    shown = [f"past_key_values.0.{part}key" for part in ("", "decoder.", "encoder.")]
     return {
         name: array.shape
         for name, array in feeds.items()
-        if name == shown or not name.startswith("past_key_values.")
+        if name in shown or not name.startswith("past_key_values.")
     }
 
 

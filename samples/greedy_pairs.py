@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lora_fx.onnx import Session
+Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 def greedy(
-    encoder: Session,
-    decoder: Session,
-    source: Mapping[str, np.ndarray],
-    start: int,
-    steps: int,
-    adapter: str | None = None,
+    encode: Run, step: Run, source: Mapping[str, np.ndarray], start: int, steps: int
 ) -> np.ndarray:
     """The encoder's inputs → [batch, 1 + steps] tokens, of which the first is `start`.
 
-    Both sessions have the adapter under this name, each from the file that was written for it.
+    `encode` and `step` are the `run` of the files' sessions; with an adapter, it is
+    `partial(session.run, adapter=NAME)`.
     """
-    states = encoder.run(source, adapter)
+    states = encode(source)
     crossed = {
         name.replace("present", "past_key_values"): states[name]
         for name in states
@@ -33,7 +29,7 @@ def greedy(
     rows = len(states["last_hidden_state"])
     tokens = new = np.full((rows, 1), start)
     for _ in range(steps):
-        out = decoder.run({"input_ids": new, **past, **crossed}, adapter)
+        out = step({"input_ids": new, **past, **crossed})
         new = out["logits"][:, -1].argmax(-1)[:, None]
         past = {name: out[name.replace("past_key_values", "present")] for name in past}
         tokens = np.concatenate([tokens, new], 1)

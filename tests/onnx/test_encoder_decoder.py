@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.capture.encoder_decoder import encoder_of
 from lora_fx.onnx import Session
-from samples.greedy_pairs import greedy
+from lora_fx.onnx.session import open_session
 from tests.onnx.encoder_decoders import FAMILIES
 from tests.onnx.test_decoder import with_delta
 
 pytest.importorskip("transformers")
+SAMPLES = Path(__file__).parents[2] / "samples"
+greedy: Any = runpy.run_path(str(SAMPLES / "greedy_pairs.py"))["greedy"]
 STEPS, START = 12, 2
 IDS = np.array([[5, 17, 29, 31, 8, 77, 12], [44, 3, 61, 0, 0, 0, 0], [90, 33, 21, 4, 9, 0, 0]])
 CASES = [
@@ -86,26 +90,18 @@ def test_two_files_give_the_tokens_of_generate(name: str, mode: str, tmp_path: P
         files |= {f"{n}{part}.onnx_adapter" for n in adapters for part in ("", "-encoder")}
     assert {Path(file).name for file in report.outputs} == files
     assert {file.name for file in tmp_path.iterdir()} == files
-    steps = {row.sizes["input_ids"][1] for row in report.parity if len(row.sizes) > 2}
-    pasts = {
-        row.sizes["past_key_values.0.decoder.key"][2]
-        for row in report.parity
-        if "past_key_values.0.decoder.key" in row.sizes
-    }
+    past = "past_key_values.0.decoder.key"
+    of_steps = [row.sizes for row in report.parity if past in row.sizes]
+    steps = {sizes["input_ids"][1] for sizes in of_steps}
+    pasts = {sizes[past][2] for sizes in of_steps}
     assert {5, 7, 11, 1} <= steps and {3, 0, 4, 2} <= pasts
     check_names(tmp_path, name)
 
-    encoder, decode = Session(tmp_path / "x-encoder.onnx", "cpu"), Session(path, "cpu")
-    names: list[str | None] = ["de"]
-    if mode == "switch":
-        names = [None, "de", "fr"]
-        for n in adapters:
-            encoder.load(n, tmp_path / f"{n}-encoder.onnx_adapter")
-            decode.load(n, tmp_path / f"{n}.onnx_adapter")
+    chosen_names: list[str | None] = [None, "de", "fr"] if mode == "switch" else ["de"]
     found = []
-    for n in names:
-        used = n if mode == "switch" else None
-        tokens = greedy(encoder, decode, inputs, START, STEPS, used)
+    for n in chosen_names:
+        runs = [run_of(tmp_path, f, n, mode) for f in ("x-encoder", "x")]
+        tokens = greedy(*runs, inputs, START, STEPS)
         expected = generated(with_delta(model, adapters[n] if n else None), inputs)
         np.testing.assert_array_equal(tokens, expected)
         found.append(tokens)
@@ -113,6 +109,18 @@ def test_two_files_give_the_tokens_of_generate(name: str, mode: str, tmp_path: P
     assert all((tokens != found[0]).any() for tokens in found[1:-1])
     if mode == "merged":
         assert (found[0] != found[1]).any()
+
+
+def run_of(folder: Path, file: str, name: str | None, mode: str) -> Any:
+    """The run of a file, with an adapter where it is switchable."""
+    path = folder / f"{file}.onnx"
+    if mode == "merged":
+        return open_session(path, "cpu").run
+    session = Session(path, "cpu")
+    if name is None:
+        return session.run
+    session.load(name, folder / f"{name}{file[1:]}.onnx_adapter")
+    return partial(session.run, adapter=name)
 
 
 def check_names(folder: Path, name: str) -> None:
