@@ -286,7 +286,7 @@ def _layers(
     if not hasattr(out, "logits"):
         raise LoraFxError(f"{name} returns no logits: it is a body without a head", WORKS)
     cache = cache_of(out)
-    parts = {
+    parts: dict[str, Any] = {
         "decoder": getattr(cache, "self_attention_cache", None),
         "encoder": getattr(cache, "cross_attention_cache", None),
     }
