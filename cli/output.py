@@ -30,8 +30,8 @@ def table(report: Report) -> str:
 
 
 def wrote(report: Report) -> str:
-    """The lines that name the written file, its adapters by input name, its copy for Triton."""
-    endings = ("model.onnx", ".safetensors")
+    """The lines that name the written file, adapters by input name, an encoder, Triton's copy."""
+    endings = ("model.onnx", "-encoder.onnx", ".safetensors")
     others = [file for file in report.outputs[1:] if file.endswith(endings)]
     return "\n".join(f"wrote {file}" for file in [report.outputs[0], *others])
 

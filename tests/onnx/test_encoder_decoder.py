@@ -159,6 +159,15 @@ def test_what_two_files_do_not_have_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_that_acts_from_a_token_on_is_refused(tmp_path: Path, step: Captured) -> None:
+    invoked = Adapter(adapter([step], 1, 2).entries, {"invocation": [5, 17]})
+    with pytest.raises(LoraFxError, match="de is an aLoRA"):
+        lora_fx.export(
+            step, tmp_path / "x.onnx", adapters={"de": invoked}, cache=True, mode="switch"
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_encoder_file_is_not_replaced(tmp_path: Path, step: Captured) -> None:
     (tmp_path / "x-encoder.onnx").write_text("mine")
     with pytest.raises(LoraFxError, match="exists"):
