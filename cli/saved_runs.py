@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.run_facts import Facts
     from lora_fx.fx.train.train_report import TrainReport
-    from lora_fx.passes.verbs.sweep import Start
+    from lora_fx.passes.verbs.sweep import BeforeTraining
 
 FIELDS = ("losses", "before", "best_step", "stopped", "warnings")
 """The fields of a report that are stored under their names."""
@@ -74,7 +74,7 @@ class SavedRuns:
         with replacing(self.path(f"{name}.json"), force=True) as temporary:
             temporary.write_text(json.dumps(words) + "\n", encoding="utf-8")
 
-    def report(self, name: str, facts: Facts, start: Start) -> TrainReport | None:
+    def report(self, name: str, facts: Facts, start: BeforeTraining) -> TrainReport | None:
         """Return the report of a run that is finished, None if it is not.
 
         Args:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.train.settings import Settings
     from lora_fx.fx.train.train_report import TrainReport
     from lora_fx.passes.verbs.options import InsertOptions
-    from lora_fx.passes.verbs.sweep import Start, SweepResult, SweepRun
+    from lora_fx.passes.verbs.sweep import BeforeTraining, SweepResult, SweepRun
     from lora_fx.run_defaults import RunDefaults
 
 SWEPT = {
@@ -315,7 +315,7 @@ class Finished:
             lines.append(f"run{'s' if len(own) > 1 else ''} {named}: {warning}")
         return lines
 
-    def known(self, number: int, facts: Facts, start: Start) -> TrainReport | None:
+    def known(self, number: int, facts: Facts, start: BeforeTraining) -> TrainReport | None:
         """Return the report of a run that an earlier command has finished; None if there is none.
 
         Raises:

@@ -60,7 +60,7 @@ HALF_LIKE = 1e-3
 
 
 @dataclass(frozen=True)
-class Start:
+class BeforeTraining:
     """A run before its first step, by which a finished one is told from one of another model.
 
     Facts have both ends of each weight, and the source of a loss; this has all that they compute.
@@ -100,7 +100,7 @@ def _tolerance(run: TrainRun) -> float:
     return HALF_LIKE if is_half or run.objective.half else LIKE
 
 
-Known = Callable[[int, Facts, Start], TrainReport | None]
+Known = Callable[[int, Facts, BeforeTraining], TrainReport | None]
 """A function of the number of a run and what it shares; None if the run is not finished."""
 
 
@@ -171,7 +171,7 @@ def sweep(
             if known is not None:
                 facts = _facts(module, run, training, validation, loss)
                 prepare = partial(prepared, module, training, validation, loss, run.settings)
-                report = known(number, facts, Start(prepare, confirmed))
+                report = known(number, facts, BeforeTraining(prepare, confirmed))
             if report is None:
                 results.append(SweepResult(number, TrainReport(), module, facts))
             else:
