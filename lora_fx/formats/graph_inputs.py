@@ -13,7 +13,8 @@ The names, shapes and dtypes are those of the file that an export wrote in mode 
 or a portable .onnx file, and there is a tensor for every A and B that it takes: zeros, which change
 nothing, for targets that the adapter has no update of. So a runtime needs nothing but the file.
 The header's metadata has under `lora_fx.inputs` the key of each update with the names of its A and
-B, or of the one whole tensor, so that the file can be read as an adapter again.
+B, or of the one whole tensor, so that the file can be read as an adapter again. An aLoRA also has
+its tokens there, under `lora_fx.invocation`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import INVOCATION, Adapter
 from lora_fx.adapter.evaluated import BASE_NUMBER
+from lora_fx.adapter.invocation import checked
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.scaled_rows import GAINS, has_gains
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, retold
 from lora_fx.files.strict_json import json_object
 from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.checked_file import File
@@ -46,6 +48,8 @@ KEYS = "lora_fx.inputs"
 """The field of the header that has key → [name of A, name of B], and of D where it has factors."""
 BASE = "lora_fx.base"
 """The field with the number of the base for which D was computed."""
+TOKENS = "lora_fx.invocation"
+"""The field with an aLoRA's invocation tokens, a list in JSON."""
 
 
 class GraphInputs(Format):
@@ -86,6 +90,10 @@ class GraphInputs(Format):
                     BASE, f"is {metadata[BASE][:80]!r} in its header; expected a number"
                 )
             of_adapter[BASE_NUMBER] = int(metadata[BASE])
+        if TOKENS in metadata:
+            with retold(f"{path}: {TOKENS} in its header is no JSON", "export the file again"):
+                tokens = json.loads(metadata[TOKENS])
+            of_adapter[INVOCATION] = [*checked(tokens, f"{path}: {TOKENS} in its header")]
         return Adapter(entries, of_adapter)
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
@@ -122,6 +130,8 @@ def write_inputs(adapter: Adapter, manifest: Manifest, path: Path) -> None:
         slot = manifest.slots[key]
         keys[key] = slot.names if has_gains(update) else (slot.a, slot.b)
     metadata = {"format": "pt"}
+    if adapter.invocation:
+        metadata[TOKENS] = json.dumps([*adapter.invocation])
     if any(len(names) > 2 for names in keys.values()):
         metadata[BASE] = str(adapter.metadata[BASE_NUMBER])
     for key in adapter.full:

@@ -139,6 +139,10 @@ def save_for(
         raise LoraFxError(f"--for works with {names}, not with {format}", hint)
     target = Path(path)
     check_output(target, force=force)
+    if target.name.endswith(".onnx_adapter"):
+        from lora_fx.formats.onnx_adapter import check_name
+
+        check_name(graph, adapter, target)
     with replacing(target, force=force) as stage:
         notes = writer.write_for(graph, adapter, stage)
     return (*notes, *_notes_on_variants(adapter, writer))

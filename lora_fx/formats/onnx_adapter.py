@@ -145,6 +145,35 @@ class OnnxAdapter(Format):
         )
 
 
+def check_name(graph: str, adapter: Adapter, path: Path) -> None:
+    """Raise if a switchable file would take an adapter's file of this name for another aLoRA's.
+
+    Args:
+        graph: The switchable file; its manifest has the invocation tokens of exported adapters.
+        adapter: What is written.
+        path: The file to create, whose name tells a session the tokens.
+    """
+    from lora_fx.onnx.manifest import manifest_of
+
+    starts = manifest_of(graph).starts
+    if starts is None or starts.invocations.get(path.stem) == adapter.invocation:
+        return
+    tokens = f"the invocation tokens {[*adapter.invocation]}" if adapter.invocation else "none"
+    by_name = "it was exported with no adapter of this name"
+    if path.stem in starts.invocations:
+        of_name = starts.invocations[path.stem]
+        by_name = f"there {path.stem!r} has {[*of_name] if of_name else 'none'}"
+    alike = [name for name, known in starts.invocations.items() if known == adapter.invocation]
+    hint = "load the adapter from its own file or folder: session.load(name, path)"
+    if alike:
+        hint = f"pass -o {alike[0]}.onnx_adapter, whose tokens are the same; or {hint}"
+    raise LoraFxError(
+        f"{path.name}: sessions of {Path(graph).name} take the invocation tokens from the name of "
+        f"an .onnx_adapter file; the adapter has {tokens}, and {by_name}",
+        hint,
+    )
+
+
 _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the model instead")
 
 

@@ -88,6 +88,19 @@ def token_ids(graph: FxGraph) -> fx.Node | None:
     return ids if ids is not None and rows[ids] else None
 
 
+def check_ids(graph: FxGraph, invocation: Sequence[int]) -> None:
+    """Raise for an invocation token that the model's lookup table has no row for."""
+    ids = token_ids(graph)
+    rows = max(rows_reached(ids), default=0) if ids is not None else 0
+    beyond = [token for token in invocation if token >= rows]
+    if rows and beyond:
+        raise LoraFxError(
+            f"the invocation token {beyond[0]} is none of the model's: its ids are 0 to {rows - 1}",
+            "pass ids of the model's own tokenizer; a token that was added to it needs a row in "
+            "the model: model.resize_token_embeddings(len(tokenizer))",
+        )
+
+
 def name_of_ids(graph: FxGraph, named: Named) -> str:
     """Return the name of the input with the token ids; empty if there is none.
 

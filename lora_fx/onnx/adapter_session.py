@@ -251,6 +251,8 @@ class Session:
         if starts is not None and STARTS not in arrays and starts.fit(arrays):
             arrays[STARTS] = self._starts(starts, arrays, adapter)
         check_inputs(arrays, self._inputs, self.ranges)
+        if starts is not None:
+            starts.check(arrays)
         return {name: np.ascontiguousarray(widened(array)) for name, array in arrays.items()}
 
     def _starts(self, starts: Starts, arrays: Mapping[str, Array], adapter: Choice) -> Array:

@@ -51,7 +51,21 @@ def tensors_of(
         manifest.check_base(tensors, versions[BASE_NUMBER], where)
         return tensors, _exported_invocation(where, manifest)
     loaded = load_adapter(where)
+    if where.endswith(".safetensors") and manifest.required and not loaded.invocation:
+        _refuse_without_tokens(where, manifest)
     return manifest.tensors(for_file(loaded, manifest, path), where), loaded.invocation
+
+
+def _refuse_without_tokens(where: str, manifest: Manifest) -> None:
+    """Raise for a file of an aLoRA's name that says nothing of invocation tokens."""
+    invocations = {} if manifest.starts is None else manifest.starts.invocations
+    tokens = invocations.get(Path(where).stem)
+    if tokens:
+        raise LoraFxError(
+            f"{where}: it says nothing of invocation tokens, and would act on every token, while "
+            f"the adapter of this name was exported with the tokens {[*tokens]}",
+            "export the adapter again; or rename the file, if it is a plain LoRA",
+        )
 
 
 def _exported_invocation(where: str, manifest: Manifest) -> tuple[int, ...]:

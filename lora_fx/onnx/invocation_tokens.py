@@ -31,10 +31,20 @@ def invocations(path: str | PathLike[str]) -> dict[str, tuple[int, ...]]:
         raise LoraFxError(f"{where}: cannot be read as an ONNX file", "check the path") from e
     if text is None:
         raise LoraFxError(f"{where}: it has no manifest", "pass a file that lora-fx export wrote")
-    manifest = read_manifest(text, where)
+    starts = starts_in(text, where)
+    return {} if starts is None else dict(starts.invocations)
+
+
+def starts_in(text: str | None, where: str) -> Starts | None:
+    """Return what the text of a manifest says of starts; None where it says nothing.
+
+    Raises:
+        LoraFxError: It is damaged.
+    """
+    manifest = {} if text is None else read_manifest(text, where)
     if "starts" not in manifest:
-        return {}
+        return None
     try:
-        return dict(Starts.from_json(manifest["starts"]).invocations)
+        return Starts.from_json(manifest["starts"])
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e

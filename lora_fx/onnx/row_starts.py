@@ -60,6 +60,20 @@ class Starts:
         """Whether the inputs of a run have what starts are computed from."""
         return self.ids in feeds and (not self.past or self.past in feeds)
 
+    def check(self, feeds: Named) -> None:
+        """Raise for starts of a run that are not one for each row; a runtime would repeat one."""
+        if STARTS not in feeds or self.ids not in feeds:
+            return  # a missing input has its own message
+        rows = len(np.asarray(feeds[self.ids]))
+        shape = np.shape(feeds[STARTS])
+        if shape != (rows,):
+            raise LoraFxError(
+                f"{STARTS!r} has the shape {[*shape]}; expected [{rows}], a start for each row of "
+                f"{self.ids!r}",
+                f"pass {STARTS}=lora_fx.onnx.adapter_starts(ids of the whole rows, the adapter's "
+                "tokens)",
+            )
+
     def past_tokens(self, feeds: Named) -> int:
         """Return how many tokens the past of a run holds."""
         return int(np.shape(feeds[self.past])[self.past_axis]) if self.past else 0

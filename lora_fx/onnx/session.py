@@ -24,10 +24,12 @@ from lora_fx.inputs import OTHER_SIZES
 from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests ask it here
 from lora_fx.onnx.cuda_device import refuse_stand_in
+from lora_fx.onnx.invocation_tokens import starts_in
 from lora_fx.onnx.manifest import PROPERTY, Manifest, manifest_in, read_manifest, with_base
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
 from lora_fx.onnx.plugin_providers import CUDA_PLUGIN, plugin_devices
 from lora_fx.onnx.provider_nodes import CUDA, NAMES, RECORD
+from lora_fx.onnx.row_starts import Starts
 from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.onnx.unverified import CUDA_PACKAGES, never_run
 from lora_fx.onnx.webgpu import NEGATION, cpu_nodes_of, exclusive, webgpu_devices
@@ -138,6 +140,11 @@ class RuntimeSession:
         return with_base(manifest_in(text, "the model"), Path(self.path))
 
     @functools.cached_property
+    def _starts(self) -> Starts | None:
+        """What the file's manifest says of starts, if an adapter is an aLoRA."""
+        return starts_in(self.metadata.get(PROPERTY), self.path or "the model")
+
+    @functools.cached_property
     def _required(self) -> dict[str, Array]:
         """Zeros for A and B of a file in which they have no defaults, and the base's tensors."""
         if self._switchable is None or not self._switchable.required:
@@ -175,6 +182,8 @@ class RuntimeSession:
             self.row_choice.check(feeds)
         if self._switchable is not None:
             self._switchable.check_whole({**self.base_factors, **feeds}, "the base model")
+        if self._starts is not None:
+            self._starts.check(feeds)
         with told(feeds, OTHER_SIZES):
             return self.outputs(feeds)
 

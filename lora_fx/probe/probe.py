@@ -35,6 +35,8 @@ from lora_fx.text import Json, JsonView, is_whole
 
 PROPERTY = "lora_fx.probe"
 """The name of the probe in the metadata of .onnx, .safetensors and .gguf files."""
+MANIFEST = "lora_fx.manifest"
+"""The name of the manifest there, which has `starts` where an adapter is an aLoRA."""
 FORMAT = 1
 MOST_BYTES = 1 << 16
 """The size in bytes of the longest probe."""
@@ -334,6 +336,12 @@ NO_PROBE = (
     "with the model: lora-fx verify FILE MODEL"
 )
 """The hint for a file without a probe."""
+NO_PROBE_OF_ALORA = (
+    "it holds an aLoRA, which acts from its invocation tokens on, and a probe has one input for "
+    "the base and all adapters: export proves such a file while it is written, so export it again "
+    "where it has to be proven"
+)
+"""The hint for a file with an aLoRA."""
 
 
 def probe_in(metadata: Mapping[str, str], where: str) -> Probe:
@@ -344,7 +352,9 @@ def probe_in(metadata: Mapping[str, str], where: str) -> Probe:
     """
     text = metadata.get(PROPERTY)
     if text is None:
-        raise LoraFxError(f"{where}: it has no probe", NO_PROBE)
+        manifest = json_object(metadata.get(MANIFEST, "{}"), f"{where}: {MANIFEST}")
+        hint = NO_PROBE_OF_ALORA if "starts" in manifest else NO_PROBE
+        raise LoraFxError(f"{where}: it has no probe", hint)
     return Probe.from_text(text, where)
 
 

@@ -19,6 +19,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.row_starts import STARTS, Starts
+from lora_fx.passes.proofs.mask import prove_tokens
 from lora_fx.passes.proofs.reference import Reference, Run
 
 
@@ -34,14 +35,17 @@ class StartingFile(Protocol):
 
 
 def starts_of(adapters: Mapping[str, Adapter], reference: Reference) -> Starts | None:
-    """Return what a file's manifest says of starts; None where no adapter is an aLoRA.
+    """Return what a file's manifest says of starts, once the reference's masks are proven.
+
+    It is None where no adapter is an aLoRA.
 
     Args:
         adapters: By name.
         reference: The base, which has the token ids.
 
     Raises:
-        LoraFxError: An aLoRA, and a model without token ids.
+        LoraFxError: An aLoRA, and a model without token ids, or one with a target whose rows are
+            not the tokens in their order.
     """
     invocations = {name: adapter.invocation for name, adapter in adapters.items()}
     invoked = [name for name, tokens in invocations.items() if tokens]
@@ -52,6 +56,8 @@ def starts_of(adapters: Mapping[str, Adapter], reference: Reference) -> Starts |
             f"{invoked[0]} is an aLoRA, and the model takes no token ids [batch, tokens]",
             "leave the adapter out",
         )
+    for name in invoked:
+        prove_tokens(reference, name, adapters[name])
     return Starts(reference.ids, invocations=invocations)
 
 

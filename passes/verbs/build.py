@@ -54,6 +54,7 @@ from lora_fx.targets.keys import own_use
 from lora_fx.targets.moments import Calibration, Moments
 from lora_fx.targets.plan import Plan
 from lora_fx.targets.target import check_storable
+from lora_fx.text import some
 
 
 @dataclass(frozen=True)
@@ -244,9 +245,22 @@ def adapted_module(
         inserter,
         also_train=start.trained_whole,
         norm_stats=options.norm_stats,
-        notes=start.notes,
+        notes=(*start.notes, *_note_on_whole(start, options)),
         speedups=speedups if options.fast else plainly,
     )
+
+
+def _note_on_whole(start: Start, options: InsertOptions) -> list[str]:
+    """Return a note on an aLoRA's whole tensors, which are PEFT's modules_to_save.
+
+    They have no offsets of the invocation there (peft 0.21.2: AuxiliaryTrainingWrapper.forward).
+    """
+    if not options.tokens or not start.trained_whole:
+        return []
+    return [
+        f"{some(start.trained_whole)} is trained as a whole and acts on every token of every row, "
+        "also without the invocation, as in PEFT; modes switch and batch refuse it"
+    ]
 
 
 @stage("inserting branches")

@@ -70,6 +70,12 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
         if mode not in ("switch", "batch"):
             refuse_invocation(adapter.invocation, name, f"mode {mode}")
         holds_weights = mode in ("merged", "train")
+        if adapter.invocation and adapter.full:
+            raise LoraFxError(
+                f"{name} is an aLoRA that replaces {min(adapter.full)!r} as a whole, which acts on "
+                "every token of every row, those before the invocation too",
+                exclude_hint(name, [*adapter.full]),
+            )
         check_kinds(adapter, name, f"mode {mode}", any_rank=holds_weights)
         if mode == "batch":
             check_rows(adapter, name)

@@ -380,3 +380,124 @@ def test_export_refuses_a_wrong_mask(monkeypatch: pytest.MonkeyPatch, tmp_path: 
                     provider="cpu",
                 )  # fmt: skip
     assert not [*tmp_path.iterdir()]
+
+
+class ByToken(torch.nn.Module):
+    """Every token by itself; the smallest model with token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(96, 8)
+        self.up = torch.nn.Linear(8, 16)
+        self.head = torch.nn.Linear(16, 10)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.up(self.table(input_ids))))
+
+
+CALL = (torch.tensor(FULL),)
+ROWS = np.concatenate([FULL, np.full_like(FULL[:1], 7)])
+"""The last row has no invocation."""
+
+
+def small(seed: int, tokens: Sequence[int] = TOKENS) -> Adapter:
+    """A random adapter of the model's layers."""
+    entries = {}
+    for target in lora_fx.find(ByToken(), CALL).targets:
+        if target.key != "table.weight":
+            a, b = draw(target.key, target.layout, 2, seed, "probe")
+            entries[target.key] = lora_fx.LowRank(a, b, 2.0, target.layout)
+    return Adapter(entries, {INVOCATION: [*tokens]} if tokens else {})
+
+
+def exported(path: Path, *, mode: str = "switch", target: str = "onnx") -> Any:
+    lora_fx.export(
+        ByToken(), path, CALL, adapters={"mine": small(1)}, mode=mode, target=target,
+        provider="cpu",
+    )  # fmt: skip
+    return path
+
+
+def masked(adapter: Adapter) -> Any:
+    """The reference in torch."""
+    module = lora_fx.insert(ByToken(), CALL, adapter=adapter).eval()
+    return module(torch.tensor(ROWS)).detach().numpy()
+
+
+def output_of(path: Path, name: str, file: object, **more: Any) -> Any:
+    session = Session(path, "cpu")
+    session.load(name, file)
+    return session.run({"input_ids": ROWS, **more}, adapter=name)["output"]
+
+
+def test_the_file_of_a_portable_export_has_the_tokens(tmp_path: Path) -> None:
+    path = exported(tmp_path / "x.onnx", target="portable")
+    own = tmp_path / "mine.safetensors"
+    assert lora_fx.load_adapter(own).invocation == TOKENS
+    assert rel(output_of(path, "any", own), masked(small(1))) < 1e-6
+    from lora_fx.formats.graph_inputs import write_inputs
+    from lora_fx.onnx.manifest import manifest_of
+
+    write_inputs(small(1, ()), manifest_of(path), own)
+    with pytest.raises(LoraFxError, match=r"says nothing of invocation tokens.*\[5, 6\]"):
+        output_of(path, "any", own)
+    plain = own.rename(tmp_path / "plain.safetensors")
+    assert output_of(path, "any", plain).shape == (3, 10, 10)
+
+
+def test_no_file_is_written_under_the_name_of_other_tokens(tmp_path: Path) -> None:
+    from lora_fx.formats.io import save_for
+
+    path = str(exported(tmp_path / "x.onnx"))
+    folder = tmp_path / "again"
+    folder.mkdir()
+    written = folder / "mine.onnx_adapter"
+    for other, words in (
+        (small(2, [40]), r"has the invocation tokens \[40\]"),
+        (small(2, ()), "none"),
+    ):
+        with pytest.raises(LoraFxError, match=rf"{words}, and there 'mine' has \[5, 6\]") as caught:
+            save_for(path, other, written, "onnx_adapter")
+        assert caught.value.hint.startswith("load the adapter from its own file")
+    with pytest.raises(LoraFxError, match="exported with no adapter of this name") as caught:
+        save_for(path, small(2), folder / "other.onnx_adapter", "onnx_adapter")
+    assert "pass -o mine.onnx_adapter" in caught.value.hint
+    assert not [*folder.iterdir()]
+    save_for(path, small(2), written, "onnx_adapter")
+    assert rel(output_of(Path(path), "mine", written), masked(small(2))) < 1e-6
+    assert rel(output_of(Path(path), "mine", small(3, [40])), masked(small(3, [40]))) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (3, 1), (10,)])
+def test_there_is_a_start_for_every_row(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    starts = np.full(shape, 2, np.int64)
+    words = r"'adapter_starts' has the shape .*expected \\[3\\]"
+    path = exported(tmp_path / "x.onnx")
+    with pytest.raises(LoraFxError, match=words):
+        output_of(path, "mine", tmp_path / "mine.onnx_adapter", adapter_starts=starts)
+    batch = exported(tmp_path / "y.onnx", mode="batch")
+    feeds = {"input_ids": ROWS, "adapter_ids": np.ones(3, np.int64), "adapter_starts": starts}
+    with pytest.raises(LoraFxError, match=words):
+        open_session(batch, "cpu").run(feeds)
+
+
+def test_why_there_is_no_probe(tmp_path: Path) -> None:
+    path = exported(tmp_path / "x.onnx")
+    with pytest.raises(LoraFxError, match="it has no probe") as caught:
+        Session(path, "cpu", check=True)
+    assert caught.value.hint.startswith("it holds an aLoRA")
+
+
+def test_whole_tensors_know_no_invocation(tmp_path: Path) -> None:
+    module = lora_fx.insert(
+        ByToken(), CALL, rank=2, include="up", also_train=["head"], invocation=TOKENS
+    )
+    assert any("acts on every token of every row" in note for note in module.notes)
+    for mode in ("switch", "batch"):
+        with pytest.raises(LoraFxError, match=r"mine is an aLoRA that replaces 'head.bias' as a"):
+            lora_fx.export(
+                ByToken(), tmp_path / "x.onnx", CALL, adapters={"mine": module.adapter()},
+                mode=mode, provider="cpu",
+            )  # fmt: skip
+    assert not [*tmp_path.iterdir()]

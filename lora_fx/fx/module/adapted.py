@@ -36,7 +36,7 @@ from lora_fx.fx.module.tree_adapter import (
 )
 from lora_fx.fx.shards import is_any_sharded, refuse_shards, reshard
 from lora_fx.fx.tensors import device_of
-from lora_fx.fx.token_mask import name_of_ids
+from lora_fx.fx.token_mask import check_ids, name_of_ids
 from lora_fx.probe.carried import without_probe
 from lora_fx.targets.found import Found
 from lora_fx.text import by_key
@@ -85,6 +85,7 @@ class AdaptedModule(CapturedModule):
         decide_doubts(self)
         graph = self._graph(False, captured.named)  # registers the adapter's tensors
         if self._invocation:
+            check_ids(graph, self._invocation)
             self._invoked = (name_of_ids(graph, captured.named), self._invocation)
         self._sampled.now(self._updates, self)  # while tensors are whole
 

@@ -168,6 +168,57 @@ def test_models_without_tokens_are_refused_by_name() -> None:
         lora_fx.attach(llama(1), (), CALL, adapter=an_alora())
 
 
+class TokensFirst(Turned):
+    """Its rows are the tokens, in the order [tokens, batch]."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        batch, tokens = ids.shape
+        flat = self.table(ids).transpose(0, 1).reshape(batch * tokens, 6)
+        return self.up(flat).reshape(tokens, batch, 10).transpose(0, 1)
+
+
+class Reversed(Turned):
+    """Its tokens go in from the last to the first."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.up(self.table(ids).flip(1)).flip(1)
+
+
+class BatchFirst(TokensFirst):
+    """The same rows in the order [batch, tokens], as in GPT-2."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.up(self.table(ids).reshape(-1, 6)).reshape(*ids.shape, 10)
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [(TokensFirst, "a row without the"), (Reversed, "tokens before the")],
+)
+def test_rows_that_are_the_tokens_in_another_order_are_refused(
+    model: type[Turned], where: str, tmp_path: Path
+) -> None:
+    words = rf"'up.weight' cannot be masked by token: output 'output' of {where} invocation"
+    ids = (torch.randint(0, 32, (2, 5)),)
+    with pytest.raises(LoraFxError, match=words) as caught:
+        lora_fx.insert(model(), ids, rank=2, invocation=[1], include="up")
+    assert caught.value.hint == "pass exclude up"
+    adapter = lora_fx.insert(BatchFirst(), ids, rank=2, invocation=[1], include="up").adapter()
+    for mode in ("switch", "batch"):
+        with pytest.raises(LoraFxError, match=f"mine: {words}"):
+            lora_fx.export(
+                model(), tmp_path / "x.onnx", ids, adapters={"mine": adapter}, mode=mode,
+                provider="cpu",
+            )  # fmt: skip
+    assert not [*tmp_path.iterdir()]
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused() -> None:
+    ids = (torch.randint(0, 32, (2, 5)),)
+    with pytest.raises(LoraFxError, match=r"token 32 is none of the model's: its ids are 0 to 31"):
+        lora_fx.insert(BatchFirst(), ids, rank=2, invocation=[31, 32], include="up")
+
+
 def an_alora() -> Any:
     return lora_fx.insert(llama(1), (), CALL, rank=2, invocation=TOKENS).adapter()
 
