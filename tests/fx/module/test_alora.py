@@ -202,7 +202,7 @@ def test_rows_that_are_the_tokens_in_another_order_are_refused(
     ids = (torch.randint(0, 32, (2, 5)),)
     with pytest.raises(LoraFxError, match=words) as caught:
         lora_fx.insert(model(), ids, rank=2, invocation=[1], include="up")
-    assert caught.value.hint == "pass exclude up"
+    assert caught.value.hint == "pass --exclude up"
     adapter = lora_fx.insert(BatchFirst(), ids, rank=2, invocation=[1], include="up").adapter()
     for mode in ("switch", "batch"):
         with pytest.raises(LoraFxError, match=f"mine: {words}"):
