@@ -15,7 +15,7 @@ with the adapter, and what does not is said.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -117,9 +117,15 @@ def changes(spread: Spread, adapted: Named, base: Named, base_of_others: Named) 
             if np.array_equal(ours, theirs, equal_nan=True):
                 continue
             is_same = np.array_equal(theirs, changed, equal_nan=True)
-            is_near = rel(changed, theirs) <= FOLD_TOL
-            is_wrong = is_same or (is_near and rel(ours, theirs) > FOLD_TOL)
-            yield Change(output, where, is_wrong)
+            is_far = rel(ours, theirs) > FOLD_TOL
+            if is_same or is_far:
+                is_near = rel(changed, theirs) <= FOLD_TOL
+                yield Change(output, where, is_wrong=is_same or is_near)
+
+
+def first_wrong(found: Iterable[Change]) -> Change | None:
+    """Return the first change that is wrong, if there is one."""
+    return next((change for change in found if change.is_wrong), None)
 
 
 def without(ids: Array, invocation: Array) -> Array:
@@ -178,7 +184,7 @@ def prove_mask(module: AdaptedModule, branches_alone: Callable[[Updates, bool], 
             for key in factors:
                 with _alone(factors, key):
                     of_key = outputs(spread.ids)
-                if any(c.is_wrong for c in changes(spread, of_key, base_of_spread, base_of_others)):
+                if first_wrong(changes(spread, of_key, base_of_spread, base_of_others)):
                     raise misplaced(change, key, f"pass --exclude {module_of(key)}")
             raise misplaced(change, "the adapter", "insert a plain LoRA, without invocation")
 
@@ -225,8 +231,7 @@ def prove_tokens(reference: Reference, name: str, adapter: Adapter) -> None:
             entries[key] = replace(low, a=a, b=b, alpha=DRAWN * low.rank)
         adapted = reference.run(replace(adapter, entries=entries))
         outputs = adapted({**feeds, reference.ids: spread.ids})
-        found = changes(spread, outputs, base, base_of_others)
-        return next((change for change in found if change.is_wrong), None)
+        return first_wrong(changes(spread, outputs, base, base_of_others))
 
     change = wrong(adapter.lowrank)
     if change is None:
