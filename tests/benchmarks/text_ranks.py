@@ -17,7 +17,8 @@ control. `cut` is the adapter of uniform rank 32, truncated to the budget and no
 `few` is a uniform rank on a quarter of the examples, which the same steps pass four times: it is
 there to overfit, so that keeping a step by validation has something to win.
 
-Each run is one line of the file of `--runs`; a second call skips those that are there.
+Each run is one line of the file of `--runs`; a second call skips those that are there. The runs so
+far stand in `results/text_ranks_TASK.jsonl`: of all seeds only when a table of them is kept.
 """
 
 from __future__ import annotations
