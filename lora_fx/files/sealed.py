@@ -24,10 +24,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.patching import patched
 from lora_fx.text import StrPath
 
 ALWAYS = ("/proc", "/sys", "/dev")
 """System folders that libraries read for facts about the machine."""
+NOT_THE_SYSTEMS = ("/dev/shm", "/dev/mqueue")
+"""Folders among them in which programs keep data of theirs."""
 CODE = (".py", ".pyc", ".so", ".pyd", ".dylib", ".dll")
 """Suffixes of the files that an import opens, allowed in any folder."""
 LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
@@ -74,11 +77,9 @@ class Boundary:
         self.refused.append(error)
         raise error
 
-    def _may_touch(self, path: str) -> bool:
-        """Whether the path is code, or in the block's folders or the system's."""
-        if path.endswith(CODE):
-            return True
-        return any(_is_below(path, folder) for folder in (*self.folders, *ALWAYS))
+    def _is_own(self, path: str) -> bool:
+        """Whether the path is in the block's folders."""
+        return any(_is_below(path, folder) for folder in self.folders)
 
 
 class _Sealed(Boundary):
@@ -113,7 +114,9 @@ class _Sealed(Boundary):
     def _check_open(self, path: str) -> None:
         """Raise for an opened file that belongs neither to the block nor to a library."""
         real = os.path.realpath(path)
-        if self._may_touch(path) or any(_is_below(real, root) for root in self._libraries):
+        if self._is_own(path) or path.endswith(CODE) or _is_systems(path):
+            return
+        if any(_is_below(real, root) for root in self._libraries):
             return
         # Libraries go on without a file that they may not read, such as a cache of theirs.
         error = PermissionError(
@@ -156,7 +159,7 @@ class _Confined(Boundary):
 
     def _check_change(self, path: str, changed: str) -> None:
         """Raise if the changed path is outside the block's folders."""
-        if not self._may_touch(changed):
+        if changed != os.devnull and not self._is_own(changed):
             self.refuse(
                 f"would write {path}, which is outside of its part of the cache",
                 "do not use this server",
@@ -196,6 +199,13 @@ def _place_of(descriptor: int) -> str:
 def _is_below(path: str, folder: str) -> bool:
     """Whether the path is the folder itself or below it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _is_systems(path: str) -> bool:
+    """Whether a path is in one of the system's folders."""
+    if any(_is_below(path, folder) for folder in NOT_THE_SYSTEMS):
+        return False
+    return any(_is_below(path, folder) for folder in ALWAYS)
 
 
 _boundary: ContextVar[Boundary | None] = ContextVar("boundary", default=None)
@@ -260,7 +270,7 @@ def sealed(what: str, *folders: StrPath) -> Iterator[Boundary]:
 
 @contextlib.contextmanager
 def confined(what: str, *folders: StrPath) -> Iterator[Boundary]:
-    """A block that may write only in some folders.
+    """A block that may write only in some folders, and keeps no bytecode of what it imports.
 
     Args:
         what: What is written in it, as the subject of a sentence.
@@ -269,7 +279,8 @@ def confined(what: str, *folders: StrPath) -> Iterator[Boundary]:
     Raises:
         LoraFxError: The block ended by an error that a refusal caused.
     """
-    with _bounded(_Confined(what, tuple(map(os.path.realpath, folders)))) as boundary:
+    boundary = _Confined(what, tuple(map(os.path.realpath, folders)))
+    with patched(sys, dont_write_bytecode=True), _bounded(boundary):
         yield boundary
 
 

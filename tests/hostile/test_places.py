@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.hub import fetch, parse
 from lora_fx.files.permissions import copy_file
-from lora_fx.files.sealed import confined
+from lora_fx.files.sealed import confined, sealed
 from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.genai import genai_folder
 from tests.checkpoint.made import adapter, factors
@@ -173,6 +174,8 @@ HOSTILE = (
     "/{0}/escape",
     "../..",
     "a/../../../../e",
+    "../../../escape.py",
+    "/{0}/escape.pyc",
 )
 
 
@@ -279,3 +282,29 @@ def test_a_path_from_an_open_folder_is_that_of_the_folder(
     with pytest.raises(LoraFxError, match="would write"), confined("it", tmp_path / "own"):
         change(tmp_path / "other")
     assert sorted(p.relative_to(tmp_path) for p in (tmp_path / "other").rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a folder of shared memory")
+def test_shared_memory_is_not_the_systems() -> None:
+    """A file that lies there is read and written by whoever may, and not by a model or a server."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        secret = Path(folder, "secret")
+        secret.write_text("x")
+        with pytest.raises(LoraFxError, match="outside"), sealed("it", "/nowhere"):
+            secret.read_text()
+        with pytest.raises(LoraFxError, match="would write"), confined("it", "/nowhere"):
+            secret.write_text("y")
+        assert secret.read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["x.py", "__pycache__/x.cpython-311.pyc", "x.so"])
+def test_code_is_written_no_more_than_other_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / "__pycache__").mkdir()
+    with pytest.raises(LoraFxError, match="would write"), confined("it", tmp_path / "own"):
+        (tmp_path / name).write_text("x")
+    assert not (tmp_path / name).exists()
+
+
+def test_the_null_device_takes_what_nobody_reads(tmp_path: Path) -> None:
+    with confined("it", tmp_path / "own"):
+        Path(os.devnull).write_text("x")
