@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,14 +26,24 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import it before lo
 gc.set_threshold(500_000, 20, 20)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Of the default run, torch keeps no results of shapes; the whole suite runs it as it is.
+MEMORY = Path("/dev/shm")
+"""Files in memory, on Linux: thousands of fsyncs cost nothing there, and on a disk 5 ms each."""
+ENOUGH = 6 << 30
+"""Bytes that have to be free there for the folders of a run."""
 
-    What it keeps of an op costs as much as the op, and small models have few ops twice: without,
+
+@pytest.hookimpl(tryfirst=True)  # before folders of tests are made
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the default run keep its files in memory, and torch keep no results of shapes.
+
+    What torch keeps of an op costs as much as the op, and small models have few ops twice: without,
     a capture of one takes a quarter less. One of sixteen layers would take a tenth more.
     """
-    if config.option.markexpr == "not slow":
-        os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+    if config.option.markexpr != "not slow":
+        return
+    os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -87,11 +98,11 @@ def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: thousands of fsyncs cost nothing there."""
-    if not os.access("/dev/shm", os.W_OK):
+    """A folder in memory where there is one, in every run."""
+    if not os.access(MEMORY, os.W_OK):
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-fx-test-") as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="lora-fx-test-") as folder:
         yield Path(folder)
 
 
