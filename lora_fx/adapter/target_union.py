@@ -7,14 +7,14 @@ a target are filled up with zeros in the same way. Scales are tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lora_fx.adapter.factor_tensors import is_plain_matrix
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.scale_tensor import SCALE, SCALE_TENSOR
+from lora_fx.adapter.runtime_scale import RUNTIME_SCALE, SCALE
 from lora_fx.adapter.variant import VARIANTS, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -77,8 +77,34 @@ class TargetUnion:
                 missing = max(0, slot.rank - low.rank)
                 a = _filled_up(low.a, missing, axis=-2)
                 b = _filled_up(low.b, missing, axis=-1)
-                completed[key] = _with_scale_tensor(low, a, b, low.scale)
+                completed[key] = _with_runtime_scale(low, a, b, low.scale)
         return completed
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What a module has in its branches for an adapter.
+
+    Attributes:
+        union: The union of targets with those of the adapter; None in a module without one.
+        updates: What the branches hold.
+        misfits: The updates for which no slot was there, each with the reason.
+        changed_ranks: The keys whose rank is another than that of the adapter before.
+    """
+
+    union: TargetUnion | None
+    updates: Updates
+    misfits: Sequence[str] = ()
+    changed_ranks: Set[str] = frozenset()
+
+    @classmethod
+    def of(cls, union: TargetUnion | None, before: Updates, after: Updates) -> Installation:
+        """Return what an adapter with the updates `after` puts into the place of `before`."""
+        if union is None:
+            return cls(None, after)
+        extended = union.extended(after)
+        changed = changed_ranks(before, after)
+        return cls(extended, extended.installed(after), union.misfits(after), changed)
 
 
 def empty_slot(layout: Layout, use: str, rank: int = LEAST_RANK, dtype: str = "float32") -> LowRank:
@@ -93,13 +119,13 @@ def empty_slot(layout: Layout, use: str, rank: int = LEAST_RANK, dtype: str = "f
     a_shape, b_shape = layout.factor_shapes(rank)
     a = np.zeros(a_shape, dtype)
     b = np.zeros(b_shape, dtype)
-    return _with_scale_tensor(LowRank(a, b, 0.0, layout, use=use), a, b, 0.0)
+    return _with_runtime_scale(LowRank(a, b, 0.0, layout, use=use), a, b, 0.0)
 
 
-def changed_ranks(before: Updates, after: Updates) -> set[str]:
+def changed_ranks(before: Updates, after: Updates) -> frozenset[str]:
     """Return the keys whose rank differs between two adapters; one without a key has rank 0."""
     keys = {*before, *after}
-    return {key for key in keys if _rank_in(before, key) != _rank_in(after, key)}
+    return frozenset(key for key in keys if _rank_in(before, key) != _rank_in(after, key))
 
 
 def _rank_in(updates: Updates, key: str) -> int:
@@ -119,11 +145,11 @@ def _least_rank(low: LowRank) -> int:
     return LEAST_RANK if is_plain_matrix(low.layout) else max(low.rank, LEAST_RANK)
 
 
-def _with_scale_tensor(low: LowRank, a: Array, b: Array, scale: float) -> LowRank:
+def _with_runtime_scale(low: LowRank, a: Array, b: Array, scale: float) -> LowRank:
     """Return the update b·s·a in the place of another one."""
     tensors = {"a": a, "b": b, SCALE: np.asarray(scale, np.float32)}
-    bare = replace(low, variant=SCALE_TENSOR.name, alpha=float(a.shape[-2]))
-    return SCALE_TENSOR.with_values(bare, tensors)
+    bare = replace(low, variant=RUNTIME_SCALE.name, alpha=float(a.shape[-2]))
+    return RUNTIME_SCALE.with_values(bare, tensors)
 
 
 def _filled_up(factor: Array, missing: int, axis: int) -> Array:

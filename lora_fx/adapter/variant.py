@@ -33,7 +33,7 @@ from lora_fx.adapter.lowrank import (
     alpha_of,
 )
 from lora_fx.adapter.qalora import QaLora
-from lora_fx.adapter.scale_tensor import SCALE_TENSOR
+from lora_fx.adapter.runtime_scale import RUNTIME_SCALE
 from lora_fx.adapter.scaled_rows import SCALED_ROWS
 from lora_fx.adapter.variant_protocol import Variant
 from lora_fx.adapter.vera import Vera
@@ -116,7 +116,7 @@ def _known() -> str:
 def variant_of(low: LowRank) -> Variant:
     """Return the variant of an update by its tensors; its variant name may give only the scale."""
     named = named_variant(low.variant)
-    for variant in (SCALED_ROWS, SCALE_TENSOR, named, *VARIANTS.values()):
+    for variant in (SCALED_ROWS, RUNTIME_SCALE, named, *VARIANTS.values()):
         recognised = variant.of(low)
         if recognised is not None:
             return recognised

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 
-import onnx_ir as ir
-
 from lora_fx.errors import LoraFxError, expect_path
-from lora_fx.onnx.manifest import PROPERTY, read_manifest
+from lora_fx.onnx.manifest import PROPERTY, onnx_model, read_manifest
 from lora_fx.onnx.row_starts import Starts
 
 
@@ -25,10 +23,7 @@ def invocations(path: str | PathLike[str]) -> dict[str, tuple[int, ...]]:
     """
     expect_path(path, "the model", "the path of an .onnx file")
     where = fspath(path)
-    try:
-        text = ir.load(where).metadata_props.get(PROPERTY)
-    except Exception as e:  # protobuf's and the system's errors have no common base
-        raise LoraFxError(f"{where}: cannot be read as an ONNX file", "check the path") from e
+    text = onnx_model(where).metadata_props.get(PROPERTY)
     if text is None:
         raise LoraFxError(f"{where}: it has no manifest", "pass a file that lora-fx export wrote")
     starts = starts_in(text, where)

@@ -572,22 +572,29 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
         switch = program_manifest(Path(path)).get(SWITCH)
         in_program = manifest_in(None if switch is None else json.dumps(switch), fspath(path))
         return with_base(in_program, Path(path))
-    try:
-        model = ir.load(fspath(path))
-        text = model.metadata_props.get(PROPERTY)
-    except Exception as e:  # protobuf's and the system's errors have no common base
-        raise LoraFxError(
-            f"{fspath(path)}: cannot be read as an ONNX file",
-            "pass a file that lora-fx export --mode switch, load or batch wrote",
-        ) from e
-
-    manifest = manifest_in(text, fspath(path))
+    model = onnx_model(fspath(path))
+    manifest = manifest_in(model.metadata_props.get(PROPERTY), fspath(path))
     declared = {
         str(value.name): (dtype_name(value), tuple(value.shape or ()))
         for value in _possible_slots(model.graph, manifest)
     }
     manifest.check_declared(declared, fspath(path))
     return with_base(manifest, Path(path))
+
+
+def onnx_model(where: str) -> ir.Model:
+    """Return an .onnx file's model, its weights unread.
+
+    Raises:
+        LoraFxError: The file cannot be read.
+    """
+    try:
+        return ir.load(where)
+    except Exception as e:  # protobuf's and the system's errors have no common base
+        raise LoraFxError(
+            f"{where}: cannot be read as an ONNX file",
+            "pass a file that lora-fx export --mode switch, load or batch wrote",
+        ) from e
 
 
 def _possible_slots(graph: ir.Graph, manifest: Manifest) -> list[ir.Value]:

@@ -31,6 +31,7 @@ from lora_fx.adapter.truncate import truncation
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.inputs import generator
+from lora_fx.passes.verbs.adapt import find
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.plan import plan
 from lora_fx.targets.budget import allocate
@@ -146,7 +147,9 @@ def pretrained(seed: int, old: Data, few: Data) -> Net:
 def chance(cap: Captured, uniform: int, seed: int) -> dict[str, dict[str, float]]:
     """Ranks by random shares, under the same budget."""
     even = plan(cap, budget=f"uniform:{uniform}", include="blocks.*")
-    costs, most = ({r.key: getattr(r, f) for r in even.rows} for f in ("cost", "most"))
+    costs = {row.key: row.cost for row in even.rows}
+    targets = find(cap)
+    most = {key: targets[key].layout.max_rank for key in costs}
     shares = generator("random ranks", seed).dirichlet(np.ones(len(costs)))
     gains = {k: s / np.arange(1.0, most[k] + 1) for (k, s) in zip(costs, shares, strict=True)}
     ranks = allocate(gains, costs, most, even.limit)

@@ -19,7 +19,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factor_tensors import frame, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.target_union import TargetUnion, changed_ranks, empty_slot
+from lora_fx.adapter.target_union import Installation, TargetUnion, empty_slot
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, restore, swap
@@ -305,21 +305,16 @@ class Attachment:
 
     def _put(self, updates: Updates) -> None:
         """Put updates into the branches; the forms stay if shapes and scales are equal."""
-        installed = updates
-        misfits: list[str] = []
-        anew: set[str] = set()
-        if self._union is not None:
-            misfits = self._union.misfits(updates)
-            self._union = self._union.extended(updates)
-            installed = self._union.installed(updates)
-            anew = changed_ranks(self.updates, updates)
+        installation = Installation.of(self._union, self.updates, updates)
+        self._union = installation.union
+        installed = installation.updates
         if frame(installed) == frame(self.installed):
-            tree_adapter.write_factors(self.model, installed, anew)
+            tree_adapter.write_factors(self.model, installed, installation.changed_ranks)
             self.installed = {key: installed[key] for key in self.installed}
             self.updates = dict(updates)
         else:
             if self._union is not None:
-                tree_adapter.warn_of_compiling(misfits)
+                tree_adapter.warn_of_compiling(installation.misfits)
             self.install(updates, installed)
             tree_adapter.free_ranks(self.model, self.installed)
 

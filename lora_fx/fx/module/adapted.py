@@ -12,7 +12,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter, mix
 from lora_fx.adapter.factor_tensors import frame, slots_of
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.target_union import TargetUnion, changed_ranks
+from lora_fx.adapter.target_union import Installation, TargetUnion
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -280,21 +280,16 @@ class AdaptedModule(CapturedModule):
         """Put an adapter into the branches; the programs stay if shapes and scales are equal."""
         reshard(self)
         updates = bound.lowrank
-        installed = updates
-        misfits: list[str] = []
-        anew: set[str] = set()
-        if self._union is not None:
-            misfits = self._union.misfits(updates)
-            self._union = self._union.extended(updates)
-            installed = self._union.installed(updates)
-            anew = changed_ranks(self._updates, updates)
+        installation = Installation.of(self._union, self._updates, updates)
+        self._union = installation.union
+        installed = installation.updates
         if frame(installed) == frame(self._installed):
-            write_factors(self, installed, anew)
+            write_factors(self, installed, installation.changed_ranks)
             self._installed = dict(installed)
             self._updates = dict(updates)
         else:
             if self._union is not None:
-                warn_of_compiling(misfits)
+                warn_of_compiling(installation.misfits)
             self._rebuild(updates, installed)
         originals = dict(self._programs.captured.model.named_parameters())
         write_full_tensors(self, bound, {name: originals[name] for name in self._also})

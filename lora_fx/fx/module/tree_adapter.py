@@ -15,7 +15,7 @@ from lora_fx.adapter.exact_lora import as_exact_lora
 from lora_fx.adapter.factor_tensors import FactorTensor, slots_of, with_values
 from lora_fx.adapter.learning import learning, relearning
 from lora_fx.adapter.lowrank import Full, LowRank, Updates
-from lora_fx.adapter.scale_tensor import SCALE_TENSOR
+from lora_fx.adapter.runtime_scale import RUNTIME_SCALE
 from lora_fx.adapter.target_union import taken_out
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import factor_dtype
@@ -223,7 +223,7 @@ def current_adapter(
             if slot.saved:
                 value = gathered_array(slot.name, parameter_of(root, slot.name), slot.value.shape)
                 values[slot.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
-        if SCALE_TENSOR.of(in_tree) is None:
+        if RUNTIME_SCALE.of(in_tree) is None:
             entries[key] = with_values(updates[key], values)
         else:
             taken = taken_out(key, updates.get(key), values)

@@ -262,6 +262,8 @@ class _Lockstep:
             # of the sum, as in the steps to come: what mixed the copies would show here
             total = torch.stack(losses).sum()
             gradients = iter(torch.autograd.grad(total, trained, allow_unused=True))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever an operator without a rule of vmap raises
             return one_line(f"{type(error).__name__}: {error}", 160)
         for expected in alone:

@@ -16,7 +16,7 @@ SCALE = "scale"
 """The field of s, a tensor without axes."""
 
 
-class ScaleTensor(Lora):
+class RuntimeScale(Lora):
     """The variant W + b·s·a; a and b of such an update are those of ΔW, so that b has s in it."""
 
     made_of = ("a", "b", SCALE)
@@ -32,4 +32,4 @@ class ScaleTensor(Lora):
         return e.op("mul", read("b"), read(SCALE))
 
 
-SCALE_TENSOR = ScaleTensor("lora", still=(SCALE,))
+RUNTIME_SCALE = RuntimeScale("lora", still=(SCALE,))
