@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,11 +171,11 @@ def variations(loop: SweepOptions, targets: TargetOptions, rules: Rules) -> list
     """
     context = click.get_current_context()
     values = swept_values(loop.sweep, context)
-    given = given_here(context)
+    typed = given_here(context)
     spelled = {name: f"--sweep {name.replace('_', '-')}" for name in values}
     for name in values:
-        if name in given:
-            raise LoraFxError(f"{given[name]} has no effect with {spelled[name]}", "leave it out")
+        if name in typed:
+            raise LoraFxError(f"{typed[name]} has no effect with {spelled[name]}", "leave it out")
     if loop.seeds:
         if "seed" in values:
             raise LoraFxError("--seeds has no effect with --sweep seed", "leave one of them out")
@@ -182,11 +183,11 @@ def variations(loop: SweepOptions, targets: TargetOptions, rules: Rules) -> list
 
     runs = []
     for combination in itertools.product(*values.values()):
-        own = dict(zip(values, combination, strict=True))
-        refuse_no_say(rules, {**context.params, **own}, {**given, **spelled})
-        of_targets = {name: own[name] for name in SWEPT["targets"] if name in own}
-        of_loop = {name: own[name] for name in SWEPT["loop"] if name in own}
-        runs.append(Variation(own, replace(targets, **of_targets), replace(loop, **of_loop)))
+        setting = dict(zip(values, combination, strict=True))
+        refuse_no_say(rules, {**context.params, **setting}, {**typed, **spelled})
+        of_targets = {name: setting[name] for name in SWEPT["targets"] if name in setting}
+        of_loop = {name: setting[name] for name in SWEPT["loop"] if name in setting}
+        runs.append(Variation(setting, replace(targets, **of_targets), replace(loop, **of_loop)))
     return runs
 
 
@@ -201,7 +202,7 @@ def swept_values(texts: Sequence[str], context: click.Context) -> dict[str, list
     for text in texts:
         written, equals, listed = text.partition("=")
         name = written.strip().removeprefix("--").replace("-", "_")
-        spelled = [known.replace("_", "-") for known in EXAMPLES]
+        spelled = [example.replace("_", "-") for example in EXAMPLES]
         if not equals:
             raise LoraFxError(f"--sweep {text}: there is no '='", _example(name))
         expect_name(
@@ -308,11 +309,11 @@ class Finished:
             for warning in report.warnings:
                 numbers.setdefault(warning, []).append(number)
         lines = []
-        for warning, own in numbers.items():
-            if self.best in own:
+        for warning, warned in numbers.items():
+            if self.best in warned:
                 continue
-            named = ", ".join(str(number + 1) for number in own)
-            lines.append(f"run{'s' if len(own) > 1 else ''} {named}: {warning}")
+            named = ", ".join(str(number + 1) for number in warned)
+            lines.append(f"run{'s' if len(warned) > 1 else ''} {named}: {warning}")
         return lines
 
     def known(self, number: int, facts: Facts, start: BeforeTraining) -> TrainReport | None:
@@ -333,9 +334,9 @@ class Finished:
         except KeyboardInterrupt as stop:
             if self.saved is not None and self.folders:
                 count = f"{len(self.folders)} of {len(self.runs)}"
-                held = f"{self.saved.folder} holds {count} runs"
-                left = f"{held}: the same command goes on from there"
-                stop.left = left  # type: ignore[attr-defined]
+                stop.left = (  # type: ignore[attr-defined]
+                    f"{self.saved.folder} holds {count} runs: the same command goes on from there"
+                )
             raise
 
     def line(self, number: int) -> str:
@@ -376,12 +377,13 @@ class Finished:
                 losses.setdefault(replace(run, values=values).name, []).append(
                     _loss(self.reports[number])
                 )
-        if all(len(own) < 2 for own in losses.values()):
+        if all(len(of_seeds) < 2 for of_seeds in losses.values()):
             return []
         lines = ["by setting, over its seeds:"]
-        for name, own in losses.items():
-            mean = sum(own) / len(own)
-            lines.append(f"  {name or 'all'}: {mean:.4f} ({min(own):.4f} to {max(own):.4f})")
+        for name, of_seeds in losses.items():
+            mean = statistics.mean(of_seeds)
+            least, most = min(of_seeds), max(of_seeds)
+            lines.append(f"  {name or 'all'}: {mean:.4f} ({least:.4f} to {most:.4f})")
         return lines
 
     def to_json(self) -> Json:

@@ -70,8 +70,8 @@ def fit_together(
         LoraFxError: As in fit, but for a loss or gradient that is not finite.
     """
     lanes = []
-    for number, (model, own) in enumerate(zip(models, settings, strict=True)):
-        run = prepared(model, training, validation, loss, own)
+    for number, (model, chosen) in enumerate(zip(models, settings, strict=True)):
+        run = prepared(model, training, validation, loss, chosen)
         lanes.append(_Lane(number, run, Draws(device_of(model))))
     lockstep = _Lockstep()
     if check_memory:
@@ -215,8 +215,7 @@ class _Lockstep:
             lane.run.optimizer.clear()
             parts[lane] = [_Part(lane, table, share) for table, share in lane.run.parts(batch)]
             values[lane] = 0.0
-        for place in range(max(len(own) for own in parts.values())):
-            present = [own[place] for own in parts.values() if place < len(own)]
+        for present in _transposed(list(parts.values())):
             for group in by_key((part.kind, part) for part in present).values():
                 losses = self._add_gradients(group)
                 for part, value in zip(group, losses, strict=True):
@@ -267,8 +266,8 @@ class _Lockstep:
         except Exception as error:  # whatever an operator without a rule of vmap raises
             return one_line(f"{type(error).__name__}: {error}", 160)
         for expected in alone:
-            found = list(itertools.islice(gradients, len(expected.gradients)))
-            difference = _difference(expected.gradients, found)
+            computed = list(itertools.islice(gradients, len(expected.gradients)))
+            difference = _difference(expected.gradients, computed)
             gate = HALF_GATE if group[0].lane.run.objective.half else GATE
             if not difference <= gate:
                 return f"a gradient differs by {difference:.1e} from that of the run alone"
@@ -278,8 +277,8 @@ class _Lockstep:
         """Return the losses of parts of one kind, of one vmap over their runs' tensors."""
         objective = group[0].lane.run.objective
         model = objective.model
-        own = [part.lane.own for part in group]
-        tensors = {name: torch.stack([copy[name] for copy in own]) for name in own[0]}
+        trees = [part.lane.own for part in group]
+        tensors = {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
         arguments = [inputs_of(model, part.table, objective.own) for part in group]
         inputs = {name: torch.stack([row[name] for row in arguments]) for name in arguments[0]}
         structure: list[Any] = []  # leaves of the output, which of them are tensors, tree
@@ -305,17 +304,23 @@ class _Lockstep:
         return losses
 
 
+def _transposed(rows: Sequence[Sequence[_Part]]) -> Iterator[list[_Part]]:
+    """Yield the first elements of all rows, then the second ones; shorter rows end earlier."""
+    for column in itertools.zip_longest(*rows):
+        yield [part for part in column if part is not None]
+
+
 def _difference(alone: Sequence[Tensor | None], together: Sequence[Tensor | None]) -> float:
     """Return the largest difference of two lists of gradients, of the largest element."""
     largest = 0.0
     difference = 0.0
-    for expected, found in zip(alone, together, strict=True):
-        if expected is None or found is None:
-            if expected is not found:
+    for expected, computed in zip(alone, together, strict=True):
+        if expected is None or computed is None:
+            if expected is not computed:
                 return math.inf
             continue
         largest = max(largest, float(expected.abs().max()))
-        difference = max(difference, float((expected - found).abs().max()))
+        difference = max(difference, float((expected - computed).abs().max()))
     return difference / largest if largest else difference
 
 
