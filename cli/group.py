@@ -26,7 +26,7 @@ COMMANDS = {
     "truncate": "Reduce the ranks of an adapter, with an exact error.",
     "plan": "Choose a rank for every target under one budget.",
     "convert": "Convert an adapter between file formats.",
-    "verify": "Compare two models, or check that an adapter fits.",
+    "verify": "Compare two models, or check one file or an adapter.",
     "probe": "Make an adapter's probe, and ask a server for it.",
     "doctor": "Report every problem of a base and an adapter.",
     "bench": "Time ONNX files in turn.",

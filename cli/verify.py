@@ -1,4 +1,4 @@
-"""lora-fx verify: compare models or tensor files, or check that an adapter fits a model."""
+"""lora-fx verify: compare models or tensor files, or check one file or an adapter."""
 
 from __future__ import annotations
 
