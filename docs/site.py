@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "AGENTS.md": "agents.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "passes/README.md": "passes.md",
