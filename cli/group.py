@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from importlib import import_module
@@ -9,6 +10,7 @@ from importlib import import_module
 import click
 
 from lora_fx import __version__
+from lora_fx.cli.distribution import WHOLE, Distribution, running
 from lora_fx.cli.library_versions import installed, two_runtimes
 from lora_fx.cli.output import say, stages
 from lora_fx.errors import LoraFxError
@@ -42,42 +44,52 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of the commands, in the order in which they are used."""
-        return list(COMMANDS)
+        return [name for name in COMMANDS if running.get().has(name)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the module of a command."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.list_commands(ctx):
             return None
         command: click.Command = import_module(f"lora_fx.cli.{cmd_name.replace('-', '_')}").command
-        command.help = (command.help or "").replace("\\b", "\b")  # click's keep-lines mark
+        command = copy.copy(command)  # its help is of this run
+        text = running.get().spelled(command.help or "")
+        command.help = text.replace("\\b", "\b")  # click's keep-lines mark
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one line for each command, without importing it."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for an unknown name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = near(args[0], COMMANDS, "run lora-fx --help to list them", cutoff=0.6)
+            names = self.list_commands(ctx)
+            hint = near(args[0], names, "run lora-fx --help to list them", cutoff=0.6)
             raise LoraFxError(f"unknown command {args[0]!r}", hint)
+        distribution = running.get()
+        if args and not args[0].startswith("-") and not distribution.has(args[0]):
+            raise LoraFxError(
+                f"{distribution.name} has no command {args[0]}",
+                f"pip install lora-fx, and run lora-fx {args[0]}",
+            )
         return super().resolve_command(ctx, args)
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from lora_fx.onnx.unverified import NEVER_RUN
-
-    click.echo(f"lora-fx {__version__}")
+    click.echo(f"{running.get().name} {__version__}")
+    if running.get() is not WHOLE:
+        ctx.exit()
     libraries = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime", *PLUGINS)
     for name, number in libraries.items():
         click.echo(f"{name} {number}")
     if "onnxruntime" in libraries or "onnxruntime-gpu" in libraries:
         from lora_fx.onnx.session import providers
+        from lora_fx.onnx.unverified import NEVER_RUN
 
         click.echo(f"never run on a GPU: {', '.join(NEVER_RUN)}")
         click.echo(f"providers {', '.join(providers())}")
@@ -94,11 +106,8 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         "show_default": True,
         "max_content_width": 100,
     },
-    help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
-    "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
-    epilog="MODEL is a Hugging Face folder, hf:ORG/NAME[@REVISION] of the Hub, a .safetensors, "
-    ".onnx or .pt2 file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME. "
-    "docs/ has a page for each command.",
+    help=WHOLE.summary,
+    epilog=WHOLE.epilog,
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and no progress.")
@@ -119,3 +128,11 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     # Of several processes (torchrun, accelerate) the first alone prints, before torch is there too.
     is_first_process = os.environ.get("RANK", "0") == "0"
     ctx.with_resource(telling(stages() if is_first_process else None))
+
+
+def group_of(distribution: Distribution) -> click.Group:
+    """Return the group of the commands that a distribution has, with its texts of --help."""
+    shown = copy.copy(group)
+    shown.help = distribution.summary
+    shown.epilog = distribution.epilog
+    return shown

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_fx.cli.distribution import running
 from lora_fx.errors import LoraFxError, explain, explained, one_line, visible
 from lora_fx.progress import Listener
 from lora_fx.text import Json, strict_json
@@ -88,7 +89,7 @@ def echo(text: str, *, err: bool = False, red: bool = False) -> None:
 
 
 def _write(text: str, *, err: bool = False) -> None:
-    """Write a text to a standard stream.
+    """Write a text to a standard stream, with commands as the running distribution has them.
 
     A failure to write to stderr, such as a full disk, is ignored: the result and the exit code of
     the command do not depend on stderr.
@@ -98,7 +99,7 @@ def _write(text: str, *, err: bool = False) -> None:
         BrokenPipeError: The reader of stdout has closed it.
     """
     try:
-        click.echo(text, err=err)
+        click.echo(running.get().spelled(text), err=err)
     except OSError as error:
         if err:
             return

@@ -10,7 +10,8 @@ from typing import NoReturn
 
 import click
 
-from lora_fx.cli.group import COMMANDS, group
+from lora_fx.cli.distribution import WHOLE, Distribution, running
+from lora_fx.cli.group import COMMANDS, group_of
 from lora_fx.cli.output import echo, result, show
 from lora_fx.cli.process_end import end_quickly
 from lora_fx.cli.streams import open_streams
@@ -22,13 +23,15 @@ from lora_fx.progress import collecting_less
 from lora_fx.text import near
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, distribution: Distribution = WHOLE) -> None:
     """Run the command line and exit with its code.
 
     Args:
         argv: The words of a program that goes on afterwards; None for those of this process.
+        distribution: Whose command line runs.
     """
     open_streams()
+    running.set(distribution)
     if argv is None:
         end_quickly()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -37,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = Remembered()
     try:
         with stopping(), collecting_less(), remembering() as files:
-            code = group.main(argv, prog_name="lora-fx", standalone_mode=False, obj={"argv": words})
+            code = group_of(distribution).main(
+                argv, prog_name=distribution.name, standalone_mode=False, obj={"argv": words}
+            )
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as error:
         _fail(error, argv, files)

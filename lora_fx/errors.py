@@ -127,6 +127,10 @@ class NoMemberError(LoraFxError, AttributeError):
     """An AttributeError with a hint: the object lacks an attribute, so hasattr is False."""
 
 
+class LeftOutError(LoraFxError, ImportError):
+    """An import of a module that the installed distribution of lora-fx leaves out."""
+
+
 class MisfitError(LoraFxError):
     """An adapter does not fit a model, most likely because it was made for another model."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -79,8 +80,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     This runs where tests do. The process that hands them out collects none, and needs no torch.
     """
-    importlib.import_module("tests.torchlib")
-    _one_thread()
+    if importlib.util.find_spec("torch"):
+        importlib.import_module("tests.torchlib")
+    if importlib.util.find_spec("onnxruntime"):  # tests/light.py runs tests without both
+        _one_thread()
     lines = Path(__file__).with_name("slow.txt").read_text("utf-8").splitlines()
     slow = {line for line in lines if line and not line.startswith("#")}
     for item in items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import fspath
+from typing import TYPE_CHECKING
 
 from lora_fx.checkpoint.merge import Adapters, plan_merge
 from lora_fx.checkpoint.merge import run as merge_checkpoint
@@ -18,10 +19,11 @@ from lora_fx.errors import (
 from lora_fx.files.atomic import check_output
 from lora_fx.files.run_files import remembering
 from lora_fx.inputs import Named
-from lora_fx.onnx.place import Place
-from lora_fx.passes.verbs.merge_onnx import merge_onnx
 from lora_fx.spellings import under_either_name
 from lora_fx.text import StrPath
+
+if TYPE_CHECKING:
+    from lora_fx.onnx.place import Place
 
 
 @remembering()
@@ -107,6 +109,8 @@ def merge(
         "run": run, "inputs": inputs, "provider": provider,
     }  # fmt: skip
     if is_onnx(base):
+        from lora_fx.passes.verbs.merge_onnx import merge_onnx  # checkpoints need no onnx
+
         refuse_other_kind(base, out)
         of_checkpoints = {
             "dtype": dtype, "allow_unused": allow_unused, "untie": untie, "add": add,
