@@ -24,6 +24,13 @@ LIBRARIES = {
     "threadpoolctl": "threadpoolctl",
 }
 """An imported name → the dependency that installs it."""
+ENTRANCES = (
+    "lora_fx.cli.run",
+    "lora_fx.cli.__main__",
+    "lora_fx.adapter.base",
+    "lora_fx.formats.base",
+)
+"""Modules that are run, or that packages with formats and variants of their own import."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,10 @@ def parts(root: Path, commands: tuple[str, ...]) -> dict[str, Path]:
         root: The folder of the package lora_fx.
         commands: The commands of the distribution.
     """
-    files = dict(_files(root))
-    imports = {name: _imports_of(path) for name, path in files.items()}
+    files = dict(modules_below(root))
+    imports = {name: imports_of(path) for name, path in files.items()}
     importable = _importable(imports)
-    starts = ["lora_fx.cli.run", *(f"lora_fx.cli.{command}" for command in commands)]
+    starts = [*ENTRANCES, *(f"lora_fx.cli.{command}" for command in commands)]
     starts += [name for name in _public_modules(files["lora_fx"]) if name in importable]
 
     reached = set[str]()
@@ -63,7 +70,7 @@ def parts(root: Path, commands: tuple[str, ...]) -> dict[str, Path]:
     return {name: files[name] for name in sorted(reached)}
 
 
-def _files(root: Path) -> Iterator[tuple[str, Path]]:
+def modules_below(root: Path) -> Iterator[tuple[str, Path]]:
     """Yield (dotted name, file) of each module below the folder of a package.
 
     The folders cli and passes are links to other places, which `Path.rglob` does not follow.
@@ -74,7 +81,7 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
             yield ".".join(parts_of_name).removesuffix(".__init__"), path
 
 
-def _imports_of(path: Path) -> Imports:
+def imports_of(path: Path) -> Imports:
     """Return the imports of a file."""
     at_once = set[str]()
     later = set[str]()

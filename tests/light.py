@@ -21,6 +21,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
@@ -56,45 +57,69 @@ COMMANDS = _module(ROOT / "light" / "lora_fx_light" / "__init__.py").COMMANDS
 
 # Hooks of pytest, for the run without torch: `-p tests.light`.
 
+missed: list[str] = []
+"""The left-out modules that the running test asked for."""
+
+
+class Missed:
+    """A finder that notes which left-out modules are asked for, before lora-fx-light's refuses."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name.startswith("lora_fx."):
+            missed.append(name)
+
+
+def pytest_configure() -> None:
+    """Refuse left-out modules as lora-fx-light does."""
+    from lora_fx_light import LeftOut
+
+    sys.meta_path += [Missed, LeftOut]
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, None, None]:
-    """Skip a test whose fixtures import what is not installed."""
+    """Skip a test whose fixtures need what is left out."""
     yield from _skipping()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, None, None]:
-    """Skip a test that imports what is not installed."""
+    """Skip a test that needs what is left out."""
     yield from _skipping()
 
 
 def _skipping() -> Generator[None, None, None]:
+    missed.clear()
     try:
         return (yield)
-    except ImportError as error:
-        is_left_out = type(error).__name__ == "LeftOutError"
-        if not is_left_out and (error.name or "").partition(".")[0] not in OTHER:
+    except (Exception, pytest.fail.Exception) as error:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in OTHER:
+            missed.append(error.name or "")
+        if not missed:
             raise
-        pytest.skip(str(error))
+        pytest.skip(f"needs {missed[0]}")
 
 
 def tests_that_run(root: Path) -> Iterator[Path]:
     """Yield the files of tests/ that can be imported without torch and onnx."""
-    names = {f"tests.{path.stem}" for path in (root / "tests").glob("*.py")}
-    names |= {"tests"} | set(parts(root / "lora_fx", COMMANDS))
+    product = dict(_parts.modules_below(root / "lora_fx"))
+    here = parts(root / "lora_fx", COMMANDS)
     known = {*LIBRARIES, *TEST_LIBRARIES, *sys.stdlib_module_names}
 
     def runs(path: Path) -> bool:
-        at_once = _parts._imports_of(path).at_once
-        return all(imported.partition(".")[0] in known or is_here(imported) for imported in at_once)
+        return all(map(is_there, _parts.imports_of(path).at_once))
 
-    def is_here(imported: str) -> bool:
-        module = imported if imported in names else imported.rpartition(".")[0]
-        if not module.startswith("tests"):
-            return module in names
-        helper = root.joinpath(*module.split(".")).with_suffix(".py")
-        return (helper.is_file() and runs(helper)) or helper.with_suffix("").is_dir()
+    def is_there(imported: str) -> bool:
+        first, _, _ = imported.partition(".")
+        if first == "lora_fx":
+            module = imported if imported in product else imported.rpartition(".")[0]
+            return module in here
+        if first == "tests":
+            path = root.joinpath(*imported.split("."))
+            helpers = (path.with_suffix(".py"), path.parent.with_suffix(".py"))
+            return all(runs(helper) for helper in helpers if helper.is_file())
+        return first in known
 
     for folder in FOLDERS:
         for path in sorted((root / "tests" / folder).glob("test_*.py")):
@@ -206,12 +231,9 @@ def try_in(interpreter: str, light: Path, whole: Path, folder: Path) -> None:
     for name in ("lora_fx", "passes", "cli"):  # so that the tests find what is installed
         shutil.rmtree(root / name)
     modules = run(python, "-c", "import lora_fx_light; print(lora_fx_light.MODULES)").strip()
-    options = ["-q", "-n", "2", "-p", "tests.light"]
-    environment = {**os.environ, "PYTHONPATH": modules}
-    done = subprocess.run(
-        [str(python), "-m", "pytest", *options, *files], cwd=root, env=environment, check=False
-    )
-    if done.returncode:
+    (Path(modules).parent.parent / "modules.pth").write_text(f"{modules}\n")
+    command_of_tests = [python, "-m", "pytest", "-q", "-n", "2", "-p", "tests.light", *files]
+    if subprocess.run([*map(str, command_of_tests)], cwd=root, check=False).returncode:
         raise SystemExit(f"{interpreter}: the tests fail")
 
 
