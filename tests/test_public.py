@@ -58,7 +58,7 @@ def test_public_names_and_signatures_are_as_listed() -> None:
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_names_that_the_docs_show_are_importable(path: Path) -> None:
     text = path.read_text("utf-8")
-    shown = set(re.findall(r"from (lora_fx[\w.]*) import ([\w, ]+)", text))
+    shown = set(re.findall(r"from (lora_fx(?:\.\w+)*) import ([\w, ]+)", text))
     for module, names in shown:
         for name in names.split(","):
             assert hasattr(importlib.import_module(module), name.strip()), f"{module}.{name}"

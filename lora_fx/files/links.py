@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -37,7 +38,8 @@ def within(folder: Path, name: str) -> Path | None:
     try:
         home = folder.resolve()
         file = (folder / name).resolve()
-        file.lstat()
+        if stat.S_ISLNK(file.lstat().st_mode):
+            return None  # links in a circle, for which resolve raises no error from Python 3.13 on
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError):  # links in a circle; a name that is too long
