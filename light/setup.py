@@ -23,7 +23,7 @@ PACKAGES = [name for name, path in PARTS.items() if path.name == "__init__.py"]
 TEMPLATES = f"{INSIDE}.lora_fx.report.templates"
 
 
-class BuildParts(build_py):  # type: ignore[misc]
+class BuildParts(build_py):
     """Leaves out the modules of a package that the distribution does not have."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:

@@ -281,6 +281,9 @@ def main(arguments: Sequence[str]) -> None:
         both = files_of(whole) & files_of(light)
         if both:
             raise SystemExit(f"these files are in both: {sorted(both)}")
+        for page in ("lora_fx/report", "lora_fx_light/modules/lora_fx/report"):
+            if f"{page}/templates/page.html.j2" not in files_of(whole) | files_of(light):
+                raise SystemExit(f"{page} has no templates")
         print(f"{light.name}: {light.stat().st_size} bytes, {len(files_of(light))} files")
         for number, interpreter in enumerate(interpreters):
             place = folder / str(number)

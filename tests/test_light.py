@@ -81,6 +81,7 @@ ONNX = "Error: this needs torch or ONNX, which lora-fx-light leaves out"
 RUNS: tuple[tuple[str, int, str], ...] = (
     ("merge base.safetensors adapter -o merged.safetensors", 0, "merged.safetensors"),
     ("verify merged.safetensors base.safetensors --adapter adapter", 0, ""),
+    ("verify merged.safetensors merged.safetensors --report page.html", 0, "wrote page.html"),
     ("extract base.safetensors merged.safetensors -o again --rank 1", 0, "wrote again"),
     ("convert again -o again.safetensors --format kohya", 0, "wrote again.safetensors"),
     ("doctor base.safetensors again", 0, ""),
