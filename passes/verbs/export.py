@@ -72,6 +72,7 @@ def export(
     opset: int | None = None,
     external_over: int | None = None,
     dynamic: Dynamic | None = None,
+    static: Sequence[str] = (),
     force: bool = False,
     optimise: bool = False,
     precision: Precision | None = None,
@@ -125,6 +126,7 @@ def export(
         external_over: Bytes of weights above which they go to a file of their own; 256 MiB by
             default. A training step has such a file always.
         dynamic: As in capture.
+        static: The same.
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
         precision: In merged, float16 (nodes that need float32 keep it) or int8 (dynamic; weights by
@@ -170,7 +172,9 @@ def export(
     }  # fmt: skip
     mode_name, of_mode = options_of_mode(mode, keywords)
     opened = opened_adapters(adapters, mode_name)
-    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache)
+    capture = CaptureOptions(
+        args=args, kwargs=kwargs, dynamic=dynamic, static=static, repeat=repeat, cache=cache
+    )
     options = ExportOptions(
         target=Path(path), adapters=opened, mode=mode_name, names=names, inputs=inputs,
         provider=provider, made_for=target, opset=opset,
@@ -416,11 +420,11 @@ def _refuse_for_program(
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:
     """Raise for options that do not apply to an .onnx file, which is already a graph."""
     capture = options.capture
-    example = capture.args or capture.kwargs or capture.dynamic
+    example = capture.args or capture.kwargs or capture.dynamic or capture.static
     if example or options.opset or not capture.repeat:
         raise LoraFxError(
-            f"{file} is an .onnx graph already: args, kwargs, dynamic, opset and repeat have no "
-            "effect",
+            f"{file} is an .onnx graph already: args, kwargs, dynamic, static, opset and repeat "
+            "have no effect",
             "leave them out; pass real data with inputs={name: array}",
         )
     if options.mode == "train":
