@@ -26,7 +26,12 @@ from lora_fx.onnx.session import check_provider
 from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_onnx import export_onnx
-from lora_fx.passes.verbs.export_options import EXPORT_RULES, REWRITE_RULES, ExportOptions
+from lora_fx.passes.verbs.export_options import (
+    EXPORT_RULES,
+    REWRITE_RULES,
+    ExportOptions,
+    expect_ending,
+)
 from lora_fx.passes.verbs.merge import is_onnx
 from lora_fx.passes.verbs.modes import ModeOptions, options_of_mode
 from lora_fx.passes.verbs.options import (
@@ -166,6 +171,7 @@ def export(
     if isinstance(model, (str, PathLike)):
         remember(model)
     expect_path(path, "path", "call export(model, path, args)")
+    expect_ending(path)
     keywords: Json = {
         "include": include, "exclude": exclude, "rank": rank, "scales": scales, "loss": loss,
         "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip,

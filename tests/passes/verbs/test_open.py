@@ -155,6 +155,12 @@ def test_static_that_is_none(static: Any, text: str) -> None:
         lora_fx.capture(lambda x: x @ x.mT, (torch.ones(3, 4),), static=static)
 
 
+def test_a_file_without_an_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match=r"zz does not end in \.onnx, nor in \.pt2") as refused:
+        lora_fx.export(nn.Linear(4, 3), tmp_path / "zz", (torch.ones(2, 4),))
+    assert f"{tmp_path / 'zz'}.onnx" in refused.value.hint and not [*tmp_path.iterdir()]
+
+
 def test_a_module_with_branches(folder: Path) -> None:
     """capture traces it as any module; a verb takes the model that it was made from."""
     net, args = of_kind(folder, "a module")
