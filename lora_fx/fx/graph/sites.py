@@ -22,7 +22,7 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
 )
 from lora_fx.fx.graph.parts import out_axis, parts_of
-from lora_fx.fx.graph.role_evidence import agreeing_roles
+from lora_fx.fx.graph.surroundings import agreeing_roles
 from lora_fx.fx.operators import HigherOrderOperator
 from lora_fx.ir.graph import Axes, Site
 from lora_fx.ir.kinds import WeightForm
