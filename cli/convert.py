@@ -66,16 +66,22 @@ class ChangeOptions:
     model_type: str | None = option(
         "--model-type",
         metavar="TYPE",
-        help="Name the model type in place of --base, where only experts need it.",
+        help="Name the base's transformers model type, such as mixtral, in place of --base: it "
+        "says how releases and servers store the experts.",
     )
     kind: str | None = option(
         "--as", type=click.Choice(["lora"]), help="Write LoHa, LoKr, DoRA and others as LoRA."
     )
-    rank: int | None = option("--rank", type=int, help="Set the rank of the LoRA that --as writes.")
+    rank: int | None = option(
+        "--rank",
+        type=int,
+        help="Set the rank of the LoRA that --as lora writes in place of another method.",
+    )
     energy: float | None = option(
         "--energy",
         type=float,
-        help="Choose the ranks of --as so that they keep this share of ‖ΔW‖².",
+        help="Choose the ranks of the LoRA that --as lora writes so that they keep this share of "
+        "‖ΔW‖², such as 0.99.",
     )
     fuse: bool = flag(
         "--fuse", "Join updates of q, k and v, or of gate and up, as --base joins their weights."

@@ -216,15 +216,11 @@ def command(
     from lora_fx.onnx.session import check_provider
     from lora_fx.onnx.triton import repository_of
     from lora_fx.passes.verbs.export import export_as, refuse_genai
-    from lora_fx.passes.verbs.export_options import ExportOptions
+    from lora_fx.passes.verbs.export_options import ExportOptions, expect_ending
     from lora_fx.passes.verbs.options import CaptureOptions
     from lora_fx.passes.verbs.refused_updates import check_adapters
 
-    if not output.endswith((".onnx", ".pt2")):
-        raise LoraFxError(
-            f"{output} does not end in .onnx, nor in .pt2",
-            "pass a name that ends in .onnx: -o model.onnx",
-        )
+    expect_ending(output)
     check_output(output, force=force)
     check_provider(file.provider)
     if mode == "merged" and len(adapters) > 1:

@@ -143,12 +143,14 @@ def command(
     from lora_fx.checkpoint.prove import ROWS
     from lora_fx.checkpoint.verify import lines
     from lora_fx.formats.io import is_adapter
-    from lora_fx.passes.verbs.verify import refuse_adapter_as_model, verify
+    from lora_fx.passes.verbs.verify import refuse_adapter_as_model, refuse_missing, verify
 
+    refuse_missing(a)
     if b is None:
         report = verify(a, tol=tol, provider=provider)
         emit(lines(report), **{**report.to_json(), "inputs": [{"a": a}]})
         click.get_current_context().exit(0 if report else 1)
+    refuse_missing(b)
     refuse_adapter_as_model(a, b)
     fits = is_adapter(b)
     if not run and _of_tensors(a, b):

@@ -8,10 +8,11 @@ own that knows numbers, names, + - * // %, min, max and comparisons, and runs no
 from __future__ import annotations
 
 import ast
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar, cast
 
@@ -40,12 +41,19 @@ class Condition:
         sizes: Which size each name is: (name, input, dimension).
         line: The line of the user's code that asked, or a word for what did.
         demanded: The model itself does not run elsewhere; otherwise it takes another path there.
+        tree: The parsed comparison; empty if it is none.
     """
 
     text: str
     sizes: tuple[tuple[str, str, int], ...]
     line: str = ""
     demanded: bool = False
+    tree: Tree = field(default=(), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Parse the comparison here, since torch.compile warns of a cache in what it traces."""
+        with contextlib.suppress(LoraFxError):  # `build` raises it
+            object.__setattr__(self, "tree", parsed(self.text))
 
     def holds(self, values: Mapping[Size, int]) -> bool:
         """Whether the sizes satisfy the condition; it holds if one of its sizes has no value."""
@@ -181,7 +189,7 @@ class Condition:
             make: (operation, operands) → what it makes; numbers are operands as they are.
             sizes: What stands for each size, by its name here.
         """
-        return _built(parsed(self.text), make, sizes)
+        return _built(self.tree or parsed(self.text), make, sizes)
 
     def equal_sizes(self, places: Mapping[Size, str]) -> list[tuple[Size, str]]:
         """Return (size, symbols of the sum) for a comparison that says a size equals a sum."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -452,6 +453,41 @@ def _has_length(spec: Input) -> bool:
     return len(spec.shape) == 3
 
 
+def possible_signals(
+    inputs: Inputs, dynamic: Mapping[str, object], static: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the floats of three dimensions of which a user says nothing about the last two."""
+    fixed = {*static}
+    names = []
+    for spec in inputs.specs:
+        if len(spec.shape) != 3 or spec.is_integer or spec.is_mask or spec.name in dynamic:
+            continue
+        texts = {spec.name, *(f"{spec.name}:{dim}" for dim in (1, 2, -1, -2))}
+        if not texts & fixed:
+            names.append(spec.name)
+    return tuple(names)
+
+
+def with_lengths(
+    inputs: Inputs, dims: Mapping[str, Mapping[int, str]], signals: Sequence[str]
+) -> dict[str, dict[int, str]]:
+    """Return dynamic dimensions in which dimension 2 of signals is free, in place of dimension 1.
+
+    Args:
+        inputs: The example's.
+        dims: The dynamic dimensions before.
+        signals: Inputs [N, C, L].
+    """
+    lengths = {spec.shape[2] for spec in inputs.specs if spec.name in signals}
+    others = {name for name, symbols in dims.items() if name not in signals and len(symbols) > 1}
+    merged = {name: dict(symbols) for name, symbols in dims.items()}
+    for name in signals:
+        merged[name].pop(1, None)
+        is_alone = len(lengths) == 1 and not others
+        merged[name][2] = LENGTH if is_alone else f"{name}_length"
+    return merged
+
+
 def merge_dynamic(
     inputs: Inputs,
     defaults: Mapping[str, Mapping[int, str]],
@@ -475,10 +511,15 @@ def merge_dynamic(
     for text in static:
         name, colon, dim_text = text.partition(":")
         expect_input(name, ranks)
-        if colon:
-            merged.get(name, {}).pop(int(dim_text), None)
-        else:
+        if not colon:
             merged.pop(name, None)
+            continue
+        if not re.fullmatch(r"-?\d{1,4}", dim_text):
+            raise LoraFxError(
+                f"static {text!r} is not NAME or NAME:DIM",
+                f"name a dimension by its number, such as {name}:1",
+            )
+        merged.get(name, {}).pop(_dimension(name, int(dim_text), ranks[name]), None)
     return merged
 
 

@@ -450,7 +450,7 @@ def test_slow_tests_are_tests() -> None:
 
 
 NODES = {
-    "lora_fx": 25_000,
+    "lora_fx": 27_600,
     "lora_fx.adapter": 36_000,
     "lora_fx.checkpoint": 63_000,
     "lora_fx.cli": 34_000,
@@ -460,8 +460,8 @@ NODES = {
     "lora_fx.formats.peft": 26_500,
     "lora_fx.fx": 26_000,
     "lora_fx.fx.attach": 9_000,
-    "lora_fx.fx.capture": 41_000,
-    "lora_fx.fx.graph": 26_000,
+    "lora_fx.fx.capture": 45_400,
+    "lora_fx.fx.graph": 29_500,
     "lora_fx.fx.load": 17_000,
     "lora_fx.fx.lowering": 9_000,
     "lora_fx.fx.module": 14_500,

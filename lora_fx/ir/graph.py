@@ -42,6 +42,7 @@ class Site:
         gain: What the op itself multiplies its product by.
         slot: Path to the weight among the op's operands: (1,), or (2, 0) in a list of them.
         parts: (role, first, last + 1) along out, by what the parts of the result are for.
+        roles: The roles that the data flow agrees with; None where it was not followed.
         root: Where the view starts in this graph: what reads or computes the weight.
         behind: Every parameter that a computed weight depends on.
         attrs: What the Kind and the numpy emitter have to know of the op: stride, padding …
@@ -65,6 +66,7 @@ class Site:
     slot: tuple[int, ...] = ()
     root: str = ""
     parts: tuple[tuple[str, int, int], ...] = ()
+    roles: frozenset[str] | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.compare import ORT_TOL, Parity, compare
-from lora_fx.dtypes import Array
+from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
+from lora_fx.dtypes import Array, widened
 from lora_fx.errors import LoraFxError, MistakeError, one_line
 from lora_fx.files.isolated import PYTHON, environment
 from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.text import counted
 
 Feeds = Sequence[Mapping[str, Array]]
 """The input arrays by name, for every size that is compared."""
@@ -47,6 +48,27 @@ class WorstError:
         except Exception as e:  # the runtime's exceptions have no common base
             self.failure = f" ({one_line(e, 160)})"
             return math.inf
+
+    def place(self, candidate: ir.Model, gate: float, drawn: int) -> str:
+        """Return where a candidate differs most, and how much of that output is over a gate.
+
+        Args:
+            candidate: One whose difference is finite and over the gate.
+            gate: The largest allowed max|a - b| / max|b|.
+            drawn: How many of the inputs, the first ones, are random.
+        """
+        session = open_model(candidate, self._provider)
+        parities = self.compared(session)
+        number = max(range(len(parities)), key=lambda i: parities[i].rel)
+        worst = parities[number]
+        ours = session.run(self._feeds[number])[worst.output]
+        gaps = np.abs(widened(ours) - widened(self._expected[number][worst.output]))
+        over = int(np.count_nonzero(gaps > gate * worst.max_abs / worst.rel))
+        inputs = "random inputs (floats are N(0, 1))" if number < drawn else "your inputs"
+        return (
+            f"on {inputs} at {sizes_text(worst.sizes)}, where {over} of "
+            f"{counted(gaps.size, 'number')} of {worst.output} are over the gate"
+        )
 
     def compared(self, session: RuntimeSession) -> list[Parity]:
         """Compare a session's outputs with the model's at every size."""

@@ -30,7 +30,14 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.scaled_rows import GAINS, has_gains
 from lora_fx.adapter.updates import name_of
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
+from lora_fx.errors import (
+    LoraFxError,
+    MisfitError,
+    check_format,
+    expect_file,
+    expect_path,
+    stamp,
+)
 from lora_fx.files.program_manifest import BASE_ENDING, SWITCH, program_manifest
 from lora_fx.files.strict_json import json_object
 from lora_fx.files.tensor_files import read_tensors
@@ -568,6 +575,7 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
         LoraFxError: The file cannot be read, or is not switchable.
     """
     expect_path(path, "the model", "the path of an .onnx or .pt2 file")
+    expect_file(path, "pass the path of an .onnx or .pt2 file")
     if fspath(path).endswith(".pt2"):
         switch = program_manifest(Path(path)).get(SWITCH)
         in_program = manifest_in(None if switch is None else json.dumps(switch), fspath(path))

@@ -10,8 +10,9 @@ with the node that has to go back.
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +68,58 @@ class Narrowed:
         return text
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The difference that a conversion is allowed.
+
+    Attributes:
+        precision: float16 or int8.
+        tol: The largest max|a - b| / max|b|.
+        error: The function that measures a candidate.
+        drawn: How many of its inputs, the first ones, are random.
+    """
+
+    precision: str
+    tol: float
+    error: WorstError
+    drawn: int
+
+    def refusal(self, candidate: ir.Model, difference: float, islands: int = 0) -> LoraFxError:
+        """Return the error of a candidate that differs by more than `tol`."""
+        text = f"{self.precision} differs by {difference:.1e}"
+        if islands:
+            text += f" with {islands} nodes left in float32"
+        other = "int8" if self.precision == "float16" else "float16"
+        hints = [f"use --precision {other}, or leave --precision out"]
+        if math.isfinite(difference):
+            text += f" {self.error.place(candidate, self.tol, self.drawn)}"
+            accepted = _rounded_up(difference)
+            if accepted < 1:
+                hints.insert(0, f"--tol {accepted:g} accepts this difference")
+            if self.drawn:
+                hints.insert(0, "measure on data of your own with --inputs")
+        text += f"; the gate is {self.tol:.1e}{self.error.failure}"
+        return LoraFxError(text, "; ".join(hints))
+
+
+def _rounded_up(difference: float) -> float:
+    """Return a difference, plus 5 % for what another machine rounds, in two digits.
+
+    >>> _rounded_up(0.0713), _rounded_up(0.25)
+    (0.075, 0.27)
+    """
+    step = 10.0 ** (math.floor(math.log10(difference * 1.05)) - 1)
+    return round(math.ceil(difference * 1.05 / step) * step, 9)
+
+
 def narrow(
-    model: ir.Model, precision: str, feeds: Feeds, provider: str, tol: float | None = None
+    model: ir.Model,
+    precision: str,
+    feeds: Feeds,
+    provider: str,
+    tol: float | None = None,
+    *,
+    drawn: int | None = None,
 ) -> Narrowed:
     """Convert a clone of a model.
 
@@ -78,6 +129,7 @@ def narrow(
         feeds: Inputs by name, that candidates are compared on.
         provider: auto, cpu, cuda or webgpu.
         tol: What is accepted where the gate cannot be met.
+        drawn: How many of the inputs, the first ones, are random and not a user's; all by default.
 
     Raises:
         LoraFxError: A model of over 2 GB, or one that differs too much whatever is left out.
@@ -93,12 +145,13 @@ def narrow(
             "message",
         )
     error = WorstError(model, feeds, provider)
-    tol = tol or GATES[precision]
+    drawn = len(feeds) if drawn is None else drawn
+    limit = Limit(precision, tol or GATES[precision], error, drawn)
     with stage(f"converting to {precision}"):
         if precision == "int8":
-            narrowed = _to_int8(model, error, tol)
+            narrowed = _to_int8(model, limit)
         else:
-            narrowed = _to_float16(model, error, peaks(model, feeds, provider), tol)
+            narrowed = _to_float16(model, limit, peaks(model, feeds, provider))
     narrowed.model.metadata_props[PRECISION] = precision  # the gate of whoever compares it later
     return narrowed
 
@@ -123,21 +176,18 @@ def at_level(model: ir.Model, level: int) -> None:
     model.metadata_props[PRECISION] = f"level {level}"
 
 
-def _to_float16(
-    model: ir.Model, error: Callable[[ir.Model], float], magnitudes: Mapping[str, float], tol: float
-) -> Narrowed:
+def _to_float16(model: ir.Model, limit: Limit, magnitudes: Mapping[str, float]) -> Narrowed:
     """Convert a model to float16, except the fewest nodes that must stay in float32.
 
     1. Nodes of values near the end of float16's range stay, the islands.
     2. While the outputs differ by more than the gate, one more node stays, found by bisection.
     3. Once MOST nodes have been added, or bisection can name no further one, a difference up to
-       `tol` is accepted, and a larger one is an error.
+       the limit is accepted, and a larger one is an error.
 
     Args:
         model: In float32; not changed.
-        error: The largest difference of a candidate's outputs.
+        limit: What is accepted where the gate cannot be met.
         magnitudes: Value → the largest that it takes.
-        tol: What is accepted where the gate cannot be met.
     """
     named = _named(model)
     order = [str(node.name) for node in named.graph]
@@ -152,7 +202,7 @@ def _to_float16(
 
     def fails(count: int) -> bool:
         """Whether the first `count` nodes (without islands) exceed the gate in float16."""
-        return not error(converted({*islands, *order[count:]})) <= GATES["float16"]
+        return not limit.error(converted({*islands, *order[count:]})) <= GATES["float16"]
 
     if ends_the_process(converted(islands)):
         raise LoraFxError(
@@ -161,21 +211,17 @@ def _to_float16(
         )
     while True:
         candidate = converted(islands)
-        difference = error(candidate)
+        difference = limit.error(candidate)
         if difference <= GATES["float16"]:
             return Narrowed(candidate, difference, tuple(islands))
 
         culprit = order[bisect_left(range(1, len(order)), True, key=fails)]
         if culprit not in islands and len(islands) < most_islands:
             islands.append(culprit)
-        elif difference <= tol:
+        elif difference <= limit.tol:
             return Narrowed(candidate, difference, tuple(islands))
         else:
-            raise LoraFxError(
-                f"float16 differs by {difference:.1e} with {len(islands)} nodes left in float32; "
-                f"the gate is {tol:.1e}{getattr(error, 'failure', '')}",
-                "the model needs float32 in too many places; use --tol to accept a larger error",
-            )
+            raise limit.refusal(candidate, difference, len(islands))
 
 
 def _named(model: ir.Model) -> ir.Model:
@@ -214,7 +260,7 @@ def _drop_unread(model: ir.Model) -> None:
             value.name = full_name
 
 
-def _to_int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
+def _to_int8(model: ir.Model, limit: Limit) -> Narrowed:
     """Quantise weights to int8 by channel and activations dynamically; biases and the rest stay.
 
     Weights take seven bits: processors without VNNI add pairs of 8-bit products in 16 bits, which
@@ -239,10 +285,7 @@ def _to_int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
         quantised = ir.load(after)
         ir.external_data.load_to_model(quantised)
 
-    difference = error(quantised)
-    if not difference <= tol:
-        raise LoraFxError(
-            f"int8 differs by {difference:.1e}; the gate is {tol:.1e}{error.failure}",
-            "use float16, or a model that was trained for int8; use --tol to accept a larger error",
-        )
+    difference = limit.error(quantised)
+    if not difference <= limit.tol:
+        raise limit.refusal(quantised, difference)
     return Narrowed(quantised, difference)

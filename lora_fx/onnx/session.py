@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx.dtypes import Array, from_onnx, numpy_dtype
-from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
+from lora_fx.errors import (
+    LoraFxError,
+    expect,
+    expect_file,
+    expect_name,
+    expect_path,
+    one_line,
+    retold,
+)
 from lora_fx.inputs import OTHER_SIZES
 from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.cuda_device import driver_present as driver_present  # tests ask it here
@@ -272,6 +280,7 @@ def open_session(
     import onnxruntime as ort
 
     expect_path(path, "the model", "the path of an .onnx file")
+    expect_file(path, "pass the path of an .onnx file")
     _check_name(provider)
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
         text = one_line(repr(threads), 60)

@@ -147,7 +147,6 @@ class Found:
         total = max(1, self.weight_flops)
         for target in self.targets:
             in_sizes = (*target.layout.batch_shape, target.layout.in_size)
-            part_roles = [role or "?" for role, _ in target.parts]
             row = [
                 target.key,
                 "+".join(target.uses),
@@ -155,7 +154,7 @@ class Found:
                 str(target.layout.out_size),
                 str(len(target.sites)),
                 f"{target.flops / total:6.1%}",
-                target.role or "+".join(part_roles),
+                target.role or _roles_of_parts(target),
                 "yes" if target.default else f"no: {target.why_not}",
             ]
             if with_format:
@@ -210,6 +209,18 @@ class Found:
         for (op, reason), keys in alike.items():
             lines.append(f"refused: {some(keys)} ({op}): {reason}")
         return lines
+
+
+def _roles_of_parts(target: Target) -> str:
+    """Return the roles of a fused weight's parts in words, such as q+k+v, or 3 parts.
+
+    Parts without a role are counted: `gate+1 part`.
+    """
+    roles = [role for role, _ in target.parts if role]
+    others = len(target.parts) - len(roles)
+    if others:
+        roles.append(counted(others, "part"))
+    return "+".join(roles)
 
 
 @dataclass(frozen=True)

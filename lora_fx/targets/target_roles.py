@@ -2,13 +2,15 @@
 
 A lookup is an embedding. A matmul is a head when its weight is tied to an embedding table, or
 has such a table's shape. The rest is read from the module's name, by the names that the
-published architectures use.
+published architectures use, where the data flow agrees: `wv` is a value only where attention
+reads it. Of a file's tensors, and in an .onnx graph, the flow is not followed for this, and the
+name decides.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
@@ -24,10 +26,11 @@ _NAMES = (
     ),
     ("gate", r"gate_proj|w1|wi_0|gate"),
     ("up", r"up_proj|w3|wi_1|wi|fc1|c_fc|intermediate\.dense|lin1|linear1"),
-    ("down", r"down_proj|w2|fc2|output\.dense|lin2|linear2|mlp\.c_proj"),
+    ("down", r"down_proj|w2|wo|fc2|output\.dense|lin2|linear2|mlp\.c_proj"),
 )
 
 
+ROLES = tuple(role for role, _ in _NAMES)
 _PATTERNS = tuple((role, re.compile(rf"(^|\.)({names})$")) for role, names in _NAMES)
 
 
@@ -49,20 +52,25 @@ def role_of(
         return "head"
     if not layout.batch_shape and (layout.out_size, layout.in_size) in tables:
         return "head"
+    agreed = frozenset(ROLES).intersection(
+        *(site.roles for site in sites if site.roles is not None)
+    )
     for name in names:
-        role = role_by_name(name)
+        role = role_by_name(name, agreed)
         if role:
             return role
     return ""
 
 
-def role_by_name(name: str) -> str:
-    """Return the role that a name (without `.weight`) implies, or an empty text.
+def role_by_name(name: str, roles: Collection[str] = ROLES) -> str:
+    """Return the first of some roles that a name (without `.weight`) implies, or an empty text.
 
     >>> role_by_name("h.0.attn.q_proj"), role_by_name("h.0.attn.qkv")
     ('q', '')
+    >>> role_by_name("mlp.gate"), role_by_name("mlp.gate", ("gate", "up"))
+    ('router', 'gate')
     """
     for role, pattern in _PATTERNS:
-        if pattern.search(name):
+        if role in roles and pattern.search(name):
             return role
     return ""

@@ -57,6 +57,7 @@ def find(
     kwargs: Named | None = None,
     *,
     dynamic: Dynamic | None = None,
+    static: Sequence[str] = (),
     training: bool = False,
 ) -> Found:
     """Find every matmul with a weight in a model, and the weights that no adapter can reach.
@@ -67,9 +68,10 @@ def find(
         args: Example inputs.
         kwargs: Example inputs by keyword.
         dynamic: As in capture.
+        static: The same.
         training: Look at the train graph; the result is the same.
     """
-    options = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, meta=True)
+    options = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, static=static, meta=True)
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         options.refuse_for_captured()
@@ -99,6 +101,7 @@ def insert(
     seed: int | None = None,
     *,
     dynamic: Dynamic | None = None,
+    static: Sequence[str] = (),
     norm_stats: NormStats = "frozen",
     dead: Dead = "auto",
     init: Init | None = None,
@@ -129,6 +132,7 @@ def insert(
             variants and values; options that say something else are refused.
         seed: The seed of the initial values, 0 by default; each target draws from (seed, key).
         dynamic: As in capture.
+        static: The same.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they behave as in the original, and the copied statistics move.
         dead: Every target is proven to take effect. error: one that does not is an error. drop:
@@ -166,7 +170,9 @@ def insert(
     _check_copies(copies, options)
     model = unwrapped(model)
     refuse_second_adapter(model)
-    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=options.adapter)
+    capture = CaptureOptions(
+        args=args, kwargs=kwargs, dynamic=dynamic, static=static, adapter=options.adapter
+    )
     with torch.inference_mode(False):  # A and B train, wherever insert is called
         module = insert_into(captured_of(model, capture), options, quantise)
         if copies > 1:
@@ -231,6 +237,7 @@ def fold(
     *,
     adapter: AdapterLike | None = None,
     dynamic: Dynamic | None = None,
+    static: Sequence[str] = (),
     progress: Listener | None = None,
 ) -> FoldedModule:
     """Return an eval-mode module without branches, with W + s·b·a as its weights.
@@ -242,6 +249,7 @@ def fold(
         kwargs: Example inputs by keyword.
         adapter: What to fold, or its path.
         dynamic: As in capture.
+        static: The same.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Returns:
@@ -251,7 +259,9 @@ def fold(
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
     opened_adapter = None if adapter is None else as_exact_lora(as_adapter(adapter))[0]
-    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=opened_adapter)
+    capture = CaptureOptions(
+        args=args, kwargs=kwargs, dynamic=dynamic, static=static, adapter=opened_adapter
+    )
     cap = captured_of(model, capture)
     if isinstance(model, AdaptedModule):
         if opened_adapter is not None:

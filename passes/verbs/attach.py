@@ -66,6 +66,7 @@ def attach(
     seed: int | None = None,
     *,
     dynamic: Dynamic | None = None,
+    static: Sequence[str] = (),
     norm_stats: NormStats = "frozen",
     dead: Dead = "auto",
     init: Init | None = None,
@@ -89,6 +90,7 @@ def attach(
             W + s·B·A has none.
         adapter: As in insert: start from this adapter, which brings its own of all of these.
         dynamic: As in capture.
+        static: The same.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they do what they did before.
         dead: As in insert: what becomes of targets that no gradient reaches.
@@ -116,7 +118,9 @@ def attach(
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"
         )
-    example = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, example_sizes=not dynamic)
+    example = CaptureOptions(
+        args=args, kwargs=kwargs, dynamic=dynamic, static=static, example_sizes=not dynamic
+    )
     with torch.inference_mode(False), contextlib.ExitStack() as ties:  # A and B train
         source = model if isinstance(model, Captured) else _module(model)
         if options.adapter is not None:

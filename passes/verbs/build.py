@@ -122,7 +122,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         *_notes_on_targets(found, updates),
         *_notes_on_folding(cap, found, updates),
     )
-    metadata = reading(found, updates, {"dropout": options.dropout, **_origin_of(model)})
+    metadata = reading(found, updates, _facts_of(model, options.dropout))
     if options.tokens:
         metadata = {**metadata, INVOCATION: [*options.tokens]}
     return Start(Adapter(updates, metadata), plan.also_train, notes)
@@ -133,7 +133,7 @@ def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout:
     adapter, notes_of_ranks = as_exact_lora(adapter)
     bound = bind(with_base(adapter, model), found)
     updates, metadata = relearning(bound.lowrank, bound.metadata)
-    metadata["dropout"] = dropout
+    metadata |= {"dropout": dropout, MODULES_OF_NAME: _modules_of_name(model)}
     for key, update in updates.items():
         if update.mutated or variant_of(update).reads_weight:
             check_storable(found[key], f"{update.mutated or name_of(update)} reads W itself")
@@ -206,6 +206,17 @@ def _notes_on_folding(cap: Captured | None, found: Found, updates: Updates) -> l
     return notes
 
 
+def _facts_of(model: nn.Module, dropout: float) -> dict[str, Any]:
+    """Return the metadata of a new adapter: the dropout, and what its file says of the model."""
+    names = {MODULES_OF_NAME: _modules_of_name(model)}
+    return {"dropout": dropout, **_origin_of(model), **names}
+
+
+def _modules_of_name(model: nn.Module) -> dict[str, int]:
+    """Return last part of a module's name → how many modules have it."""
+    return dict(Counter(name.rpartition(".")[2] for name, _ in model.named_modules() if name))
+
+
 def _origin_of(model: nn.Module) -> dict[str, Any]:
     """Return metadata with the transformers model of an adapter, and its task.
 
@@ -222,8 +233,6 @@ def _origin_of(model: nn.Module) -> dict[str, Any]:
         return {}
     if is_causal(model):
         metadata["task_type"] = "CAUSAL_LM"
-    leaves = (module_name.rpartition(".")[2] for module_name, _ in model.named_modules())
-    metadata[MODULES_OF_NAME] = dict(Counter(leaves))
     return metadata
 
 

@@ -26,7 +26,12 @@ from lora_fx.onnx.session import check_provider
 from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_onnx import export_onnx
-from lora_fx.passes.verbs.export_options import EXPORT_RULES, REWRITE_RULES, ExportOptions
+from lora_fx.passes.verbs.export_options import (
+    EXPORT_RULES,
+    REWRITE_RULES,
+    ExportOptions,
+    expect_ending,
+)
 from lora_fx.passes.verbs.merge import is_onnx
 from lora_fx.passes.verbs.modes import ModeOptions, options_of_mode
 from lora_fx.passes.verbs.options import (
@@ -72,6 +77,7 @@ def export(
     opset: int | None = None,
     external_over: int | None = None,
     dynamic: Dynamic | None = None,
+    static: Sequence[str] = (),
     force: bool = False,
     optimise: bool = False,
     precision: Precision | None = None,
@@ -125,6 +131,7 @@ def export(
         external_over: Bytes of weights above which they go to a file of their own; 256 MiB by
             default. A training step has such a file always.
         dynamic: As in capture.
+        static: The same.
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
         precision: In merged, float16 (nodes that need float32 keep it) or int8 (dynamic; weights by
@@ -164,13 +171,16 @@ def export(
     if isinstance(model, (str, PathLike)):
         remember(model)
     expect_path(path, "path", "call export(model, path, args)")
+    expect_ending(path)
     keywords: Json = {
         "include": include, "exclude": exclude, "rank": rank, "scales": scales, "loss": loss,
         "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip,
     }  # fmt: skip
     mode_name, of_mode = options_of_mode(mode, keywords)
     opened = opened_adapters(adapters, mode_name)
-    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache)
+    capture = CaptureOptions(
+        args=args, kwargs=kwargs, dynamic=dynamic, static=static, repeat=repeat, cache=cache
+    )
     options = ExportOptions(
         target=Path(path), adapters=opened, mode=mode_name, names=names, inputs=inputs,
         provider=provider, made_for=target, opset=opset,
@@ -416,11 +426,11 @@ def _refuse_for_program(
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:
     """Raise for options that do not apply to an .onnx file, which is already a graph."""
     capture = options.capture
-    example = capture.args or capture.kwargs or capture.dynamic
+    example = capture.args or capture.kwargs or capture.dynamic or capture.static
     if example or options.opset or not capture.repeat:
         raise LoraFxError(
-            f"{file} is an .onnx graph already: args, kwargs, dynamic, opset and repeat have no "
-            "effect",
+            f"{file} is an .onnx graph already: args, kwargs, dynamic, static, opset and repeat "
+            "have no effect",
             "leave them out; pass real data with inputs={name: array}",
         )
     if options.mode == "train":

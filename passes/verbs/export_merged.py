@@ -41,7 +41,7 @@ from lora_fx.passes.fold import Folded, said_of_zeros
 from lora_fx.passes.proofs.onnx_reference import FileRerun
 from lora_fx.passes.proofs.parity import guards, prove, rows_of, torch_rerun, torch_run
 from lora_fx.passes.proofs.probe_making import Subject
-from lora_fx.passes.proofs.proof_inputs import feeds_of
+from lora_fx.passes.proofs.proof_inputs import arrays_of, feeds_of, is_real
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.verbs import export_files as files
@@ -238,7 +238,11 @@ def _rewrite(
         mark_changed(model, translation.values)
     if options.precision is None or not narrows:
         return _Rewriting(model, stages, level_gate(options))
-    narrowed = narrow(model, options.precision, feeds, options.provider, options.tol)
+    drawn = 0 if options.inputs else len(feeds)
+    execution = execution_of(branched)
+    if drawn and is_real(execution.captured.named):
+        feeds.append(arrays_of(execution.in_own_dtype()))  # the proof runs the example too
+    narrowed = narrow(model, options.precision, feeds, options.provider, options.tol, drawn=drawn)
     tol = options.tol or GATES[options.precision]
     return _Rewriting(narrowed.model, stages, tol, narrowed.said(options.precision))
 

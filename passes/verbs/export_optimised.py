@@ -94,7 +94,14 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     notes = [session.note] if session.note else []
     notes += _said_of_forms(stages, options.made_for)
     if options.precision:
-        narrowed = narrow(model, options.precision, feeds, provider, options.tol)
+        narrowed = narrow(
+            model,
+            options.precision,
+            feeds,
+            provider,
+            options.tol,
+            drawn=0 if options.inputs else len(feeds),
+        )
         model = narrowed.model
         notes.append(narrowed.said(options.precision))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -383,6 +384,16 @@ class ExportOptions:
             return list(keys), False
         plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
         return list(plan.entries), not self.include
+
+
+def expect_ending(path: str | PathLike[str]) -> None:
+    """Raise for an output whose name does not say what it is: an .onnx or a .pt2 file."""
+    name = fspath(path)
+    if not name.endswith((".onnx", ".pt2")):
+        raise LoraFxError(
+            f"{name} does not end in .onnx, nor in .pt2",
+            f"pass a name that ends in .onnx, such as {name.rstrip('/')}.onnx",
+        )
 
 
 def _codes_not_portable(option: str) -> LoraFxError:

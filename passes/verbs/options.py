@@ -82,7 +82,12 @@ class CaptureOptions:
     later: bool = False
 
     def __post_init__(self) -> None:
-        """Raise for inputs together with a cache, since a cache sets all inputs itself."""
+        """Raise for a text as `static`, and for inputs together with a cache, which sets them."""
+        if isinstance(self.static, str):
+            raise LoraFxError(
+                f"static is the text {self.static!r}; expected a list of inputs, NAME or NAME:DIM",
+                f"static=[{self.static!r}]",
+            )
         if self.cache and (self.args or self.kwargs or self.dynamic or self.static):
             raise LoraFxError(*KNOWN_WITH_CACHE)
 

@@ -49,6 +49,7 @@ def plan(
     exclude: Selectors = None,
     scale: float = 2.0,
     dynamic: Dynamic | None = None,
+    static: Sequence[str] = (),
     name: str = "",
 ) -> RankPlan:
     """Plan the ranks of a model's targets under a budget.
@@ -65,6 +66,7 @@ def plan(
         exclude: Selectors of targets that get no rank.
         scale: alpha/rank of every target.
         dynamic: As in capture.
+        static: The same.
         name: What the file calls the model.
 
     Returns:
@@ -79,7 +81,9 @@ def plan(
     _check_options(method, loss, scale, has_data=data is not None)
 
     rank_method = METHODS[method]
-    cap = captured_of(model, CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic))
+    cap = captured_of(
+        model, CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, static=static)
+    )
     targets = find(cap)
     first_names, _ = named_tensors(cap.model)
     chosen = make_plan(targets, first_names, rank=1, include=include, exclude=exclude)

@@ -134,8 +134,8 @@ def verify(
             alone: Json = {"inputs": inputs, "adapter": adapter, "run": run, "provider": provider}
             return _verify_alone(model, alone, tol)
         reference = _local(b)
-        _refuse_missing(model)
-        _refuse_missing(reference)
+        refuse_missing(model)
+        refuse_missing(reference)
         refuse_adapter_as_model(model, reference)
 
         fits = _is_adapter(reference)
@@ -185,7 +185,7 @@ def _verify_alone(model: Any, asked: JsonView, tol: float | None) -> Report:
             "a model alone has no probe: expected a file, or two models",
             "pass the path of a file that lora-fx export wrote, or the model to compare with",
         )
-    _refuse_missing(model)
+    refuse_missing(model)
     refuse_no_say(ALONE, model, given_options(asked))
     if is_onnx(model):
         _check_provider(asked["provider"])
@@ -235,10 +235,18 @@ def _local(model: Any) -> Any:
     return local(model, files=FORMATS.files_of_folders) if is_path(model) else model
 
 
-def _refuse_missing(model: object) -> None:
-    """Raise for a path that does not exist; a name with a colon is a factory or timm:NAME."""
-    if is_path(model) and not Path(model).exists() and ":" not in str(model):
-        raise LoraFxError(f"{model}: cannot be read: no such file or folder", near_path(model))
+def refuse_missing(model: object) -> None:
+    """Raise for a path that does not exist, before anything is loaded or run.
+
+    A name with a colon is a factory or timm:NAME; of `file.py:FACTORY` the file has to exist.
+    """
+    if not is_path(model):
+        return
+    name = os.fspath(model)
+    file = name.rpartition(":")[0]
+    path = file if file.endswith(".py") else name
+    if ":" not in path and not Path(path).exists():
+        raise LoraFxError(f"{path}: cannot be read: no such file or folder", near_path(path))
 
 
 def _is_adapter(model: object) -> bool:

@@ -25,7 +25,6 @@ from lora_fx.onnx import Session
 VARIANTS = ("loha", "vera")
 LAYERS = {"loha": "conv,up,down", "vera": "up,down"}
 """PEFT's VeRA has linear layers alone."""
-pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 
 
 class Net(nn.Module):

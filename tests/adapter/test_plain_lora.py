@@ -58,7 +58,6 @@ def made(folder: Path, method: str) -> dict[str, np.ndarray[Any, Any]]:
     return {n: (after[n] - before[n]).numpy() for n in names}
 
 
-@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 @pytest.mark.parametrize("method", ["loha", "lokr", "dora"])
 @pytest.mark.parametrize("goal", [{"rank": 4}, {"energy": 0.9}, {"energy": 1.0}, {"rank": 99}])
 def test_the_error_is_the_one_that_is_told(method: str, goal: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,23 @@ def narrowed(
         f'<ir_version: 10, opset_import: ["": 20]> m (float[3] v0) => (float[3] v10) {{ {text} }}'
     )
 
-    def error(candidate: ir.Model) -> float:
-        half = {n.name for n in candidate.graph if n.outputs[0].dtype == ir.DataType.FLOAT16}
-        return worst({n.name for n in model.graph if n.op_type == "Neg"} - half)
+    class Error(WorstError):
+        failure = ""
+
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, candidate: ir.Model) -> float:
+            half = {n.name for n in candidate.graph if n.outputs[0].dtype == ir.DataType.FLOAT16}
+            return worst({str(n.name) for n in model.graph if n.op_type == "Neg"} - half)
+
+        def place(self, candidate: ir.Model, gate: float, drawn: int) -> str:
+            return "on random inputs at v0 [3]"
 
     for i, node in enumerate(model.graph):
         node.name = f"n{i}"
-    return precision._to_float16(model, error, {}, tol)
+    limit = precision.Limit("float16", tol, Error(), drawn=1)
+    return precision._to_float16(model, limit, {})
 
 
 def test_culprits_are_found_by_bisection() -> None:
@@ -216,11 +227,43 @@ def test_int8_that_the_converter_refuses_is_one_line(tmp_path: Path) -> None:
 
 def test_int8_that_is_too_far_off_is_not_written(tmp_path: Path) -> None:
     model, x = too_far_off()
-    with pytest.raises(LoraFxError, match="int8 differs by"):
+    with pytest.raises(LoraFxError, match=r"int8 differs by .* on your inputs") as refused:
         lora_fx.export(
             model, tmp_path / "m.onnx", (X,), provider="cpu", precision="int8", inputs={"x": x}
         )
+    assert "with inputs" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+class Difference(nn.Module):
+    """Two layers that almost cancel, so that the rounding of each shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+        with torch.no_grad():
+            self.b.weight.copy_(self.a.weight * (1 + 0.04 * torch.randn(32, 64)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) - self.b(x)
+
+
+def test_a_refused_int8_says_on_what_it_was_measured_and_how_to_go_on(tmp_path: Path) -> None:
+    """Both hints are followed, and the tol leads to a file."""
+    torch.manual_seed(0)
+    model, path = Difference().eval(), tmp_path / "m.onnx"
+    wanted: dict[str, Any] = dict(provider="cpu", precision="int8")
+    with pytest.raises(LoraFxError) as refused:
+        lora_fx.export(model, path, (torch.zeros(3, 64),), **wanted)
+    message, hint = refused.value.message, str(refused.value)
+    on = r"on random inputs \(floats are N\(0, 1\)\) at x \[\d+, 64\], where \d+ of \d+ numbers"
+    assert re.search(on, message), message
+    assert "measure on data of your own with inputs; tol=0." in hint
+    inputs = {"x": 3 * np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)}
+    with pytest.raises(LoraFxError, match=r"on your inputs at x \[9, 64\]"):
+        lora_fx.export(model, path, (torch.zeros(3, 64),), **wanted, inputs=inputs)
+    tol = float(re.search(r"tol=([\d.]+)", hint)[1])  # type: ignore[index]
+    assert lora_fx.export(model, path, (torch.zeros(3, 64),), **wanted, tol=tol)
 
 
 @pytest.mark.parametrize("source", ["torch", "onnx"])
@@ -238,7 +281,7 @@ def test_tol_accepts_what_is_over_the_gate_and_no_more(source: str, tmp_path: Pa
     given["precision"] = "int8"
     with pytest.raises(LoraFxError, match=r"int8 differs by .*; the gate is 1\.0e-01") as caught:
         lora_fx.export(made_of, path, **given, tol=0.1)
-    assert "use tol to accept a larger error" in str(caught.value) and not path.exists()
+    assert "accepts this difference" in str(caught.value) and not path.exists()
     report = lora_fx.export(made_of, path, **given, tol=0.3)
     error = rel(next(iter(open_session(path, "cpu").run({"x": x}).values())), wanted)
     assert 0.1 < error < 0.3

@@ -16,6 +16,8 @@ from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx import Session, TrainSession
+from lora_fx.onnx.manifest import manifest_of
+from lora_fx.onnx.session import open_session
 
 NAN, INF = float("nan"), float("inf")
 X = {"x": np.ones((3, 4), np.float32)}
@@ -130,6 +132,14 @@ FILES: tuple[Any, ...] = (None, 0, "nope.onnx", "", [], b"switch.onnx", "a\0", "
 def test_what_is_no_file(number: int) -> None:
     refused(lambda: Session(FILES[number]))
     refused(lambda: TrainSession(FILES[number]))
+
+
+def test_a_missing_file_is_said_by_name(folder: Path) -> None:
+    gone = folder / "swich.onnx"
+    for opened in (Session, TrainSession, open_session, manifest_of):
+        with pytest.raises(LoraFxError, match=r"swich\.onnx: no such file") as error:
+            opened(gone)
+        assert "switch.onnx" in error.value.hint
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {

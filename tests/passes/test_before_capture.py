@@ -145,6 +145,9 @@ COMMANDS = {
     "export, missing": ("export net.py:build nope -o m.onnx --mode switch", "nope: no such file"),
     "export, merged, missing": ("export net.py:build nope -o m.onnx", "nope: no such file"),
     "verify, missing": ("verify net.py:build net.py:build --adapter nope", "nope: no such file"),
+    "verify, missing B": ("verify net.py:build gone.onnx", "gone.onnx: cannot be read: no such"),
+    "verify, missing A": ("verify gone.onnx net.py:build", "gone.onnx: cannot be read: no such"),
+    "verify, missing .py": ("verify net.py:build gone.py:build", "gone.py: cannot be read: no"),
     "verify, no adapter": ("verify net.py:build net.py:build --adapter net.py", "net.py: not a"),
 }
 

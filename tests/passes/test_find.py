@@ -100,7 +100,8 @@ class Lm(nn.Module):
         self.lm_head.weight = self.wte.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.q_proj(self.wte(ids))
+        x = self.wte(ids)
+        x = F.scaled_dot_product_attention(self.q_proj(x), x, x)
         x = self.mlp["down_proj"](F.gelu(self.mlp["up_proj"](x)))
         out: torch.Tensor = self.lm_head(x)
         return out

@@ -69,6 +69,20 @@ def test_roles_by_data_flow(cut: str, eager: bool) -> None:
     )
 
 
+def test_the_table_says_how_many_parts_have_no_role() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.abc = nn.Linear(8, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b, c = self.abc(x).chunk(3, -1)
+            return a * b + c
+
+    text = str(lora_fx.find(Three().eval(), (torch.randn(2, 8),)))
+    assert " 3 parts " in text and "?" not in text
+
+
 def test_parts_interleaved_by_heads_are_no_regions() -> None:
     def by_head(y: torch.Tensor) -> Any:
         heads = y.view(*y.shape[:2], 2, 3, 5)

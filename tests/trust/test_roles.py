@@ -111,3 +111,73 @@ def test_what_the_graph_shows_comes_before_a_name() -> None:
 
     found = lora_fx.find(Named().eval(), (X,))
     assert {t.key[0]: t.role for t in found.targets} == {"q": "k", "k": "q", "v": "v"}
+
+
+class Layers(nn.Module):
+    """Layers by name, and what runs them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        for name, (width, depth) in widths.items():
+            self.mlp.add_module(name, nn.Linear(depth, width))
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.mlp, x)
+
+
+def equivariant(m: Any, x: Tensor) -> Tensor:
+    return torch.tanh(m.o(torch.einsum("bij,bjf->bif", x @ x.mT, m.wv(x))))
+
+
+def squeeze_excite(m: Any, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(m.fc2(torch.relu(m.fc1(x.mean(1, keepdim=True)))))
+
+
+def block(m: Any, x: Tensor) -> Tensor:
+    return x + m.fc2(F.gelu(m.fc1(x)))
+
+
+def swiglu(m: Any, x: Tensor) -> Tensor:
+    return m.w2(F.silu(m.w1(x)) * m.w3(x))
+
+
+def quick(m: Any, x: Tensor) -> Tensor:
+    y = m.wi(x)
+    return m.wo(y * torch.sigmoid(1.702 * y))
+
+
+def gated(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.silu(m.gate(x)) * m.up(x))
+
+
+def mixture(m: Any, x: Tensor) -> Tensor:
+    weights, chosen = m.gate(x).softmax(-1).topk(2)
+    return x * weights.sum(-1, keepdim=True) + chosen.sum(-1, keepdim=True)
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    return m.wo(F.scaled_dot_product_attention(m.wq(x), m.wk(x), m.wv(x)))
+
+
+NAMES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, int]], str]] = {
+    "an equivariant net's wv and o": (equivariant, {"wv": (8, 8), "o": (8, 8)}, ". ."),
+    "a squeeze and excitation": (squeeze_excite, {"fc1": (2, 8), "fc2": (8, 2)}, ". ."),
+    "a block": (block, {"fc1": (32, 8), "fc2": (8, 32)}, "up down"),
+    "a gated block, narrower": (swiglu, dict.fromkeys(("w1", "w3"), (4, 8)) | {"w2": (8, 4)},
+                                "gate up down"),
+    "an activation that multiplies": (quick, {"wi": (32, 8), "wo": (8, 32)}, "up down"),
+    "a gate that is no router": (
+        gated, dict.fromkeys(("gate", "up"), (16, 8)) | {"down": (8, 16)}, "gate . ."
+    ),
+    "a router": (mixture, {"gate": (4, 8)}, "router"),
+    "attention": (attention, dict.fromkeys(("wq", "wk", "wv", "wo"), (8, 8)), "q k v o"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_role_where_the_data_flow_agrees(name: str) -> None:
+    run, widths, roles = NAMES[name]
+    found = lora_fx.find(Layers(run, **widths).eval(), (X,))
+    assert [t.role or "." for t in (*found.targets, *found.optional)] == roles.split()

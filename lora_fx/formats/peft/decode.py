@@ -8,6 +8,7 @@ from lora_fx.adapter.adapter import INVOCATION, Adapter
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
 from lora_fx.errors import LoraFxError, check_format
+from lora_fx.formats.peft.build_config import MODULES_OF_NAME
 from lora_fx.formats.peft.config import ALORA, ORIGIN, VERSION, check_config
 from lora_fx.formats.peft.layer_reader import LayerReader
 from lora_fx.formats.peft.modules_to_save import heads_of, listed_whole, saved_whole
@@ -89,12 +90,13 @@ def _metadata(
         is_ours: Whether there is JSON of ours.
     """
     config = source.config
-    metadata = dict(written_metadata)
-    metadata |= target_facts(config, modules, source.name, source.notes)
+    metadata = target_facts(config, modules, source.name, source.notes)
     if is_ours:  # which names each update, and the config names modules in full
+        metadata.pop(MODULES_OF_NAME, None)
         del metadata["peft"]
         if config.get(VERSION):
             metadata["peft"] = {VERSION: config[VERSION]}
+    metadata |= written_metadata
     metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True

@@ -13,7 +13,7 @@ from lora_fx.formats.peft.oft import check_oft, rotation
 from lora_fx.formats.peft.pattern import Pattern
 from lora_fx.formats.peft.peft_file import PeftFile
 from lora_fx.formats.peft.target_modules import target_facts, targets
-from lora_fx.text import Json, JsonView
+from lora_fx.text import JsonView
 
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_R"}
 """PEFT's peft_type → the beginning of its tensor names."""
@@ -56,9 +56,9 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
 
     source.notes.extend(ranks.notes())
     source.notes.extend(alphas.notes())
-    metadata: Json = dict(ours.get("metadata", {}))
+    metadata = target_facts(config, tensors_of_modules, source.name, source.notes)
+    metadata |= ours.get("metadata", {})
     metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
-    metadata |= target_facts(config, tensors_of_modules, source.name, source.notes)
     return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
 
 

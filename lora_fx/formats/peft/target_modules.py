@@ -10,9 +10,11 @@ none anywhere for a name in target_modules, all that the name matches are missin
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from lora_fx import regexes
+from lora_fx.formats.peft.build_config import MODULES_OF_NAME
 from lora_fx.formats.peft.config import FIELDS, VERSION, texts_of
 from lora_fx.formats.peft.modules_to_save import listed_whole, pattern_around
 from lora_fx.regexes import PatternError, matched
@@ -56,6 +58,10 @@ def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
     return sorted(unused)
 
 
+_NARROWER = ("exclude_modules", "layers_to_transform", "modules_to_save")
+"""Fields that leave out modules that target_modules names."""
+
+
 _NOT_LINEAR = re.compile(
     r"(^|\.)(\w*embed(ding)?s?(_\w+)?|wte|wpe|shared|relative_attention_bias|lm_head|embed_out)$"
 )
@@ -81,13 +87,30 @@ def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: lis
         file: Its name, for a note on targets that have none.
         notes: Get that note.
     """
+    modules_with_tensors = list(modules)
     metadata: Json = {"peft": facts(config)}
-    unused = untouched(config, modules)
+    counts = _modules_of_name(config, modules_with_tensors)
+    if counts:
+        metadata[MODULES_OF_NAME] = counts
+    unused = untouched(config, modules_with_tensors)
     if unused:
         metadata["untouched_targets"] = unused
         names = ", ".join(map(repr, unused))
         notes.append(f"{file}: the config targets {names}, but the file has no tensor for them")
     return metadata
+
+
+def _modules_of_name(config: JsonView, modules: Iterable[str]) -> dict[str, int]:
+    """Return name without dots in target_modules → how many modules of the model have it.
+
+    PEFT adapted all modules of such a name, unless another field leaves some out; the file has
+    tensors for those that it adapted.
+    """
+    listed = config.get("target_modules")
+    if not isinstance(listed, list) or any(config.get(name) for name in _NARROWER):
+        return {}
+    counts = Counter(module.rpartition(".")[2] for module in modules)
+    return {leaf: count for leaf, count in counts.items() if leaf in listed}
 
 
 def wanted_by(config: JsonView, module: str) -> str | None:

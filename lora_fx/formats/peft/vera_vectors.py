@@ -96,12 +96,12 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
         width = inputs.get(module, a.shape[1])
         entries[f"{module}.weight"] = _update(source, names, a[:, :width], b)
 
-    metadata: Json = dict(ours.get("metadata", {}))
+    metadata = target_facts(config, vectors, source.name, source.notes)
+    metadata |= ours.get("metadata", {})
     metadata.pop(WIDEST, None)
     if len(entries) > 1 and set(vectors) - set(inputs):
         metadata[WIDEST] = True
     metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
-    metadata |= target_facts(config, vectors, source.name, source.notes)
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True
     dropout = float(config.get("vera_dropout") or 0.0)

@@ -40,16 +40,27 @@ from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import random_ops
+from lora_fx.fx.graph.nodes import op_name, random_ops
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
+from lora_fx.inputs import (
+    SIZES,
+    Dynamic,
+    Inputs,
+    Named,
+    default_dynamic,
+    merge_dynamic,
+    possible_signals,
+    with_lengths,
+)
 from lora_fx.patching import patched
 from lora_fx.progress import stage
-from lora_fx.text import Json
+from lora_fx.text import Json, counted
 
 MOST_PATHS = 8
 """The most graphs of one call; a model with more paths is refused from then on."""
+OF_SIGNALS = frozenset(("conv1d", "conv_transpose1d", "gru", "lstm", "rnn_tanh", "rnn_relu"))
+"""The ops of a model that may read a signal [N, C, L]."""
 
 
 class Captured:
@@ -76,6 +87,8 @@ class Captured:
     _limits_known = False
     live = False
     tokenizer_folder: Path | None = None
+    _signals: tuple[str, ...] = ()
+    """Inputs [N, T, F] or [N, C, L] of which nobody said what is free; the first trace tells."""
 
     def __init__(
         self,
@@ -107,6 +120,7 @@ class Captured:
         self.requested: Requested = merge_dynamic(
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
+        self._signals = possible_signals(self.inputs, dynamic or {}, static)
         self.inputs = self.inputs.with_dims(self.requested)
 
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
@@ -155,6 +169,7 @@ class Captured:
     def fix_sizes(self) -> None:
         """Trace at the example's sizes from now on, for callers that run no other sizes."""
         self.requested = {}
+        self._signals = ()
         self.inputs = self.inputs.with_dims({})
 
     @property
@@ -379,12 +394,50 @@ class Captured:
                 traced = self._trace(source, training, named, requested)
             except CaptureError as e:
                 traced = self._by_a_lower_rung(e, source, training, named)
+            else:
+                if named is self.named and not fixed:
+                    traced = self._with_free_lengths(traced, source, training)
         if not portable:
             traced.notes = (*traced.notes, *expert_notes)
         self._settle(traced)
         notes = [*_output_notes(traced, training), *traced.notes]
         self.notes += [note for note in notes if note not in self.notes]
         return traced
+
+    def _with_free_lengths(self, traced: Traced, source: ModelSource, training: bool) -> Traced:
+        """Return a graph with free lengths of signals [N, C, L], whose channels the model fixes.
+
+        A float of three dimensions is taken for a sequence [N, T, F] first. Where the model fixes
+        dimension 1, and dimension 2 can be free in its place, it is a signal.
+        """
+        pins = {pin.input for pin in traced.pinned if pin.dim == 1}
+        signals = []
+        for name in self._signals:
+            may_hold_steps = 1 in self.requested[name]  # one channel is never taken for a sequence
+            if name in pins or not may_hold_steps:
+                signals.append(name)
+        self._signals = ()
+        ops = {op_name(node) for node in traced.graph.nodes}
+        if not signals or not ops & OF_SIGNALS:
+            return traced
+        requested = with_lengths(self.inputs, self.requested, signals)
+        try:
+            freed = self._trace(source, training, self.named, requested)
+        except CaptureError:
+            return traced
+        fixed_lengths = [pin for pin in freed.pinned if pin.dim == 2 and pin.input in signals]
+        if fixed_lengths:
+            traced.pinned += [pin for pin in fixed_lengths if pin.input in pins]
+            return traced
+        self.requested = requested
+        self.inputs = self.inputs.with_dims(requested)
+        for spec in self.inputs.specs:
+            if spec.name in signals:
+                self.notes.append(
+                    f"{spec.name!r} is a signal of {counted(spec.shape[1], 'channel')}: dimension "
+                    "1 is fixed, and dimension 2 may vary"
+                )
+        return freed
 
     def _by_a_lower_rung(
         self, error: CaptureError, source: ModelSource, training: bool, named: Named

@@ -18,6 +18,7 @@ from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.computed_weights import evaluate
 from lora_fx.fx.graph.flops import data_flops, gathered
 from lora_fx.fx.graph.flow import FxFlow, weight_flow
+from lora_fx.fx.graph.graph_text import graph_text
 from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import (
     MARK,
@@ -75,6 +76,10 @@ class FxGraph(Analysed):
         self.held: dict[str, codes.Stored] = {}
         self._writes: Writes | None = None
         self._index: dict[str, fx.Node] = {}  # sites are nodes of the capture, which keep names
+
+    def __str__(self) -> str:
+        """Return the nodes as text, one a line."""
+        return graph_text(self.graph)
 
     def refresh(self) -> None:
         """Read the tree's names again, after tensors were added to the tree."""

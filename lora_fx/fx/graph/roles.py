@@ -58,13 +58,42 @@ def role_of(steps: Sequence[Step]) -> str:
     return roles.pop()
 
 
+def enters_attention(steps: Sequence[Step]) -> bool:
+    """Whether a result enters an attention: before its softmax, or after it."""
+    for product, operand in _products(steps):
+        if product.target in ops.DATA_OPS or _reaches_softmax(product):
+            return True
+        factors = _factors(product)
+        if any(_is_softmax(factor) for number, factor in enumerate(factors) if number != operand):
+            return True
+    return False
+
+
+def _reaches_softmax(node: fx.Node) -> bool:
+    """Whether a product of activations goes into a softmax, its axes turned or not."""
+    steps = reached([node], lambda step: (u for u in step.users if ops.row_of(u) is None))
+    return any(step.target is aten.softmax.int for step in islice(steps, FAR))
+
+
+def is_weighted_sum(node: fx.Node) -> bool:
+    """Whether a node is softmax(…) v, or a fused attention."""
+    if node.target in ops.DATA_OPS:
+        return True
+    return is_product_of_data(node) and any(map(_is_softmax, _factors(node)))
+
+
+def is_product_of_data(node: fx.Node) -> bool:
+    """Whether a node is a product of activations only."""
+    return node.target in DATA_PRODUCTS and _is_data(node)
+
+
 def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
     """Yield the first products of activations after some nodes, with the operand's position."""
     queue = list(steps)
     visited = set[fx.Node]()
     while queue and len(visited) < FAR:
         node, source = queue.pop(0)
-        if node.target in ops.DATA_OPS or (node.target in DATA_PRODUCTS and _is_data(node)):
+        if node.target in ops.DATA_OPS or is_product_of_data(node):
             first_factor = 1 if node.target is aten.baddbmm.default else 0
             for path in slots(node, source):
                 yield node, path[-1] - first_factor

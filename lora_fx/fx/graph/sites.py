@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
 )
 from lora_fx.fx.graph.parts import out_axis, parts_of
+from lora_fx.fx.graph.surroundings import agreeing_roles
 from lora_fx.fx.operators import HigherOrderOperator
 from lora_fx.ir.graph import Axes, Site
 from lora_fx.ir.kinds import WeightForm
@@ -46,7 +48,10 @@ def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[FxUse]:
         if row is not None and node in flow.behind:
             continue  # a constant times a parameter: a computed weight, read later on
         for use, weight in _weight_operands(node, row, flow, bodies):
-            yield _site(node, use, weight, row, namer), node, weight
+            site = _site(node, use, weight, row, namer)
+            if row is not None:
+                site = replace(site, roles=_roles(node, site, flow))
+            yield site, node, weight
 
 
 def _weight_operands(
@@ -105,6 +110,19 @@ def _site(
         parts=() if axis is None else parts_of(_result(node), axis),
         attrs=use.attrs,
     )
+
+
+def _roles(node: fx.Node, site: Site, flow: FxFlow) -> frozenset[str] | None:
+    """Return the roles that the flow around a product agrees with."""
+    if site.refusal and not site.allowed:
+        return None
+    inputs = [operand for operand in node.all_input_nodes if operand not in flow.weights]
+    axes = site.kind.axes(site.operand)
+    if axes.steps:  # a group of a convolution, whose axes are no longer the operand's
+        return agreeing_roles(_result(node), inputs, widens=True, narrows=True)
+    width = math.prod(site.operand[axis] for axis in axes.out)
+    depth = math.prod(site.operand[axis] for axis in axes.in_)
+    return agreeing_roles(_result(node), inputs, widens=width > depth, narrows=width < depth)
 
 
 def _result(node: fx.Node) -> fx.Node:

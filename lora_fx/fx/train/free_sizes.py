@@ -48,5 +48,5 @@ def _fixed_size(name: str, axis: int, graph: fx.Graph) -> LoraFxError:
     operators = ", ".join(recurrences) or "an operator's gradient"
     return LoraFxError(
         f"{name!r}: dimension {axis} is dynamic, but {operators} can train at one size only",
-        f"fix it with --static {name}:{axis}; in Python with capture(…, static=['{name}:{axis}'])",
+        f"fix it with --static {name}:{axis}; in Python with static=['{name}:{axis}']",
     )

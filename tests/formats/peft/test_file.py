@@ -115,6 +115,28 @@ def test_a_name_stands_for_all_its_modules(tmp_path: Path) -> None:
     assert "q" not in config["target_modules"] and "h.0.q" in config["target_modules"]
 
 
+@pytest.mark.parametrize("narrower", ["", "exclude_modules", "layers_to_transform"])
+def test_names_of_a_peft_file_stay_what_they_are(narrower: str, tmp_path: Path) -> None:
+    """PEFT adapted every module of a name, so that it stands for them, and nothing is excluded."""
+    low = LowRank(np.ones((2, 6), np.float32), np.ones((8, 2), np.float32), 2.0)
+    peft.write(Adapter({"h.0.q.weight": low, "h.1.q.weight": low, "head.weight": low}), tmp_path)
+    tensors, _ = read_tensors(tmp_path / peft.WEIGHTS)
+    write_tensors(tmp_path / peft.WEIGHTS, tensors, {"format": "pt"})
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    del config["exclude_modules"]
+    config["target_modules"] = ["q", "head"]
+    if narrower:
+        config[narrower] = {"exclude_modules": "x", "layers_to_transform": [0, 1]}[narrower]
+    (tmp_path / peft.CONFIG).write_text(json.dumps(config))
+
+    peft.write(peft.read(tmp_path), tmp_path / "again")
+    again = json.loads((tmp_path / "again" / peft.CONFIG).read_text())
+    if narrower:
+        assert again["target_modules"] == ["h.0.q", "h.1.q", "head"] and again["exclude_modules"]
+    else:
+        assert again["target_modules"] == ["head", "q"] and "exclude_modules" not in again
+
+
 def test_fan_in_fan_out_when_every_linear_is_transposed(tmp_path: Path) -> None:
     layout = Layout((6, 8), (), (1,), (0,), (6, 8))
     low = LowRank(np.ones((2, 6), np.float32), np.ones((8, 2), np.float32), 2.0, layout)

@@ -15,6 +15,7 @@ from safetensors.torch import save_model as save_tensors
 from torch import nn
 
 import lora_fx
+from lora_fx.fx.module.execution import execution_of
 from tests.zoo.shared import zoo
 
 
@@ -201,6 +202,26 @@ def test_compile_and_autocast(net: Net) -> None:
         out = m(x)["logits"]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), m(x)["logits"], atol=0.1, rtol=0.1)
+
+
+class Long(nn.Module):
+    """A net that takes another path on long inputs, so that a call asks for its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        return y[:, :8] if x.shape[1] > 8 else y
+
+
+def test_a_condition_on_sizes_is_compiled_without_a_warning() -> None:
+    """Warnings are errors here; Dynamo warned of the cache of parsed conditions."""
+    x = torch.randn(2, 12, 6)
+    m = lora_fx.insert(Long(), (x,), rank=2)
+    assert execution_of(m).captured.traced(False, {"x": x}).door.conditions
+    torch.testing.assert_close(torch.compile(m, backend="eager")(x), m(x))
 
 
 def test_save_and_load_without_pickle(net: Net, tmp_path: Any) -> None:

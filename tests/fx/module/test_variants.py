@@ -24,7 +24,6 @@ from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.zoo.shared import captured
 
-pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 FREE = [i for i in INITS if i not in OF_DATA]
 # PEFT ignores QA-LoRA beside floats: tests/passes/verbs/test_qalora.py and tests/formats/peft
 COMBINATIONS = [(v, "kaiming") for v in VARIANTS if v != "qalora"] + [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,41 @@ def test_a_capture_is_returned_and_has_its_sizes(folder: Path) -> None:
         lora_fx.capture(cap, dynamic={"x": {0: "rows"}})
     with pytest.raises(LoraFxError, match="static has no effect with a captured model"):
         lora_fx.capture(cap, static=["x"])
+
+
+def test_static_is_wherever_dynamic_is() -> None:
+    """A size that is static is the example's, in the graph of every verb that captures."""
+    net, args = nn.Sequential(nn.Linear(4, 6)), (torch.ones(3, 5, 4),)
+    module = lora_fx.insert(net, args, rank=2, static=["input:0"])
+    folded = lora_fx.fold(net, args, adapter=module.adapter(), static=["input:0"])
+    for adapted in (module, folded):
+        captured = execution_of(adapted).captured
+        assert captured.inputs.to_json()[0]["shape"] == [3, "length", 4]
+    for verb in (lora_fx.find, lora_fx.plan, lora_fx.attach):
+        with pytest.raises(LoraFxError, match="no input is named 'inputs'"):
+            verb(net, args, static=["inputs"])
+    for name, value in vars(lora_fx).items():
+        parameters = inspect.signature(value).parameters if inspect.isfunction(value) else {}
+        assert ("dynamic" in parameters) == ("static" in parameters), name
+
+
+@pytest.mark.parametrize(
+    ("static", "text"),
+    [
+        ("x:0", "static is the text 'x:0'; expected a list"),
+        (["x:one"], "static 'x:one' is not NAME or NAME:DIM"),
+        (["x:7"], "input 'x' has 2 dimensions, so there is no dimension 7"),
+    ],
+)
+def test_static_that_is_none(static: Any, text: str) -> None:
+    with pytest.raises(LoraFxError, match=text):
+        lora_fx.capture(lambda x: x @ x.mT, (torch.ones(3, 4),), static=static)
+
+
+def test_a_file_without_an_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match=r"zz does not end in \.onnx, nor in \.pt2") as refused:
+        lora_fx.export(nn.Linear(4, 3), tmp_path / "zz", (torch.ones(2, 4),))
+    assert f"{tmp_path / 'zz'}.onnx" in refused.value.hint and not [*tmp_path.iterdir()]
 
 
 def test_a_module_with_branches(folder: Path) -> None:

@@ -22,7 +22,6 @@ from lora_fx.targets.rank_methods import METHODS
 from lora_fx.targets.rank_plan import read_plan
 from tests.table import ROWS, Model, example
 
-pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 MODEL = """
 import torch
 from torch import nn
