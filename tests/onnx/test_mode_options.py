@@ -59,9 +59,7 @@ def taken(mode: str, asked: dict[str, Any]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:options of mode:FutureWarning")
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_row_of_the_page(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_of_the_page(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (line,) = [x for x in PAGE.read_text().splitlines() if x.startswith(f"| {option} | ")]
     told = dict(zip(MODES, (cell.strip() for cell in line.split("|")[2:-1]), strict=True))
