@@ -35,8 +35,8 @@ def test_every_page_has_its_place() -> None:
     there = re.findall(r"^ +- (?:[^:\n]+: )?([\w-]+\.md)$", text, re.M)
     assert len(there) == len(set(there))
     outside = {
-        "index.md", "quickstart.md", "api.md", "contributing.md", "passes.md", "security.md",
-        "changelog.md",
+        "overview.md", "quickstart.md", "api.md", "contributing.md", "agents.md", "passes.md",
+        "security.md", "changelog.md",
     }  # fmt: skip
     assert set(there) == {p.name for p in DOCS.glob("*.md")} | outside
 

@@ -208,8 +208,9 @@ class Case:
                 for key, low in getattr(step, "updates", {}).items():
                     plain = replace(low, variant_tensors={})
                     weight = model.get_parameter(key)
-                    gains = low.variant_tensors.get(GAINS, np.zeros(len(weight)))
-                    weight.mul_(torch.from_numpy(1 + gains.astype(np.float64))[:, None])
+                    gains = low.variant_tensors.get(GAINS)
+                    if gains is not None:
+                        weight.mul_(torch.from_numpy(1 + gains.astype(np.float64))[:, None])
                     weight.add_(torch.from_numpy(Adapter({key: plain}).deltas()[key]))
             return next(iter(model(self.x.double()))).numpy()
 

@@ -6,6 +6,7 @@ import pytest
 
 from lora_fx.compare import ORT_TOL, rel
 from tests.passes.golden import FOLDER, Case, File
+from tests.passes.rewrites import PAGE, SHOWN, page
 
 FILES = {p.stem: File.read(p.stem) for p in sorted(FOLDER.glob("*.txt"))}
 TWINS = [(name, title) for name, file in FILES.items() for title in file.twins]
@@ -41,5 +42,14 @@ def test_twins_stay_as_they_are(name: str, title: str) -> None:
 
 def test_every_file_has_a_twin() -> None:
     assert {name for name, _ in TWINS} == set(FILES) == {
-        "clean", "fold", "fuse", "insert", "insert_scaled_rows", "recompute", "share",
+        "clean", "fold", "fuse", "insert", "insert_convolution", "insert_einsum", "insert_product",
+        "insert_scaled_rows", "insert_shared", "insert_stack", "insert_weight_form", "recompute",
+        "share",
     }  # fmt: skip
+
+
+def test_the_page_shows_every_file() -> None:
+    """docs/rewrites.md; `python -m tests.passes.rewrites` writes its graphs anew."""
+    text = PAGE.read_text()
+    assert text == page()
+    assert sorted(name for _, name, _ in SHOWN.findall(text)) == sorted(FILES)
