@@ -91,7 +91,7 @@ RUNS: tuple[tuple[str, int, str], ...] = (
     ("--version", 0, "lora-fx-light "),
     ("train m.py:build data.npz", 2, "Hint: pip install lora-fx, and run lora-fx train"),
     ("gather base", 2, "Hint: run lora-fx-light --help to list them"),
-    ("merge x.onnx adapter -o y.onnx", 2, ONNX),
+    ("merge x.onnx adapter -o z.onnx", 2, ONNX),
     ("verify x.onnx y.onnx", 2, ONNX),
     ("convert adapter -o x.onnx_adapter", 2, ONNX),
 )
@@ -104,6 +104,8 @@ def test_commands_work_and_say_what_to_install_for_more(tmp_path: Path) -> None:
     save_file({"w.weight": np.ones((6, 4), "f4")}, tmp_path / "base.safetensors")
     update = LowRank(np.ones((2, 4), "f4"), np.ones((6, 2), "f4"), 2.0)
     save_adapter(Adapter({"w.weight": update}), tmp_path / "adapter")
+    for name in ("x.onnx", "y.onnx"):
+        (tmp_path / name).touch()
     code = f"""
 import contextlib, io, json, os, lora_fx_light
 os.chdir({str(tmp_path)!r})
