@@ -18,7 +18,7 @@ from lora_fx.cli.config_file import config_options, saving_config
 from lora_fx.cli.input_paths import MODELS, input_paths, texts_of
 from lora_fx.cli.options import FORCE, NO_MEMORY_CHECK, Rules, given_here, in_groups
 from lora_fx.cli.output import note, result
-from lora_fx.cli.result_page import check_page, write_page
+from lora_fx.cli.result_page import PageFile, check_page
 from lora_fx.cli.statement import check_statement, write_statement
 from lora_fx.errors import LoraFxError, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output
@@ -164,7 +164,9 @@ def _writers_of_result(params: JsonView, given: JsonView) -> Writers:
     force = bool(params.get("force"))
     if params.get("report") is not None:
         check_page(params["report"], force, given)
-        writers.append(functools.partial(write_page, params["report"], force))
+        page_file = PageFile(params["report"], force)
+        click.get_current_context().find_root().obj["page"] = page_file
+        writers.append(page_file.write)
     if params.get("attest") is not None:
         check_statement(params["attest"], force, given)
         writers.append(functools.partial(write_statement, params["attest"], force))

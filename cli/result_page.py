@@ -6,7 +6,9 @@ import hashlib
 import platform
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +16,15 @@ from lora_fx import __version__
 from lora_fx.cli.adapter_arguments import split_weight
 from lora_fx.cli.input_paths import input_paths, texts_of
 from lora_fx.cli.library_versions import installed
+from lora_fx.cli.output import result
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.text import Json, JsonView
+
+if TYPE_CHECKING:
+    from lora_fx.fx.module.adapted import AdaptedModule
+    from lora_fx.fx.train.settings import Watch
+    from lora_fx.fx.train.train_report import TrainReport
 
 LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
 
@@ -44,25 +52,76 @@ def check_result_file(option: str, path: str, force: bool, given: JsonView) -> N
         raise LoraFxError(f"{option} {path} is a folder", "choose another name")
 
 
-def write_page(path: str, force: bool, shown: JsonView) -> str:
-    """Write the page of a result, completely or not at all; returns its path."""
-    from lora_fx.report.page import page
+@dataclass
+class PageFile:
+    """The page of this command.
 
-    ctx = click.get_current_context()
-    run = ctx.find_root().obj
-    added: Json = {"argv": run.get("argv") or [], "versions": versions(), **when(run["began"])}
-    added["notes"] = [text for text in run["notes"] if text not in run["warned"]]
-    outputs = [Path(output) for output in shown["outputs"]]
-    inputs = [input_path for input_path in input_paths(ctx.params) if input_path not in outputs]
-    rows = [("input", file) for file in inputs] + [("output", file) for file in outputs]
-    added |= hashed_files(rows, path)
-    added["adapters"], without_spectra = _adapters(outputs, ctx.params)
-    added["unhashed"] += without_spectra
-    _drop_repeated(added["adapters"], shown)
-    text = page({**shown, "page": added})
-    with replacing(path, force=force) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    Attributes:
+        path: Where it is written.
+        may_replace: Whether a page that is there may go; one of this command may.
+    """
+
+    path: str
+    may_replace: bool
+
+    def write(self, shown: JsonView) -> str:
+        """Write the page of a result, completely or not at all; return its path."""
+        ctx = click.get_current_context()
+        added = _added()
+        outputs = [Path(output) for output in shown["outputs"]]
+        inputs = [input_path for input_path in input_paths(ctx.params) if input_path not in outputs]
+        rows = [("input", file) for file in inputs] + [("output", file) for file in outputs]
+        added |= hashed_files(rows, self.path)
+        added["adapters"], without_spectra = _adapters(outputs, ctx.params)
+        added["unhashed"] += without_spectra
+        _drop_repeated(added["adapters"], shown)
+        self._replace({**shown, "page": added})
+        return self.path
+
+    def write_meanwhile(self, shown: JsonView, step: int, steps: int) -> None:
+        """Write the page of a run that goes on; files are hashed at its end.
+
+        Args:
+            shown: The result so far.
+            step: The last step that was taken.
+            steps: Those of the run.
+        """
+        self._replace({**shown, "page": {**_added(), "running": {"step": step, "steps": steps}}})
+
+    def _replace(self, shown: JsonView) -> None:
+        from lora_fx.report.page import page
+
+        text = page(shown)
+        with replacing(self.path, force=self.may_replace) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        self.may_replace = True
+
+
+def page_of_run(module: AdaptedModule) -> Watch | None:
+    """Return what writes the page of --report at each validation; None without --report.
+
+    Args:
+        module: What is trained.
+    """
+    page_file: PageFile | None = click.get_current_context().find_root().obj.get("page")
+    if page_file is None:
+        return None
+    targets = module.report().to_json()
+
+    def watch(report: TrainReport, steps: int) -> None:
+        shown = result(True, **targets, **report.to_json())
+        page_file.write_meanwhile(shown, len(report.losses), steps)
+
+    return watch
+
+
+def _added() -> Json:
+    """Return what a page shows beside the result: the command line, versions, times, notes."""
+    run = click.get_current_context().find_root().obj
+    notes = [text for text in run["notes"] if text not in run["warned"]]
+    return {
+        "argv": run.get("argv") or [], "versions": versions(), **when(run["began"]), "notes": notes
+    }  # fmt: skip
 
 
 def _drop_repeated(adapters: list[Json], shown: JsonView) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from lora_fx.cli.branch_options import PLANNED, TargetOptions
@@ -19,6 +21,7 @@ from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.parallel_run import together
+from lora_fx.cli.result_page import page_of_run
 from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, defaults_taken, with_checks
 from lora_fx.cli.train_sweep import (
@@ -128,6 +131,7 @@ def command(
 
             inputs_are_in_memory()
             lines = StepLines(say)
+            saving = replace(saving, watch=page_of_run(module))
             with stateful(saving):
                 report = fit(
                     module, training, validation, loss, settings, lines, saving=saving, world=world

@@ -14,6 +14,7 @@ from typing import TypeGuard
 from markupsafe import Markup
 
 from lora_fx.report.html_text import number, percent, plural
+from lora_fx.report.loss_axis import LossAxis, round_step
 from lora_fx.report.rows import Row
 from lora_fx.text import JsonView, is_number
 
@@ -22,6 +23,7 @@ POINTS = 400
 WIDE = 1000
 HIGH = 300
 """The height of a drawing, in its own units."""
+LOGARITHMIC = ", on a logarithmic axis"
 
 
 def training(result: JsonView) -> JsonView | None:
@@ -34,20 +36,15 @@ def training(result: JsonView) -> JsonView | None:
     best = int(result.get("best_step") or 0)
     curve = _thinned([(step, loss) for step, loss in enumerate(losses, 1) if _finite(loss)])
     points = _validation_points(validation, result.get("before"))
-    ticks = _ticks([loss for _, loss in (*curve, *points)])
-    low = ticks[0]
-    high = ticks[-1]
+    axis = LossAxis.of([loss for _, loss in (*curve, *points)])
 
     def x(step: float) -> float:
         return WIDE * step / max(1, last)
 
     def y(loss: float) -> float:
-        return HIGH * (high - loss) / (high - low)
+        return HIGH * axis.depth(loss)
 
     places = [(x(step), y(loss)) for step, loss in points]
-    tick_labels = []
-    for tick in ticks:
-        tick_labels.append((f"{tick:g}", f"{100 * (high - tick) / (high - low):.1f}"))
     each = "each step"
     if last > POINTS:
         each = f"means of {plural(math.ceil(last / POINTS), 'step')}"
@@ -62,12 +59,13 @@ def training(result: JsonView) -> JsonView | None:
         "high": HIGH,
         "label": _training_label(losses, points, best),
         "each": each,
-        "grid": "".join(f"M0 {y(tick):.0f}h{WIDE}" for tick in ticks),
+        "axis": LOGARITHMIC if axis.is_logarithmic else "",
+        "grid": "".join(f"M0 {y(tick):.0f}h{WIDE}" for tick in axis.ticks),
         "kept": f"M{x(best):.0f} 0v{HIGH}",
         "train": _line([(x(step), y(loss)) for step, loss in curve]),
         "held": _line(places),
         "dots": "".join(f"M{left:.0f} {top:.0f}h0" for left, top in places),
-        "ticks": tick_labels,
+        "ticks": axis.labels(),
         "steps": [(step, f"{100 * step / last:.1f}") for step in _steps(last)],
         "side": side,
         "at": f"{100 * distance:.1f}",
@@ -89,15 +87,10 @@ def runs(result: JsonView) -> JsonView | None:
     validated = [_validation_points(row["validation"], row["before"]) for row in rows]
     losses = [loss for curve in trained for _, loss in curve]
     losses += [loss for curve in validated for _, loss in curve]
-    ticks = _ticks(losses)
-    low = ticks[0]
-    high = ticks[-1]
+    axis = LossAxis.of(losses)
 
     def line(curve: Sequence[tuple[float, float]]) -> str:
-        spots = [
-            (WIDE * step / max(1, last), HIGH * (high - loss) / (high - low))
-            for step, loss in curve
-        ]
+        spots = [(WIDE * step / max(1, last), HIGH * axis.depth(loss)) for step, loss in curve]
         return _line(spots)
 
     best = result.get("best")
@@ -107,8 +100,9 @@ def runs(result: JsonView) -> JsonView | None:
         "wide": WIDE,
         "high": HIGH,
         "label": f"Training and validation losses of {plural(len(rows), 'run')}; best: run {best}",
-        "grid": "".join(f"M0 {HIGH * (high - tick) / (high - low):.0f}h{WIDE}" for tick in ticks),
-        "ticks": [(f"{tick:g}", f"{100 * (high - tick) / (high - low):.1f}") for tick in ticks],
+        "axis": LOGARITHMIC if axis.is_logarithmic else "",
+        "grid": "".join(f"M0 {HIGH * axis.depth(tick):.0f}h{WIDE}" for tick in axis.ticks),
+        "ticks": axis.labels(),
         "steps": [(step, f"{100 * step / last:.1f}") for step in _steps(last)],
         "train": "".join(line(trained[place]) for place in others),
         "held": "".join(line(validated[place]) for place in others),
@@ -211,36 +205,13 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Return round numbers from below the least value to above the largest.
-
-    >>> _ticks([0.31, 0.94])
-    [0.2, 0.4, 0.6, 0.8, 1.0]
-    """
-    low = min(values, default=0.0)
-    high = max(values, default=1.0)
-    if high - low <= 1e-9 * abs(high):
-        low -= (abs(low) or 1) / 10
-        high += (abs(high) or 1) / 10
-    step = _round_step((high - low) / 4)
-    first = math.floor(low / step)
-    last = math.ceil(high / step)
-    return [float(f"{count * step:.12g}") for count in range(first, last + 1)]
-
-
 def _steps(last: int) -> list[int]:
     """Return steps to mark between 0 and the last; only these two if marks would be too close."""
-    step = max(1, round(_round_step(last / 4)))
+    step = max(1, round(round_step(last / 4)))
     marks = [0, *range(step, last + 1, step)]
     if all(following - mark >= step / 2 for mark, following in pairwise(marks)):
         return marks
     return [0, last]
-
-
-def _round_step(rough: float) -> float:
-    """Return the least of 1, 2, 5 and 10 times a power of ten that is at least `rough`."""
-    power: float = 10.0 ** math.floor(math.log10(rough))
-    return next(power * k for k in (1, 2, 5, 10) if power * k >= rough * (1 - 1e-9))
 
 
 def _finite(value: object) -> TypeGuard[float]:

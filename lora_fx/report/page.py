@@ -20,6 +20,7 @@ from lora_fx.errors import visible
 from lora_fx.report import charts
 from lora_fx.report.facts import facts
 from lora_fx.report.html_text import broken, number, percent, plural, shape, size
+from lora_fx.report.parity_rows import parity_rows
 from lora_fx.report.rows import rows_of
 from lora_fx.report.structure import blocks
 from lora_fx.report.target_table import table
@@ -53,6 +54,7 @@ def page(result: JsonView) -> str:
         "facts": [*facts(result, rows)],
         "curve_of_losses": charts.training(result),
         "runs": charts.runs(result),
+        "parity": parity_rows(result.get("parity") or ()),
         "structure": blocks(rows),
         "rounding": charts.rounding(rows),
         "table": table(result, rows),

@@ -247,3 +247,28 @@ def test_no_page_without_the_option(home: Path, capsys: pytest.CaptureFixture[st
     code, out, _ = run(capsys, *COMMANDS["truncate"], "--json")
     assert code == 0 and "page" not in json.loads(out)
     assert not list(Path().glob("*.html"))
+
+
+def test_the_page_of_a_run_is_written_at_each_validation(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it runs, and is replaced by the page of the end, without --force."""
+    from lora_fx.cli.result_page import PageFile
+
+    seen: list[str] = []
+    written = PageFile._replace
+
+    def look(file: PageFile, shown: Any) -> None:
+        written(file, shown)
+        seen.append(Path(file.path).read_text())
+
+    monkeypatch.setattr(PageFile, "_replace", look)
+    line = "train model.py:build d.npz -o t --steps 20 --checks 4 --report p.html"
+    assert run(capsys, *line.split())[0] == 0
+    *running, last = seen
+    for step, text in zip((5, 10, 15), running, strict=True):
+        page = Page(text)
+        assert f"Training 2 targets: step {step} of 20" in page.text and "Running" in page.text
+        assert len(page.data["losses"]) == step and "http-equiv=refresh" in text
+    assert len(Page(last).data["losses"]) == 20
+    assert "Running" not in Page(last).text and "http-equiv=refresh" not in last

@@ -12,6 +12,7 @@ import pytest
 
 from lora_fx.errors import visible
 from lora_fx.report.html_text import number, percent
+from lora_fx.report.loss_axis import LossAxis
 from lora_fx.report.page import page
 from lora_fx.report.rows import Row, rows_of
 from lora_fx.report.structure import grouped
@@ -407,3 +408,24 @@ def test_the_runs_of_a_sweep_are_one_picture_and_a_table() -> None:
     assert "step 3: the loss is nan" in picture and "0.7000" in picture and ">best" in picture
     assert shown.tags
     assert "id=runs" not in page(trained(1))
+
+
+def test_losses_that_span_decades_have_a_logarithmic_axis() -> None:
+    result = trained(1)
+    narrow = Page(page({**result, "losses": [2.0, 1.0], "validation": {"2": 1.1}, "before": 2.1}))
+    wide = Page(page({**result, "losses": [20.0, 0.02], "validation": {"2": 0.03}, "before": 25.0}))
+    assert "logarithmic" not in narrow.text and "on a logarithmic axis" in wide.text
+    axis = LossAxis.of([20.0, 0.02])
+    assert (axis.low, axis.high, axis.ticks) == (0.02, 20.0, [0.1, 1.0, 10.0])
+    depths = [axis.depth(tick) for tick in (10.0, 1.0, 0.1)]
+    assert depths[1] - depths[0] == pytest.approx(depths[2] - depths[1])
+    assert not LossAxis.of([20.0, 0.02, -1.0]).is_logarithmic, "a loss below zero has no logarithm"
+
+
+def test_comparisons_with_equal_numbers_are_one_row() -> None:
+    row = {"of": "fold", "output": "y", "max_abs": 0.0, "rel": 0.0, "tol": 1e-6, "ok": True}
+    parity = [{**row, "sizes": {"x": [size, 8]}} for size in (2, 3, 1)]
+    other = {**row, "of": "onnxruntime", "rel": 1e-7, "max_abs": 2e-7, "sizes": {"x": [2, 8]}}
+    text = page({**trained(1), "parity": [*parity, other]})
+    assert "x 2 × 8; x 3 × 8; x 1 × 8" in Page(text).text
+    assert text.count("<td class=t>fold") == text.count("<td class=t>onnxruntime") == 1

@@ -303,6 +303,8 @@ class TrainRun:
             # the run's own file, which it may replace: what a user had there was refused before
             with replacing(self.saving.curve, force=True) as temporary:
                 temporary.write_text(trail.report.to_csv(), encoding="utf-8")
+        if self.saving.watch and is_due and not ends and self.world.first:
+            self.saving.watch(trail.report, steps)
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
         """Compute the validation loss, keep the adapter if it is the lowest, check patience."""

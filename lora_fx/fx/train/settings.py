@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.learning_rate import SCHEDULES
 from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
+from lora_fx.fx.train.train_report import TrainReport
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ def _expect(kind: str, name: str, names: list[str]) -> None:
         raise LoraFxError(f"unknown {kind} {name!r}", f"use one of {', '.join(names)}")
 
 
+Watch = Callable[[TrainReport, int], None]
+"""A function that is called with the losses of a run so far, and the number of its steps."""
+
+
 @dataclass(frozen=True)
 class Saving:
     """The folder in which a run saves its state, and the state that the run resumes.
@@ -76,6 +82,7 @@ class Saving:
         limit: How many states are kept, the last ones, as `checkpoint-STEP` in the folder; None
             for one, which is the folder itself.
         curve: The .csv file of the losses so far, written at every validation.
+        watch: Called at every validation but the last with (losses so far, all steps).
     """
 
     folder: str | None = None
@@ -83,3 +90,4 @@ class Saving:
     resume: str | None = None
     limit: int | None = None
     curve: str | None = None
+    watch: Watch | None = None
