@@ -49,6 +49,7 @@ ORDER = (
     ("lora_fx.passes.verbs",),
     ("lora_fx.report",),
     ("lora_fx.cli",),
+    ("lora_fx.integrations",),
 )
 LAZY = {
     ("lora_fx.onnx.feeds", "lora_fx.formats.io"),
