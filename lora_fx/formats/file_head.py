@@ -15,6 +15,8 @@ from lora_fx.formats.format import FileHead
 
 CONFIG = "adapter_config.json"
 _ARRAY = ".npy"
+_BYTES = 4
+"""The bytes of an element in the .npz of an adapter: those are fp32."""
 
 
 def tensors_head(path: Path) -> FileHead:
@@ -23,12 +25,13 @@ def tensors_head(path: Path) -> FileHead:
     Raises:
         LoraFxError: A pickle, a Git LFS pointer, no file of tensors, or a damaged one.
     """
-    arrays = names_in_npz(path)
-    if arrays:
+    sizes = sizes_in_npz(path)
+    if sizes:
         return FileHead(
             first_bytes(path),
-            names=arrays,
+            names=tuple(sizes),
             config=has_config(path),
+            elements=sum(sizes.values()) // _BYTES,
             config_fields=config_fields(path),
         )
     refuse_other_kinds(path)
@@ -47,18 +50,18 @@ def head_with(header: Header, head: bytes, path: Path) -> FileHead:
     )
 
 
-def names_in_npz(path: Path) -> tuple[str, ...]:
-    """Return the names of the arrays in an .npz; none for a file that is not one."""
+def sizes_in_npz(path: Path) -> dict[str, int]:
+    """Return the bytes of the arrays in an .npz by name; empty for a file that is not one."""
     if not first_bytes(path).startswith(b"PK\x03\x04"):
-        return ()
+        return {}
     try:
         with open_input(path) as file, zipfile.ZipFile(file) as archive:
-            members = archive.namelist()
+            members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
-        return ()
-    if not all(member.endswith(_ARRAY) for member in members):
-        return ()
-    return tuple(member.removesuffix(_ARRAY) for member in members)
+        return {}
+    if not all(member.filename.endswith(_ARRAY) for member in members):
+        return {}
+    return {member.filename.removesuffix(_ARRAY): member.file_size for member in members}
 
 
 def has_config(path: Path) -> bool:

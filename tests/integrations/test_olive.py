@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import lora_fx
+from lora_fx.onnx import Session
 
 pytest.importorskip("olive")
 
@@ -91,7 +92,7 @@ def test_a_workflow_that_inserts_exports_and_runs(tmp_path: Path) -> None:
         for name in adapters:
             file = f"{name}.onnx_adapter"
             assert (theirs.parent / file).read_bytes() == (path.parent / file).read_bytes()
-        session = lora_fx.Session(theirs)
+        session = Session(theirs)
         name = onnxruntime.InferenceSession(theirs).get_inputs()[0].name
         outputs = [session.run({name: x.numpy()}, adapter=a)[0] for a in (None, *adapters)]
         assert all(np.abs(a - b).max() > 1e-3 for a, b in pairwise(outputs))

@@ -16,6 +16,7 @@ datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
 
+@pytest.mark.filterwarnings("default")  # trl and datasets warn of transformers and of each other
 @pytest.mark.parametrize("kind", ["attach", "peft"])
 def test_sft(kind: str, tmp_path: Path) -> None:
     import trl_sft_dpo as sample
