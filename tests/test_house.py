@@ -240,7 +240,7 @@ def test_heavy_libraries_stay_in_their_folder() -> None:
     for m in MODULES:
         loaded = imports(m)
         heavy = {i.partition(".")[0] for i in loaded}
-        if not m.name.startswith(("lora_fx.fx", "lora_fx.passes")):
+        if not m.name.startswith(("lora_fx.fx", "lora_fx.passes", "lora_fx.integrations")):
             assert "torch" not in heavy, m.name
         if not m.name.startswith("lora_fx.onnx"):
             assert not {"onnx", "onnx_ir", "onnxruntime"} & heavy, m.name

@@ -148,8 +148,12 @@ def _adapter_of(model: nn.Module) -> Adapter:
 def _without_adapter(model: nn.Module) -> nn.Module:
     """Return a copy of an attached model or of a PeftModel, as it was before the adapter."""
     copied = copy.deepcopy(model)
+    base = copied
     if is_attached(model):
         detach(copied)
-        return copied
-    base: nn.Module = cast(Any, copied).unload()
+    else:
+        base = cast(Any, copied).unload()
+    # TRL (1.16, trainer/utils.py) and accelerate put a forward of their own on the object, which
+    # calls the method of the model that was copied.
+    base.__dict__.pop("forward", None)
     return base
