@@ -46,7 +46,7 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
         args: Sequence[object] = (),
         kwargs: Named | None = None,
         *,
-        adapter: StrPath | None = None,
+        adapter: str | Path | None = None,
         **options: Any,
     ) -> None:
         """Prepare the export.

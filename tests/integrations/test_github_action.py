@@ -104,7 +104,9 @@ def test_one_that_does_not_fit(runner: Runner) -> None:
     assert "::error::an adapter does not fit base.safetensors" in done.stdout
     assert runner.outputs()["ok"] == "false"
     summary = (runner.temp / "summary").read_text()
-    assert "verify base.safetensors other # exit 2\nError: base.safetensors: tensor [6, 4]" in summary
+    assert (
+        "verify base.safetensors other # exit 2\nError: base.safetensors: tensor [6, 4]" in summary
+    )
     assert "verify base.safetensors one # exit 0" in summary and "merge" not in summary
 
 

@@ -22,7 +22,7 @@ from lora_fx.onnx import Session
 
 pytest.importorskip("olive")
 
-SCRIPT = '''
+SCRIPT = """
 import torch
 from torch import nn
 
@@ -34,7 +34,7 @@ def load(path):
 
 def example(model):
     return torch.linspace(-1, 1, 12).reshape(2, 6)
-'''
+"""
 
 
 def run(*argv: str, folder: Path) -> str:
@@ -58,7 +58,7 @@ def test_a_workflow_that_inserts_exports_and_runs(tmp_path: Path) -> None:
         with torch.no_grad():
             for value in model.parameters():
                 if value.requires_grad:
-                    value += 0.1
+                    value.add_(0.1)
         lora_fx.save_adapter(model.adapter(), tmp_path / name)
         adapters[name] = str(tmp_path / name)
     (tmp_path / "package.json").write_text(run("-m", "lora_fx.integrations.olive", folder=tmp_path))
