@@ -45,7 +45,7 @@ from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restore
 from lora_fx.formats.mlx_settings import CONFIG, MlxSettings, settings_beside
 from lora_fx.formats.unsupported import refused
-from lora_fx.text import Json, counted
+from lora_fx.text import Json, counted, is_whole
 
 WEIGHTS = "adapters.safetensors"
 OLDER_WEIGHTS = "adapters.npz"
@@ -237,7 +237,12 @@ def write(adapter: Adapter, directory: Path, base: Path | None = None) -> tuple[
         dropout=float(adapter.metadata.get("dropout") or 0.0),
         base=str(adapter.metadata.get("base_model_name_or_path") or ""),
     )
-    text = json.dumps(_config(settings, modules), indent=4, sort_keys=True) + "\n"
+    text = (
+        json.dumps(
+            _config(settings, modules, config.get("num_hidden_layers")), indent=4, sort_keys=True
+        )
+        + "\n"
+    )
     (directory / CONFIG).write_text(text, encoding="utf-8")
     return tuple(_notes(updates, rank, scale))
 
@@ -366,20 +371,23 @@ def _tensors(update: LowRank) -> dict[str, Array]:
     return tensors
 
 
-def _config(settings: MlxSettings, modules: list[str]) -> Json:
+def _config(settings: MlxSettings, modules: list[str], layers: object) -> Json:
     """Return the content of adapter_config.json.
 
-    `keys` has names within a layer if all layers from the first on have the same modules, as
-    MLX-LM writes it; else whole names, which MLX-LM reads since 0.16.0. num_layers -1: all layers.
+    Args:
+        settings: Of the file.
+        modules: MLX's names of the adapted modules.
+        layers: The number of layers that the model has; no number where it is not known.
     """
+    keys, num_layers = _keys(modules, layers)
     config: Json = {
         "fine_tune_type": "dora" if settings.dora else "lora",
-        "num_layers": -1,
+        "num_layers": num_layers,
         "lora_parameters": {
             "rank": settings.rank,
             "scale": settings.scale,
             "dropout": settings.dropout,
-            "keys": _keys(modules),
+            "keys": keys,
         },
     }
     if settings.base:
@@ -387,8 +395,13 @@ def _config(settings: MlxSettings, modules: list[str]) -> Json:
     return config
 
 
-def _keys(modules: list[str]) -> list[str]:
-    """Return the field `keys` of lora_parameters."""
+def _keys(modules: list[str], layers: object) -> tuple[list[str], int]:
+    """Return the fields `keys` and `num_layers`, the number of the last layers with these keys.
+
+    The keys are names within a layer if all layers, or the last ones, have the same modules. That
+    is how MLX-LM writes them. Otherwise they are whole names, which MLX-LM reads since 0.16.0.
+    A num_layers of -1 means all layers.
+    """
     modules_by_layer: dict[int, set[str]] = {}
     outside_layers: list[str] = []
     for module in modules:
@@ -397,11 +410,16 @@ def _keys(modules: list[str]) -> list[str]:
             outside_layers.append(module)
         else:
             modules_by_layer.setdefault(int(match[1]), set()).add(match[2])
+
     groups = list(modules_by_layer.values())
-    begins_at_first = sorted(modules_by_layer) == list(range(len(groups)))
-    if not groups or not begins_at_first or any(group != groups[0] for group in groups):
-        return sorted(modules)
-    return [*sorted(groups[0]), *sorted(outside_layers)]
+    adapted = sorted(modules_by_layer)
+    if groups and all(group == groups[0] for group in groups):
+        keys = [*sorted(groups[0]), *sorted(outside_layers)]
+        if adapted == list(range(len(adapted))):
+            return keys, -1
+        if is_whole(layers) and adapted == list(range(layers))[-len(adapted) :]:
+            return keys, len(adapted)
+    return sorted(modules), -1
 
 
 def _notes(updates: Mapping[str, LowRank], rank: int, scale: float) -> list[str]:

@@ -196,6 +196,18 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "out").metadata["dropout"] == 0.05
 
 
+def test_keys_of_the_last_layers(tmp_path: Path) -> None:
+    """With the base's number of layers the keys are names within a layer, as MLX-LM has them."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
+    entries = {f"model.layers.{n}.self_attn.q_proj.weight": low() for n in (2, 3)}
+    for base, num_layers in ((tmp_path, 2), (None, -1)):
+        save_adapter(Adapter({**entries}), tmp_path / "out", "mlx", base=base, force=True)
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["num_layers"] == num_layers
+        whole = [key.removesuffix(".weight") for key in entries]
+        assert config["lora_parameters"]["keys"] == (["self_attn.q_proj"] if base else whole)
+
+
 def test_foreign_tensors_stay(tmp_path: Path) -> None:
     theirs = stored(tmp_path / "theirs")
     save_adapter(load_adapter(theirs), tmp_path / "ours", "mlx")
