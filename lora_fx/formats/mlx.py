@@ -268,9 +268,19 @@ def _has_experts(keys: Iterable[str]) -> bool:
 
 
 def _with_stacks(adapter: Adapter, family: Family | None) -> Adapter:
-    """Return the adapter with its experts as stacks gate_proj, up_proj and down_proj."""
+    """Return the adapter with its experts as stacks gate_proj, up_proj and down_proj.
+
+    Raises:
+        LoraFxError: There are experts, and the model is not known.
+    """
     if not _has_experts(adapter.entries):
         return adapter
+    if family is None:
+        key = next(key for key in adapter.entries if _has_experts([key]))
+        what = (
+            "MLX-LM has stacks of gate and up apart, and how they are joined depends on the model"
+        )
+        raise _refused(key, what, "pass the folder of the base model with --base")
     entries: dict[str, Entry] = {}
     for key, entry in laid(adapter.entries, ExpertLayout(split=True), family).items():
         module, _, leaf = key.removesuffix(".weight").rpartition(".")

@@ -246,6 +246,7 @@ def test_one_rank_and_one_scale(tmp_path: Path) -> None:
         ({"a.weight": lora_fx.Full(normal(0, 3))}, "a whole tensor"),
         ({"a.wte.weight": low(magnitude=normal(0, 6))}, "an embedding has lengths for other axes"),
         ({"a.weight": LowRank(normal(0, 3, 2, 4), normal(1, 3, 6, 2), 2.0)}, "a stack of matrices"),
+        ({"a.experts.0.up_proj.weight": low()}, "stacks of gate and up apart"),
     ],
 )
 def test_not_written(tmp_path: Path, entries: Any, word: str) -> None:

@@ -1,4 +1,4 @@
-"""The package mlx-lm itself, where it is installed: what it trains is read, and what is written loads.
+"""Against the package mlx-lm, where it is installed: what it trains, and what it loads of ours.
 
 MLX runs on Linux CPUs: `pip install 'mlx[cpu]' mlx-lm`. It is in no extra of lora-fx.
 """
