@@ -6,6 +6,7 @@ It works in every subclass of Trainer, those of TRL among them.
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import check_output
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -26,7 +28,7 @@ from lora_fx.passes.verbs.attach import detach
 from lora_fx.passes.verbs.export import export
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.verify import verify
-from lora_fx.text import StrPath
+from lora_fx.text import StrPath, near
 
 
 class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
@@ -57,7 +59,16 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
             kwargs: Example inputs by keyword.
             adapter: A folder to write the adapter to as well, before anything is exported.
             options: Of lora_fx.export: mode, target, dynamic, force …
+
+        Raises:
+            LoraFxError: lora_fx.export has no such option.
         """
+        known_options = inspect.signature(export).parameters
+        for name in options:
+            if name not in known_options:
+                raise LoraFxError(
+                    f"lora_fx.export has no argument {name!r}", near(name, known_options)
+                )
         self.path = Path(path)
         self.args = args
         self.kwargs = kwargs
@@ -65,6 +76,30 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
         self.options = options
         self.exported: Report | None = None
         self.verified: Report | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse before training what could not be exported after it.
+
+        Raises:
+            LoraFxError: An output exists, the model holds no adapter, or it needs example inputs.
+        """
+        model = kwargs["model"]
+        _check_holds_adapter(model)
+        if not isinstance(model, AdaptedModule) and not self.args and not self.kwargs:
+            raise LoraFxError(
+                f"example inputs of the {type(model).__name__} are missing, with which it is "
+                "captured at the end",
+                "pass them to ExportAtEnd: ExportAtEnd(path, (x,)), or kwargs={'input_ids': ids}",
+            )
+        for output in (self.path, self.adapter):
+            if output is not None:
+                check_output(Path(output), force=self._force)
 
     def on_train_end(
         self,
@@ -76,15 +111,20 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
         """Write and verify; every process takes part in gathering the adapter, and one writes.
 
         Raises:
-            LoraFxError: The model holds no adapter, it cannot be exported, or the file differs.
+            LoraFxError: The model cannot be exported, or the file differs.
         """
         model = kwargs["model"]
         adapter = _adapter_of(model)
         if not state.is_world_process_zero:
             return
         if self.adapter is not None:
-            save_adapter(adapter, self.adapter, force=bool(self.options.get("force")))
+            save_adapter(adapter, self.adapter, force=self._force)
         self._export(model, adapter)
+
+    @property
+    def _force(self) -> bool:
+        """Whether existing outputs are replaced."""
+        return bool(self.options.get("force"))
 
     def _export(self, model: nn.Module, adapter: Adapter) -> None:
         """Export the model and compare the file with it."""
@@ -130,16 +170,25 @@ def _is_of_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "unload")
 
 
-def _adapter_of(model: nn.Module) -> Adapter:
-    """Return the adapter that was trained."""
-    if isinstance(model, AdaptedModule) or is_attached(model):
-        adapter: Adapter = cast(Any, model).adapter()
-        return adapter
-    if not _is_of_peft(model):
+def _holds_ours(model: nn.Module) -> bool:
+    """Whether insert returned the model, or attach changed it."""
+    return isinstance(model, AdaptedModule) or is_attached(model)
+
+
+def _check_holds_adapter(model: nn.Module) -> None:
+    """Raise for a model that holds no adapter."""
+    if not _holds_ours(model) and not _is_of_peft(model):
         raise LoraFxError(
             f"a {type(model).__name__} holds no adapter of lora-fx or PEFT",
             "pass Trainer a model that lora_fx.insert or lora_fx.attach returned, or a PeftModel",
         )
+
+
+def _adapter_of(model: nn.Module) -> Adapter:
+    """Return the adapter that was trained."""
+    if _holds_ours(model):
+        adapter: Adapter = cast(Any, model).adapter()
+        return adapter
     with tempfile.TemporaryDirectory() as folder:
         cast(Any, model).save_pretrained(folder)
         return load_adapter(folder)

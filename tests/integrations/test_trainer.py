@@ -81,7 +81,18 @@ def test_switch(tmp_path: Path) -> None:
     assert callback.verified and (tmp_path / "adapter.onnx_adapter").is_file()
 
 
-def test_a_model_without_an_adapter(tmp_path: Path) -> None:
+def test_refused_before_training(tmp_path: Path) -> None:
+    """What could not be exported at the end; nothing is trained or written."""
+    with pytest.raises(LoraFxError, match="no argument 'moed'") as caught:
+        ExportAtEnd(tmp_path / "x.onnx", moed="switch")
+    assert "mode" in caught.value.hint
     with pytest.raises(LoraFxError, match="a Net holds no adapter of lora-fx or PEFT"):
         train(Net(), tmp_path / "out", ExportAtEnd(tmp_path / "x.onnx"))
-    assert not (tmp_path / "x.onnx").exists()
+    model = Net().eval()
+    lora_fx.attach(model, (X,), rank=2, include="*")
+    with pytest.raises(LoraFxError, match="example inputs of the Net are missing"):
+        train(model, tmp_path / "out", ExportAtEnd(tmp_path / "x.onnx"))
+    (tmp_path / "x.onnx").write_text("mine")
+    with pytest.raises(LoraFxError, match=r"x\.onnx already exists"):
+        train(model, tmp_path / "out", ExportAtEnd(tmp_path / "x.onnx", (X,)))
+    assert (tmp_path / "x.onnx").read_text() == "mine"
