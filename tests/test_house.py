@@ -469,7 +469,7 @@ NODES = {
     "lora_fx.fx.onnx_export": 9_000,
     "lora_fx.fx.pt2": 16_500,
     "lora_fx.fx.train": 31_500,
-    "lora_fx.integrations": 1_500,
+    "lora_fx.integrations": 1_700,
     "lora_fx.ir": 13_000,
     "lora_fx.onnx": 82_000,
     "lora_fx.onnx.graph": 18_000,
