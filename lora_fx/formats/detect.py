@@ -17,9 +17,9 @@ from lora_fx.data_files import check_unpacked
 from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import first_bytes, is_pickle, may_be_safetensors
-from lora_fx.formats.file_head import has_config, tensors_head
+from lora_fx.formats.file_head import config_fields, has_config, tensors_head
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.registry import FORMATS, files_of, pickles_of
+from lora_fx.formats.registry import FORMATS, files_of, older_files_of, pickles_of
 
 NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
 """Suffixes that an adapter is never written with."""
@@ -46,7 +46,7 @@ def look(path: Path) -> FileHead:
         return tensors_head(path)
     if head.startswith(_ZIP):
         check_unpacked(path, "check that it is the right file")
-    return FileHead(head, config=has_config(path))
+    return FileHead(head, config=has_config(path), config_fields=config_fields(path))
 
 
 def _is_pickled(path: Path, head: bytes) -> bool:
@@ -165,9 +165,9 @@ def _hint_for_folder(path: Path, weights: str) -> str:
 
 
 def files_with_tensors(formats: Collection[Format]) -> tuple[str, ...]:
-    """Return the names that these formats give their tensor file in a folder, pickles last."""
+    """Return the names of these formats' tensor files in folders: older ones last, then pickles."""
     safe = [format.folder_files[0] for format in formats if format.folder_files]
-    return (*safe, *pickles_of(formats))
+    return (*safe, *older_files_of(formats), *pickles_of(formats))
 
 
 def _lies_beside(path: Path) -> bool:
@@ -185,10 +185,15 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     path = Path(path)
     if path.is_dir():
         return any(_has_file_of(path, formats) for formats in FORMATS.in_turn())
-    if not path.is_file() or path.suffix in NO_OUTPUT or not FORMATS.suffix_of(path.name):
+    if not path.is_file() or path.suffix in NO_OUTPUT or not _has_name_of_adapter(path):
         return FORMATS.is_pickle(path.name)
     head = look(path)
     return head.config or bool(FORMATS.detecting(head))
+
+
+def _has_name_of_adapter(path: Path) -> bool:
+    """Whether files of this name, or with its suffix, may hold the tensors of an adapter."""
+    return bool(FORMATS.suffix_of(path.name)) or FORMATS.is_older_file(path.name)
 
 
 def is_foreign_model(path: str | PathLike[str]) -> bool:

@@ -48,6 +48,7 @@ class FileHead:
         names: Tensor names of a safetensors file; empty for others.
         metadata: The texts of its header.
         config: True where adapter_config.json lies beside it.
+        config_fields: Names of the fields in that file.
         elements: How many all tensors have together.
     """
 
@@ -56,6 +57,7 @@ class FileHead:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: bool = False
     elements: int = 0
+    config_fields: frozenset[str] = frozenset()
 
 
 class Format(Protocol):
@@ -72,6 +74,8 @@ class Format(Protocol):
             Empty where an adapter of it is always one file.
         pickles: Names that the file of the tensors has in a folder as a pickle. They are read with
             `--trust`, and never written.
+        older_files: Names that the file of the tensors has in folders of older releases, which are
+            read and never written. A .npz file has a format by the names of its arrays.
         only_read: Whether it is read and not written.
         one_model: Whether a file of it holds the updates of one model, under the names of that
             model's parameters. Updates of several components of a pipeline are refused.
@@ -93,6 +97,7 @@ class Format(Protocol):
     magic: Magic | None = None
     folder_files: tuple[str, ...] = ()
     pickles: tuple[str, ...] = ()
+    older_files: tuple[str, ...] = ()
     only_read: bool = False
     one_model: bool = False
     takes_empty: bool = False

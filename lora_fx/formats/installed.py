@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 GROUP = "lora_fx.formats"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _MEMBERS = (
-    "name", "suffixes", "magic", "folder_files", "pickles", "only_read", "one_model",
+    "name", "suffixes", "magic", "folder_files", "pickles", "older_files", "only_read", "one_model",
     "takes_empty", "keeps_variants", "takes_base", "fits_graphs", "keeps_probe",
     "keeps_invocation", "sole_suffix", "detect", "resembles", "is_adapter", "read", "write",
     "write_for",
@@ -130,7 +130,7 @@ def _fault(name: str, loaded: Format) -> str:
             return (
                 f"one of its suffixes is {suffix!r}; expected a suffix that model files do not use"
             )
-    for names in (loaded.folder_files, loaded.pickles):
+    for names in (loaded.folder_files, loaded.pickles, loaded.older_files):
         if not _are_texts(names) or any(Path(n).name != n for n in names):
             return (
                 f"its file names of a folder are {names!r}; expected a tuple of names without '/'"
@@ -169,6 +169,7 @@ class InstalledFormat(Format):
         self.magic = inner.magic
         self.folder_files = inner.folder_files
         self.pickles = inner.pickles
+        self.older_files = inner.older_files
         self.only_read = bool(inner.only_read)
         self.one_model = bool(inner.one_model)
         self.takes_empty = bool(inner.takes_empty)

@@ -25,6 +25,7 @@ from lora_fx.formats.format import HEAD, FileHead, Format
 from lora_fx.formats.gguf import GGUF
 from lora_fx.formats.graph_inputs import GRAPH_INPUTS
 from lora_fx.formats.kohya import KOHYA
+from lora_fx.formats.mlx import MLX
 from lora_fx.formats.onnx_adapter import ONNX_ADAPTER
 from lora_fx.formats.peft.file import PEFT
 from lora_fx.formats.torchtune import TORCHTUNE
@@ -32,10 +33,12 @@ from lora_fx.formats.torchtune import TORCHTUNE
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGUF, GRAPH_INPUTS)
+OURS: tuple[Format, ...] = (
+    PEFT, KOHYA, DIFFUSERS, TORCHTUNE, MLX, ONNX_ADAPTER, GGUF, GRAPH_INPUTS
+)  # fmt: skip
 """The formats of lora-fx. The first is the default for a folder."""
 
-FormatName = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"] | str
+FormatName = Literal["peft", "kohya", "diffusers", "mlx", "onnx_adapter", "gguf"] | str
 """The name of a format that can be written: lora-fx's own, or an installed one."""
 
 _PACKAGE = "lora-fx"
@@ -147,6 +150,10 @@ class Registry(Mapping[str, Format]):
         """Whether a file of this name is the pickle in an adapter's folder."""
         return any(name in pickles_of(formats) for formats in self.in_turn())
 
+    def is_older_file(self, name: str) -> bool:
+        """Whether a folder of an older release has its tensors in a file of this name."""
+        return any(name in older_files_of(formats) for formats in self.in_turn())
+
     def files_of_folders(self) -> tuple[str, ...]:
         """Return the names of all files that an adapter folder can have, pickles included."""
         return files_of(self.importable())
@@ -215,6 +222,7 @@ def files_of(formats: Collection[Format]) -> tuple[str, ...]:
     names: list[str] = []
     for format in formats:
         names += format.folder_files
+        names += format.older_files
     return (*names, *pickles_of(formats))
 
 
@@ -222,6 +230,12 @@ def pickles_of(formats: Collection[Format]) -> Iterator[str]:
     """Yield the names of the pickles that folders of these formats can have."""
     for format in formats:
         yield from format.pickles
+
+
+def older_files_of(formats: Collection[Format]) -> Iterator[str]:
+    """Yield the names of the files of tensors in folders of older releases."""
+    for format in formats:
+        yield from format.older_files
 
 
 def suffixes_of(formats: Collection[Format]) -> Iterator[str]:

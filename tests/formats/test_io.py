@@ -158,7 +158,7 @@ def test_unknown_format(tmp_path: Path) -> None:
     for name in ("ggml", "torchtune"):
         with pytest.raises(LoraFxError, match=name) as caught:
             save_adapter(small(1), tmp_path / "x", name)
-        assert "peft, kohya, diffusers, onnx_adapter, gguf" in caught.value.hint
+        assert "peft, kohya, diffusers, mlx, onnx_adapter, gguf" in caught.value.hint
 
 
 def test_neither_torch_nor_peft_is_imported() -> None:

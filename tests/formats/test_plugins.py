@@ -139,10 +139,10 @@ def test_it_is_listed(place: Path) -> None:
     text = " ".join(run("convert --help").stdout.split())
     assert "onnx_adapter, gguf, graph_inputs, toy. OUT is" in text
     assert (
-        "Choose the format of OUT: peft, kohya, diffusers, onnx_adapter, gguf, toy, peft-0.18"
+        "Choose the format of OUT: peft, kohya, diffusers, mlx, onnx_adapter, gguf, toy, peft-0.18"
         in text
     )
-    names = "pass --format with one of peft, kohya, diffusers, onnx_adapter, gguf, toy"
+    names = "pass --format with one of peft, kohya, diffusers, mlx, onnx_adapter, gguf, toy"
     refused(run("convert start -o x.safetensors"), names)
     Path("odd.bin").write_bytes(b"odd" * 40)
     refused(run("convert odd.bin -o x"), "not a safetensors file", ".toy")

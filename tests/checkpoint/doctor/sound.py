@@ -299,6 +299,7 @@ SOUND: dict[str, Build] = {
     "one file": saved("peft", "adapter.safetensors"),
     "onnx_adapter": saved("onnx_adapter", "adapter.onnx_adapter"),
     "gguf": saved("gguf", "adapter.gguf"),
+    "mlx": saved("mlx", "adapter"),
     "kohya of ours": saved("kohya", "adapter.safetensors"),
     "parts of a tensor": own_file,
     "bfloat16": narrow,

@@ -1,0 +1,1 @@
+"""lora-fx inside other programs: one module for each, imported by nobody but its user."""
