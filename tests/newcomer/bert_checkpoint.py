@@ -9,7 +9,7 @@ torch.manual_seed(0)
 config = BertConfig(
     vocab_size=120,
     hidden_size=32,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=4,
     intermediate_size=64,
     max_position_embeddings=40,
@@ -50,7 +50,7 @@ with torch.no_grad():
     assert torch.allclose(merged(**batch).logits, model(**batch).logits, atol=1e-5)
 
 # By hand: W + alpha/rank * B A.
-key = "bert.encoder.layer.1.attention.self.query.weight"
+key = "bert.encoder.layer.0.attention.self.query.weight"
 update = adapter[key]
 change = torch.from_numpy(update.alpha / update.rank * update.b @ update.a)
 by_hand = bert.get_parameter(key) + change
