@@ -77,19 +77,20 @@ def emit(
 def show(whole: Json) -> None:
     """Print the JSON object of a result."""
     end_line()
-    _write(json.dumps(strict_json(whole), indent=1, default=str))
+    spelled = running.get().spelled_messages(strict_json(whole))
+    _write(json.dumps(spelled, indent=1, default=str))
 
 
 def echo(text: str, *, err: bool = False, red: bool = False) -> None:
     """Print text, red on request in a terminal; control characters are shown as their codes."""
     end_line()
-    said = visible(text, lines=True)
+    said = running.get().spelled(visible(text, lines=True))
     shown = red and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     _write(click.style(said, fg="red") if shown else said, err=err)
 
 
 def _write(text: str, *, err: bool = False) -> None:
-    """Write a text to a standard stream, with commands as the running distribution has them.
+    """Write a text to a standard stream.
 
     A failure to write to stderr, such as a full disk, is ignored: the result and the exit code of
     the command do not depend on stderr.
@@ -99,7 +100,7 @@ def _write(text: str, *, err: bool = False) -> None:
         BrokenPipeError: The reader of stdout has closed it.
     """
     try:
-        click.echo(running.get().spelled(text), err=err)
+        click.echo(text, err=err)
     except OSError as error:
         if err:
             return

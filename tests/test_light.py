@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx import Adapter, LowRank, save_adapter
+from lora_fx.cli.distribution import Distribution
 from tests.house import HERE as ROOT
 from tests.light import COMMANDS, LIBRARIES, parts
 
@@ -126,6 +127,22 @@ print(json.dumps(results))
         if exit_code:
             error, hint = shown.splitlines()
             assert error.startswith("Error: ") and hint.startswith("Hint: "), shown
+
+
+def test_no_path_in_a_result_gets_its_name() -> None:
+    light = Distribution("lora-fx-light", COMMANDS, "", "")
+    shown = light.spelled_messages(
+        {
+            "outputs": ["lora-fx merge", "/x/lora-fx[v1]/out"],
+            "error": "/x/lora-fx merge/out: no adapter",
+            "checks": [{"hint": "run lora-fx merge BASE ADAPTER"}],
+        }
+    )
+    assert shown == {
+        "outputs": ["lora-fx merge", "/x/lora-fx[v1]/out"],
+        "error": "/x/lora-fx merge/out: no adapter",
+        "checks": [{"hint": "run lora-fx-light merge BASE ADAPTER"}],
+    }
 
 
 def projects() -> tuple[dict[str, Any], dict[str, Any]]:

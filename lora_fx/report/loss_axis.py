@@ -10,6 +10,8 @@ SPAN = 30.0
 """The ratio of the largest loss to the least from which on the axis is logarithmic."""
 FEW = 3
 """The fewest powers of ten that are marked alone; with fewer, 2 and 5 times them are, too."""
+MANY = 8
+"""The most marks of powers of ten, whose labels would otherwise cover each other."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class LossAxis:
         if low > 0 and high / low >= SPAN:
             marks = _marks(low, high)
             powers = [mark for mark in marks if math.log10(mark).is_integer()]
-            return cls(marks[0], marks[-1], powers if len(powers) >= FEW else marks, True)
+            every = math.ceil(len(powers) / MANY)
+            return cls(marks[0], marks[-1], powers[::every] if len(powers) >= FEW else marks, True)
         ticks = round_ticks(losses)
         return cls(ticks[0], ticks[-1], ticks, False)
 

@@ -420,6 +420,8 @@ def test_losses_that_span_decades_have_a_logarithmic_axis() -> None:
     depths = [axis.depth(tick) for tick in (10.0, 1.0, 0.1)]
     assert depths[1] - depths[0] == pytest.approx(depths[2] - depths[1])
     assert not LossAxis.of([20.0, 0.02, -1.0]).is_logarithmic, "a loss below zero has no logarithm"
+    diverged = LossAxis.of([3e38, 1e-30])
+    assert len(diverged.ticks) <= 8 and diverged.depth(3e38) < 0.1 < diverged.depth(1e-30)
 
 
 def test_comparisons_with_equal_numbers_are_one_row() -> None:

@@ -4,7 +4,8 @@ A name such as `wv`, `o` or `fc1` is that of any layer. It is a role only where 
 
     q, k, v   the result enters softmax(q kᵀ) v, or a fused attention
     o         x comes out of one
-    router    the result is sorted, or goes through a softmax
+    router    the result is sorted, or goes through a softmax; or it is narrower than x, activated,
+              and multiplied with another layer's, as the gates of all experts are
     gate      the result goes through an activation, and is multiplied with another layer's
     up        the result is multiplied so, or it is wider than x and goes through an activation
     down      x is such a product, or it is wider than the result and activated
@@ -24,9 +25,9 @@ from lora_fx.fx.graph.roles import FAR, enters_attention, is_product_of_data, is
 from lora_fx.fx.operators import HigherOrderOperator
 
 ACTIVATIONS = frozenset((
-    "celu", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
-    "log_sigmoid", "mish", "pow", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu",
-    "softplus", "tanh",
+    "celu", "elu", "erf", "exp", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "log_sigmoid", "mish", "pow", "prelu", "relu", "relu6", "rrelu", "selu",
+    "sigmoid", "silu", "softplus", "tanh",
 ))  # fmt: skip
 CHOICES = frozenset(("argmax", "argsort", "max", "softmax", "sort", "topk"))
 
@@ -66,6 +67,8 @@ def agreeing_roles(
     is_multiplied = any(map(_multiplies_layers, after[:AROUND]))
     if is_activated and is_multiplied:
         roles.add("gate")
+        if narrows:
+            roles.add("router")
     if is_multiplied or (is_activated and widens):
         roles.add("up")
     follows_activation = any(_op(step) in ACTIVATIONS for step in before[:AROUND])
