@@ -2,9 +2,10 @@
 
 A lookup is an embedding. A matmul is a head when its weight is tied to an embedding table, or
 has such a table's shape. The rest is read from the module's name, by the names that the
-published architectures use, where the data flow agrees: `wv` is a value only where attention
-reads it. Of a file's tensors, and in an .onnx graph, the flow is not followed for this, and the
-name decides.
+published architectures use. Names of any layer are roles only where the data flow agrees: `wv` is
+a value where attention reads it. Names that say their role in full (`v_proj`) stand by themselves,
+in an attention without softmax, too. Of a file's tensors, and in an .onnx graph, the flow is not
+followed for this, and the name decides.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _NAMES = (
 
 
 ROLES = tuple(role for role, _ in _NAMES)
+_IN_FULL = re.compile(r"(^|\.)(([qkvo]|query|key|value|gate|up|down)_proj|router)$")
+"""Names that nobody gives to a layer of another role."""
 _PATTERNS = tuple((role, re.compile(rf"(^|\.)({names})$")) for role, names in _NAMES)
 
 
@@ -56,7 +59,7 @@ def role_of(
         *(site.roles for site in sites if site.roles is not None)
     )
     for name in names:
-        role = role_by_name(name, agreed)
+        role = role_by_name(name, ROLES if _IN_FULL.search(name) else agreed)
         if role:
             return role
     return ""

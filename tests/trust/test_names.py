@@ -231,9 +231,10 @@ def test_dimensions_keep_their_names_in_every_file(given: str, tmp_path: Path) -
         model = str(tmp_path / "m.pt2")
     modes: dict[str, Any] = {"merged": None, "switch": None, "load": None, "batch": {"a": adapter}}
     for mode, adapters in modes.items():
-        lora_fx.export(model, tmp_path / mode, mode=mode, adapters=adapters, provider="cpu")
-        assert dims_of(tmp_path / mode) == DIMS
-    base = (tmp_path / "merged").rename(tmp_path / "base.onnx")
+        path = tmp_path / f"{mode}.onnx"
+        lora_fx.export(model, path, mode=mode, adapters=adapters, provider="cpu")
+        assert dims_of(path) == DIMS
+    base = (tmp_path / "merged.onnx").rename(tmp_path / "base.onnx")
     lora_fx.merge(base, [adapter], tmp_path / "merge.onnx")
     insert_onnx(base, tmp_path / "insert.onnx", rank=2)
     lora_fx.export(base, tmp_path / "fast.onnx", optimise=True, provider="cpu")
