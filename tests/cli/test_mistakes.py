@@ -82,6 +82,7 @@ def unusual_data(odd: Path, x: np.ndarray, labels: np.ndarray) -> None:
     np.savez(odd / "empty.npz", x=x[:0], labels=labels[:0])
     np.savez(odd / "uneven.npz", x=x, labels=labels[:30])
     np.savez(odd / "high.npz", x=x, labels=labels + 1)
+    np.savez(odd / "negative.npz", x=x, labels=labels - 1)
     np.savez(odd / "fractions.npz", x=x, labels=labels + 0.5)
     np.savez(odd / "renamed.npz", features=x, labels=labels)
     np.savez(odd / "objects.npz", x=x, labels=np.array(["a"] * 40, dtype=object))
