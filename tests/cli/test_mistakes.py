@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
@@ -48,6 +50,45 @@ def updates(rng: np.random.Generator, shapes: dict[str, tuple[int, int]]) -> Ada
     return Adapter(entries)
 
 
+def damaged_adapters(start: Path, odd: Path) -> None:
+    """Copies of the adapter in start, each with one thing wrong, as folders in odd."""
+    configs = {"worded": {"r": "two"}, "unscaled": {"lora_alpha": None}, "rank3": {"r": 3}}
+    names = ["bare", "hollow", "cut", "gaps", "half", "whole_numbers", "comma", "pickled", "a b"]
+    for name in [*configs, *names, "typed"]:
+        shutil.copytree(start, odd / name)
+    for name, changes in {**configs, "typed": {"peft_type": "LORRA"}}.items():
+        config = json.loads((start / "adapter_config.json").read_text())
+        (odd / name / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    tensors = load_file(start / "adapter_model.safetensors")
+    first = min(tensors)
+    (odd / "bare/adapter_config.json").unlink()
+    (odd / "hollow/adapter_model.safetensors").unlink()
+    (odd / "comma/adapter_config.json").write_text('{"r": 2,}')
+    cut = odd / "cut/adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    gaps = {**tensors, first: np.full_like(tensors[first], np.nan)}
+    save_file(gaps, odd / "gaps/adapter_model.safetensors")
+    half = {key: tensor for key, tensor in tensors.items() if key != first}
+    save_file(half, odd / "half/adapter_model.safetensors")
+    whole = {key: tensor.astype("i4") for key, tensor in tensors.items()}
+    save_file(whole, odd / "whole_numbers/adapter_model.safetensors")
+    (odd / "pickled/adapter_model.safetensors").unlink()
+    state = {key: torch.from_numpy(tensor) for key, tensor in tensors.items()}
+    torch.save(state, odd / "pickled/adapter_model.bin")
+
+
+def unusual_data(odd: Path, x: np.ndarray, labels: np.ndarray) -> None:
+    """Data files that cannot be trained on, in odd."""
+    np.savez(odd / "empty.npz", x=x[:0], labels=labels[:0])
+    np.savez(odd / "uneven.npz", x=x, labels=labels[:30])
+    np.savez(odd / "high.npz", x=x, labels=labels + 1)
+    np.savez(odd / "negative.npz", x=x, labels=labels - 1)
+    np.savez(odd / "fractions.npz", x=x, labels=labels + 0.5)
+    np.savez(odd / "renamed.npz", features=x, labels=labels)
+    np.savez(odd / "objects.npz", x=x, labels=np.array(["a"] * 40, dtype=object))
+    (odd / "cut.jsonl").write_text('{"x": [1, 2], "labels": 0}\n{"x": [1, 2\n')
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of somebody who works with a model of two layers."""
@@ -66,6 +107,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = rng.standard_normal((40, 8)).astype("f")
     np.savez(here / "data.npz", x=x, labels=np.arange(40) % 5)
     np.savez(here / "inputs.npz", x=x)
+    odd = here / "odd"
+    odd.mkdir()
+    damaged_adapters(here / "start", odd)
+    unusual_data(odd, x, np.arange(40) % 5)
+    save_adapter(updates(rng, {"encoder.q.weight": (12, 8)}), odd / "other")
+    (odd / "notes.txt").write_text("hello\n")
+    (odd / "void").mkdir()
     (here / "one.toml").write_text('[merge]\ndtpe = "fp32"\n')
     return here
 

@@ -142,7 +142,11 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
     check_whole(labels)
     wrong = labels[(labels >= classes) | ((labels < 0) & (labels != IGNORED))]
     if wrong.numel():
+        label = int(wrong.max())
+        way = "build the model with as many labels as the data has"
+        if label < 0:
+            way = "number the classes from 0"
         raise LoraFxError(
-            f"label {int(wrong.max())}, but the model scores {classes} classes, 0 to {classes - 1}",
-            f"build the model with as many labels as the data has; {IGNORED} means no label",
+            f"label {label}, but the model scores {classes} classes, 0 to {classes - 1}",
+            f"{way}; {IGNORED} means no label",
         )
