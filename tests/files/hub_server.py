@@ -61,7 +61,7 @@ class FakeHub:
         """A commit of a folder's files, and of others by name with __ for the dot."""
         files: dict[str, bytes | str] = {
             p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in folder.rglob("*")
+            for p in sorted(folder.rglob("*"))
             if p.is_file()
         }
         return self.push(repo, files | {n.replace("__", "."): t for n, t in more.items()})
