@@ -218,12 +218,14 @@ class Registry(Mapping[str, Format]):
 
 
 def files_of(formats: Collection[Format]) -> tuple[str, ...]:
-    """Return the names of all files that folders of these formats can have, pickles included."""
-    names: list[str] = []
+    """Return the names of all files that folders of these formats can have, pickles included.
+
+    Formats may share a name, as those that keep their settings in adapter_config.json.
+    """
+    names: dict[str, None] = {}
     for format in formats:
-        names += format.folder_files
-        names += format.older_files
-    return (*names, *pickles_of(formats))
+        names |= dict.fromkeys((*format.folder_files, *format.older_files))
+    return tuple(names | dict.fromkeys(pickles_of(formats)))
 
 
 def pickles_of(formats: Collection[Format]) -> Iterator[str]:

@@ -103,3 +103,8 @@ def test_nothing_else_knows_a_format() -> None:
 def test_packages_import_by_the_older_name() -> None:
     assert base.File is checked_file.File
     assert base.refused is unsupported.refused
+
+
+def test_a_name_that_formats_share_is_there_once() -> None:
+    names = FORMATS.names_of_input()
+    assert "adapter_config.json" in names and len(names) == len(set(names))
