@@ -52,7 +52,11 @@ def updates(rng: np.random.Generator, shapes: dict[str, tuple[int, int]]) -> Ada
 
 def damaged_adapters(start: Path, odd: Path) -> None:
     """Copies of the adapter in start, each with one thing wrong, as folders in odd."""
-    configs = {"worded": {"r": "two"}, "unscaled": {"lora_alpha": None}, "rank3": {"r": 3}}
+    configs: dict[str, dict[str, Any]] = {
+        "worded": {"r": "two"},
+        "unscaled": {"lora_alpha": None},
+        "rank3": {"r": 3},
+    }
     names = ["bare", "hollow", "cut", "gaps", "half", "whole_numbers", "comma", "pickled", "a b"]
     for name in [*configs, *names, "typed"]:
         shutil.copytree(start, odd / name)
