@@ -237,13 +237,9 @@ def write(adapter: Adapter, directory: Path, base: Path | None = None) -> tuple[
         dropout=float(adapter.metadata.get("dropout") or 0.0),
         base=str(adapter.metadata.get("base_model_name_or_path") or ""),
     )
-    text = (
-        json.dumps(
-            _config(settings, modules, config.get("num_hidden_layers")), indent=4, sort_keys=True
-        )
-        + "\n"
-    )
-    (directory / CONFIG).write_text(text, encoding="utf-8")
+    written_config = _config(settings, modules, config.get("num_hidden_layers"))
+    text = json.dumps(written_config, indent=4, sort_keys=True)
+    (directory / CONFIG).write_text(f"{text}\n", encoding="utf-8")
     return tuple(_notes(updates, rank, scale))
 
 

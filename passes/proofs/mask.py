@@ -3,7 +3,7 @@
 whole rows     the invocation at the beginning: the outputs of the branches without a mask
 no invocation  the outputs of the base, to the bit
 spread         the invocation at another place in every row, and one row without: this row and all
-               tokens before an invocation are the base's, to the bit; see spread.py
+               tokens before an invocation are the base's, to the bit; see invocation_spread.py
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from lora_fx.fx.module.module import Rewriter
 from lora_fx.fx.token_mask import name_of_ids
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.gradients import Trained, probe
-from lora_fx.passes.proofs.proof_inputs import arrays_of
-from lora_fx.passes.proofs.spread import (
+from lora_fx.passes.proofs.invocation_spread import (
     BESIDE,
     NO_INVOCATION,
     ROWS,
@@ -39,6 +38,7 @@ from lora_fx.passes.proofs.spread import (
     module_of,
     without,
 )
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 
 
 def prove_mask(module: AdaptedModule, branches_alone: Callable[[Updates, bool], Rewriter]) -> None:

@@ -19,8 +19,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.row_starts import STARTS, Starts
+from lora_fx.passes.proofs.invocation_spread import prove_tokens
 from lora_fx.passes.proofs.reference import Reference, Run
-from lora_fx.passes.proofs.spread import prove_tokens
 
 
 class StartingFile(Protocol):

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from lora_fx.fx.graph import ops
+from lora_fx.fx.graph.agreeing_roles import agreeing_roles
 from lora_fx.fx.graph.computed_weights import Namer
 from lora_fx.fx.graph.flops import site_flops
 from lora_fx.fx.graph.flow import FxFlow, FxWeight, weight_flow
@@ -22,7 +23,6 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
 )
 from lora_fx.fx.graph.parts import out_axis, parts_of
-from lora_fx.fx.graph.surroundings import agreeing_roles
 from lora_fx.fx.operators import HigherOrderOperator
 from lora_fx.ir.graph import Axes, Site
 from lora_fx.ir.kinds import WeightForm
