@@ -81,15 +81,28 @@ class File:
         """
         if array is None:
             return None
+        value = self.number(name, array)
+        if value == 0.0:
+            raise self.error(
+                name,
+                "is 0; expected a finite number that is not 0",
+                "some readers read 0 as the rank and others as no effect; write the intended "
+                "number",
+            )
+        return value
+
+    def number(self, name: str, array: Array) -> float:
+        """Return the number in a tensor of one element, such as a scale.
+
+        Raises:
+            LoraFxError: It has other sizes or another dtype, or is NaN or infinite.
+        """
         if array.size != 1 or not (is_float(array) or array.dtype.kind in "iu"):
             raise self.error(name, f"is {array.dtype} {list(array.shape)}; expected one number")
         value = float(array.reshape(()))
-        if not math.isfinite(value) or value == 0.0:
+        if not math.isfinite(value):
             raise self.error(
-                name,
-                f"is {value:g}; expected a finite number that is not 0",
-                "some readers read 0 as the rank and others as no effect; write the intended "
-                "number",
+                name, f"is {value:g}; expected a finite number", "write the intended number"
             )
         return value
 

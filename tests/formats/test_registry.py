@@ -11,6 +11,7 @@ import pytest
 
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import base, checked_file, unsupported
+from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import FileHead, Format, Magic
 from lora_fx.formats.io import Format as NameInIo
 from lora_fx.formats.io import format_for
@@ -37,6 +38,30 @@ def test_the_page_lists_the_formats() -> None:
         assert read != "no"
         assert ("folder" in files) == bool(format.folder_files), format.name
         assert not format.suffixes or any(s in files for s in format.suffixes), format.name
+
+
+def test_the_page_says_every_scale() -> None:
+    section = PAGE.partition("\n## Scales\n")[2].partition("\n## ")[0]
+    files = re.findall(r"^\| ([\w, ]+?) \|", section, re.M)
+    named = {name for cell in files for name in cell.split(", ")}
+    missing = {format.name for format in OURS} - named
+    assert not missing, f"docs/convert.md, Scales: no row for {', '.join(sorted(missing))}"
+
+
+def members_of(kind: type[object]) -> set[str]:
+    """The public attributes and methods of a class."""
+    return {name for name in {**vars(kind), **kind.__annotations__} if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"), [("### The members of a format", Format), ("### To read: `File`", File)]
+)
+def test_how_to_extend_lists_the_members(heading: str, kind: type[object]) -> None:
+    page = (ROOT / "passes" / "README.md").read_text()
+    section = page.partition(f"\n{heading}\n")[2].partition("\n### ")[0]
+    cells = re.findall(r"^\| (`.+?) \|", section, re.M)
+    listed = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    assert listed == members_of(kind) - {"notes"} - ({"name"} if kind is File else set())
 
 
 def test_the_type_of_a_format_has_the_names_that_are_written() -> None:
@@ -97,7 +122,7 @@ def test_nothing_else_knows_a_format() -> None:
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
     }
-    assert found == set(ELSEWHERE)
+    assert found == set(ELSEWHERE), "a name that is another word there gets a row of ELSEWHERE"
 
 
 def test_packages_import_by_the_older_name() -> None:

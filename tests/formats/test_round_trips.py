@@ -1,9 +1,13 @@
-"""From format to format and back: every bit of a, b and alpha, every key and layout."""
+"""From format to format and back: every bit of a, b and alpha, every key and layout.
+
+A new format is one row of ROWS. It needs no fixture: `test_a_format_and_back` draws its adapters.
+"""
 
 from __future__ import annotations
 
+import math
 import tempfile
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,34 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.formats.io import load_adapter, save_adapter
+from lora_fx.formats.registry import OURS
 from lora_fx.ir.layout import plain_layout
 
-FILE = {"peft": "x", "kohya": "x.safetensors", "diffusers": "x.safetensors"}
+
+@dataclass(frozen=True)
+class Row:
+    """A format that gives back the keys, A, B and the scale of every update.
+
+    Attributes:
+        file: A name of its files; without a suffix a folder.
+        kernels: False where the format refuses convolutions.
+    """
+
+    file: str
+    kernels: bool = True
+
+
+ROWS = {
+    "peft": Row("x"),
+    "kohya": Row("x.safetensors"),
+    "diffusers": Row("x.safetensors"),
+}
+APART = {
+    "mlx": "one rank and one scale for all updates: test_mlx.py",
+    "onnx_adapter": "the scale is multiplied into B: test_onnx_adapter.py",
+    "gguf": "it needs the folder of a model: test_gguf.py",
+}
+"""The formats that give back other factors with the same ΔW, or need a model."""
 NAMES = ("up_blocks.0.a_b", "up_blocks.0.c", "mid_block.to_q", "down_blocks.1.x.0")
 FLOATS = st.floats(-(2.0**60), 2.0**60, width=32)
 
@@ -42,15 +71,17 @@ def through(adapter: Adapter, *formats: str) -> Adapter:
     """The adapter after it was written and read in every format."""
     for name in formats:
         with tempfile.TemporaryDirectory() as folder:
-            save_adapter(adapter, Path(folder) / FILE[name], name)
-            adapter = load_adapter(Path(folder) / FILE[name])
+            save_adapter(adapter, Path(folder) / ROWS[name].file, name)
+            adapter = load_adapter(Path(folder) / ROWS[name].file)
     return adapter
 
 
 @st.composite
-def lowrank(draw: st.DrawFn, variant: str, bound: bool, dora: bool) -> LowRank:
+def lowrank(
+    draw: st.DrawFn, variant: str, bound: bool, dora: bool, kernels: bool = True
+) -> LowRank:
     rank, out, in_ = (draw(st.integers(1, n)) for n in (3, 5, 4))
-    kernel = draw(st.sampled_from([(), (3,), (3, 2), (1, 1)]))
+    kernel = draw(st.sampled_from([(), (3,), (3, 2), (1, 1)])) if kernels else ()
     shape = (out, in_, *kernel)
     wide = in_ * int(np.prod(kernel, dtype=int))
     op = f"conv{len(kernel)}d" if kernel else "linear"
@@ -66,11 +97,29 @@ def lowrank(draw: st.DrawFn, variant: str, bound: bool, dora: bool) -> LowRank:
 
 
 @st.composite
-def adapters(draw: st.DrawFn, dora: bool = False) -> Adapter:
+def adapters(draw: st.DrawFn, dora: bool = False, kernels: bool = True) -> Adapter:
     variant = draw(st.sampled_from(["lora", "rslora"]))
     keys = draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
     bound = draw(st.booleans())
-    return Adapter({f"{k}.weight": draw(lowrank(variant, bound, dora)) for k in keys})
+    return Adapter({f"{k}.weight": draw(lowrank(variant, bound, dora, kernels)) for k in keys})
+
+
+def test_every_format_that_is_written_has_a_row() -> None:
+    assert {*ROWS, *APART} == {format.name for format in OURS if not format.only_read}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_a_format_and_back(name: str, data: st.DataObject) -> None:
+    """Keys, A, B and the scale; layouts and variants come back where the file can say them."""
+    adapter = data.draw(adapters(kernels=ROWS[name].kernels))
+    got = through(adapter, name)
+    assert set(got.lowrank) == set(got.entries) == set(adapter.entries)
+    for key, update in adapter.lowrank.items():
+        np.testing.assert_array_equal(got.lowrank[key].a, update.a, strict=True)
+        np.testing.assert_array_equal(got.lowrank[key].b, update.b, strict=True)
+        assert math.isclose(got.lowrank[key].scale, update.scale, rel_tol=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
