@@ -31,7 +31,7 @@ def rows() -> dict[str, tuple[str, str, str]]:
 
 def test_the_page_lists_the_formats() -> None:
     table = rows()
-    assert list(table) == [format.name for format in OURS]
+    assert list(table) == [format.name for format in OURS], "docs/convert.md, Formats: the rows"
     for format in OURS:
         files, read, written = table[format.name]
         assert written.startswith("no") == format.only_read
@@ -67,7 +67,7 @@ def test_how_to_extend_lists_the_members(heading: str, kind: type[object]) -> No
 def test_the_type_of_a_format_has_the_names_that_are_written() -> None:
     literal, _ = get_args(FormatName)
     written = tuple(format.name for format in OURS if not format.only_read)
-    assert get_args(literal) == written
+    assert get_args(literal) == written, "FormatName in registry.py, in the order of OURS"
     assert FORMATS.writers()[: len(written)] == written
     assert NameInIo == FormatName
 
