@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -21,32 +22,45 @@ from tests.house import HERE as ROOT
 from tests.light import COMMANDS, LIBRARIES, parts
 
 LIGHT = ROOT / "light"
-NAMES = list(parts(ROOT / "lora_fx", COMMANDS))
-IN_A_BARE_ENVIRONMENT = f"""
+BARE = """
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
-FOUND = {{*{[*LIBRARIES, "lora_fx_light"]}, *sys.stdlib_module_names}}
+FOUND = {*LIBRARIES, *sys.stdlib_module_names}
 
 class Bare:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name == 'lora_fx':
-            path = [place for place in sys.path if place.startswith({str(LIGHT)!r})]
-        elif name not in {NAMES} and name.partition('.')[0] not in FOUND:
+            path = [place for place in sys.path if place.startswith(LIGHT)]
+        elif name not in NAMES and name.partition('.')[0] not in FOUND:
             return None
         return PathFinder.find_spec(name, path, target)
 
 sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Bare]
-sys.path.insert(0, {str(LIGHT)!r})
+sys.path.insert(0, LIGHT)
 """
-"""The start of a program that finds only what a bare environment has after the installation."""
+"""A program that finds only what a bare environment has after the installation.
+
+It begins with the values of NAMES, LIBRARIES and LIGHT, from in_a_bare_environment.
+"""
+
+
+@functools.cache
+def names() -> list[str]:
+    """Return the dotted names of the modules that the distribution has."""
+    return list(parts(ROOT / "lora_fx", COMMANDS))
 
 
 def in_a_bare_environment(code: str) -> str:
     """Run a program that begins so, outside the repository, and return what it prints."""
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
-    program = [sys.executable, "-c", IN_A_BARE_ENVIRONMENT + code]
+    values = f"""
+NAMES = {names()}
+LIBRARIES = {[*LIBRARIES, "lora_fx_light"]}
+LIGHT = {str(LIGHT)!r}
+"""
+    program = [sys.executable, "-c", values + BARE + code]
     done = subprocess.run(program, capture_output=True, text=True, cwd="/", env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -56,7 +70,7 @@ def test_its_modules_need_its_libraries_alone() -> None:
     code = f"""
 from importlib import import_module
 from lora_fx_light import lora_fx
-for name in {[name for name in NAMES if not name.endswith("__main__")]}:
+for name in {[name for name in names() if not name.endswith("__main__")]}:
     import_module(name)
 assert lora_fx.__file__.startswith({str(LIGHT)!r}), lora_fx.__file__
 
@@ -73,9 +87,9 @@ except ImportError as error:
 
 def test_it_has_what_its_commands_need_and_no_other_command() -> None:
     commands = {f"lora_fx.cli.{command}" for command in COMMANDS}
-    assert {"lora_fx.checkpoint.merge", "lora_fx.checkpoint.doctor", *commands} <= set(NAMES)
-    assert not [name for name in NAMES if name.startswith("lora_fx.fx")]
-    assert not {"lora_fx.cli.train", "lora_fx.cli.export", "lora_fx.passes.fold"} & set(NAMES)
+    assert {"lora_fx.checkpoint.merge", "lora_fx.checkpoint.doctor", *commands} <= set(names())
+    assert not [name for name in names() if name.startswith("lora_fx.fx")]
+    assert not {"lora_fx.cli.train", "lora_fx.cli.export", "lora_fx.passes.fold"} & set(names())
 
 
 ONNX = "Error: this needs torch or ONNX, which lora-fx-light leaves out"
