@@ -14,6 +14,7 @@ from torch._export.verifier import SpecViolationError
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 __all__ = [
+    "COMPOSITE",
     "SET_GRAD_ENABLED",
     "HigherOrderOperator",
     "OpOverload",
@@ -23,6 +24,8 @@ __all__ = [
     "decomposition_table",
 ]
 
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+"""The key of the rule that says of which other operators an operator is made."""
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 """The function that a recorded run calls where the model switches gradients on or off."""
 _preservable = getattr(utils, "_is_preservable_cia_op", lambda operator: False)

@@ -35,12 +35,13 @@ from lora_fx.fx.capture.observed import EveryLayer
 from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.recorded_run import record
 from lora_fx.fx.capture.root_module import RootModule, as_module
+from lora_fx.fx.capture.signals import is_convolved, may_have_signals
 from lora_fx.fx.capture.trace import raises_alike, trace
 from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import op_name, random_ops
+from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import (
@@ -59,8 +60,6 @@ from lora_fx.text import Json, counted
 
 MOST_PATHS = 8
 """The most graphs of one call; a model with more paths is refused from then on."""
-OF_SIGNALS = frozenset(("conv1d", "conv_transpose1d", "gru", "lstm", "rnn_tanh", "rnn_relu"))
-"""The ops of a model that may read a signal [N, C, L]."""
 
 
 class Captured:
@@ -149,7 +148,9 @@ class Captured:
 
     def __repr__(self) -> str:
         """Return the model's class, and the signature with its dimensions."""
-        rows = self.inputs.to_json()
+        traced = self._graph_of_example(training=False)
+        shown = self.inputs if traced is None else self.bounded_inputs()
+        rows = shown.to_json()
         inputs = ", ".join(f"{row['name']}: {row['dtype']} {row['shape']}" for row in rows)
         return f"{type(self).__name__}({type(self.model).__name__}, {inputs})"
 
@@ -408,7 +409,8 @@ class Captured:
         """Return a graph with free lengths of signals [N, C, L], whose channels the model fixes.
 
         A float of three dimensions is taken for a sequence [N, T, F] first. Where the model fixes
-        dimension 1, and dimension 2 can be free in its place, it is a signal.
+        dimension 1, and dimension 2 can be free in its place, it is a signal. Where the model fixes
+        both, it is one if a convolution reads it; of others both dimensions are said to be fixed.
         """
         pins = {pin.input for pin in traced.pinned if pin.dim == 1}
         signals = []
@@ -417,25 +419,35 @@ class Captured:
             if name in pins or not may_hold_steps:
                 signals.append(name)
         self._signals = ()
-        ops = {op_name(node) for node in traced.graph.nodes}
-        if not signals or not ops & OF_SIGNALS:
+        if not signals or not may_have_signals(traced.graph):
             return traced
         requested = with_lengths(self.inputs, self.requested, signals)
         try:
             freed = self._trace(source, training, self.named, requested)
         except CaptureError:
             return traced
-        fixed_lengths = [pin for pin in freed.pinned if pin.dim == 2 and pin.input in signals]
-        if fixed_lengths:
-            traced.pinned += [pin for pin in fixed_lengths if pin.input in pins]
+
+        fixed = {pin.input for pin in freed.pinned if pin.dim == 2 and pin.input in signals}
+        places = dict(zip(freed.door.names, freed.graph.find_nodes(op="placeholder"), strict=True))
+        others = {name for name in fixed if not is_convolved(places[name])}
+        said = [pin for pin in freed.pinned if pin.input in others & pins and pin.dim == 2]
+        signals = [name for name in signals if name not in others]
+        if not signals:
+            traced.pinned += said
             return traced
+        said += [pin for pin in traced.pinned if pin.input in others and pin.dim == 1]
+        of_others = [(name, dim) for name in others for dim in (1, 2)]
+        rest = [pin for pin in freed.pinned if (pin.input, pin.dim) not in of_others]
+        freed.pinned = sorted([*rest, *said], key=lambda pin: ([*places].index(pin.input), pin.dim))
+        requested = with_lengths(self.inputs, self.requested, signals)
         self.requested = requested
         self.inputs = self.inputs.with_dims(requested)
         for spec in self.inputs.specs:
             if spec.name in signals:
+                varies = "" if spec.name in fixed else ", and dimension 2 may vary"
+                channels = counted(spec.shape[1], "channel")
                 self.notes.append(
-                    f"{spec.name!r} is a signal of {counted(spec.shape[1], 'channel')}: dimension "
-                    "1 is fixed, and dimension 2 may vary"
+                    f"{spec.name!r} is a signal of {channels}: dimension 1 is fixed{varies}"
                 )
         return freed
 

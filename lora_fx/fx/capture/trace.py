@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from lora_fx.fx import fake_tensors, symbolic_sizes
 from lora_fx.fx.capture.call import in_separate_memory, leaves_of
 from lora_fx.fx.capture.cleaned_graph import Pinned, Traced, clean_module
 from lora_fx.fx.capture.door import Requested, dims_of_one, without_dims
+from lora_fx.fx.capture.free_lengths import lengths_stay_free
 from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.observed import observing, observing_modes
 from lora_fx.fx.capture.repeat import Repeats
 from lora_fx.fx.capture.root_module import RootModule
 from lora_fx.fx.capture.unchanged import same_attributes, same_dtypes
 from lora_fx.fx.graph.nodes import random_ops
-from lora_fx.fx.operators import HigherOrderOperator, decomposition_table
+from lora_fx.fx.operators import HigherOrderOperator
 from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_structure, tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
@@ -167,7 +168,7 @@ def export_program(
     wants_lines = has_own_code and any(tree_leaves(shapes))
     lines = patched(fx.config, do_not_emit_stack_traces=not wants_lines)
     # an example of batch 1 still gives a free dimension
-    with quiet(), symbolic_sizes.ones_stay_free(), recurrent_shapes(), lines:
+    with quiet(), symbolic_sizes.ones_stay_free(), lengths_stay_free(), lines:
         return torch.export.export(
             module,
             args,
@@ -190,33 +191,3 @@ def quiet() -> contextlib.AbstractContextManager[None]:
     """Return a block without warnings of torch or the model; a failing capture prints its graph."""
     loggers = (symbolic_sizes.LOGGER, fake_tensors.LOGGER)
     return silenced(contextlib.redirect_stderr, dict.fromkeys(loggers, logging.CRITICAL))
-
-
-@contextlib.contextmanager
-def recurrent_shapes() -> Iterator[None]:
-    """A block in which a trace has LSTM and GRU as one op each, of any length.
-
-    torch's rule for a traced one runs every step of it in Python, which fixes the length.
-    """
-    ops = (aten.lstm.input, aten.gru.input)  # the exporter to ONNX has no RNN, and needs its steps
-    originals = [(op, dict(op.py_kernels), decomposition_table[op]) for op in ops]
-
-    def output_shapes(x: torch.Tensor, hx: object, *args: object) -> tuple[torch.Tensor, ...]:
-        states: Any = hx if isinstance(hx, (tuple, list)) else [hx]
-        is_bidirectional = args[5]
-        directions = 2 if is_bidirectional else 1
-        out = x.new_empty((*x.shape[:2], directions * states[0].shape[2]))
-        return out, *map(torch.empty_like, states)
-
-    def put(op: Any, kernels: Mapping[Any, Any], decomposition: Callable[..., Any]) -> None:
-        op.py_kernels.update(kernels)
-        op._dispatch_cache.clear()
-        decomposition_table[op] = decomposition
-
-    try:
-        for op in ops:
-            put(op, dict.fromkeys(op.py_kernels, output_shapes), output_shapes)
-        yield
-    finally:
-        for op, kernels, decomposition in originals:
-            put(op, kernels, decomposition)

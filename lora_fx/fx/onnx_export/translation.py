@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from lora_fx.errors import LoraFxError, one_line, silenced
-from lora_fx.fx.capture.trace import recurrent_shapes
+from lora_fx.fx.capture.free_lengths import lengths_stay_free
 from lora_fx.fx.onnx_export.exporter_speed import repeating
 from lora_fx.onnx.constant_folding import unfolded
 from lora_fx.onnx.onnxscript_rules import (
@@ -57,7 +57,7 @@ def translated(
         blocks.enter_context(silenced(contextlib.redirect_stdout, LEAST))
         blocks.enter_context(weights_apart(unchanged))
         blocks.enter_context(graphs_forgotten())
-        blocks.enter_context(recurrent_shapes())
+        blocks.enter_context(lengths_stay_free())
         if repeat:
             blocks.enter_context(repeating())
         blocks.enter_context(torch.no_grad())
