@@ -18,7 +18,7 @@ from lora_fx.cli.config_file import config_options, saving_config
 from lora_fx.cli.input_paths import MODELS, input_paths, texts_of
 from lora_fx.cli.options import FORCE, NO_MEMORY_CHECK, Rules, given_here, in_groups
 from lora_fx.cli.output import note, result
-from lora_fx.cli.result_page import PageFile, check_page
+from lora_fx.cli.result_page import PageFile, check_page, is_page_of_state
 from lora_fx.cli.statement import check_statement, write_statement
 from lora_fx.errors import LoraFxError, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output
@@ -97,15 +97,21 @@ class FileCommand(click.Command):
             return self._invoke_with(ctx, writers)
 
     def _invoke_with(self, ctx: click.Context, writers: Writers) -> object:
-        """Run the command and write files on its result, or on an error with exit code 1."""
-        ctx.find_root().obj["writers"] = writers
+        """Run the command and write files on its result, or on an error with exit code 1.
+
+        The page of a training that goes on says so, whatever ends the training.
+        """
+        run = ctx.find_root().obj
+        run["writers"] = writers
         try:
             return super().invoke(ctx)
-        except LoraFxError as error:
-            if error.exit_code == 1 and not error.told:
-                whole = result(False, error=error.message, hint=error.hint)
+        except BaseException as stop:
+            if isinstance(stop, LoraFxError) and stop.exit_code == 1 and not stop.told:
+                whole = result(False, error=stop.message, hint=stop.hint)
                 for write in writers:
                     write(whole)
+            if "page" in run:
+                run["page"].write_stopped(stop)
             raise
 
     def _download_models(self, params: dict[str, Any]) -> None:
@@ -163,8 +169,10 @@ def _writers_of_result(params: JsonView, given: JsonView) -> Writers:
     writers: list[Callable[[JsonView], str]] = []
     force = bool(params.get("force"))
     if params.get("report") is not None:
-        check_page(params["report"], force, given)
-        page_file = PageFile(params["report"], force)
+        report = params["report"]
+        may_replace = force or is_page_of_state(report, params.get("resume"))
+        check_page(report, may_replace, given)
+        page_file = PageFile(report, may_replace)
         click.get_current_context().find_root().obj["page"] = page_file
         writers.append(page_file.write)
     if params.get("attest") is not None:

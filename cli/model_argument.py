@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fx.cli.data_arguments import load_npz
 from lora_fx.cli.options import first_given
 from lora_fx.cli.output import note
+from lora_fx.cli.result_page import show_model
 from lora_fx.errors import LoraFxError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def captured(
         later=later,
     )
     cap = captured_of(model, capture_options)
+    show_model(model, cap, meta=meta)
     if not later:
         trace_example(cap)
     return cap

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,14 @@ from lora_fx import __version__
 from lora_fx.cli.adapter_arguments import split_weight
 from lora_fx.cli.input_paths import input_paths, texts_of
 from lora_fx.cli.library_versions import installed
-from lora_fx.cli.output import result
-from lora_fx.errors import LoraFxError
+from lora_fx.cli.output import result, say
+from lora_fx.errors import LoraFxError, Terminated, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
+    from lora_fx.data import Table
+    from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.settings import Watch
     from lora_fx.fx.train.train_report import TrainReport
@@ -52,6 +55,36 @@ def check_result_file(option: str, path: str, force: bool, given: JsonView) -> N
         raise LoraFxError(f"{option} {path} is a folder", "choose another name")
 
 
+@dataclass(frozen=True)
+class RunSoFar:
+    """A training whose page is written while it goes on.
+
+    Attributes:
+        targets: The fields of its targets.
+        report: Its losses, which grow with every step.
+        steps: The number of its steps.
+        digest: What its saved states have in common with the page; None without states.
+    """
+
+    targets: Json
+    report: TrainReport
+    steps: int
+    digest: str | None
+
+    def fields(self) -> Json:
+        """Return what is known of the result."""
+        return {**self.targets, **self.report.to_json()}
+
+    def page_fields(self, state: str) -> Json:
+        """Return what the page adds.
+
+        Args:
+            state: Running, interrupted, terminated or failed.
+        """
+        place = {"state": state, "step": len(self.report.losses), "steps": self.steps}
+        return {"run": {**place, "digest": self.digest}}
+
+
 @dataclass
 class PageFile:
     """The page of this command.
@@ -59,34 +92,93 @@ class PageFile:
     Attributes:
         path: Where it is written.
         may_replace: Whether a page that is there may go; one of this command may.
+        run: The training that is on the page until its result is.
+        models: What the command has captured.
+        in_memory: Rows {of, name, what, sha256} of weights and data that are in no file by name.
     """
 
     path: str
     may_replace: bool
+    run: RunSoFar | None = None
+    models: list[Captured] = field(default_factory=list)
+    in_memory: list[Json] = field(default_factory=list)
 
     def write(self, shown: JsonView) -> str:
         """Write the page of a result, completely or not at all; return its path."""
         ctx = click.get_current_context()
-        added = _added()
+        added = {**_added(), "in_memory": self.in_memory}
         outputs = [Path(output) for output in shown["outputs"]]
         inputs = [input_path for input_path in input_paths(ctx.params) if input_path not in outputs]
+        inputs = with_data_files(inputs)
         rows = [("input", file) for file in inputs] + [("output", file) for file in outputs]
         added |= hashed_files(rows, self.path)
         added["adapters"], without_spectra = _adapters(outputs, ctx.params)
         added["unhashed"] += without_spectra
+        if added["adapters"] and not isinstance(shown.get("targets"), list):
+            added["order"] = self._order(inputs)
+        if self.run is not None and not shown["ok"]:
+            added |= self.run.page_fields("failed")
+            shown = {**self.run.fields(), **shown}
         _drop_repeated(added["adapters"], shown)
         self._replace({**shown, "page": added})
+        self.run = None
         return self.path
 
-    def write_meanwhile(self, shown: JsonView, step: int, steps: int) -> None:
-        """Write the page of a run that goes on; files are hashed at its end.
+    def _order(self, inputs: Sequence[Path]) -> list[str]:
+        """Return the keys of the model's targets, in the order of its graph; none without one.
 
         Args:
-            shown: The result so far.
-            step: The last step that was taken.
-            steps: Those of the run.
+            inputs: The files that the command reads, of which an .onnx file is a graph.
         """
-        self._replace({**shown, "page": {**_added(), "running": {"step": step, "steps": steps}}})
+        graphs = [path for path in inputs if path.suffix == ".onnx"]
+        if self.models:
+            from lora_fx.passes.verbs.adapt import find as find_in_model
+
+            found = find_in_model(self.models[0])
+        elif graphs:
+            from lora_fx.onnx.names import named_graph
+            from lora_fx.passes.find import find
+
+            found = find(named_graph(graphs[0])[0])
+        else:
+            return []
+        return [target.key for target in (*found.targets, *found.optional)]
+
+    def write_running(self, run: RunSoFar) -> None:
+        """Write the page of a training that goes on; files are hashed at its end."""
+        self.run = run
+        added = {**_added(), **run.page_fields("running")}
+        self._replace({**result(True, **run.fields()), "page": added})
+
+    def write_stopped(self, stop: BaseException) -> None:
+        """Write, where the page says that a training goes on, that it has stopped, and by what.
+
+        Args:
+            stop: What stopped it.
+        """
+        if self.run is None:
+            return
+        state = "failed"
+        hint = ""
+        fields: Json = {}
+        if isinstance(stop, (KeyboardInterrupt, click.Abort)):
+            state = "terminated" if isinstance(stop, Terminated) else "interrupted"
+            hint = getattr(stop, "left", "")
+        elif isinstance(stop, LoraFxError):
+            fields["error"] = stop.message
+            hint = stop.hint
+        elif isinstance(stop, click.exceptions.Exit):
+            code = stop.exit_code
+            fields["error"] = f"another process of the run ended it, with exit code {code}"
+        else:
+            fields["error"] = f"{type(stop).__name__}: {one_line(stop)}"
+        if hint:
+            fields["hint"] = hint
+        added = {**_added(), **self.run.page_fields(state)}
+        try:
+            self._replace({**result(False, **self.run.fields(), **fields), "page": added})
+        except LoraFxError as error:
+            say(f"{self.path} still says that the training goes on: {error.message}")
 
     def _replace(self, shown: JsonView) -> None:
         from lora_fx.report.page import page
@@ -97,22 +189,96 @@ class PageFile:
         self.may_replace = True
 
 
+def show_model(name: str, captured: Captured, *, meta: bool) -> None:
+    """Show a model on the page of --report: a hash of its weights, and the order of its targets.
+
+    The hash is that of a probe and of an adapter's base, over both ends of each matrix.
+
+    Args:
+        name: The MODEL argument.
+        captured: The model.
+        meta: Whether its weights were not read.
+    """
+    page_file = _page_file()
+    if page_file is None:
+        return
+    page_file.models.append(captured)
+    if meta:
+        return
+    from lora_fx.fx.module.module_base import base_facts
+
+    facts = base_facts(captured.model)
+    if "sample" in facts:
+        what = f"{facts['name']}: both ends of each of {facts['tensors']} matrices"
+        row = {"of": "weights", "name": name, "what": what, "sha256": facts["sample"]}
+        page_file.in_memory.append(row)
+
+
+def show_data(name: str, training: Table, validation: Table) -> None:
+    """Show a hash of data on the page of --report, where a function and no file has them.
+
+    Args:
+        name: The DATA argument.
+        training: The examples.
+        validation: The held-out examples.
+    """
+    page_file = _page_file()
+    if page_file is None or Path(name).exists():
+        return
+    from lora_fx.fx.train.run_facts import data_digest
+
+    tables = (("training", training), ("validation", validation))
+    for what, examples in [(what, table) for what, table in tables if len(table)]:
+        counted = f"{len(examples)} {what} examples: every byte"
+        row = {"of": "data", "name": name, "what": counted, "sha256": data_digest(examples)}
+        page_file.in_memory.append(row)
+
+
+def _page_file() -> PageFile | None:
+    """Return the page of this command; None without --report."""
+    page_file: PageFile | None = click.get_current_context().find_root().obj.get("page")
+    return page_file
+
+
 def page_of_run(module: AdaptedModule) -> Watch | None:
     """Return what writes the page of --report at each validation; None without --report.
 
     Args:
         module: What is trained.
     """
-    page_file: PageFile | None = click.get_current_context().find_root().obj.get("page")
+    from lora_fx.fx.train.state_folder import run_digest
+
+    page_file = _page_file()
     if page_file is None:
         return None
     targets = module.report().to_json()
 
-    def watch(report: TrainReport, steps: int) -> None:
-        shown = result(True, **targets, **report.to_json())
-        page_file.write_meanwhile(shown, len(report.losses), steps)
+    def watch(report: TrainReport, steps: int, facts: JsonView) -> None:
+        digest = run_digest(facts) if facts else None
+        page_file.write_running(RunSoFar(targets, report, steps, digest))
 
     return watch
+
+
+def is_page_of_state(page: str, state: str | None) -> bool:
+    """Whether a page is that of a stopped training, whose saved state this is.
+
+    A page of a finished training is its result, which is kept. A training without states leaves
+    no digest on its page.
+
+    Args:
+        page: The path of a page.
+        state: The folder of --resume; None without the option.
+    """
+    from lora_fx.fx.train.state_folder import run_of_state
+    from lora_fx.report.page import data_of_page
+
+    if state is None or not Path(page).is_file():
+        return False
+    added = data_of_page(Path(page).read_text("utf-8", "replace")).get("page")
+    run = added.get("run") if isinstance(added, dict) else None
+    digest = run.get("digest") if isinstance(run, dict) else None
+    return digest is not None and digest == run_of_state(state)
 
 
 def _added() -> Json:
@@ -134,12 +300,12 @@ def _drop_repeated(adapters: list[Json], shown: JsonView) -> None:
         for update in adapter["updates"]:
             target = target_of.get(update["key"], {})
             repeated = [
-                field
-                for field, value in update.items()
-                if field != "key" and field in target and target[field] == value
+                name
+                for name, value in update.items()
+                if name != "key" and name in target and target[name] == value
             ]
-            for field in repeated:
-                del update[field]
+            for name in repeated:
+                del update[name]
 
 
 def when(began: dict[str, float]) -> Json:
@@ -183,6 +349,19 @@ def hashed_files(paths: list[tuple[str, Path]], page: str) -> Json:
     return {"files": rows, "unhashed": unhashed}
 
 
+def with_data_files(files: Sequence[Path]) -> list[Path]:
+    """Return files, each .onnx file with the files that hold its weights, if it can be read."""
+    with_data = []
+    for file in files:
+        with_data.append(file)
+        if file.suffix == ".onnx":
+            from lora_fx.onnx.load import data_names
+
+            with contextlib.suppress(LoraFxError):  # which the command has told
+                with_data += [file.with_name(name) for name in data_names(file)]
+    return with_data
+
+
 def _files_of(path: Path, page: str) -> list[Path]:
     """A file, or the files of a folder, except hidden ones and the page."""
     files = [path]
@@ -199,7 +378,9 @@ def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[st
         base = None
     adapters = _adapters_among((str(output), 1.0) for output in outputs)
     if not adapters:
-        adapters = _adapters_among(map(split_weight, texts_of(given, ("adapter", "adapters", "b"))))
+        texts = [*texts_of(given, ("adapter", "adapters"))]
+        texts += [text for text in texts_of(given, ("b",)) if Path(text).exists()]
+        adapters = _adapters_among(map(split_weight, texts))
 
     rows: list[Json] = []
     without_spectra: list[str] = []

@@ -14,7 +14,7 @@ import click
 
 from lora_fx import __version__
 from lora_fx.cli.input_paths import input_paths
-from lora_fx.cli.result_page import check_result_file, hashed_files, versions, when
+from lora_fx.cli.result_page import check_result_file, hashed_files, versions, when, with_data_files
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import replacing
 from lora_fx.text import Json, JsonView, strict_json
@@ -39,7 +39,7 @@ def write_statement(path: str, force: bool, result: JsonView) -> str:
     ctx = click.get_current_context()
     run = ctx.find_root().obj
     outputs = [Path(output) for output in result["outputs"]]
-    inputs = _with_data([file for file in input_paths(ctx.params) if file not in outputs])
+    inputs = _with_parts([file for file in input_paths(ctx.params) if file not in outputs])
     subjects = hashed_files([("output", file) for file in outputs], path)
     materials = hashed_files([("input", file) for file in inputs], path)
     if not outputs:  # a check is about what it read
@@ -64,17 +64,12 @@ def write_statement(path: str, force: bool, result: JsonView) -> str:
     return path
 
 
-def _with_data(files: Sequence[Path]) -> list[Path]:
-    """Return files, each .onnx file with the files that hold its weights."""
-    with_data = []
+def _with_parts(files: Sequence[Path]) -> list[Path]:
+    """Return files, each with those that hold its weights and those of its adapters."""
+    with_parts = []
     for file in files:
-        with_data.append(file)
-        if file.suffix == ".onnx":
-            from lora_fx.onnx.load import data_names
-
-            with_data += [file.with_name(name) for name in data_names(file)]
-        with_data += _adapters_of(file)
-    return with_data
+        with_parts += [*with_data_files([file]), *_adapters_of(file)]
+    return with_parts
 
 
 def _adapters_of(file: Path) -> list[Path]:

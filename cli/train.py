@@ -21,7 +21,7 @@ from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.parallel_run import together
-from lora_fx.cli.result_page import page_of_run
+from lora_fx.cli.result_page import page_of_run, show_data
 from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, defaults_taken, with_checks
 from lora_fx.cli.train_sweep import (
@@ -102,6 +102,7 @@ def command(
             note(*defaults_taken(examples, loop))
         split_seed = targets.seed if examples.split_seed is None else examples.split_seed
         training, validation = tables_of(data, cap, examples, split_seed, defaults)
+        show_data(data, training, validation)
         loss = loss_of(examples.loss)
         if not isinstance(cap, FileCaptured):
             label_example(cap, training, loss)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shlex
 from functools import cache
@@ -36,7 +37,8 @@ def page(result: JsonView) -> str:
         result: With what only a page shows under `page`: `argv`, `when`, `seconds`, `host`,
             `notes` (of `warnings`, those that ask for nothing), `versions`, `files` rows of {of,
             path, bytes, sha256}, `adapters` rows of {path, updates: rows of {key, kind, rank,
-            alpha, parameters, shape, sigma, norm}}; all may be missing.
+            alpha, parameters, shape, sigma, norm}}, and of a training without a result `run`
+            {state, step, steps}; all may be missing.
     """
     rows = rows_of(result)
     page_only: JsonView = result.get("page") or {}
@@ -44,8 +46,11 @@ def page(result: JsonView) -> str:
     texts: list[str] = result.get("warnings") or []
     script = (TEMPLATES / "table.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    state = _state(result)
     values = {
         "result": result,
+        "state": state,
+        "badge": state.capitalize(),
         "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
         "headline": headline(str(result.get("error") or "")),
         "warnings": [text for text in texts if text not in notes],
@@ -65,6 +70,26 @@ def page(result: JsonView) -> str:
         "script_hash": f"sha256-{digest}",
     }
     return _templates().get_template("page.html.j2").render(values)
+
+
+def _state(result: JsonView) -> str:
+    """Return how the command ended, in a word; a training may still be running."""
+    run = (result.get("page") or {}).get("run")
+    if run:
+        return str(run["state"])
+    if result.get("ok"):
+        return "done"
+    return "stopped" if "error" in result else "differs"
+
+
+def data_of_page(text: str) -> JsonView:
+    """Return the JSON object in the text of a page; an empty one for another text."""
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
+    try:
+        data = json.loads(match[1]) if match else None
+    except ValueError:
+        data = None
+    return data if isinstance(data, dict) else {}
 
 
 @cache

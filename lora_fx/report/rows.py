@@ -8,7 +8,7 @@ an adapter's key is that of a target when both end in the same path.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -51,7 +51,8 @@ class Row:
 def rows_of(result: JsonView) -> list[Row]:
     """Return a row for every target of a result, in the model's order.
 
-    Targets are in the order of the graph; tensors of files and updates of adapters, by name.
+    Targets are in the order of the graph, and so are updates of adapters where `page.order` has
+    it; tensors of files, and updates for which no model is known, are by name.
     """
     rows: dict[str, Row] = {}
     flops = result.get("flops") or {}
@@ -70,8 +71,29 @@ def rows_of(result: JsonView) -> list[Row]:
         row.remarks.append(str(entry.get("what", "")))
     _add_adapters(rows, result)
     all_rows = list(rows.values())
-    targets = len(result.get("targets") or ())
-    return all_rows[:targets] + _ordered(all_rows[targets:])
+    targets = result.get("targets")
+    count = len(targets) if isinstance(targets, list) else 0
+    order = (result.get("page") or {}).get("order") or ()
+    return all_rows[:count] + _in_order(_ordered(all_rows[count:]), order)
+
+
+def _in_order(rows: list[Row], order: Sequence[str]) -> list[Row]:
+    """Return rows in an order of keys; regions of a key by their first numbers, others at the end.
+
+    >>> rows = [Row("a.weight"), Row("b.weight"), Row("c.weight[8:16]"), Row("c.weight[0:8]")]
+    >>> [r.key for r in _in_order(rows, ["c.weight", "b.weight"])]
+    ['c.weight[0:8]', 'c.weight[8:16]', 'b.weight', 'a.weight']
+    """
+    positions = {_path(key): position for position, key in enumerate(order)}
+
+    def place(row: Row) -> tuple[int, list[int]]:
+        path = _path(row.key)
+        if path not in positions:
+            return len(order), []
+        region = row.key.partition("[")[2]
+        return positions[path], [int(start) for start in re.findall(r"(\d+)(?::|\])", region)]
+
+    return sorted(rows, key=place)
 
 
 def _ordered(rows: list[Row]) -> list[Row]:

@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.singular_values import FEW, MANY, summary
+from lora_fx.cli.step_lines import StepLines
+from lora_fx.errors import LoraFxError, Terminated
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.report.html_text import number, percent
 from tests.cli.test_cli import run
@@ -272,3 +274,74 @@ def test_the_page_of_a_run_is_written_at_each_validation(
         assert len(page.data["losses"]) == step and "http-equiv=refresh" in text
     assert len(Page(last).data["losses"]) == 20
     assert "Running" not in Page(last).text and "http-equiv=refresh" not in last
+
+
+LINE = "train model.py:build d.npz -o t --steps 20 --checks 4 --report p.html"
+DIVERGED = "step 8: the loss is nan; lower the rate"
+
+
+def stopping_at(step: int, stop: BaseException) -> Any:
+    """A listener of steps that raises after one of them."""
+
+    def tell(self: Any, now: int, steps: int, loss: float) -> None:
+        if now == step:
+            raise stop
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("stop", "state", "code", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted", 130, "interrupted after step 8 of 20"),
+        (Terminated(), "terminated", 143, "terminated after step 8 of 20"),
+        (LoraFxError(DIVERGED, "again", exit_code=1), "failed", 1, DIVERGED),
+        (LoraFxError(DIVERGED, "again"), "failed", 1, DIVERGED),
+        (ZeroDivisionError("a bug"), "failed", 1, "ZeroDivisionError: a bug"),
+    ],
+    ids=["ctrl-c", "sigterm", "answer", "misuse", "bug"],
+)
+def test_the_page_of_a_stopped_run_says_so(
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stop: BaseException,
+    state: str,
+    code: int,
+    said: str,
+) -> None:
+    """With all its losses, and it loads itself no more."""
+    monkeypatch.setattr(StepLines, "__call__", stopping_at(8, stop))
+    assert run(capsys, *LINE.split())[0] == code
+    text = Path("p.html").read_text()
+    page = Page(text)
+    assert said in page.text and f"<title>lora-fx train: {state}</title>" in text
+    assert "http-equiv=refresh" not in text and "Running" not in page.text
+    assert len(page.data["losses"]) == 8 and not page.data["ok"]
+    assert page.data["page"]["run"]["state"] == state and len(page.targets) == 2
+
+
+def test_a_resumed_run_replaces_its_own_page(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --force; that of another run is kept, and so is one of a finished run."""
+    for lr, folder in (("0.01", "state"), ("0.02", "other")):
+        line = LINE.replace("p.html", f"{folder}.html")
+        with monkeypatch.context() as patched:
+            patched.setattr(StepLines, "__call__", stopping_at(8, KeyboardInterrupt()))
+            argv = (*line.split(), "--lr", lr, "--save-state", folder)
+            assert run(capsys, *argv)[0] == 130
+        page = Page(Path(f"{folder}.html").read_text())
+        assert f"{folder} holds the state of step 5: --resume {folder} goes on" in page.text
+
+    resume = ("--lr", "0.01", "--resume", "state")
+    code, _, err = run(capsys, *LINE.replace("p.html", "other.html").split(), *resume)
+    assert code == 2 and "other.html already exists" in err
+    line = LINE.replace("p.html", "state.html").split()
+    code, _, err = run(capsys, *line, *resume)
+    assert code == 0 and "wrote state.html" in err
+    assert len(Page(Path("state.html").read_text()).data["losses"]) == 20
+    code, _, err = run(capsys, *line, *resume, "--force")
+    assert code == 0, err
+    code, _, err = run(capsys, *line[:-4], *line[-2:], "-o", "u", *resume)
+    assert code == 2 and "state.html already exists" in err

@@ -304,7 +304,7 @@ class TrainRun:
             with replacing(self.saving.curve, force=True) as temporary:
                 temporary.write_text(trail.report.to_csv(), encoding="utf-8")
         if self.saving.watch and is_due and not ends and self.world.first:
-            self.saving.watch(trail.report, steps)
+            self.saving.watch(trail.report, steps, self.facts)
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
         """Compute the validation loss, keep the adapter if it is the lowest, check patience."""

@@ -117,6 +117,11 @@ def _data(data: Table | Buckets | None) -> str:
     """Return the number of examples and a hash of every byte, by column."""
     if data is None:
         return "none"
+    return f"{len(data)} examples, sha256 {data_digest(data)[:16]}"
+
+
+def data_digest(data: Table | Buckets) -> str:
+    """Return the sha256 of examples, over every byte, by column."""
     content = hashlib.sha256(json.dumps([data.label]).encode())
     tables = data.tables if isinstance(data, Buckets) else [data]
     for table in tables:
@@ -124,7 +129,7 @@ def _data(data: Table | Buckets | None) -> str:
             header = [name, str(column.dtype), list(column.shape)]
             content.update(json.dumps(header).encode())
             content.update(np.ascontiguousarray(column).tobytes())
-    return f"{len(data)} examples, sha256 {content.hexdigest()[:16]}"
+    return content.hexdigest()
 
 
 def _function(function: Loss) -> str:

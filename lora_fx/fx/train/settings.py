@@ -11,6 +11,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.learning_rate import SCHEDULES
 from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
 from lora_fx.fx.train.train_report import TrainReport
+from lora_fx.text import JsonView
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,11 @@ def _expect(kind: str, name: str, names: list[str]) -> None:
         raise LoraFxError(f"unknown {kind} {name!r}", f"use one of {', '.join(names)}")
 
 
-Watch = Callable[[TrainReport, int], None]
-"""A function that is called with the losses of a run so far, and the number of its steps."""
+Watch = Callable[[TrainReport, int, JsonView], None]
+"""A function that is called with a run's losses so far, its number of steps, and its facts.
+
+The facts are what a resumed state must share; they are empty for a run without states.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Saving:
         limit: How many states are kept, the last ones, as `checkpoint-STEP` in the folder; None
             for one, which is the folder itself.
         curve: The .csv file of the losses so far, written at every validation.
-        watch: Called at every validation but the last with (losses so far, all steps).
+        watch: Called at every validation but the last.
     """
 
     folder: str | None = None

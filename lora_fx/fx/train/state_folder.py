@@ -6,6 +6,8 @@ same. Nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -64,18 +66,42 @@ def step_of(folder: str) -> int | None:
         return None
 
 
+def run_of_state(folder: str) -> str | None:
+    """Return the digest of the run that a state is of; None if there is no state."""
+    try:
+        return run_digest(_words(_last_state(folder))["facts"])
+    except (LoraFxError, LookupError):
+        return None
+
+
+def run_digest(facts: object) -> str:
+    """Return a sha256 of a run's facts, which are equal before and after a resume."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """Read a state's JSON and tensors; of several states in a folder, the last.
 
     Raises:
         LoraFxError: There is none, or it is damaged or of another version.
     """
+    path = _last_state(folder)
+    return _words(path), read_tensors(path / TENSORS)[0]
+
+
+def _last_state(folder: str) -> Path:
+    """Return the folder of a state, or of the last one in a folder of several."""
     path = [Path(folder), *checkpoints(Path(folder))][-1]
     if not (path / WORDS).is_file() or not (path / TENSORS).is_file():
         raise LoraFxError(
             f"{folder} is not a training state: it needs both {WORDS} and {TENSORS}",
             "pass a folder that train --save-state wrote",
         )
+    return path
+
+
+def _words(path: Path) -> dict[str, Any]:
+    """Read the JSON of a state."""
     words = read_json(path / WORDS, hint="start again")
     check_format(words, str(path / WORDS))
-    return words, read_tensors(path / TENSORS)[0]
+    return words
