@@ -34,6 +34,8 @@ def training(result: JsonView) -> JsonView | None:
         return None
     last = len(losses)
     best = int(result.get("best_step") or 0)
+    has_ended = not (result.get("page") or {}).get("run")
+    kept_word = "kept" if has_ended else "best so far"
     curve = _thinned([(step, loss) for step, loss in enumerate(losses, 1) if _finite(loss)])
     points = _validation_points(validation, result.get("before"))
     axis = LossAxis.of([loss for _, loss in (*curve, *points)])
@@ -57,7 +59,7 @@ def training(result: JsonView) -> JsonView | None:
     return {
         "wide": WIDE,
         "high": HIGH,
-        "label": _training_label(losses, points, best),
+        "label": f"{_training_label(losses, points)}; {kept_word}: step {best}",
         "each": each,
         "axis": LOGARITHMIC if axis.is_logarithmic else "",
         "grid": "".join(f"M0 {y(tick):.0f}h{WIDE}" for tick in axis.ticks),
@@ -70,6 +72,7 @@ def training(result: JsonView) -> JsonView | None:
         "side": side,
         "at": f"{100 * distance:.1f}",
         "best": best,
+        "kept_word": kept_word,
         "points": points,
     }
 
@@ -126,15 +129,13 @@ def _validation_points(validation: JsonView, before: object) -> list[tuple[int, 
     return points
 
 
-def _training_label(
-    losses: Sequence[object], points: Sequence[tuple[int, float]], best: int
-) -> str:
+def _training_label(losses: Sequence[object], points: Sequence[tuple[int, float]]) -> str:
     """Return a text description of the curves."""
     first = number(losses[0])
     label = f"Training loss from {first} to {number(losses[-1])} in {len(losses)} steps"
     if points:
         label += f"; validation loss from {number(points[0][1])} to {number(points[-1][1])}"
-    return f"{label}; kept step {best}"
+    return label
 
 
 def rounding(rows: list[Row]) -> JsonView | None:

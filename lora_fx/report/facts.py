@@ -29,10 +29,10 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
         count = len(result["merges"])
         done = sum(bool(merge.get("ok")) for merge in result["merges"])
         yield Fact("Merges", f"{done} of {count}", "done", done == count)
+    yield from _training(result)
     parity: list[JsonView] = result.get("parity") or []
     if parity:
         yield _decisive(parity)
-    yield from _training(result)
     rounding = [row.rounding for row in rows if row.rounding is not None]
     if rounding:
         largest = max(rounding)
@@ -114,11 +114,15 @@ def _over_gate(row: JsonView) -> float:
 
 
 def _training(result: JsonView) -> list[Fact]:
-    """Return the validation loss of the kept step, compared with the loss before training."""
+    """Return the validation loss of the kept step, compared with the loss before training.
+
+    Of a training that goes on, or was stopped, that is the best step so far.
+    """
     validation = result.get("validation")
     if not isinstance(validation, dict) or "losses" not in result:
         return []
-    kept = f"step {result.get('best_step')} of {len(result['losses'])}"
+    run = (result.get("page") or {}).get("run") or {}
+    kept = f"step {result.get('best_step')} of {run.get('steps', len(result['losses']))}"
     best = validation.get(str(result.get("best_step")))
     if best is None:
         return [Fact("Kept", kept, "no validation", False)]

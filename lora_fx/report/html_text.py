@@ -29,6 +29,40 @@ def broken(key: str) -> Markup:
     return Markup("<wbr>").join(map(visible, pieces))
 
 
+def broken_path(path: str) -> Markup:
+    """Return a path as HTML in which a line may break after its slashes, dots and dashes.
+
+    >>> broken_path("ad/adapter_model.safetensors")
+    Markup('ad/<wbr>adapter_<wbr>model.<wbr>safetensors')
+    """
+    return Markup("<wbr>").join(map(visible, re.findall(r".+?[/._-]+(?=.)|.+", path, re.S)))
+
+
+def broken_hash(digest: str) -> Markup:
+    """Return a hash as HTML in which a line may break after every eighth digit.
+
+    >>> broken_hash("0123456789abcdef")
+    Markup('01234567<wbr>89abcdef')
+    """
+    return Markup("<wbr>").join(visible(digest[at : at + 8]) for at in range(0, len(digest), 8))
+
+
+def duration(seconds: object) -> str:
+    r"""Return seconds as text, from two minutes on in minutes and from two hours on in hours.
+
+    >>> duration(3.5), duration(602.1), duration(9000)
+    ('3.5\xa0s', '10\xa0min\xa02\xa0s', '2\xa0h\xa030\xa0min')
+    """
+    if not is_number(seconds) or not math.isfinite(seconds):
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.1f}\u00a0s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes}\u00a0min\u00a0{rest}\u00a0s"
+    return f"{minutes // 60}\u00a0h\u00a0{minutes % 60}\u00a0min"
+
+
 def number(value: object) -> str:
     r"""Return a number in at most four digits; whole numbers in full, a dash for no number.
 

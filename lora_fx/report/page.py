@@ -1,7 +1,8 @@
 """The whole page: one HTML text that loads nothing from outside.
 
-Everything can be read without a script; the script sorts and filters the table. The policy in
-the head lets a browser run that script alone, and fetch nothing.
+Everything can be read without a script; the script sorts and filters the table, and loads the
+page of a training again while it goes on, unless its reader wants otherwise. The policy in the
+head lets a browser run that script alone, and fetch nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from markupsafe import Markup
 from lora_fx.errors import visible
 from lora_fx.report import charts
 from lora_fx.report.facts import facts
-from lora_fx.report.html_text import broken, number, percent, plural, shape, size
+from lora_fx.report.html_text import (
+    broken,
+    broken_hash,
+    broken_path,
+    duration,
+    number,
+    percent,
+    plural,
+    shape,
+    size,
+)
 from lora_fx.report.parity_rows import parity_rows
 from lora_fx.report.rows import rows_of
 from lora_fx.report.structure import blocks
@@ -44,15 +55,19 @@ def page(result: JsonView) -> str:
     page_only: JsonView = result.get("page") or {}
     notes = set(page_only.get("notes") or ())
     texts: list[str] = result.get("warnings") or []
-    script = (TEMPLATES / "table.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     state = _state(result)
+    script = (TEMPLATES / "table.js").read_text("utf-8")
+    if state == "running":
+        script += (TEMPLATES / "reload.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    error = _error(result)
     values = {
         "result": result,
+        "error": error,
         "state": state,
         "badge": state.capitalize(),
         "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
-        "headline": headline(str(result.get("error") or "")),
+        "headline": headline(error),
         "warnings": [text for text in texts if text not in notes],
         "notes": [text for text in texts if text in notes],
         "more": page_only,
@@ -63,7 +78,7 @@ def page(result: JsonView) -> str:
         "structure": blocks(rows),
         "rounding": charts.rounding(rows),
         "table": table(result, rows),
-        "command_line": shlex.join(page_only.get("argv") or ()),
+        "command_words": [shlex.quote(word) for word in page_only.get("argv") or ()],
         "data": strict_json(result),
         "style": Markup((TEMPLATES / "style.css").read_text("utf-8")),
         "script": Markup(script),
@@ -79,7 +94,13 @@ def _state(result: JsonView) -> str:
         return str(run["state"])
     if result.get("ok"):
         return "done"
-    return "stopped" if "error" in result else "differs"
+    return "stopped" if isinstance(result.get("error"), str) else "differs"
+
+
+def _error(result: JsonView) -> str:
+    """Return the message of an error; empty without one. The error of truncate is a number."""
+    error = result.get("error")
+    return error if isinstance(error, str) else ""
 
 
 def data_of_page(text: str) -> JsonView:
@@ -102,7 +123,9 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (broken, number, percent, plural, shape, size)
+    filters = (
+        broken, broken_hash, broken_path, duration, number, percent, plural, shape, size
+    )  # fmt: skip
     environment.filters |= {function.__name__: function for function in filters}
     environment.policies["json.dumps_kwargs"] = {
         "separators": (",", ":"), "default": str, "allow_nan": False,

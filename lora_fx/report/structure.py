@@ -162,7 +162,7 @@ def _box(name: str, rows: list[Row], total: int, scale: _Scale) -> JsonView:
         label = _label(row, name)
         value = "+".join(map(str, row.rank)) or "·"
         longest = max(len(label), len(value))
-        wide = round(max(30, _CHARACTER * longest + 8))
+        wide = round(max(30, _CHARACTER * longest + 14))
         if x and x + wide > WIDTH:
             x = 0
             y += HEIGHT + 2

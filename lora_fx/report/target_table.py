@@ -34,7 +34,7 @@ def _columns(command: str) -> list[Column]:
         Column("params", "elements of A and B", lambda row: _known(row.parameters, number)),
         Column("FLOPs", "share of the weight FLOPs", lambda row: _known(row.share)),
         Column("effect", "‖Δ‖/‖W‖", lambda row: _known(row.effect)),
-        Column("rounding", "share of the update lost", lambda row: _known(row.rounding)),
+        Column("rounding", "share of the update lost; below zero where rounding added to it", lambda row: _known(row.rounding)),
         Column(
             "unmoved", "share of the elements that did not change", lambda row: _known(row.unmoved)
         ),
@@ -47,12 +47,16 @@ def _columns(command: str) -> list[Column]:
 
 
 class TargetTable(NamedTuple):
-    """The columns in use (`left`: the numbers of text columns), and (key, cells) for each row."""
+    """The columns in use (`left`: the numbers of text columns), and (key, cells) for each row.
+
+    `widest` is the number of characters of the longest key.
+    """
 
     columns: list[Column]
     rows: list[tuple[str, list[str]]]
     left: list[int]
     means: str
+    widest: int
 
 
 def table(result: JsonView, rows: list[Row]) -> TargetTable | None:
@@ -77,6 +81,7 @@ def table(result: JsonView, rows: list[Row]) -> TargetTable | None:
         table_rows,
         left=[position for position, column in enumerate(columns, 2) if not column.numeric],
         means=" · ".join(f"{column.head}: {column.title}" for column in columns if column.title),
+        widest=max(len(row.key) for row in rows),
     )
 
 

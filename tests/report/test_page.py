@@ -257,7 +257,7 @@ def test_a_note_is_no_warning_and_a_run_says_when_it_was() -> None:
     assert sections(seen)[:2] == ["warnings", "notes"]
     said = seen.text.partition('"command"')[0]
     assert said.index("a warning") < said.index("Notes") < said.index("a note")
-    assert "lora-fx merge · 2026-01-02 03:04:05 +0000 · 12.30 s · h1" in " ".join(said.split())
+    assert "lora-fx merge · 2026-01-02 03:04:05 +0000 · 12.3 s · h1" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(("best", "colour"), [(40, ""), (20, " class=good")])

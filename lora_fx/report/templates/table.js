@@ -11,8 +11,9 @@ if(was){b.append(...first);return}
 h.setAttribute('aria-sort',up?'ascending':'descending');const s=up?1:-1;
 b.append(...rows.sort((x,y)=>{const p=value(x,i),q=value(y,i);
 return typeof p===typeof q?(p<q?-s:p>q?s:0):typeof p==='number'?-1:1}))}});
+if(rows.length<=10)return;
 const f=document.createElement('input');f.type='search';f.className='filter';
-f.placeholder='Filter targets';f.setAttribute('aria-label','Filter targets');
+f.placeholder='Filter rows';f.setAttribute('aria-label','Filter rows');
 f.oninput=()=>{const w=f.value.toLowerCase().split(/\s+/);
 for(const r of rows)r.hidden=!w.every(x=>r.textContent.toLowerCase().includes(x))};
 t.parentElement.before(f)})();
