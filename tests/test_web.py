@@ -27,6 +27,7 @@ from onnx import numpy_helper
 import lora_fx
 from lora_fx.dtypes import Array
 from lora_fx.onnx import Session, TrainSession
+from tests.axe import SCRIPT, findings
 from tests.report.browser import PROGRAM, WAIT, WEBGPU, Browser, browser
 from tests.report.test_browser import CONTRAST
 
@@ -336,6 +337,66 @@ def test_the_page_is_readable(served: Served, width: int, dark: bool) -> None:
     assert served.tab.value("document.documentElement.scrollWidth") == width
     pale = [t["text"] for t in served.tab.value(CONTRAST) if t["ratio"] < 4.5]
     assert pale == ["None yet. Three or four of each class are enough."]  # hidden, no longer true
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="npm ci --prefix samples")
+def test_axe_has_no_findings(served: Served) -> None:
+    """With examples, a curve and an adapter on the page."""
+    for width in (1280, 500):
+        for dark in (False, True):
+            served.tab.look(width=width, dark=dark)
+            assert findings(served.tab) == [], (width, dark)
+
+
+FOCUSED = "(e => e.id || e.getAttribute('aria-label') || e.name)(document.activeElement)"
+
+
+def tab_to(tab: Browser, name: str) -> None:
+    """Press Tab until an element has the focus."""
+    passed = []
+    while (focused := tab.value(FOCUSED)) != name:
+        assert len(passed) < 20, passed
+        passed.append(focused)
+        tab.press("Tab")
+
+
+def test_the_keyboard_alone_teaches(site: Path, tmp_path: Path) -> None:
+    """Draw two letters, name one's class, train, switch and remove, without a pointer."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with browser(tmp_path / "profile") as tab:
+        tab.open(f"http://127.0.0.1:{server.server_port}/")
+        wait(tab, f"document.getElementById('status').textContent === {READY['wasm']!r}")
+        if SCRIPT.is_file():
+            assert findings(tab) == []
+        for number, stroke in enumerate((["ArrowUp"] * 9, ["ArrowRight"] * 9), 1):
+            tab_to(tab, "pad")
+            tab.press("ArrowLeft", "Space", *stroke)
+            assert tab.value("document.getElementById('pen').textContent") == "The pen is down."
+            tab.press("Space")
+            tab_to(tab, "class")
+            tab.press("ArrowRight")  # from A to B, then to C
+            tab_to(tab, "add")
+            tab.press("Enter")
+            wait(tab, f"document.querySelectorAll('#examples li').length === {number}")
+            assert tab.value(FOCUSED) == "pad"
+        labels = "import('./app.js').then(m => m.state.examples.map(e => e.label))"
+        assert tab.value(labels) == [11, 12]
+
+        tab.value("document.getElementById('steps').value = 2")
+        tab_to(tab, "train")
+        tab.press("Enter")
+        wait(tab, "!document.getElementById('save').disabled")
+        wait(tab, f"{FOCUSED} === 'train'")
+        tab_to(tab, "adapter")
+        tab.press("ArrowLeft")
+        assert tab.value("document.querySelector('#adapters :checked').value") == "base"
+        tab_to(tab, "Remove example 2")
+        tab.press("Enter")
+        wait(tab, "document.querySelectorAll('#examples li').length === 1")
+        wait(tab, f"{FOCUSED} === 'pad'")
+    server.shutdown()
+    server.server_close()
 
 
 def test_nothing_leaves_the_machine(served: Served) -> None:

@@ -23,6 +23,8 @@ const integers = (data, dims) => new ort.Tensor('int64', BigInt64Array.from(data
 /** All that changes. Adapters are {dims, data} by name; `yours` is null until it is trained. */
 export const state = {strokes: [], examples: [], base: null, yours: null, losses: [], busy: true};
 let step, forward, shown, held, shows = 0;
+/** The pen that the keys move, in dots of the canvas. */
+const pen = {x: 128, y: 128, isDown: false};
 
 // ── the network ────────────────────────────────────────────────────────────────────────────────
 
@@ -193,10 +195,20 @@ function drawStrokes(pencil, strokes, width) {
 }
 
 function drawPad() {
-  const pencil = $('pad').getContext('2d');
+  const pencil = $('pad').getContext('2d'), style = getComputedStyle($('pad'));
   pencil.clearRect(0, 0, $('pad').width, $('pad').height);
-  pencil.strokeStyle = getComputedStyle($('pad')).color;
+  pencil.strokeStyle = style.color;
   drawStrokes(pencil, state.strokes, 16);
+  if ($('pad').matches(':focus-visible')) drawPen(pencil, style.getPropertyValue('--accent'));
+}
+
+/** The pen that the keys move: a disc where it is down, a ring where it is not. */
+function drawPen(pencil, color) {
+  pencil.beginPath();
+  pencil.arc(pen.x, pen.y, 9, 0, 2 * Math.PI);
+  Object.assign(pencil, {fillStyle: color, strokeStyle: color, lineWidth: 4});
+  if (pen.isDown) pencil.fill();
+  pencil.stroke();
 }
 
 function followPointer() {
@@ -214,6 +226,35 @@ function followPointer() {
     if (!$('pad').hasPointerCapture(event.pointerId) || !state.strokes.length) return;
     state.strokes.at(-1).push(place(event));
     changed();
+  };
+}
+
+/** The arrows move the pen by 8 of the 256 dots, and Space puts it down or lifts it. */
+function followKeys() {
+  const moves = {ArrowUp: [0, -8], ArrowDown: [0, 8], ArrowLeft: [-8, 0], ArrowRight: [8, 0]};
+  const within = place => Math.min(Math.max(place, 8), $('pad').width - 8);
+  const put = isDown => {
+    pen.isDown = isDown;
+    $('pen').textContent = isDown ? 'The pen is down.' : 'The pen is up.';
+  };
+  $('pad').onkeydown = event => {
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    if (event.key === ' ') {
+      put(!pen.isDown);
+      if (pen.isDown) state.strokes.push([[pen.x, pen.y]]);
+    } else if (event.key in moves) {
+      const [right, down] = moves[event.key];
+      Object.assign(pen, {x: within(pen.x + right), y: within(pen.y + down)});
+      if (pen.isDown) state.strokes.at(-1).push([pen.x, pen.y]);
+    } else return;
+    event.preventDefault();
+    changed();
+  };
+  $('pad').onfocus = drawPad;
+  $('pad').onblur = () => {
+    pen.isDown = false;
+    $('pen').textContent = '';
+    drawPad();
   };
 }
 
@@ -248,6 +289,8 @@ async function showReading() {
 function showExample(example, i, before, after) {
   const small = element('canvas');
   small.width = small.height = SIDE;
+  small.role = 'img';
+  small.ariaLabel = `Example ${i + 1}`;
   const item = element('li', small), pencil = small.getContext('2d');
   const said = (when, chances) => {
     const found = best(chances), right = found === example.label;
@@ -258,7 +301,11 @@ function showExample(example, i, before, after) {
   const remove = element('button', '×');
   remove.setAttribute('aria-label', `Remove example ${i + 1}`);
   remove.disabled = state.busy;
-  remove.onclick = () => { state.examples.splice(i, 1); show(); };
+  remove.onclick = async () => {
+    state.examples.splice(i, 1);
+    await show();
+    focusOn(document.querySelectorAll('#examples button')[i] ?? $('pad'));
+  };
   item.append(element('b', names[example.label]), remove, said('was', before));
   if (after) item.append(said('now', after));
   $('examples').append(item);
@@ -360,6 +407,12 @@ function chips() {
   };
 }
 
+/** Give the keys to an element, where the one that had them is gone or disabled. */
+function focusOn(element) {
+  const {activeElement} = document;
+  if (activeElement === document.body || activeElement.disabled) element.focus();
+}
+
 function say(text, error = false) {
   $('status').textContent = text;
   $('status').classList.toggle('error', error);
@@ -377,11 +430,16 @@ async function busily(work) {
   state.busy = false;
 }
 
-$('clear').onclick = () => { state.strokes = []; changed(); };
+$('clear').onclick = () => {
+  state.strokes = [];
+  pen.isDown = false;
+  changed();
+};
 $('add').onclick = () => {
   state.examples.push({pixels: pixelsOf(state.strokes), label: chosen()});
   state.strokes = [];
   changed(); // at once: what show() asks the network may take a while
+  focusOn($('pad'));
   return show();
 };
 $('train').onclick = async () => {
@@ -396,6 +454,7 @@ $('train').onclick = async () => {
   });
   document.querySelector('#adapters [value=yours]').checked = Boolean(state.yours);
   await show();
+  focusOn($('train'));
 };
 $('adapters').onchange = showReading;
 $('save').onclick = () => download('adapter.onnx_adapter', Object.fromEntries(
@@ -404,6 +463,7 @@ $('serve').onclick = () => download('served.onnx_adapter', state.yours, SERVED);
 matchMedia('(prefers-color-scheme: dark)').onchange = show;
 chips();
 followPointer();
+followKeys();
 await busily(load);
 if (state.base) {
   $('shown').textContent = shown.length;

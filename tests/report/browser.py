@@ -28,6 +28,13 @@ The watchdog ends a process that computes for long, as this one does on a loaded
 """
 
 
+KEYS = {
+    "Tab": (9, ""), "Enter": (13, "\r"), "Space": (32, " "), "ArrowLeft": (37, ""),
+    "ArrowUp": (38, ""), "ArrowRight": (39, ""), "ArrowDown": (40, ""),
+}  # fmt: skip
+"""The keys that a test presses, with their codes in Windows and the text that they type."""
+
+
 class Browser:
     """One tab. `requests` lists the addresses that it asked for, `errors` what its console said.
 
@@ -89,6 +96,15 @@ class Browser:
                 "Input.dispatchMouseEvent",
                 type=kind, x=x, y=y, button="left", buttons=1, clickCount=1,
             )  # fmt: skip
+
+    def press(self, *keys: str) -> None:
+        """Press and let go of keys, one after another, by their names in KEYS."""
+        for key in keys:
+            code, text = KEYS[key]
+            params = {"key": text or key, "code": key, "windowsVirtualKeyCode": code}
+            down = "keyDown" if text else "rawKeyDown"
+            self._call("Input.dispatchKeyEvent", type=down, text=text, **params)
+            self._call("Input.dispatchKeyEvent", type="keyUp", **params)
 
     def download_to(self, folder: Path) -> None:
         """Let the page's downloads lie in a folder."""

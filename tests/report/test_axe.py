@@ -1,4 +1,4 @@
-"""The pages by axe-core: no findings, in both themes, narrow and wide; on paper no column is cut.
+"""The pages by axe-core: no findings, in both themes, narrow and wide.
 
 Slow, and skipped where there is no chromium or no `npm ci --prefix samples`.
 """
