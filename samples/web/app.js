@@ -298,7 +298,7 @@ function showExample(example, i, before, after) {
       `${right ? '✓' : '✗'} ${names[found]}`, right ? 'right' : 'wrong'),
     element('span', percent(chances[found]))]);
   };
-  const remove = element('button', '×');
+  const remove = element('button'); // whose cross is in the style sheet: it is no part of its name
   remove.setAttribute('aria-label', `Remove example ${i + 1}`);
   remove.disabled = state.busy;
   remove.onclick = async () => {
