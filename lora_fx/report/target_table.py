@@ -34,7 +34,11 @@ def _columns(command: str) -> list[Column]:
         Column("params", "elements of A and B", lambda row: _known(row.parameters, number)),
         Column("FLOPs", "share of the weight FLOPs", lambda row: _known(row.share)),
         Column("effect", "‖Δ‖/‖W‖", lambda row: _known(row.effect)),
-        Column("rounding", "share of the update lost; below zero where rounding added to it", lambda row: _known(row.rounding)),
+        Column(
+            "rounding",
+            "share of the update lost; below zero where rounding added to it",
+            lambda row: _known(row.rounding),
+        ),
         Column(
             "unmoved", "share of the elements that did not change", lambda row: _known(row.unmoved)
         ),

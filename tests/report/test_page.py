@@ -209,7 +209,10 @@ def compared(rel: float, tol: float) -> dict[str, Any]:
             {"command": "merge", "ok": True, "tensors": [{"key": "a"}]},
             "1 tensor; nothing was written",
         ),
-        ({"command": "export", "ok": True, "mode": "switch"}, "ONNX file, mode switch"),
+        (
+            {"command": "export", "ok": True, "mode": "switch", "targets": 4},
+            "ONNX file, mode switch",
+        ),
         ({"command": "plan", "ok": True}, "Done"),
         ({"command": "plan", "ok": False}, "The answer is no"),
         (
@@ -248,6 +251,38 @@ def test_a_long_error_is_there_in_full() -> None:
     assert LONG in seen.text and seen.text.count("tensor 'a.b' is [8, 513]") >= 2
     short = Page(page({"command": "merge", "ok": False, "error": "no such file", "hint": ""}))
     assert short.text.partition("Stopped")[2].count("no such file") == 1
+
+
+def test_the_error_of_truncate_is_a_number_and_no_message() -> None:
+    result = {"command": "truncate", "ok": True, "error": 6.5, "relative": 0.25, "parameters": 4}
+    seen = Page(page({**result, "parameters_before": 8}))
+    assert "Truncated from 8 to 4 parameters" in seen.text
+    assert "6.5" not in seen.text.partition('"command"')[0]
+
+
+def test_a_training_without_a_result_says_so() -> None:
+    result = trained(1, steps=40) | {"ok": False, "best_step": 20, "hint": "--resume s"}
+    result["page"]["run"] = {"state": "interrupted", "step": 40, "steps": 80, "digest": None}
+    text = page(result)
+    seen = Page(text)
+    assert "Training 7 targets: interrupted after step 40 of 80" in seen.text
+    assert "best so far: step 20" in seen.text and "kept" not in seen.text.partition('"command"')[0]
+    assert "<title>lora-fx train: interrupted</title>" in text and "verdict interrupted" in text
+    assert "step 20 of 80" in seen.text and "--resume s" in seen.text
+    running = {"state": "running", "step": 40, "steps": 80, "digest": None}
+    again = page({**result, "ok": True, "page": {**result["page"], "run": running}})
+    assert "location.reload()" in again and "location.reload()" not in text
+
+
+def test_rows_of_adapters_are_in_the_order_of_the_page() -> None:
+    keys = ["h.10.a.weight", "h.2.b.weight", "h.2.q.weight[4:8]", "h.2.q.weight[0:4]", "x.weight"]
+    updates = [{"key": key, "rank": 2, "sigma": [1.0], "norm": 1.0} for key in keys]
+    shown = {"adapters": [{"updates": updates}]}
+    by_name = [row.key for row in rows_of({"page": shown})]
+    assert by_name == [*keys[1:4], keys[0], keys[4]]
+    order = ["h.2.q.weight", "h.2.b.weight", "h.10.a.weight"]
+    in_order = [row.key for row in rows_of({"targets": 3, "page": {**shown, "order": order}})]
+    assert in_order == [keys[3], keys[2], keys[1], keys[0], keys[4]]
 
 
 def test_a_note_is_no_warning_and_a_run_says_when_it_was() -> None:
