@@ -30,6 +30,10 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
         done = sum(bool(merge.get("ok")) for merge in result["merges"])
         yield Fact("Merges", f"{done} of {count}", "done", done == count)
     yield from _training(result)
+    if result.get("verdicts"):
+        right = sum(row["verdict"].startswith("right") for row in result["verdicts"])
+        count = len(result["verdicts"])
+        yield Fact("Right", f"{right} of {count}", "by the probe", right == count or None)
     parity: list[JsonView] = result.get("parity") or []
     if parity:
         yield _decisive(parity)
@@ -122,7 +126,8 @@ def _training(result: JsonView) -> list[Fact]:
     if not isinstance(validation, dict) or "losses" not in result:
         return []
     run = (result.get("page") or {}).get("run") or {}
-    kept = f"step {result.get('best_step')} of {run.get('steps', len(result['losses']))}"
+    steps = run.get("steps", len(result["losses"]))
+    kept = f"step {number(result.get('best_step'))} of {number(steps)}"
     best = validation.get(str(result.get("best_step")))
     if best is None:
         return [Fact("Kept", kept, "no validation", False)]

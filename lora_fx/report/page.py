@@ -66,7 +66,7 @@ def page(result: JsonView) -> str:
         "error": error,
         "state": state,
         "badge": state.capitalize(),
-        "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
+        "what": "tensor" if "tensors" in result and "targets" not in result else "target",
         "headline": headline(error),
         "warnings": [text for text in texts if text not in notes],
         "notes": [text for text in texts if text in notes],

@@ -199,11 +199,24 @@ def compared(rel: float, tol: float) -> dict[str, Any]:
     return {**sizes, "max_abs": rel, "rel": rel, "tol": tol, "ok": rel <= tol}
 
 
+RIGHT = {
+    "adapter": None, "verdict": "right", "distance": 1e-9, "tolerance": 1e-5,
+    "expected_effect": None, "found_effect": None, "sentence": "base: as it was",
+}  # fmt: skip
+WRONG = {**RIGHT, "adapter": "de", "verdict": "no effect", "distance": 0.5, "expected_effect": 1.0}
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [
         ({"command": "verify", "ok": False, "parity": []}, "They differ"),
         ({"command": "verify", "ok": True, "fits": 3}, "The adapter fits: 3 low-rank updates"),
+        (
+            {"command": "verify", "ok": True, "targets": 4, "adapted": 3},
+            "The adapter fits: 3 of 4 targets",
+        ),
+        ({"command": "verify", "ok": True, "verdicts": [RIGHT]}, "computes what its probe expects"),
+        ({"command": "verify", "ok": False, "verdicts": [RIGHT, WRONG]}, "does not compute what"),
         ({"command": "verify", "ok": True, "tensors": 5, "equal": 5}, "5 of 5 tensors are equal"),
         (
             {"command": "merge", "ok": True, "tensors": [{"key": "a"}]},
@@ -239,6 +252,12 @@ def test_the_verdict_claims_no_more_than_the_result(result: dict[str, Any], said
     assert "proven" not in seen.text
     marks = [a["class"] for t, a in seen.tags if t == "header"]
     assert marks == ["verdict ok" if result["ok"] else "verdict no"]
+
+
+def test_the_verdicts_of_a_probe_are_a_table() -> None:
+    text = page({"command": "verify", "ok": False, "verdicts": [RIGHT, WRONG]})
+    assert "<b class=good>right</b>" in text and "<b class=bad>no effect</b>" in text
+    assert "1 of 2" in text and sections(Page(text)) == ["probe"]
 
 
 def test_equal_is_said_of_what_was_held_to_a_gate_of_fp32() -> None:
