@@ -270,11 +270,11 @@ def is_page_of_state(page: str, state: str | None) -> bool:
         page: The path of a page.
         state: The folder of --resume; None without the option.
     """
+    if state is None or not Path(page).is_file():
+        return False
     from lora_fx.fx.train.state_folder import run_of_state
     from lora_fx.report.page import data_of_page
 
-    if state is None or not Path(page).is_file():
-        return False
     added = data_of_page(Path(page).read_text("utf-8", "replace")).get("page")
     run = added.get("run") if isinstance(added, dict) else None
     digest = run.get("digest") if isinstance(run, dict) else None
@@ -355,9 +355,9 @@ def with_data_files(files: Sequence[Path]) -> list[Path]:
     for file in files:
         with_data.append(file)
         if file.suffix == ".onnx":
-            from lora_fx.onnx.load import data_names
-
             with contextlib.suppress(LoraFxError):  # which the command has told
+                from lora_fx.onnx.load import data_names
+
                 with_data += [file.with_name(name) for name in data_names(file)]
     return with_data
 

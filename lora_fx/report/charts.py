@@ -35,7 +35,7 @@ def training(result: JsonView) -> JsonView | None:
     last = len(losses)
     best = int(result.get("best_step") or 0)
     has_ended = not (result.get("page") or {}).get("run")
-    kept_word = "kept" if has_ended else "best so far"
+    kept_word = "kept" if has_ended else "best"
     curve = _thinned([(step, loss) for step, loss in enumerate(losses, 1) if _finite(loss)])
     points = _validation_points(validation, result.get("before"))
     axis = LossAxis.of([loss for _, loss in (*curve, *points)])

@@ -285,7 +285,7 @@ def test_a_training_without_a_result_says_so() -> None:
     text = page(result)
     seen = Page(text)
     assert "Training 7 targets: interrupted after step 40 of 80" in seen.text
-    assert "best so far: step 20" in seen.text and "kept" not in seen.text.partition('"command"')[0]
+    assert "best: step 20" in seen.text and "kept" not in seen.text.partition('"command"')[0]
     assert "<title>lora-fx train: interrupted</title>" in text and "verdict interrupted" in text
     assert "step 20 of 80" in seen.text and "--resume s" in seen.text
     running = {"state": "running", "step": 40, "steps": 80, "digest": None}
