@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,9 +76,7 @@ def fit(
         run.check_memory(loss)
         trail = run.start()
         for batch in run.batches(trail):
-            with run.first_step(trail):
-                value = run.loss_and_gradients(batch, trail.step + 1)
-            run.take(value, trail, progress)
+            run.step(batch, trail, progress)
     return run.finish(trail)
 
 
@@ -191,16 +189,18 @@ class TrainRun:
         """The model whose adapter is trained."""
         return self.objective.model
 
-    def check_memory(self, loss: str | Loss, copies: int = 1) -> None:
+    def check_memory(self, loss: str | Loss, copies: int = 1, *, batched: bool = False) -> None:
         """Tell the memory of the run, and refuse a run that cannot fit.
 
         Args:
             loss: That of fit.
             copies: How many runs of its kind take their steps together.
+            batched: Whether these steps run in one vmap.
         """
         measured = self.objective if isinstance(loss, str) else without_own_loss(self.objective)
         parts = self.world.size * self.optimizer.settings.accumulate
-        RunMemory(measured, self.optimizer, self.training, self.rows, parts, copies).check()
+        memory = RunMemory(measured, self.optimizer, self.training, self.rows, parts)
+        replace(memory, copies=copies, batched=batched).check()
 
     def start(self) -> Trail:
         """Return the progress at the start: of the resumed state, or of a new run."""
@@ -232,6 +232,18 @@ class TrainRun:
         if trail.report.losses:
             return contextlib.nullcontext()
         return stage("running the first step")
+
+    def step(self, batch: Table, trail: Trail, progress: Progress | None) -> None:
+        """Take a step on a batch; validate and save where it is due.
+
+        Args:
+            batch: From `batches`.
+            trail: The progress, which goes on by a step.
+            progress: As in fit.
+        """
+        with self.first_step(trail):
+            value = self.loss_and_gradients(batch, trail.step + 1)
+        self.take(value, trail, progress)
 
     def take(self, loss: float, trail: Trail, progress: Progress | None) -> None:
         """Take a step with the present gradients; validate and save where it is due.

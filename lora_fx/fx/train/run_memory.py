@@ -50,6 +50,7 @@ class RunMemory:
         rows: How many of them run at a time.
         parts: How many parts a batch has, those of all processes together.
         copies: How many such runs take their steps together.
+        batched: Whether these steps run in one vmap; otherwise one follows another.
     """
 
     objective: Objective
@@ -58,6 +59,7 @@ class RunMemory:
     rows: int
     parts: int
     copies: int = 1
+    batched: bool = False
 
     def check(self) -> None:
         """Tell the memory of the run, and refuse a run that cannot fit.
@@ -78,10 +80,11 @@ class RunMemory:
         """Return the estimate of a run whose largest step takes so much."""
         trained = self.copies * sum(p.numel() * p.element_size() for p in self.optimizer.trained)
         moments = trained * self.optimizer.moments_of_each
-        kept_at_once = self.copies * step.kept
+        steps = self.copies if self.batched else 1
+        kept_at_once = steps * step.kept
         kept = round((1 + SLACK) * kept_at_once)
         certain = kept_at_once // 2 if self.objective.half else kept_at_once
-        momentary = round((1 + SLACK) * self.copies * (step.peak - step.kept))
+        momentary = round((1 + SLACK) * steps * (step.peak - step.kept))
         shape = ", ".join(map(str, step.largest))
         parts = (
             MemoryPart("kept for backward", kept, certain),

@@ -1,8 +1,9 @@
-"""Several runs in lockstep, over one base: the steps of equal shapes run in one vmap.
+"""Several runs side by side, over one base: each takes a step before any takes the next one.
 
 Each run has its own batch, optimizer, schedule and random numbers, and a loss of its own, so its
-numbers are those of `fit` on its module alone. The first step of copies runs both ways, and they
-stay together only if both agree.
+numbers are those of `fit` on its module alone: bit for bit if the steps follow one another. On a
+GPU, steps of equal shapes run in one vmap, whose products round differently. There the first step
+of copies runs both ways, and they stay together only if both agree.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def fit_together(
     progress: RunProgress | None = None,
     *,
     check_memory: bool = True,
+    batched: bool | None = None,
 ) -> list[TrainReport]:
     """Train adapters side by side; afterwards each model holds its own best one.
 
@@ -65,6 +67,8 @@ def fit_together(
         settings: Those of each run.
         progress: Called as (run, step, steps, loss).
         check_memory: Refuse runs that cannot fit.
+        batched: Whether steps of equal shapes run in one vmap; None: on a GPU. On a CPU larger
+            products take as much time as several small ones, and the memory of all of them.
 
     Raises:
         LoraFxError: As in fit, but for a loss or gradient that is not finite.
@@ -73,17 +77,24 @@ def fit_together(
     for number, (model, chosen) in enumerate(zip(models, settings, strict=True)):
         run = prepared(model, training, validation, loss, chosen)
         lanes.append(_Lane(number, run, Draws(device_of(model))))
+    if batched is None:
+        batched = device_of(models[0]).type == "cuda"
     lockstep = _Lockstep()
-    if check_memory:
-        first = lanes[0].run
-        alike = sum(lane.kind == lanes[0].kind for lane in lanes)
-        with lockstep.plain.of(first.model) if alike > 1 else contextlib.nullcontext():
-            first.check_memory(loss, copies=alike)
     with contextlib.ExitStack() as stack:
         for lane in lanes:
             stack.enter_context(lane.run.objective.alone())
+        if check_memory:
+            first = lanes[0].run
+            alike = sum(lane.kind == lanes[0].kind for lane in lanes)
+            is_one_vmap = batched and alike > 1
+            with lockstep.plain.of(first.model) if is_one_vmap else contextlib.nullcontext():
+                first.check_memory(loss, alike, batched=is_one_vmap)
+        for lane in lanes:
             lane.start()
-        lockstep.go(lanes, progress)
+        if batched:
+            lockstep.go(lanes, progress)
+        else:
+            _go_in_turn(lanes, progress)
     return [lane.run.finish(lane.trail) for lane in lanes]
 
 
@@ -133,6 +144,24 @@ class _Lane:
         self.batches = self.run.batches(self.trail)
 
 
+def _coming(lanes: Sequence[_Lane]) -> dict[_Lane, Table]:
+    """Return the next batch of each run that has not ended."""
+    batches = {}
+    for lane in lanes:
+        batch = None if lane.trail.report.error else next(lane.batches, None)
+        if batch is not None:
+            batches[lane] = batch
+    return batches
+
+
+def _go_in_turn(lanes: Sequence[_Lane], progress: RunProgress | None) -> None:
+    """Take the steps of all runs, one after another; one that ends leaves the others."""
+    while batches := _coming(lanes):
+        for lane, batch in batches.items():
+            with lane.ending():
+                lane.run.step(batch, lane.trail, _of_run(progress, lane.number))
+
+
 @dataclass(frozen=True)
 class _Result:
     """The loss of a part, and its gradients by the run's trained tensors, in their order."""
@@ -178,7 +207,7 @@ class _Part:
 
 @dataclass
 class _Lockstep:
-    """The steps of several runs.
+    """The steps of several runs, those of equal shapes in one vmap.
 
     Attributes:
         plain: The programs that vmap runs.
@@ -190,17 +219,10 @@ class _Lockstep:
 
     def go(self, lanes: Sequence[_Lane], progress: RunProgress | None) -> None:
         """Take the steps of all runs; one that ends leaves the others."""
-        while True:
-            coming = {}
-            for lane in lanes:
-                batch = None if lane.trail.report.error else next(lane.batches, None)
-                if batch is not None:
-                    coming[lane] = batch
-            if not coming:
-                return
-            first = next(iter(coming))
+        while batches := _coming(lanes):
+            first = next(iter(batches))
             with first.run.first_step(first.trail):
-                losses = self._gradients(coming)
+                losses = self._gradients(batches)
             for lane, value in losses.items():
                 with lane.ending():
                     loss = lane.run.finished_gradients(value, lane.trail.step + 1)

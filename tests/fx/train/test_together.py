@@ -29,10 +29,11 @@ from tests.anonymous_memory import give_back, watched
 from tests.fx.train.test_loop import Net, table
 
 LOSSES = 1e-6
-"""The gate of losses, relative to the largest."""
+"""The gate of losses of steps in one vmap, relative to the largest."""
 ADAPTERS = 3e-5
-"""The gate of A and B in float32 where products of other sizes round differently: AdamW divides a
-gradient by its own size, so it magnifies the rounding of small ones. In float64 it is EXACT."""
+"""The gate of A and B in float32 of steps in one vmap, as on a GPU: products of other sizes round
+differently, and AdamW divides a gradient by its own size, which magnifies the rounding of small
+ones. In float64 it is EXACT."""
 EXACT = 1e-12
 
 
@@ -130,18 +131,30 @@ def swept(cap: Any, data: Table, case: Any, together: int) -> list[tuple[TrainRe
     return [results[number] for number in range(len(planned))]
 
 
+def batched(cap: Any, data: Table, case: Any) -> list[tuple[TrainReport, Adapter]]:
+    """All runs side by side, the steps of equal shapes in one vmap."""
+    training, validation = split(data, 0.2, 0)
+    base = SharedBase(cap)
+    inserted, settings = case
+    modules = [base.module(options) for options in inserted]
+    reports = fit_together(modules, training, validation, "ce", settings, batched=True)
+    return [(report, module.adapter()) for report, module in zip(reports, modules, strict=True)]
+
+
+def are_batched(found: Sequence[tuple[TrainReport, Adapter]]) -> bool:
+    return not any("not run together" in w for report, _ in found for w in report.warnings)
+
+
 @pytest.mark.parametrize("also_train", [None, "fc2"])
 def test_a_perceptron_at_every_number(also_train: str | None) -> None:
     cap = net()
     case = runs(also_train=also_train)
     expected = alone(cap, table(), case)
-    one = swept(cap, table(), case, 1)
-    assert compare(one, expected) == (0.0, 0.0)
-    for together in (2, 8):
-        found = swept(cap, table(), case, together)
-        losses, tensors = compare(found, expected)
-        assert losses < LOSSES and tensors < LOSSES
-        assert not any("not run together" in w for report, _ in found for w in report.warnings)
+    for together in (1, 2, 8):
+        assert compare(swept(cap, table(), case, together), expected) == (0.0, 0.0)
+    found = batched(cap, table(), case)
+    losses, tensors = compare(found, expected)
+    assert losses < LOSSES and tensors < LOSSES and are_batched(found)
 
 
 def test_a_transformer_with_dropout() -> None:
@@ -149,19 +162,17 @@ def test_a_transformer_with_dropout() -> None:
     cap = transformer()
     case = runs(2, dropout=0.2, also_train="head")
     expected = alone(cap, words(), case)
-    assert compare(swept(cap, words(), case, 1), expected) == (0.0, 0.0)
-    for together in (2, 8):
-        found = swept(cap, words(), case, together)
-        losses, tensors = compare(found, expected)
-        assert losses < LOSSES and tensors < ADAPTERS
-        assert not any("together" in w for report, _ in found for w in report.warnings)
+    for together in (1, 2, 8):
+        assert compare(swept(cap, words(), case, together), expected) == (0.0, 0.0)
+    found = batched(cap, words(), case)
+    losses, tensors = compare(found, expected)
+    assert losses < LOSSES and tensors < ADAPTERS and are_batched(found)
 
 
-def test_only_rounding_tells_them_apart() -> None:
+def test_only_rounding_tells_a_vmap_apart() -> None:
     cap = transformer(torch.float64)
     case = runs(2, dropout=0.1)
-    expected = alone(cap, words(), case)
-    assert max(compare(swept(cap, words(), case, 8), expected)) < EXACT
+    assert max(compare(batched(cap, words(), case), alone(cap, words(), case))) < EXACT
 
 
 def test_a_plan_of_ranks_and_batches_in_parts() -> None:
@@ -171,7 +182,8 @@ def test_a_plan_of_ranks_and_batches_in_parts() -> None:
     settings = [Settings(steps=6, batch_size=20, accumulate=3, seed=seed) for seed in range(3)]
     case = (options, settings)
     expected = alone(cap, words(), case)
-    losses, tensors = compare(swept(cap, words(), case, 3), expected)
+    assert compare(swept(cap, words(), case, 3), expected) == (0.0, 0.0)
+    losses, tensors = compare(batched(cap, words(), case), expected)
     assert losses < LOSSES and tensors < ADAPTERS
 
 
@@ -187,7 +199,8 @@ def test_runs_of_other_lengths_sizes_and_schedules() -> None:
     ]
     case = (options, settings)
     expected = alone(cap, table(), case)
-    losses, tensors = compare(swept(cap, table(), case, 4), expected)
+    assert compare(swept(cap, table(), case, 4), expected) == (0.0, 0.0)
+    losses, tensors = compare(batched(cap, table(), case), expected)
     assert losses < LOSSES and tensors < LOSSES
 
 
@@ -282,7 +295,8 @@ def test_what_cannot_run_together_runs_apart_and_says_so() -> None:
         scores = out["logits"] * len(calls)
         return nn.functional.cross_entropy(scores, labels)
 
-    reports = fit_together(module.copies, training, validation, loss, [Settings(steps=2)] * 2)
+    settings = [Settings(steps=2)] * 2
+    reports = fit_together(module.copies, training, validation, loss, settings, batched=True)
     for report in reports:
         assert any("not run together" in warning for warning in report.warnings)
         assert any("a gradient differs" in warning for warning in report.warnings)
@@ -295,8 +309,8 @@ def test_a_run_that_diverges_ends_alone() -> None:
     settings[1] = replace(settings[1], lr=1e30, optimizer="sgd", clip=0, schedule="constant")
     kept = ([options[0], options[2]], [settings[0], settings[2]])
     expected = alone(cap, table(), kept)
-    found = swept(cap, table(), (options, settings), 3)
-    error = found[1][0].error
-    assert (error is not None and "is nan" in error) or "is inf" in str(error)
-    losses, tensors = compare([found[0], found[2]], expected)
-    assert losses < LOSSES and tensors < LOSSES
+    case = (options, settings)
+    for found, gate in ((swept(cap, table(), case, 3), 0.0), (batched(cap, table(), case), LOSSES)):
+        error = found[1][0].error
+        assert (error is not None and "is nan" in error) or "is inf" in str(error)
+        assert max(compare([found[0], found[2]], expected)) <= gate
