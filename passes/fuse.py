@@ -9,6 +9,7 @@ through a view, and branches of other forms.
 
 In a train program in 32 bits it is a call, ending(y, t, b, s): the sum is made in the memory of y,
 and ∂L/∂b is (tᵀ·g)ᵀ and not gᵀ·t. In 16 bits neither was faster, and b would be cast once more.
+A scale that is a tensor, as in a module compiled for many adapters, is multiplied into b before.
 
 This pass is torch's own: it reads the nodes that the fx emitter writes.
 """
@@ -62,7 +63,7 @@ class _BranchEnd:
         y: The result of the layer.
         t: What b multiplies, x·aᵀ.
         b: The get_attr of [out, rank].
-        s: The scale.
+        s: The scale, a number or a tensor.
         x: The input of the branch, whose dtype b takes.
     """
 
@@ -70,7 +71,7 @@ class _BranchEnd:
     y: fx.Node
     t: fx.Node
     b: fx.Node
-    s: float
+    s: float | fx.Node
     x: fx.Node
 
 
@@ -86,7 +87,8 @@ def _branch_end(node: fx.Node) -> _BranchEnd | None:
     t, transposed = operands(product, aten.matmul.default) or (None, None)
     cast, perm = operands(transposed, aten.permute.default) or (None, None)
     scaled, x = operands(cast, aten.type_as.default) or (None, None)
-    b, s = operands(scaled, aten.mul.Scalar) or (None, None)
+    by_number = operands(scaled, aten.mul.Scalar)
+    b, s = by_number or operands(scaled, aten.mul.Tensor) or (None, None)
     if perm != [1, 0] or len(product.users) > 1:
         return None
     if not isinstance(b, fx.Node) or b.op != "get_attr":
@@ -97,15 +99,22 @@ def _branch_end(node: fx.Node) -> _BranchEnd | None:
     source = dropout[0] if dropout else x
     if value(source) is None or value(y).dtype != value(source).dtype:
         return None
-    return _BranchEnd(node, y, t, b, float(s), x)
+    if not by_number and (not isinstance(s, fx.Node) or s.op != "get_attr"):
+        return None
+    return _BranchEnd(node, y, t, b, s, x)
 
 
 def _fuse(end: _BranchEnd, into: bool) -> None:
     """Replace the sum by one op; it writes into y's memory if `into` and nothing else reads y."""
     emit = maker(end.sum, end.sum)
     y = end.y
+    b = end.b
+    s = end.s
+    if isinstance(s, fx.Node):
+        b = emit(aten.mul.Tensor, (b, s))
+        s = 1.0
     if into and len(y.users) == 1 and value(y).dtype == torch.float32:
-        fused = emit(ending, (y, end.t, end.b, end.s))
+        fused = emit(ending, (y, end.t, b, s))
     else:
         has_leading_axes = len(shape_of(y) or ()) > 2
         rows_of_y = y
@@ -113,9 +122,9 @@ def _fuse(end: _BranchEnd, into: bool) -> None:
         if has_leading_axes:
             rows_of_y = emit(aten.flatten.using_ints, (y, 0, -2))
             rows_of_t = emit(aten.flatten.using_ints, (end.t, 0, -2))
-        b = emit(aten.type_as.default, (end.b, end.x))
+        b = emit(aten.type_as.default, (b, end.x))
         transposed = emit(aten.permute.default, (b, [1, 0]))
-        fused = emit(aten.addmm.default, (rows_of_y, rows_of_t, transposed), {"alpha": end.s})
+        fused = emit(aten.addmm.default, (rows_of_y, rows_of_t, transposed), {"alpha": s})
         if has_leading_axes:
             fused = emit(aten.view_as.default, (fused, y))
     fused.meta["val"] = value(y)
@@ -125,10 +134,10 @@ def _fuse(end: _BranchEnd, into: bool) -> None:
 def ending(y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, s: float) -> torch.Tensor:
     """Return y + t·(s·b)ᵀ, written into the memory of y [..., out] unless the call is traced."""
     if traced() or type(y) is not torch.Tensor:
-        rows_of_y = y.flatten(0, -2)
-        rows_of_t = t.flatten(0, -2).type_as(y)
-        rows = torch.addmm(rows_of_y, rows_of_t, b.type_as(y).t(), alpha=s)
-        return rows.view_as(y)
+        # Inductor adds where the sum is read, and before an addmm it copies y. By rows, since
+        # autograd then has tᵀ·g for bᵀ, and for a transposed one gᵀ·t (see _Ending).
+        b_by_rows = (b * s).type_as(y).t().contiguous()
+        return y + torch.matmul(t.type_as(y), b_by_rows)
     result: torch.Tensor = _Ending.apply(y, t, b, s)  # type: ignore[no-untyped-call]
     return result
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.adapter.target_union import TargetUnion
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.fuse import Fuse, ending
@@ -94,6 +95,20 @@ def test_a_result_that_something_else_reads_is_not_written_over(cap: Captured, r
     assert Fuse(into=True)(graph).modified
     found = {n.target for n in graph.graph.nodes} & {ending, aten.addmm.default}
     assert found == {aten.addmm.default if read else ending}
+
+
+def test_a_scale_that_is_a_tensor(cap: Captured) -> None:
+    """As a module has it that is compiled for many adapters; its gradients are those of a number."""
+    number = cap.fx_graph(training=True)
+    low = updates(cap, "q.weight")
+    Insert(low, training=True)(number)
+    tensor = cap.fx_graph(training=True)
+    Insert(TargetUnion().extended(low).installed(low), training=True)(tensor)
+    assert Fuse(into=True)(number).modified and Fuse(into=True)(tensor).modified
+    (call,) = (node for node in tensor.graph.nodes if node.target is ending)
+    assert call.args[3] == 1.0 and call.args[2].target is aten.mul.Tensor
+    (call,) = (node for node in number.graph.nodes if node.target is ending)
+    assert call.args[3] == 2.0
 
 
 def test_start_is_an_exact_zero(cap: Captured) -> None:
