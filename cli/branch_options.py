@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.options import Rules, option, quantise_option, seed_option, selectors
+from lora_fx.cli.options import FINITE, Rules, option, quantise_option, seed_option, selectors
 from lora_fx.errors import NoSay
 from lora_fx.text import JsonView
 
@@ -29,7 +29,7 @@ class TargetOptions:
     )
     rank: int = option("--rank", "-r", type=int, default=8, help="Set the rank of every target.")
     alpha: float | None = option(
-        "--alpha", type=float, help="Scale every update by alpha/rank.  [default: 2·rank]"
+        "--alpha", type=FINITE, help="Scale every update by alpha/rank.  [default: 2·rank]"
     )
     include: tuple[str, ...] | None = selectors(
         "--include", "Choose targets in place of the default ones, as q_proj,role:v,op:conv2d,re:…"

@@ -227,6 +227,10 @@ def command(
         raise LoraFxError(
             f"--mode merged takes one adapter, not {len(adapters)}", "pass --mode switch or batch"
         )
+    if mode == "batch" and not adapters:
+        raise LoraFxError(
+            "mode batch needs adapters", "pass them after MODEL: lora-fx export MODEL ADAPTER..."
+        )
     is_graph = model.endswith(".onnx")
     updates = named_adapters(adapters)
     if updates and not (mode == "merged" and is_graph):

@@ -19,6 +19,7 @@ command.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from typing import Any
@@ -33,6 +34,22 @@ from lora_fx.spellings import under_either_name
 from lora_fx.text import JsonView
 
 FROM_1 = click.IntRange(1, 2**31 - 1)
+
+
+class FiniteRange(click.FloatRange):
+    """A range of finite numbers; click's own has infinity and NaN in it."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number of a text."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+FINITE = FiniteRange()
 THREADS = click.IntRange(0, 2**10)
 """The allowed number of ONNX Runtime threads; 0 lets ONNX Runtime choose."""
 FORCE = "Replace the output if it exists."

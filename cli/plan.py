@@ -13,6 +13,7 @@ from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
+    FINITE,
     FROM_1,
     Rules,
     first_given,
@@ -78,7 +79,7 @@ class BudgetOptions:
         help="Choose how ranks are valued; all but uniform read DATA.",
     )
     scale: float = option(
-        "--scale", type=float, default=2.0, help="Set alpha/rank of every target."
+        "--scale", type=FINITE, default=2.0, help="Set alpha/rank of every target."
     )
     label: str = label_option("Name the column to predict.")
     loss: str = loss_option()

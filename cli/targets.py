@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -15,10 +14,6 @@ from lora_fx.cli.options import first_given, names_of, option_group
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
-
-if TYPE_CHECKING:
-    from lora_fx.inputs import Named
-    from lora_fx.targets.found import Found
 
 
 @click.command("targets", cls=FileCommand, no_say=PROGRAM)
@@ -55,9 +50,9 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
 
         found = file_targets(model)
     elif onnx:
-        from lora_fx.onnx.validity import blaming
+        from lora_fx.passes.verbs.find_in_file import find_in_onnx
 
-        found = blaming(_of_onnx)(model, load_npz(capture.inputs_file))
+        found = find_in_onnx(model, load_npz(capture.inputs_file))
     else:
         from lora_fx.passes.verbs.adapt import find
 
@@ -71,18 +66,3 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
         )
     fields = {"inputs": inputs, "warnings": found.notes, **found.to_json()}
     emit(str(found), refused=refused, **fields)
-
-
-def _of_onnx(model: str, arrays: Named) -> Found:
-    from dataclasses import replace
-
-    from lora_fx.onnx.fixed_shapes import with_fixed_shapes
-    from lora_fx.onnx.graph.graph import UNKNOWN_SHAPES, OnnxGraph
-    from lora_fx.onnx.names import named_graph
-    from lora_fx.passes.find import find
-
-    graph, _ = named_graph(model)
-    at_sizes, sizes = with_fixed_shapes(graph.model, arrays, model)
-    with_sizes = OnnxGraph(at_sizes)
-    notes = (*(n for n in graph.notes if n != UNKNOWN_SHAPES), *with_sizes.notes)
-    return replace(find(with_sizes), notes=notes, sizes=sizes)

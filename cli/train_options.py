@@ -10,6 +10,7 @@ import click
 
 from lora_fx.cli.options import (
     FROM_1,
+    FiniteRange,
     Rules,
     count_option,
     flag,
@@ -66,9 +67,9 @@ class ExampleOptions:
             )
 
 
-ABOVE_0 = click.FloatRange(min=0, min_open=True)
-FROM_0 = click.FloatRange(min=0)
-SHARE = click.FloatRange(min=0, max=1, max_open=True)
+ABOVE_0 = FiniteRange(min=0, min_open=True)
+FROM_0 = FiniteRange(min=0)
+SHARE = FiniteRange(min=0, max=1, max_open=True)
 
 
 class OfLaunch(click.Option):

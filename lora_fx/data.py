@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lora_fx.data_files import READERS, numbers_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
+from lora_fx.text import counted
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 LABELS = ("labels", "label", "y", "target")
@@ -27,12 +28,14 @@ LABELS = ("labels", "label", "y", "target")
 class Table:
     """Columns of equal length; `label` names the one to predict, or is empty.
 
-    `words` are the labels' names by number, where the data had words.
+    `words` are the labels' names by number, where the data had words. `nan` says where the data
+    have NaN, of which the error of a loss that is NaN tells; empty where they have none.
     """
 
     columns: Mapping[str, Array]
     label: str = ""
     words: tuple[str, ...] = ()
+    nan: str = ""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -97,6 +100,11 @@ class Buckets:
     def label(self) -> str:
         """The column to predict."""
         return self.tables[0].label
+
+    @property
+    def nan(self) -> str:
+        """Where the data have NaN; see Table."""
+        return self.tables[0].nan
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -227,7 +235,19 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
     if names_of_texts:
         texts = {name: raw[name] for name in names_of_texts}
         columns.update(_tokenised(texts, where, tokenizer))
-    return Table(columns, label, words)
+    return Table(columns, label, words, _place_of_nan(columns, where))
+
+
+def _place_of_nan(columns: Mapping[str, Array], where: str) -> str:
+    """Return the first column with NaN, and its first row that has one; empty without NaN."""
+    for name, array in columns.items():
+        if array.dtype.kind != "f":
+            continue
+        rows = np.flatnonzero(np.isnan(array).reshape(len(array), -1).any(axis=1))
+        if rows.size:
+            count = counted(rows.size, "row")
+            return f"{where}: column {name!r} has NaN in {count}, first in row {rows[0] + 1}"
+    return ""
 
 
 def _joined(raw: Any, where: str) -> dict[str, list[object]]:

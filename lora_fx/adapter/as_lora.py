@@ -64,11 +64,16 @@ def as_lora(
             DoRA, and updates of a base that was changed.
 
     Raises:
-        LoraFxError: Not one of rank and energy, an update that needs the base or has no ΔW, or a
+        LoraFxError: None or both of rank and energy, an update that needs the base or has no ΔW, or a
             base that lacks its tensor.
     """
-    if (rank is None) == (energy is None):
+    if rank is None and energy is None:
         raise LoraFxError("expected one of rank and energy", "pass --rank 16, for example")
+    if rank is not None and energy is not None:
+        raise LoraFxError(
+            "both rank and energy are given; expected one of them",
+            "pass --rank 16 alone, for example",
+        )
     if rank is not None and rank < 1:
         raise LoraFxError(f"rank is {rank}; expected 1 or more", "pass --rank 16, for example")
     if energy is not None and not 0 < energy <= 1:

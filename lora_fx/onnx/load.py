@@ -153,10 +153,21 @@ def _proto(file: Path) -> onnx.ModelProto:
                 f"{file}: a zip archive such as a .pt2 file, not an ONNX file",
                 "write an ONNX file with lora-fx export MODEL -o X.onnx",
             ) from error
+        if _starts_like_safetensors(data):
+            raise LoraFxError(
+                f"{file}: a safetensors file, not an ONNX file",
+                "write an ONNX file with lora-fx export MODEL -o X.onnx",
+            ) from error
         raise _damaged(f"{file}: damaged ONNX file: {one_line(error)}") from error
     if not proto.HasField("graph") or not proto.opset_import:
         raise _damaged(f"{file}: not an ONNX model: it has no graph or no opset")
     return proto
+
+
+def _starts_like_safetensors(data: bytes) -> bool:
+    """Whether bytes begin as a safetensors file does: 8 bytes of a length, and JSON."""
+    length = int.from_bytes(data[:8], "little")
+    return data[8:9] == b"{" and length <= len(data) - 8
 
 
 def _tensors(message: Message) -> Iterator[onnx.TensorProto]:

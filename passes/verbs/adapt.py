@@ -35,6 +35,7 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
 from lora_fx.passes.verbs.build import build_module, found_in
+from lora_fx.passes.verbs.find_in_file import find_in_file, needs_no_capture
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import (
     CaptureOptions,
@@ -63,16 +64,19 @@ def find(
     """Find every matmul with a weight in a model, and the weights that no adapter can reach.
 
     Args:
-        model: A module, a function of tensors, a Captured, a module that insert returned, or a
-            Graph of any IR.
+        model: A module, a function of tensors, a Captured, a module that insert returned, a Graph
+            of any IR, or a path as on the command line: of an .onnx file, or of a file of tensors,
+            too.
         args: Example inputs.
-        kwargs: Example inputs by keyword.
+        kwargs: Example inputs by keyword; of an .onnx file arrays by the names of its inputs.
         dynamic: As in capture.
         static: The same.
         training: Look at the train graph; the result is the same.
     """
     options = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, static=static, meta=True)
     model = unwrapped(model)
+    if needs_no_capture(model):
+        return find_in_file(model, args, kwargs, dynamic=dynamic, static=static, training=training)
     if isinstance(model, CapturedModule):
         options.refuse_for_captured()
         captured = execution_of(model).captured

@@ -11,8 +11,11 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.insertion import insertion_of
 
+IN_DATA = "remove these rows from the data, or fill them"
+"""The hint for examples that have NaN."""
 
-def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> None:
+
+def check_step(model: AdaptedModule, loss: float, norm: float, step: int, nan: str = "") -> None:
     """Raise if a step's loss or gradients are not finite, before the optimizer changes anything.
 
     Args:
@@ -20,6 +23,7 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
         loss: The loss of this step.
         norm: The norm of all gradients together.
         step: Counted from 1.
+        nan: Where the examples have NaN; see Table.
 
     Raises:
         LoraFxError: With exit code 1; names the first tensor, in the order of the targets, whose
@@ -27,6 +31,8 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
+    if nan and (math.isnan(loss) or math.isnan(norm)):
+        raise not_finite(step, "loss", math.nan, nan, IN_DATA)
     gradients = list(_gradients(model))
     infinite = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
     where = "every gradient is finite, but their norm or the loss is not"
@@ -53,10 +59,8 @@ def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
             yield repr(name), parameter.grad
 
 
-def not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
+def not_finite(
+    step: int, what: str, value: float, where: str, hint: str = "lower --lr, or check the data"
+) -> LoraFxError:
     """Return the error of a run that is stopped because of a value that is not finite."""
-    return LoraFxError(
-        f"step {step}: the {what} is {value}; {where}",
-        "lower --lr, or check the data",
-        exit_code=1,
-    )
+    return LoraFxError(f"step {step}: the {what} is {value}; {where}", hint, exit_code=1)

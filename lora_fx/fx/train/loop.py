@@ -19,7 +19,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.train import run_facts, state
-from lora_fx.fx.train.finite_steps import check_step, not_finite
+from lora_fx.fx.train.finite_steps import IN_DATA, check_step, not_finite
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
 from lora_fx.fx.train.optimizer import Optimizer
@@ -325,7 +325,7 @@ class TrainRun:
             value = self.objective.mean(held_out, self.rows, self.world)
         report.validation[trail.step] = value
         if not math.isfinite(value):
-            raise not_finite(trail.step, "validation loss", value, "check the held-out examples")
+            raise self._not_finite_validation(value, held_out, trail)
         trail.waited += 1
         if value < trail.best:
             trail.best = value
@@ -335,6 +335,13 @@ class TrainRun:
         is_out_of_patience = trail.waited == self.optimizer.settings.patience
         if is_out_of_patience and trail.step < self.optimizer.steps:
             report.stopped = trail.step
+
+    @staticmethod
+    def _not_finite_validation(value: float, held_out: Table, trail: Trail) -> LoraFxError:
+        """Return the error of a validation loss that is not finite."""
+        if math.isnan(value) and held_out.nan:
+            return not_finite(trail.step, "validation loss", value, held_out.nan, IN_DATA)
+        return not_finite(trail.step, "validation loss", value, "check the held-out examples")
 
     def loss_and_gradients(self, batch: Table, step: int) -> float:
         """Compute the gradients of a step, counted from 1; return the batch's loss.
@@ -371,7 +378,7 @@ class TrainRun:
 
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        check_step(self.model, value, float(norm), step)  # clipping would spread a nan
+        check_step(self.model, value, float(norm), step, self.training.nan)  # clip spreads a nan
         clip = self.optimizer.settings.clip
         if clip:
             nn.utils.clip_grads_with_norm_(trained, clip, norm)
