@@ -304,6 +304,11 @@ def _tokenised(
     first_name, first_texts = next(iter(texts.items()))
     if tokenizer is None:
         row = _first_row_of_text(first_texts)
+        if not str(first_texts[row]).strip():
+            raise LoraFxError(
+                f"{where}: column {first_name!r} is empty in row {row + 1}",
+                "fill it, or remove the row",
+            )
         raise LoraFxError(
             f"{where}: column {first_name!r} is text (row {row + 1}: "
             f"{one_line(repr(str(first_texts[row])), 40)}) and the model has no tokenizer",

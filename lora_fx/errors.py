@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import UnionType
 from typing import Generic, TypeVar
 
 from lora_fx.python_spelling import in_python
@@ -24,7 +25,7 @@ T = TypeVar("T")
 class LoraFxError(Exception):
     """An error that the user can correct: one line that says what is wrong, and a hint.
 
-    A hint is written in the command line's spelling, and `str` has it in Python's.
+    Both are written in the command line's spelling, and `str` has them in Python's.
 
     Args:
         message: What was found and what was expected, naming the file and the tensor.
@@ -41,16 +42,19 @@ class LoraFxError(Exception):
 
     def __str__(self) -> str:
         """The message and the hint for a traceback, with options in Python's spelling."""
+        message = in_python(self.message)
         if not self.hint:
-            return self.message
-        return f"{self.message}\nHint: {in_python(self.hint)}"
+            return message
+        return f"{message}\nHint: {in_python(self.hint)}"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the error for another process, since the default would pass `args` alone."""
         return type(self).__new__, (type(self), self.message), self.__dict__
 
 
-def expect(value: object, kind: type | tuple[type, ...], name: str, wanted: str, hint: str) -> None:
+def expect(
+    value: object, kind: type | tuple[type, ...] | UnionType, name: str, wanted: str, hint: str
+) -> None:
     """Raise for an argument of another type.
 
     Raises:
@@ -291,6 +295,9 @@ def near_path(path: str | os.PathLike[str], none: str = "check the path") -> str
         siblings = os.listdir(folder or ".")[:_SIBLINGS]
     except (OSError, ValueError):
         return none
+    cut_at_space = [sibling for sibling in siblings if sibling.startswith(f"{name} ")]
+    if name and len(cut_at_space) == 1:
+        return f"quote a path with a space: '{os.path.join(folder, cut_at_space[0])}'"
     other_names = [sibling for sibling in siblings if sibling != name]
     return near(name, other_names, none, cutoff=0.7, folder=folder)
 

@@ -10,19 +10,21 @@ _FLAGS = (
     "also-full", "run",
 )  # fmt: skip
 _KEYWORDS = (
-    "accuracy-level", "base", "data", "dead", "dtype", "dynamic", "energy", "exclude", "genai",
-    "how", "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode",
-    "names", "params", "precision", "provider", "rank", "static", "tol", "validation", "variant",
-    "weights", "whole",
+    "accuracy-level", "base", "clip", "data", "dead", "dtype", "dynamic", "energy", "exclude",
+    "genai", "how", "include", "init", "inputs", "invocation", "max-abs-error", "max-error",
+    "max-rank", "max-shard-size", "mode", "names", "opset", "params", "precision", "provider",
+    "rank", "static", "target", "tol", "validation", "variant", "weight-decay", "weights", "whole",
 )  # fmt: skip
 _OPTION = re.compile(
-    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|eva|lora-ga"
+    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|portable|eva|lora-ga"
     r"|qalora:\d+|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
 )
 
 
 def in_python(hint: str) -> str:
-    """Return a hint with its options in Python's spelling; clauses with a command are unchanged.
+    """Return a hint or message with its options in Python's spelling.
+
+    Clauses with a command are unchanged.
 
     >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
     "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
@@ -31,6 +33,8 @@ def in_python(hint: str) -> str:
     """
     hint = hint.replace("run lora-fx targets MODEL", "print(lora_fx.find(model))")
     hint = re.sub(r"--dynamic [\w:=,]+", "dynamic={NAME: {DIM: SYMBOL}}", hint)
+    hint = re.sub(r"MODEL --weights (\S+)", r"lora_fx.load_model(MODEL, weights='\1')", hint)
+    hint = hint.replace("--data FILE", "data=[{INPUT: TENSOR}, …]")
     return "; ".join(map(_clause_in_python, hint.split("; ")))
 
 
@@ -38,6 +42,7 @@ def _clause_in_python(clause: str) -> str:
     """Return a clause with its options in Python's spelling; unchanged if it has a command."""
     if "lora-fx " in clause or "--as " in clause:
         return clause
+    clause = re.sub(r"(?<!\S)-o ([\w.*]+)", r"'\1'", clause)
     return _OPTION.sub(_keyword, clause)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +21,7 @@ from lora_fx.adapter.scaled_rows import has_gains, scaled_gains
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_base, is_plain, name_of
 from lora_fx.adapter.variant import names_taken
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, expect
 from lora_fx.ir.layout import plain_layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found
@@ -146,13 +148,40 @@ class Adapter(Mapping[str, Entry]):
             deltas[key] = layout.to_stored(emitter, matrix)
         return deltas
 
+    def check_entries(self) -> None:
+        """Raise for entries that a user made and that are no updates.
+
+        Raises:
+            LoraFxError: Names the key, and what it has.
+        """
+        expect(self.entries, Mapping, "entries", "updates by key", "call Adapter({key: update})")
+        for key, entry in self.entries.items():
+            expect(
+                entry,
+                Entry,
+                f"the adapter's {key!r}",
+                "an update",
+                "wrap it: lora_fx.LowRank(a, b, alpha), or lora_fx.Full(value) for a whole tensor",
+            )
+            if isinstance(entry, LowRank) and entry.a.shape[-2] != entry.b.shape[-1]:
+                raise LoraFxError(
+                    f"the adapter's {key!r} has A {[*entry.a.shape]} and B {[*entry.b.shape]}, of "
+                    "different ranks",
+                    "pass A [rank, in] and B [out, rank]",
+                )
+
     def weighted(self, weight: float) -> Adapter:
         """Return the adapter with every ΔW multiplied by `weight`; refuse whole tensors and rows.
 
         Raises:
-            LoraFxError: The weight is not 1 and the adapter holds whole tensors, rows, or DoRA,
-                whose effect is not in proportion to its update.
+            LoraFxError: The weight is no finite number; or it is not 1, and the adapter holds whole
+                tensors, rows, or DoRA, whose effect is not in proportion to its update.
         """
+        expect(weight, Real, "the weight", "a number", "pass 0.5, for example")
+        if not math.isfinite(weight):
+            raise LoraFxError(
+                f"the weight is {weight}; expected a finite number", "pass 0.5, for example"
+            )
         if weight == 1.0:
             return self
         scaled: dict[str, Entry] = {}
@@ -191,7 +220,7 @@ class Adapter(Mapping[str, Entry]):
             chosen -= set(select_names(names, exclude, "exclude"))
         entries = {key: entry for key, entry in self.entries.items() if base_name(key) in chosen}
         if not entries:
-            raise LoraFxError("no update of the adapter is left", "change include and exclude")
+            raise LoraFxError("no update of the adapter is left", "change --include and --exclude")
         return replace(self, entries=entries)
 
     def resolved(self, names: Iterable[str]) -> Adapter:

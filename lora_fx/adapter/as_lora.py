@@ -64,8 +64,8 @@ def as_lora(
             DoRA, and updates of a base that was changed.
 
     Raises:
-        LoraFxError: None or both of rank and energy, an update that needs the base or has no ΔW, or a
-            base that lacks its tensor.
+        LoraFxError: None or both of rank and energy, an update that needs the base or has no ΔW, or
+            a base that lacks its tensor.
     """
     if rank is None and energy is None:
         raise LoraFxError("expected one of rank and energy", "pass --rank 16, for example")

@@ -29,12 +29,13 @@ from lora_fx.checkpoint.file_targets import targets_of
 from lora_fx.checkpoint.tensor_pair import TensorPair, pair_of
 from lora_fx.checkpoint.tensor_uses import TensorUse, config_of, uses
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.errors import LoraFxError, NoEffectError, expect_path
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
 from lora_fx.files.read import trusting
 from lora_fx.files.run_files import check_unchanged, remembering
 from lora_fx.files.stored_tensors import same_bytes, stored
+from lora_fx.formats.detect import is_adapter
 from lora_fx.inputs import generator
 from lora_fx.targets.selectors import select_names
 
@@ -93,6 +94,16 @@ def extract(
     return extraction(base, tuned, options).adapter
 
 
+def _refuse_adapter(tuned: str | Path) -> None:
+    """Raise for the folder of an adapter in place of a tuned model."""
+    is_model = (Path(tuned) / "config.json").is_file()
+    if Path(tuned).is_dir() and is_adapter(tuned) and not is_model:
+        raise LoraFxError(
+            f"{tuned}: an adapter, from which there is nothing to extract; expected a tuned model",
+            "use it as it is: lora-fx truncate lowers its ranks, lora-fx convert its format",
+        )
+
+
 @remembering()
 def extraction(
     base: str | Path,
@@ -108,8 +119,11 @@ def extraction(
         options: What is asked for.
         progress: Called with the share of bytes that is done.
     """
+    for side, path in (("base", base), ("tuned", tuned)):
+        expect_path(path, side, "call extract(base, tuned)")
     base = local(base)
     tuned = local(tuned)
+    _refuse_adapter(tuned)
     with trusting(options.trust):
         base_side = (str(base), tensors(base), config_of(base))
         tuned_side = (str(tuned), tensors(tuned), config_of(tuned))

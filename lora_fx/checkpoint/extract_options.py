@@ -39,12 +39,14 @@ class ExtractOptions:
                 )
         if self.energy is None:
             if self.max_rank is not None:
-                raise LoraFxError("max_rank applies only with energy", "pass energy, or rank alone")
+                raise LoraFxError(
+                    "max_rank applies only with energy", "pass --energy 0.9, or --rank alone"
+                )
             return
         if self.rank is not None:
             raise LoraFxError(
                 "rank and energy exclude each other",
-                "pass one of them; with energy, max_rank limits the rank",
+                "pass one of --rank and --energy; --max-rank limits the rank with --energy",
             )
         if not 0.0 < self.energy < 1.0:
             raise LoraFxError(

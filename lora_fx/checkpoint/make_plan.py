@@ -56,7 +56,7 @@ def make_plan(
         LoraFxError: Every reason not to merge that headers and adapters show.
     """
     if not adapters:
-        raise LoraFxError("no adapter to merge", "run lora-fx merge BASE ADAPTER -o OUT")
+        raise LoraFxError("no adapter to merge", "call merge(base, [adapter], out)")
 
     stored = base  # what the output is written from: as floats only where that is asked for
     if options.reads_codes and not is_view(base):
@@ -162,7 +162,7 @@ def _weighted(
     if options.rank is not None:
         raise LoraFxError(
             "rank applies only to an svd mix of several adapters",
-            "pass --how svd, or leave --rank out",
+            "pass --how svd and several adapters, or leave --rank out",
         )
     return [(item.adapter.weighted(item.weight), item.where) for item in adapters]
 

@@ -24,7 +24,7 @@ from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.requantise import refuse_loss
 from lora_fx.checkpoint.write import Progress, write
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, NoEffectError, explained
+from lora_fx.errors import LoraFxError, NoEffectError, expect, explained
 from lora_fx.files.atomic import check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, open_checkpoint
 from lora_fx.files.hub import local
@@ -252,6 +252,13 @@ def read_adapters(
     """Read adapters as `merge` takes them; `most` and `base` are passed to load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
+    expect(
+        adapters,
+        Sequence,
+        "adapters",
+        "a path, an Adapter, or a list of them",
+        "pass [(adapter, 0.5), …] to multiply updates by weights",
+    )
     return [_read_adapter(item, most, base) for item in adapters]
 
 
@@ -268,6 +275,7 @@ def _read_adapter(item: object, most: int | None, base: Path | None) -> Weighted
             "pass a list of paths or Adapters, or of pairs (adapter, weight)",
         )
     if isinstance(adapter, Adapter):
+        adapter.check_entries()
         where = "the adapter"
         path = None
     else:

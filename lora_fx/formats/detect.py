@@ -161,6 +161,8 @@ def _hint_for_folder(path: Path, weights: str) -> str:
     folders = sorted(file.parent.name for file in path.glob(f"*/{weights}"))
     if folders:
         return f"pass one of its folders with an adapter: {', '.join(folders[:5])}"
+    if (path / "adapter_config.json").is_file():
+        return "its weights are missing: copy or fetch them into the folder"
     return "check that it is an adapter"
 
 

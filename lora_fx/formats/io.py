@@ -87,6 +87,7 @@ def save_adapter(
             store this adapter.
     """
     expect(adapter, Adapter, "adapter", "an Adapter", "call save_adapter(adapter, path)")
+    adapter.check_entries()
     expect_path(path, "path", "call save_adapter(adapter, path)")
     writer = _writer(format)
     check_real(adapter.lowrank)
@@ -319,6 +320,7 @@ def without_ending(name: str) -> str:
 def as_adapter(given: AdapterLike) -> Adapter:
     """Return the given adapter, or load it if a path is given."""
     if isinstance(given, Adapter):
+        given.check_entries()
         return given
     return load_adapter(given)
 

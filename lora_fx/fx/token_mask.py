@@ -53,7 +53,7 @@ class InvocationMask:
             raise LoraFxError(
                 "an aLoRA acts from its invocation tokens on, and the model takes no token ids "
                 "[batch, tokens]",
-                "insert a plain LoRA, without invocation",
+                "insert a plain LoRA, without --invocation",
             )
         form = _form(graph, site, ids)
         *_, last = graph.graph.find_nodes(op="placeholder")

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, expect, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.attach.attachment import is_attached
@@ -26,6 +26,8 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.inputs import Named
 from lora_fx.passes.verbs.attach import detach
 from lora_fx.passes.verbs.export import export
+from lora_fx.passes.verbs.export_options import expect_ending, expect_mode
+from lora_fx.passes.verbs.modes import options_of_mode
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.verify import verify
 from lora_fx.text import StrPath, near
@@ -61,14 +63,19 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
             options: Of lora_fx.export: mode, target, dynamic, force …
 
         Raises:
-            LoraFxError: lora_fx.export has no such option.
+            LoraFxError: No path of an .onnx or .pt2 file, an unknown mode, or no such option.
         """
+        expect_path(path, "path", "call ExportAtEnd(path, (x,))")
+        expect_ending(path)
+        expect(args, (tuple, list), "args", "a tuple", "call ExportAtEnd(path, (x,))")
         known_options = inspect.signature(export).parameters
         for name in options:
             if name not in known_options:
                 raise LoraFxError(
                     f"lora_fx.export has no argument {name!r}", near(name, known_options)
                 )
+        mode, _ = options_of_mode(options.get("mode", "merged"), {})
+        expect_mode(mode)
         self.path = Path(path)
         self.args = args
         self.kwargs = kwargs

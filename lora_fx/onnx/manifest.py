@@ -232,7 +232,8 @@ class Manifest:
                 raise LoraFxError(
                     f"{where}: a file of mode {data['mode']} already contains its adapters and "
                     "takes no others",
-                    "export a file that takes adapters: lora-fx export --mode switch or load",
+                    "run it with onnxruntime.InferenceSession; or export a file that takes "
+                    "adapters: lora-fx export --mode switch or load",
                 )
             slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
             return cls(
@@ -374,7 +375,7 @@ class Manifest:
         name = key
         if update.use and "@" not in key:
             name = f"{key}@{update.use}"
-        hint = near(key, self.slots)
+        hint = near(key, self.slots).removesuffix("?")
         raise LoraFxError(
             f"{where}: {name!r} is not a target of the file",
             f"{hint}; an export chooses the targets of a file with --include",

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, expect
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import applies
 from lora_fx.targets.rank_choice import within_budget
@@ -61,6 +61,7 @@ class Budget:
         >>> Budget.of("flops:2%").kind, Budget.of("uniform:8").number
         ('flops%', 8.0)
         """
+        expect(text, str, "budget", "a text", FORMS)
         kind, _, number = text.partition(":")
         percent = kind == "flops" and number.endswith("%")
         try:

@@ -93,7 +93,7 @@ def prove_mask(module: AdaptedModule, branches_alone: Callable[[Updates, bool], 
                     of_key = outputs(spread.ids)
                 if first_wrong(changes(spread, of_key, base_of_spread, base_of_others)):
                     raise misplaced(change, key, f"pass --exclude {module_of(key)}")
-            raise misplaced(change, "the adapter", "insert a plain LoRA, without invocation")
+            raise misplaced(change, "the adapter", "insert a plain LoRA, without --invocation")
 
     for output, expected in unmasked.items():
         if rel(everywhere[output], expected) > FOLD_TOL:

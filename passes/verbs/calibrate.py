@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_fx.adapter.starts import matrix
 from lora_fx.data import LABELS
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, expect
 from lora_fx.fx.calibration import Run, Watched
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
@@ -75,6 +75,13 @@ def calibrate(
     total_loss = 0.0
     count = 0
     for i, batch in enumerate(data):
+        expect(
+            batch,
+            Mapping,
+            f"batch {i + 1} of the data",
+            "tensors by the names of the model's inputs",
+            "pass --data FILE",
+        )
         examples = len(next(iter(batch.values())))
         statistics.mask = _mask(batch)
         with torch.set_grad_enabled(needs_loss):
@@ -82,9 +89,7 @@ def calibrate(
         if batch_loss is not None:
             number = float(batch_loss.detach())
             if not math.isfinite(number):
-                raise LoraFxError(
-                    f"the loss of batch {i + 1} is {number:g}", "check the data of that batch"
-                )
+                raise _not_finite(number, i + 1, batch)
             statistics.add_gradients(module.last, batch_loss, examples)
             total_loss += number * examples
         count += examples
@@ -96,6 +101,17 @@ def calibrate(
     mean_loss = total_loss / count if needs_loss else None
     moments = statistics.moments(count)
     return Calibration(moments, tuple(statistics.notes), count, mean_loss, statistics.dead)
+
+
+def _not_finite(loss: float, number: int, batch: Named) -> LoraFxError:
+    """Return the error of a batch, counted from 1, whose loss is not finite."""
+    for name, values in batch.items():
+        if bool(_tensor(values).isnan().any()):
+            return LoraFxError(
+                f"the loss of batch {number} is {loss:g}; its column {name!r} has NaN",
+                "remove such rows from the data, or fill them",
+            )
+    return LoraFxError(f"the loss of batch {number} is {loss:g}", "check the data of that batch")
 
 
 def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> Tensor | None:

@@ -136,12 +136,16 @@ class ExportOptions:
 
         `precision` takes its long name.
         """
-        expect_name(self.mode, MODES, "unknown mode", "use merged, switch, load, batch or train")
+        expect_mode(self.mode)
         expect_name(self.made_for, MADE_FOR, "unknown target", TARGETS)
         expect_name(self.probe, KINDS, "unknown probe", "use full, short or none")
         self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
+        if self.opset is not None and not is_whole(self.opset):
+            raise LoraFxError(
+                f"opset {self.opset!r} is not a whole number", "pass --opset 20, for example"
+            )
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
             raise LoraFxError(
                 f"rank {self.rank!r} is not a positive whole number", "pass 8 or 16, for example"
@@ -279,7 +283,13 @@ class ExportOptions:
             raise LoraFxError(f"unknown optimizer {self.optimizer!r}", "use adamw or sgd")
         for name in ("weight_decay", "clip"):
             value = getattr(self, name)
-            expect(value or 0, Real, name, "a number", f"pass {name}=0.01, for example")
+            expect(
+                value or 0,
+                Real,
+                name,
+                "a number",
+                f"pass --{name.replace('_', '-')} 0.01, for example",
+            )
             if value is not None and not 0 <= value < math.inf:
                 raise LoraFxError(f"{name} is {value}; expected 0 or more", "pass 0 to turn it off")
         if self.places:
@@ -291,7 +301,7 @@ class ExportOptions:
         """Raise for a `tol` that is not between the gate of the precision or level, and 1."""
         from lora_fx.onnx.precision import GATES  # as in output
 
-        hint = "pass tol=0.1 to accept a tenth of the largest output"
+        hint = "pass --tol 0.1 to accept a tenth of the largest output"
         expect(tol, (int, float), "tol", "a number", hint)
         rounding = self.precision or ""
         if self.accuracy_level:
@@ -384,6 +394,11 @@ class ExportOptions:
             return list(keys), False
         plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
         return list(plan.entries), not self.include
+
+
+def expect_mode(mode: str) -> None:
+    """Raise for an unknown name of a mode."""
+    expect_name(mode, MODES, "unknown mode", "use merged, switch, load, batch or train")
 
 
 def expect_ending(path: str | PathLike[str]) -> None:

@@ -365,7 +365,7 @@ class InsertOptions(BranchOptions):
         )
 
 
-def expect_selectors(given: object, name: str) -> None:
+def expect_selectors(given: Any, name: str) -> None:
     """Raise for anything but a comma list, a list of comma lists, or None."""
     expect(
         given or "",
@@ -374,6 +374,14 @@ def expect_selectors(given: object, name: str) -> None:
         "selectors",
         f"pass {name}=['q_proj', 'fc1'], for example",
     )
+    for selector in () if isinstance(given, str) else given or ():
+        expect(
+            selector,
+            str,
+            f"the selector {selector!r} of {name}",
+            "a text",
+            f"pass {name}=['q_proj', 'fc1'], for example",
+        )
 
 
 def is_given(option: object) -> bool:

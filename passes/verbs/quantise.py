@@ -135,7 +135,9 @@ def _chosen(
     reasons: dict[str, str] = {}  # parameter that is left in float → why
     for kind, selectors in sorted(wanted, key=lambda item: item[1] is None):
         if kind not in KINDS:
-            raise LoraFxError(f"unknown kind {kind!r} of quantised weights", ", ".join(KINDS))
+            raise LoraFxError(
+                f"unknown kind {kind!r} of quantised weights", f"use one of {', '.join(KINDS)}"
+            )
         keys = make_plan(targets, {}, rank=1, include=selectors).entries
         for name in dict.fromkeys(targets[key].parameter.name for key in keys):
             reason = _why_not(model, targets, name, leave)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
-from collections.abc import Iterator
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def unusual_data(odd: Path, x: np.ndarray, labels: np.ndarray) -> None:
     np.savez(odd / "fractions.npz", x=x, labels=labels + 0.5)
     np.savez(odd / "renamed.npz", features=x, labels=labels)
     np.savez(odd / "objects.npz", x=x, labels=np.array(["a"] * 40, dtype=object))
-    (odd / "cut.jsonl").write_text('{"x": [1, 2], "labels": 0}\n{"x": [1, 2\n')
+    row = json.dumps({"x": x[0].tolist(), "labels": 0}) + "\n"
+    (odd / "cut.jsonl").write_text(9 * row + row[:20] + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +120,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(updates(rng, {"encoder.q.weight": (12, 8)}), odd / "other")
     (odd / "notes.txt").write_text("hello\n")
     (odd / "void").mkdir()
-    (here / "one.toml").write_text('[merge]\ndtpe = "fp32"\n')
+    (here / "typo.toml").write_text('[merge]\ndtpe = "fp32"\n')
+    (here / "one.toml").write_text('[merge]\ndtype = "fp32"\n')
+    shutil.copytree(here / "start", here / "second")
+    lora_fx.export(here / "m.onnx", here / "switch.onnx", mode="switch")
     return here
 
 
 @pytest.fixture
-def home(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(made)
-    before = set(made.iterdir())
-    yield made
-    for left in set(made.iterdir()) - before:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, which a row may change, as the current one."""
+    here = tmp_path / "home"
+    shutil.copytree(made, here)
+    monkeypatch.chdir(here)
+    return here
 
 
 Row = tuple[str, str, str, str]
@@ -148,7 +153,12 @@ QUICK, SLOW = rows(False), rows(True)
 
 
 def followed(line: str, way: str, hint: str) -> str:
-    """The command line that the hint asks for; what is put in has to stand in the hint."""
+    """The command line that the hint asks for; mistakes.txt says what the signs mean."""
+    if way.startswith("~ "):
+        return way[2:]
+    if way.startswith("! "):
+        subprocess.run(way[2:], shell=True, check=True)
+        return line
     old, arrow, new = way.partition(" → ")
     if arrow:
         assert new in hint and old in line, (new, hint)
@@ -157,6 +167,10 @@ def followed(line: str, way: str, hint: str) -> str:
     named = text.split()[0] if sign in "+=" else text
     assert named in hint or (sign == "-" and "leave it out" in hint), (text, hint)
     return {"+": f"{line} {text}", "-": line.replace(f" {text}", ""), "=": text}[sign]
+
+
+OF_PYTHON = re.compile(r"\w=[\[{'(]|=(True|False|None)\b|\blora_fx\.\w+\(")
+"""What a hint has that is written for Python alone."""
 
 
 def run(capsys: Any, line: str) -> tuple[int, str, str]:
@@ -190,6 +204,7 @@ def check(row: Row, home: Path, capsys: Any) -> None:
     assert code in (1, 2) and len(said) == 2 and not out, err
     assert said[0].startswith("Error: ") and message in said[0], err
     assert said[1].startswith("Hint: ") and hint in said[1], err
+    assert not OF_PYTHON.search(said[1]), "the hint is for the command line"
     assert listed(home) == before, "nothing was written"
     if way:
         then = followed(line, way, said[1])

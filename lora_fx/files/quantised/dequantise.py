@@ -53,7 +53,8 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
                 weight.read()  # raises, and says which format it is and why it is not read
     if not weights:
         raise LoraFxError(
-            f"{base.path}: none of its weights is quantised", "merge without --dequantise"
+            f"{base.path}: none of its weights is quantised",
+            "merge without --dequantise and --requantise",
         )
     tensors = _dequantised_tensors(base, weights)
     sizes = {name: _size(info, dtype) for name, info in tensors.items()}

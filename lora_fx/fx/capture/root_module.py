@@ -47,6 +47,11 @@ def as_module(model: object) -> nn.Module:
     model = unwrapped(model)
     if isinstance(model, nn.Module):
         return model
+    if isinstance(model, type):
+        raise LoraFxError(
+            f"the class {model.__name__} is not a model",
+            f"pass an instance of it: {model.__name__}(…)",
+        )
     if not callable(model):
         hint = "pass an nn.Module, or a function of tensors"
         if isinstance(model, (str, PathLike)):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.errors import LoraFxError, near_path, one_line
+from lora_fx.errors import LoraFxError, expect_path, near_path, one_line
 from lora_fx.files.checkpoint import PICKLES
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
@@ -46,6 +46,7 @@ def load_model(
     Raises:
         LoraFxError: An unknown form, a model that cannot be built, weights that do not fit.
     """
+    expect_path(spec, "spec", "call load_model(path); a module needs no loading")
     text = str(local(spec, weights=not (meta or weights)))
     file = None if weights is None else Path(local(weights))
     place = check_device(device)

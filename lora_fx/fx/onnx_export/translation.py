@@ -50,7 +50,8 @@ def translated(
         repeat: As in `to_onnx`.
 
     Raises:
-        LoraFxError: The exporter cannot translate an op; its own words are in the message.
+        LoraFxError: The exporter cannot translate an op, with its own words in the message, or it
+            does not write this opset.
     """
     with contextlib.ExitStack() as blocks:
         blocks.enter_context(stage("translating to ONNX"))
@@ -77,6 +78,12 @@ def translated(
                 "run with -v for the exporter's whole message",
             ) from e
     assert onnx is not None
+    written = onnx.model.opset_imports[""]
+    if written != opset:
+        raise LoraFxError(
+            f"torch's ONNX exporter writes opset {written}, and not {opset}",
+            f"pass --opset {written}, or leave it out",
+        )
     return onnx.model
 
 

@@ -12,7 +12,10 @@ from lora_fx.errors import LoraFxError, expect_name
 from lora_fx.fx.tensors import has_values
 from lora_fx.fx.trees import tree_leaves
 
-UNLABELLED = "name it with --label; language models take text, prompt and completion, or messages"
+UNLABELLED = (
+    "name it labels; lora-fx train and plan take another name with --label; language models take "
+    "text, prompt and completion, or messages"
+)
 IGNORED = -100
 """The label that torch's cross entropy ignores."""
 Loss = Callable[[Any, torch.Tensor | None], torch.Tensor]
