@@ -129,7 +129,8 @@ def _hint_for_unmatched(
     1. both have experts: convert the adapter to their layout in the checkpoint;
     2. the checkpoint has the parts of a fused weight: convert the adapter to updates of those;
     3. it has the fused weight, and the adapter its parts: convert it the other way;
-    4. leave the entries out, or add them where all are whole tensors.
+    4. no key has a tensor, whole tensors aside: the adapter is of another model;
+    5. leave the entries out, or add them where all are whole tensors.
     """
     stored = rename.tensors
     if any(map(EXPERT_NAME.search, unmatched)) and any(map(EXPERT_NAME.search, stored)):
@@ -144,10 +145,12 @@ def _hint_for_unmatched(
         return f"lora-fx convert {source} -o FUSED --fuse --base {where}; then merge FUSED"
 
     names = [*stored, *rename.loaded.names, *rename.loaded.stacks]
-    hint = (
-        f"{near(unmatched[0], names, 'the base uses other names;')} pass --allow-unused to "
-        "leave these updates out"
-    )
+    nearest = near(unmatched[0], names, "the base uses other names;")
+    if not any(isinstance(entry, Full) for entry in adapter.entries.values()):
+        if len(unmatched) == len(adapter.entries):
+            of_this_model = f"{nearest} check that it is an adapter of this model"
+            return of_this_model + _hint_for_renamed(rename.config)
+    hint = f"{nearest} pass --allow-unused to leave these updates out"
     if all(isinstance(adapter.entries[key], Full) for key in unmatched):
         return f"{hint}, or --add to write them as new tensors"
     return hint + _hint_for_renamed(rename.config)

@@ -101,6 +101,8 @@ class RowChoice:
         """Return a hint with the valid ids, and the names of at most four adapters."""
         names = [repr(name) for name in self.adapters]
         last = len(names)
+        if last == 1:
+            return f"int64 [batch]: 0 is the base, 1 is the adapter {names[0]}"
         if last > 4:
             names = [*names[:3], "…", names[-1]]
         return f"int64 [batch]: 0 is the base, 1 to {last} are the adapters {', '.join(names)}"

@@ -161,6 +161,8 @@ def time_sessions(
         try:
             run()  # the first one is slower
             seconds_of_a_run.append(timed(run).wall)
+        except LoraFxError:  # it says what is wrong with the inputs
+            raise
         except Exception as e:  # the runtime's exceptions have no common base
             shown = ", ".join(f"{key} {list(array.shape)}" for key, array in feeds[name].items())
             raise LoraFxError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,20 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
 from lora_fx.formats.io import save_adapter
 from tests.cli.test_cli import MODEL
+from tests.faults import WRITES, Faults
 
+FACTORIES = """
+def bare():
+    net = Net()
+    net.fc1, net.fc2 = nn.Linear(8, 12, bias=False), nn.Linear(12, 5, bias=False)
+    return net.eval(), (torch.randn(3, 8),), {}
+def one():
+    net = Net()
+    net.fc2 = nn.Linear(12, 1)
+    return net.eval(), (torch.randn(3, 8),), {}
+"""
+"""The factories of a model whose weights are base.safetensors, and of one with one output."""
+ROOT = Path(__file__).parents[2]
 SHAPES = {"fc1.weight": (12, 8), "fc2.weight": (5, 12)}
 
 
@@ -34,13 +50,26 @@ def onnx_file(path: Path, base: dict[str, Any]) -> None:
     nodes = [
         helper.make_node("Gemm", ["x", "fc1.weight"], ["h"], transB=1),
         helper.make_node("Relu", ["h"], ["r"]),
-        helper.make_node("Gemm", ["r", "fc2.weight"], ["y"], transB=1),
+        helper.make_node("Gemm", ["r", "fc2.weight"], ["output"], transB=1),
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5])
+    y = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 5])
     graph = helper.make_graph(nodes, "m", [x], [y], held)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, path)
+
+
+def int8_base(folder: Path, base: dict[str, Any]) -> None:
+    """The base in codes, as bitsandbytes saves them: weight = codes · SCB / 127."""
+    tensors: dict[str, Any] = {}
+    for name, weight in base.items():
+        largest = np.abs(weight).max(axis=1)
+        tensors[name] = np.rint(weight / largest[:, None] * 127).astype("i1")
+        tensors[name.replace("weight", "SCB")] = largest
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def updates(rng: np.random.Generator, shapes: dict[str, tuple[int, int]]) -> Adapter:
@@ -57,6 +86,7 @@ def damaged_adapters(start: Path, odd: Path) -> None:
         "worded": {"r": "two"},
         "unscaled": {"lora_alpha": None},
         "rank3": {"r": 3},
+        "alora": {"alora_invocation_tokens": [5, 7]},
     }
     names = ["bare", "hollow", "cut", "gaps", "half", "whole_numbers", "comma", "pickled", "a b"]
     for name in [*configs, *names, "typed"]:
@@ -89,6 +119,14 @@ def unusual_data(odd: Path, x: np.ndarray, labels: np.ndarray) -> None:
     np.savez(odd / "high.npz", x=x, labels=labels + 1)
     np.savez(odd / "negative.npz", x=x, labels=labels - 1)
     np.savez(odd / "fractions.npz", x=x, labels=labels + 0.5)
+    with_nan = x.copy()
+    with_nan[6, 2] = np.nan
+    np.savez(odd / "nan.npz", x=with_nan, labels=labels)
+    np.savez(odd / "ids.npz", x=x[:3], adapter_ids=np.array([0, 1, 9]))
+    np.savez(odd / "ids_in_range.npz", x=x[:3], adapter_ids=np.array([0, 1, 1]))
+    table = [",".join(f"{value:.3f}" for value in row) + ",1" for row in x]
+    table[6] = table[6].replace(table[6].split(",")[2], "")
+    (odd / "gap.csv").write_text("a,b,c,d,e,f,g,h,label\n" + "\n".join(table) + "\n")
     np.savez(odd / "renamed.npz", features=x, labels=labels)
     np.savez(odd / "objects.npz", x=x, labels=np.array(["a"] * 40, dtype=object))
     row = json.dumps({"x": x[0].tolist(), "labels": 0}) + "\n"
@@ -100,11 +138,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of somebody who works with a model of two layers."""
     here = tmp_path_factory.mktemp("here")
     rng = np.random.default_rng(0)
-    (here / "model.py").write_text(MODEL)
+    (here / "model.py").write_text(MODEL + FACTORIES)
     base = {k: rng.standard_normal(s).astype("f") for k, s in SHAPES.items()}
     save_file(base, here / "base.safetensors")
     tuned = {k: v + rng.standard_normal((len(v), 1)).astype("f") for k, v in base.items()}
     save_file(tuned, here / "tuned.safetensors")
+    odd = here / "odd"
+    odd.mkdir()
+    save_file({"fc1.weight": tuned["fc1.weight"]}, odd / "part.safetensors")
+    wide = {**tuned, "fc2.weight": np.ones((7, 12), "f")}
+    save_file(wide, odd / "wide.safetensors")
+    int8_base(here / "int8", base)
     save_adapter(updates(rng, SHAPES), here / "start")
     save_adapter(updates(rng, {"fc1.weight": (12, 7)}), here / "narrow")
     save_adapter(updates(rng, {**SHAPES, "fc7.weight": (5, 12)}), here / "longer")
@@ -113,17 +157,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = rng.standard_normal((40, 8)).astype("f")
     np.savez(here / "data.npz", x=x, labels=np.arange(40) % 5)
     np.savez(here / "inputs.npz", x=x)
-    odd = here / "odd"
-    odd.mkdir()
     damaged_adapters(here / "start", odd)
     unusual_data(odd, x, np.arange(40) % 5)
     save_adapter(updates(rng, {"encoder.q.weight": (12, 8)}), odd / "other")
     (odd / "notes.txt").write_text("hello\n")
     (odd / "void").mkdir()
-    (here / "typo.toml").write_text('[merge]\ndtpe = "fp32"\n')
+    (here / "misspelt.toml").write_text('[merge]\ndtpe = "fp32"\n')
     (here / "one.toml").write_text('[merge]\ndtype = "fp32"\n')
-    shutil.copytree(here / "start", here / "second")
+    save_adapter(updates(rng, SHAPES), here / "tilted")
     lora_fx.export(here / "m.onnx", here / "switch.onnx", mode="switch")
+    lora_fx.export(here / "m.onnx", here / "batch.onnx", mode="batch", adapters=[here / "start"])
     return here
 
 
@@ -164,8 +207,8 @@ def followed(line: str, way: str, hint: str) -> str:
         assert new in hint and old in line, (new, hint)
         return line.replace(old, new)
     sign, text = way[0], way[2:]
-    named = text.split()[0] if sign in "+=" else text
-    assert named in hint or (sign == "-" and "leave it out" in hint), (text, hint)
+    leaves_out = sign == "-" and ("leave it out" in hint or "leave one of them out" in hint)
+    assert text.split()[0] in hint or leaves_out, (text, hint)
     return {"+": f"{line} {text}", "-": line.replace(f" {text}", ""), "=": text}[sign]
 
 
@@ -211,3 +254,56 @@ def check(row: Row, home: Path, capsys: Any) -> None:
         code, _, err = run(capsys, then)
         verdict = line.startswith(("doctor", "verify"))
         assert code == 0 or (verdict and code == 1), f"{then}: {err}"
+
+
+MISSING = {
+    "targets timm:resnet18": ("timm", "timm cannot be imported", "pip install timm"),
+    "targets hf:org/name": (
+        "huggingface_hub",
+        "huggingface_hub cannot be imported",
+        "pip install 'lora-fx[hf]'",
+    ),
+    "targets int8": (
+        "transformers",
+        "transformers cannot be imported",
+        "pip install 'lora-fx[hf]'",
+    ),
+    "convert start -o out.gguf --base llama": (
+        "gguf",
+        "GGUF needs the package gguf, which is not installed",
+        "pip install 'lora-fx[gguf]'",
+    ),
+}
+"""A command line → the package that is not installed, the message, and the hint."""
+
+
+@pytest.mark.parametrize("line", MISSING)
+def test_a_package_that_is_not_installed(
+    line: str, home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, message, hint = MISSING[line]
+    (home / "llama").mkdir()
+    (home / "llama/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = run(capsys, line)
+    error, told = err.splitlines()
+    assert code == 2 and message in error and told == f"Hint: {hint}"
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = re.search(r"\[(\w+)\]", hint)
+    wanted = project["optional-dependencies"][extra[1]] if extra else [hint.split()[-1]]
+    assert any(name.startswith(package) for name in wanted), (
+        "what the hint installs has the package"
+    )
+
+
+def test_an_output_in_a_read_only_folder(home: Path, capsys: Any) -> None:
+    line = "merge base.safetensors start -o {}/out.safetensors"
+    for folder in ("locked", "open"):
+        (home / folder).mkdir()
+    with Faults(1, errno.EROFS, only=WRITES - {"open"}, stay=True):
+        code, _, err = run(capsys, line.format("locked"))
+    error, told = err.splitlines()
+    assert code == 2 and "the file system is read-only" in error and "locked" in error
+    assert told == "Hint: write to another folder" and not any((home / "locked").iterdir())
+    assert run(capsys, line.format("open"))[0] == 0
