@@ -139,6 +139,38 @@ def block(m: Any, x: Tensor) -> Tensor:
     return x + m.fc2(F.gelu(m.fc1(x)))
 
 
+def normed(m: Any, x: Tensor) -> Tensor:
+    y = m.fc2(F.softsign(m.fc1(F.rms_norm(x, (8,)))))
+    return x + 0.5 * F.dropout(y, 0.1, False)
+
+
+def clamped(m: Any, x: Tensor) -> Tensor:
+    return m.fc2(m.fc1(x).clamp(0, 6))
+
+
+def convolved(m: Any, x: Tensor) -> Tensor:
+    y = m.fc1(x).mT
+    per_channel = torch.ones(32, 1, 3)
+    return x + m.fc2(F.gelu(F.conv1d(y, per_channel, padding=1, groups=32)).mT)
+
+
+def excited(m: Any, x: Tensor) -> Tensor:
+    return x + squeeze_excite(m, x)
+
+
+def hard_excited(m: Any, x: Tensor) -> Tensor:
+    y = m.fc2(torch.relu(m.fc1(x.mean(1, keepdim=True))))
+    return x + x * ((y + 3).clamp(0, 6) / 6)
+
+
+def of_context(m: Any, x: Tensor) -> Tensor:
+    return x + m.fc2(torch.relu(m.fc1(x.mean(1, keepdim=True))))
+
+
+def stacked(m: Any, x: Tensor) -> Tensor:
+    return m.fc2(F.gelu(m.fc1(x)))
+
+
 def swiglu(m: Any, x: Tensor) -> Tensor:
     return m.w2(F.silu(m.w1(x)) * m.w3(x))
 
@@ -164,7 +196,15 @@ def attention(m: Any, x: Tensor) -> Tensor:
 NAMES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, int]], str]] = {
     "an equivariant net's wv and o": (equivariant, {"wv": (8, 8), "o": (8, 8)}, ". ."),
     "a squeeze and excitation": (squeeze_excite, {"fc1": (2, 8), "fc2": (8, 2)}, ". ."),
+    "an excitation beside a sum": (excited, {"fc1": (2, 8), "fc2": (8, 2)}, ". ."),
+    "one with a hard sigmoid": (hard_excited, {"fc1": (2, 8), "fc2": (8, 2)}, ". ."),
     "a block": (block, {"fc1": (32, 8), "fc2": (8, 32)}, "up down"),
+    "a block that is narrower": (block, {"fc1": (4, 8), "fc2": (8, 4)}, "up down"),
+    "one as wide, in a sum with a norm": (normed, {"fc1": (8, 8), "fc2": (8, 8)}, "up down"),
+    "narrower layers without a sum": (stacked, {"fc1": (4, 8), "fc2": (8, 4)}, ". ."),
+    "a sum that repeats a mean": (of_context, {"fc1": (2, 8), "fc2": (8, 2)}, ". ."),
+    "a clamp": (clamped, {"fc1": (32, 8), "fc2": (8, 32)}, "up down"),
+    "a depthwise convolution": (convolved, {"fc1": (32, 8), "fc2": (8, 32)}, "up down"),
     "a gated block, narrower": (swiglu, dict.fromkeys(("w1", "w3"), (4, 8)) | {"w2": (8, 4)},
                                 "gate up down"),
     "an activation that multiplies": (quick, {"wi": (32, 8), "wo": (8, 32)}, "up down"),

@@ -84,6 +84,12 @@ def op_name(node: Node) -> str:
     return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
 
 
+def op_in_any_form(node: fx.Node) -> str:
+    """Return the op's name, such as relu for relu.default and relu_.default; "" for no call."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return str(name).rpartition("::")[2].rstrip("_")
+
+
 def scopes_of(node: fx.Node) -> dict[str, str]:
     """Return {path: class name} of the modules around a node, the outermost first."""
     scopes: dict[str, str] = {}

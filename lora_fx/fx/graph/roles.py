@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from lora_fx.fx.graph import ops
+from lora_fx.fx.graph.activations import is_gate
 from lora_fx.fx.graph.nodes import (
     argument,
     aten_ops,
@@ -25,7 +26,6 @@ aten = torch.ops.aten
 Step = tuple[fx.Node, fx.Node]
 """A node, and the previous node on the way."""
 
-GATES = aten_ops("silu gelu relu sigmoid tanh")
 DATA_PRODUCTS = ops.PRODUCTS | aten_ops("baddbmm einsum")
 
 
@@ -42,7 +42,7 @@ def roles_of(pieces: Sequence[Sequence[Step]]) -> list[str]:
     Args:
         pieces: For each part, the steps that read it.
     """
-    gated = [any(user.target in GATES for user, _ in steps) for steps in pieces]
+    gated = [any(is_gate(user) for user, _ in steps) for steps in pieces]
     if gated == [True, False]:
         return ["gate", "up"]
     if gated == [False, True]:
