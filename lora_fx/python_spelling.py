@@ -20,6 +20,16 @@ _OPTION = re.compile(
     r"|qalora:\d+|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
 )
 
+_PHRASES = {
+    r"run lora-fx targets MODEL": "print(lora_fx.find(model))",
+    r"--dynamic [\w:=,]+": "dynamic={NAME: {DIM: SYMBOL}}",
+    r"MODEL --weights (\S+)": r"lora_fx.load_model(MODEL, weights='\1')",
+    r"--data FILE": "data=[{INPUT: TENSOR}, …]",
+    r"; -v prints the traceback": "",
+    r"run with -v for (.*)": r"the __cause__ of the error has \1",
+}
+"""What the command line and Python say in different words: a pattern → Python's."""
+
 
 def in_python(hint: str) -> str:
     """Return a hint or message with its options in Python's spelling.
@@ -31,10 +41,8 @@ def in_python(hint: str) -> str:
     >>> in_python("--exclude leaves it out; --dead drop leaves all such out")
     "exclude leaves it out; dead='drop' leaves all such out"
     """
-    hint = hint.replace("run lora-fx targets MODEL", "print(lora_fx.find(model))")
-    hint = re.sub(r"--dynamic [\w:=,]+", "dynamic={NAME: {DIM: SYMBOL}}", hint)
-    hint = re.sub(r"MODEL --weights (\S+)", r"lora_fx.load_model(MODEL, weights='\1')", hint)
-    hint = hint.replace("--data FILE", "data=[{INPUT: TENSOR}, …]")
+    for pattern, replacement in _PHRASES.items():
+        hint = re.sub(pattern, replacement, hint)
     return "; ".join(map(_clause_in_python, hint.split("; ")))
 
 

@@ -146,10 +146,10 @@ def _hint_for_unmatched(
 
     names = [*stored, *rename.loaded.names, *rename.loaded.stacks]
     nearest = near(unmatched[0], names, "the base uses other names;")
-    if not any(isinstance(entry, Full) for entry in adapter.entries.values()):
-        if len(unmatched) == len(adapter.entries):
-            of_this_model = f"{nearest} check that it is an adapter of this model"
-            return of_this_model + _hint_for_renamed(rename.config)
+    is_of_other_model = len(unmatched) == len(adapter.entries)
+    if is_of_other_model and not adapter.full:
+        of_this_model = f"{nearest} check that it is an adapter of this model"
+        return of_this_model + _hint_for_renamed(rename.config)
     hint = f"{nearest} pass --allow-unused to leave these updates out"
     if all(isinstance(adapter.entries[key], Full) for key in unmatched):
         return f"{hint}, or --add to write them as new tensors"
