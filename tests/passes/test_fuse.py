@@ -98,7 +98,7 @@ def test_a_result_that_something_else_reads_is_not_written_over(cap: Captured, r
 
 
 def test_a_scale_that_is_a_tensor(cap: Captured) -> None:
-    """As a module has it that is compiled for many adapters; its gradients are those of a number."""
+    """As a module has it that is compiled for many adapters: it is multiplied into b before."""
     number = cap.fx_graph(training=True)
     low = updates(cap, "q.weight")
     Insert(low, training=True)(number)
