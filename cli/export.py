@@ -14,6 +14,7 @@ from lora_fx.cli.data_arguments import load_npz, loss_of
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
+from lora_fx.cli.model_page import show_graph
 from lora_fx.cli.options import (
     flag,
     force_option,
@@ -245,6 +246,7 @@ def command(
         of_capture = [name for name in names_of(ModelOptions) if name != "inputs_file"]
         refuse_given(model, ("opset", *of_capture, "quantise", "accuracy_level"))
         names = read_map(names_file)
+        show_graph(model)
         source: str | Captured = model
         inputs = [{"model": model}]
     else:

@@ -18,7 +18,7 @@ from lora_fx.cli.config_file import config_options, saving_config
 from lora_fx.cli.input_paths import MODELS, input_paths, texts_of
 from lora_fx.cli.options import FORCE, NO_MEMORY_CHECK, Rules, given_here, in_groups
 from lora_fx.cli.output import note, result
-from lora_fx.cli.result_page import PageFile, check_page, is_page_of_state
+from lora_fx.cli.result_page import PageFile, check_page
 from lora_fx.cli.statement import check_statement, write_statement
 from lora_fx.errors import LoraFxError, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output
@@ -91,10 +91,39 @@ class FileCommand(click.Command):
             ctx.params = {
                 name: value for name, value in params.items() if name in self.function_params
             }
-            writers = _writers_of_result(params, ctx.params)
+            writers = self._writers_of_result(params, ctx.params)
             if not writers:
                 return super().invoke(ctx)
             return self._invoke_with(ctx, writers)
+
+    def _writers_of_result(self, params: JsonView, given: JsonView) -> Writers:
+        """The writers of --report and --attest, whose paths are checked now.
+
+        Args:
+            params: All options of the command.
+            given: Those of its function, among which are its inputs.
+        """
+        writers: list[Callable[[JsonView], str]] = []
+        force = bool(params.get("force"))
+        if params.get("report") is not None:
+            report = params["report"]
+            may_replace = self.may_replace_page(params)
+            check_page(report, may_replace, given)
+            page_file = PageFile(report, may_replace)
+            click.get_current_context().find_root().obj["page"] = page_file
+            writers.append(page_file.write)
+        if params.get("attest") is not None:
+            check_statement(params["attest"], force, given)
+            writers.append(functools.partial(write_statement, params["attest"], force))
+        return writers
+
+    def may_replace_page(self, params: JsonView) -> bool:
+        """Whether a page that is there may be replaced.
+
+        Args:
+            params: All options of the command.
+        """
+        return bool(params.get("force"))
 
     def _invoke_with(self, ctx: click.Context, writers: Writers) -> object:
         """Run the command and write files on its result, or on an error with exit code 1.
@@ -157,28 +186,6 @@ class FileCommand(click.Command):
                 with formatter.section(title):
                     padded = [(names.ljust(width), text) for names, text in rows]
                     formatter.write_dl(padded, width)
-
-
-def _writers_of_result(params: JsonView, given: JsonView) -> Writers:
-    """The writers of --report and --attest, whose paths are checked now.
-
-    Args:
-        params: All options of the command.
-        given: Those of its function, among which are its inputs.
-    """
-    writers: list[Callable[[JsonView], str]] = []
-    force = bool(params.get("force"))
-    if params.get("report") is not None:
-        report = params["report"]
-        may_replace = force or is_page_of_state(report, params.get("resume"))
-        check_page(report, may_replace, given)
-        page_file = PageFile(report, may_replace)
-        click.get_current_context().find_root().obj["page"] = page_file
-        writers.append(page_file.write)
-    if params.get("attest") is not None:
-        check_statement(params["attest"], force, given)
-        writers.append(functools.partial(write_statement, params["attest"], force))
-    return writers
 
 
 def _check_numbers(ctx: click.Context) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fx.cli.data_arguments import load_npz
+from lora_fx.cli.model_page import show_model
 from lora_fx.cli.options import first_given
 from lora_fx.cli.output import note
-from lora_fx.cli.result_page import show_model
 from lora_fx.errors import LoraFxError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,6 @@ from lora_fx.files.atomic import check_output, replacing
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
-    from lora_fx.data import Table
-    from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.module.adapted import AdaptedModule
-    from lora_fx.fx.train.settings import Watch
     from lora_fx.fx.train.train_report import TrainReport
 
 LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
@@ -93,14 +89,14 @@ class PageFile:
         path: Where it is written.
         may_replace: Whether a page that is there may go; one of this command may.
         run: The training that is on the page until its result is.
-        models: What the command has captured.
+        order: Returns the keys of the model's targets in the order of its graph; none without one.
         in_memory: Rows {of, name, what, sha256} of weights and data that are in no file by name.
     """
 
     path: str
     may_replace: bool
     run: RunSoFar | None = None
-    models: list[Captured] = field(default_factory=list)
+    order: Callable[[], list[str]] = list
     in_memory: list[Json] = field(default_factory=list)
 
     def write(self, shown: JsonView) -> str:
@@ -115,7 +111,7 @@ class PageFile:
         added["adapters"], without_spectra = _adapters(outputs, ctx.params)
         added["unhashed"] += without_spectra
         if added["adapters"] and not isinstance(shown.get("targets"), list):
-            added["order"] = self._order(inputs)
+            added["order"] = self.order()
         if self.run is not None and not shown["ok"]:
             added |= self.run.page_fields("failed")
             shown = {**self.run.fields(), **shown}
@@ -123,26 +119,6 @@ class PageFile:
         self._replace({**shown, "page": added})
         self.run = None
         return self.path
-
-    def _order(self, inputs: Sequence[Path]) -> list[str]:
-        """Return the keys of the model's targets, in the order of its graph; none without one.
-
-        Args:
-            inputs: The files that the command reads, of which an .onnx file is a graph.
-        """
-        graphs = [path for path in inputs if path.suffix == ".onnx"]
-        if self.models:
-            from lora_fx.passes.verbs.adapt import find as find_in_model
-
-            found = find_in_model(self.models[0])
-        elif graphs:
-            from lora_fx.onnx.names import named_graph
-            from lora_fx.passes.find import find
-
-            found = find(named_graph(graphs[0])[0])
-        else:
-            return []
-        return [target.key for target in (*found.targets, *found.optional)]
 
     def write_running(self, run: RunSoFar) -> None:
         """Write the page of a training that goes on; files are hashed at its end."""
@@ -189,96 +165,10 @@ class PageFile:
         self.may_replace = True
 
 
-def show_model(name: str, captured: Captured, *, meta: bool) -> None:
-    """Show a model on the page of --report: a hash of its weights, and the order of its targets.
-
-    The hash is that of a probe and of an adapter's base, over both ends of each matrix.
-
-    Args:
-        name: The MODEL argument.
-        captured: The model.
-        meta: Whether its weights were not read.
-    """
-    page_file = _page_file()
-    if page_file is None:
-        return
-    page_file.models.append(captured)
-    if meta:
-        return
-    from lora_fx.fx.module.module_base import base_facts
-
-    facts = base_facts(captured.model)
-    if "sample" in facts:
-        what = f"{facts['name']}: both ends of each of {facts['tensors']} matrices"
-        row = {"of": "weights", "name": name, "what": what, "sha256": facts["sample"]}
-        page_file.in_memory.append(row)
-
-
-def show_data(name: str, training: Table, validation: Table) -> None:
-    """Show a hash of data on the page of --report, where a function and no file has them.
-
-    Args:
-        name: The DATA argument.
-        training: The examples.
-        validation: The held-out examples.
-    """
-    page_file = _page_file()
-    if page_file is None or Path(name).exists():
-        return
-    from lora_fx.fx.train.run_facts import data_digest
-
-    tables = (("training", training), ("validation", validation))
-    for what, examples in [(what, table) for what, table in tables if len(table)]:
-        counted = f"{len(examples)} {what} examples: every byte"
-        row = {"of": "data", "name": name, "what": counted, "sha256": data_digest(examples)}
-        page_file.in_memory.append(row)
-
-
-def _page_file() -> PageFile | None:
+def page_of_command() -> PageFile | None:
     """Return the page of this command; None without --report."""
     page_file: PageFile | None = click.get_current_context().find_root().obj.get("page")
     return page_file
-
-
-def page_of_run(module: AdaptedModule) -> Watch | None:
-    """Return what writes the page of --report at each validation; None without --report.
-
-    Args:
-        module: What is trained.
-    """
-    from lora_fx.fx.train.state_folder import run_digest
-
-    page_file = _page_file()
-    if page_file is None:
-        return None
-    targets = module.report().to_json()
-
-    def watch(report: TrainReport, steps: int, facts: JsonView) -> None:
-        digest = run_digest(facts) if facts else None
-        page_file.write_running(RunSoFar(targets, report, steps, digest))
-
-    return watch
-
-
-def is_page_of_state(page: str, state: str | None) -> bool:
-    """Whether a page is that of a stopped training, whose saved state this is.
-
-    A page of a finished training is its result, which is kept. A training without states leaves
-    no digest on its page.
-
-    Args:
-        page: The path of a page.
-        state: The folder of --resume; None without the option.
-    """
-    if state is None or not Path(page).is_file():
-        return False
-    from lora_fx.fx.train.state_folder import run_of_state
-    from lora_fx.report.page import data_of_page
-
-    added = data_of_page(Path(page).read_text("utf-8", "replace")).get("page")
-    run = added.get("run") if isinstance(added, dict) else None
-    digest = run.get("digest") if isinstance(run, dict) else None
-    return digest is not None and digest == run_of_state(state)
 
 
 def _added() -> Json:

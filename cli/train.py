@@ -8,7 +8,6 @@ import click
 
 from lora_fx.cli.branch_options import PLANNED, TargetOptions
 from lora_fx.cli.data_arguments import loss_of, tables_of
-from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.interrupted_state import stateful
 from lora_fx.cli.invocation_option import check_examples, invocation_of
 from lora_fx.cli.model_argument import (
@@ -18,10 +17,11 @@ from lora_fx.cli.model_argument import (
     trace_example,
 )
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
+from lora_fx.cli.model_page import show_data
 from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.parallel_run import together
-from lora_fx.cli.result_page import page_of_run, show_data
+from lora_fx.cli.run_page import RunCommand, page_of_run
 from lora_fx.cli.step_lines import StepLines
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, defaults_taken, with_checks
 from lora_fx.cli.train_sweep import (
@@ -37,7 +37,7 @@ from lora_fx.errors import expect_name
 from lora_fx.run_defaults import CAUSAL, OTHERS
 
 
-@click.command("train", cls=ReportCommand, no_say=(*PLANNED, *TRAINED, *OF_A_SWEEP, *PROGRAM))
+@click.command("train", cls=RunCommand, no_say=(*PLANNED, *TRAINED, *OF_A_SWEEP, *PROGRAM))
 @click.argument("model")
 @click.argument("data")
 @output_option("ADAPTER", "Write an adapter folder or a .safetensors file.")

@@ -12,6 +12,7 @@ from lora_fx.cli.data_arguments import load_npz
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import ModelOptions
+from lora_fx.cli.model_page import show_graph
 from lora_fx.cli.options import Rules, option_group
 from lora_fx.cli.output import emit
 from lora_fx.errors import NoSay
@@ -158,6 +159,7 @@ def command(
         beside = [_with_weight(text) for text in adapters]
         report = verify(a, b, adapter=beside or None, tol=tol, rows=rows)
     elif fits and a.endswith(".onnx"):
+        show_graph(a)
         report = verify(a, b)
     elif fits:
         adapter = adapter_of(b)  # before the model, which takes longer to open

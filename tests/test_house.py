@@ -454,7 +454,7 @@ NODES = {
     "lora_fx": 27_600,
     "lora_fx.adapter": 36_000,
     "lora_fx.checkpoint": 63_000,
-    "lora_fx.cli": 34_000,
+    "lora_fx.cli": 38_000,
     "lora_fx.files": 20_000,
     "lora_fx.files.quantised": 13_000,
     "lora_fx.formats": 36_000,
@@ -478,7 +478,7 @@ NODES = {
     "lora_fx.passes.proofs": 40_000,
     "lora_fx.passes.verbs": 55_000,
     "lora_fx.probe": 18_000,
-    "lora_fx.report": 9_000,
+    "lora_fx.report": 10_500,
     "lora_fx.targets": 15_500,
 }
 """Syntax nodes that a folder may have: a tenth more than it had when its line was last changed.

@@ -353,7 +353,7 @@ FOCUSED = "(e => e.id || e.getAttribute('aria-label') || e.name)(document.active
 
 def tab_to(tab: Browser, name: str) -> None:
     """Press Tab until an element has the focus."""
-    passed = []
+    passed: list[str] = []
     while (focused := tab.value(FOCUSED)) != name:
         assert len(passed) < 20, passed
         passed.append(focused)
