@@ -159,7 +159,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
         "unknown dtype torch.float16", "did you mean float16",
     ),
     "a missing .onnx to find": (
-        lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge or verify",
+        lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx: cannot be read", "check the path",
     ),
     "a text to capture": (
         lambda cap: lora_fx.capture("model"),
@@ -220,7 +220,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
         lambda cap: lora_fx.insert(cap, include="fc3"), "'fc3' matches no target", "mean fc2",
     ),
     "a start from data": (
-        lambda cap: lora_fx.insert(cap, init="eva"), "starts from data", "data=FILE",
+        lambda cap: lora_fx.insert(cap, init="eva"), "starts from data", "data=[{INPUT: TENSOR}",
     ),
     "an output that exists": (
         lambda cap: [lora_fx.save_adapter(lora_fx.Adapter({"w": LOW}), "out") for _ in "12"],

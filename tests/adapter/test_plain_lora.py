@@ -100,7 +100,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert code == 0 and [r["rank"] for r in told["approximated"]] == [4, 4]
     for wrong, words in (
         ([], "expected one of rank and energy"),
-        (["--rank", "2", "--energy", "0.5"], "expected one of rank and energy"),
+        (["--rank", "2", "--energy", "0.5"], "both rank and energy are given"),
         (["--energy", "2"], "energy 2.0 is not in (0, 1]"),
         (["--rank", "0"], "rank is 0; expected 1 or more"),
     ):

@@ -27,7 +27,7 @@ batch = {"input_ids": words, "attention_mask": torch.ones_like(words)}
 example = {name: value[:2] for name, value in batch.items()}
 model = lora_fx.insert(bert, kwargs=example, rank=4, also_train="classifier").train()
 print(model.report())
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 losses = []
 for _ in range(12):
     optimizer.zero_grad()

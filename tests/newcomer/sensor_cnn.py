@@ -1,7 +1,5 @@
 """Fine-tune a small 1-d CNN on a new sensor, watch a held-out set, and ship one ONNX file."""
 
-import copy
-
 import onnxruntime
 import torch
 from torch import nn
@@ -19,15 +17,14 @@ def recordings(count, step):
     return clean + 0.3 * torch.randn(count, 2, 64), labels
 
 
-def fit(model, signals, labels, steps, rate):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate)
+def fit(model, signals, labels):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.train()
-    for _ in range(steps):
+    for _ in range(40):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(signals), labels).backward()
         optimizer.step()
-    return model.eval()
+    model.eval()
 
 
 def accuracy(logits, labels):
@@ -45,33 +42,27 @@ net = nn.Sequential(
     nn.Flatten(),
     nn.Linear(24, 3),
 )
-net = fit(net, *recordings(256, step=1.0), steps=40, rate=1e-2)
+fit(net, *recordings(256, step=1.0))
 
 # The new sensor takes half as many samples in a second, so every wave looks twice as fast.
 signals, labels = recordings(256, step=2.0)
 new_signals, new_labels = recordings(128, step=2.0)
 model = lora_fx.insert(net, (signals[:4],), rank=4)
 print(model.report())
-fit(model, signals, labels, steps=40, rate=1e-2)
+fit(model, signals, labels)
 with torch.no_grad():
-    before = accuracy(net(new_signals), new_labels)
     expected = model(new_signals)
-    after = accuracy(expected, new_labels)
+    before = accuracy(net(new_signals), new_labels)
+after = accuracy(expected, new_labels)
 print(f"held out: {before:.2f} -> {after:.2f}")
 assert after > before
 
 print(lora_fx.export(model, "sensor.onnx", provider="cpu"))
 session = onnxruntime.InferenceSession("sensor.onnx", providers=["CPUExecutionProvider"])
-name = session.get_inputs()[0].name
-shipped = torch.from_numpy(session.run(None, {name: new_signals.numpy()})[0])
+shipped = torch.from_numpy(session.run(None, {"input": new_signals.numpy()})[0])
 assert torch.allclose(shipped, expected, atol=1e-4)
-assert accuracy(shipped, new_labels) == after
 
-# By hand: W + alpha/rank * B A in a copy of the network of torch.
-by_hand = copy.deepcopy(net)
-with torch.no_grad():
-    for key, update in model.adapter().lowrank.items():
-        weight = by_hand.get_parameter(key)
-        change = torch.from_numpy(update.alpha / update.rank * update.b @ update.a)
-        weight += change.reshape(weight.shape)
-    assert torch.allclose(shipped, by_hand(new_signals), atol=1e-4)
+# By hand: the changes of the weights, added to the network of torch.
+for key, change in model.adapter().deltas().items():
+    net.get_parameter(key).data += torch.from_numpy(change)
+assert torch.allclose(shipped, net(new_signals), atol=1e-4)

@@ -1,5 +1,7 @@
 """A recommender of two towers over one table of words, with an adapter for each customer."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -31,14 +33,13 @@ base = net(user, item).detach()
 # The table is tied: one update of it serves both towers.
 model = lora_fx.insert(net, (user, item), rank=3, include="*")
 print(model.report())
+untrained = model.adapter()
 adapters, scores = {}, {}
 for customer in ("books", "shoes"):
-    model.load_adapter(
-        lora_fx.insert(net, (user, item), rank=3, include="*").adapter(), name=customer
-    )
+    model.load_adapter(untrained, name=customer)
     model.activate(customer)
     bought = torch.randint(0, 2, (32,)).float()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     model.train()
     for _ in range(15):
         optimizer.zero_grad()
@@ -50,15 +51,11 @@ for customer in ("books", "shoes"):
 
 
 def by_hand(adapter):
-    """The scores of the plain class, with W + alpha/rank * B A in its weights."""
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    for key, update in adapter.items():
-        change = torch.from_numpy(update.alpha / update.rank * update.b @ update.a)
-        state[key] += change.T if key == "user_words.weight" else change
-    state["item_words.weight"] = state["user_words.weight"]
-    copy = Recommender().eval()
-    copy.load_state_dict(state)
-    return copy(user, item).detach()
+    """The scores of a copy of the model with the adapter's changes in its weights."""
+    plain = copy.deepcopy(net)
+    for key, change in adapter.deltas().items():
+        plain.get_parameter(key).data += torch.from_numpy(change)
+    return plain(user, item).detach()
 
 
 for customer in ("shoes", "books", "shoes"):
