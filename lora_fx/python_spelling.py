@@ -13,7 +13,8 @@ _KEYWORDS = (
     "accuracy-level", "base", "clip", "data", "dead", "dtype", "dynamic", "energy", "exclude",
     "genai", "how", "include", "init", "inputs", "invocation", "max-abs-error", "max-error",
     "max-rank", "max-shard-size", "mode", "names", "opset", "params", "precision", "provider",
-    "rank", "static", "target", "tol", "validation", "variant", "weight-decay", "weights", "whole",
+    "quantise", "rank", "static", "target", "tol", "validation", "variant", "weight-decay",
+    "weights", "whole",
 )  # fmt: skip
 _OPTION = re.compile(
     r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|portable|eva|lora-ga"

@@ -145,7 +145,7 @@ def test_bad_columns(raw: Any, message: str) -> None:
     [
         ("d.csv", b"a,kind\n\xe9,p\n", "line 2 is not UTF-8"),
         ("d.csv", b"a,a\n1,2\n", "two columns are named 'a'"),
-        ("d.csv", b"a,b\n1,2\n,3\n", "column 'a' is text (row 2: '')"),
+        ("d.csv", b"a,b\n1,2\n,3\n", "column 'a' is empty in row 2"),
         ("d.jsonl", b"[1]\n", "line 1: a JSON list, not an object"),
     ],
 )

@@ -161,13 +161,15 @@ def time_sessions(
         try:
             run()  # the first one is slower
             seconds_of_a_run.append(timed(run).wall)
-        except LoraFxError:  # it says what is wrong with the inputs
-            raise
         except Exception as e:  # the runtime's exceptions have no common base
             shown = ", ".join(f"{key} {list(array.shape)}" for key, array in feeds[name].items())
+            reason: object = e
+            hint = "choose a size with --size BATCH,LENGTH, or pass real data with --inputs"
+            if isinstance(e, LoraFxError):
+                reason = e.message
+                hint = e.hint
             raise LoraFxError(
-                f"{name}: does not run at {shown}: {one_line(e, 160)}",
-                "choose a size with --size BATCH,LENGTH, or pass real data with --inputs",
+                f"{name}: does not run at {shown}: {one_line(reason, 160)}", hint
             ) from e
 
     base_seconds = max(seconds_of_a_run[0], 1e-7)

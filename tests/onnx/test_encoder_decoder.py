@@ -144,10 +144,10 @@ def check_names(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"mode": "batch"}, "--mode batch with --cache is for models without an encoder"),
-        ({"mode": "load"}, "--mode load with --cache"),
-        ({"mode": "switch", "include": "q_proj"}, "--include or --exclude with --cache"),
-        ({"quantise": "int8"}, "--quantise with --cache"),
+        ({"mode": "batch"}, "mode='batch' with cache=True is for models without an encoder"),
+        ({"mode": "load"}, "mode='load' with cache=True"),
+        ({"mode": "switch", "include": "q_proj"}, "include or exclude with cache=True"),
+        ({"quantise": "int8"}, "quantise with cache=True"),
     ],
 )
 def test_what_two_files_do_not_have_is_refused(

@@ -368,9 +368,9 @@ def test_a_file_whose_factors_have_defaults_takes_no_tensors_by_name(tmp_path: P
 REFUSED: Mapping[str, tuple[dict[str, object], str]] = {
     "merged": ({"mode": "merged"}, "is written in mode switch, not in mode merged"),
     "batch": ({"mode": "batch"}, "not in mode batch"),
-    "optimise": ({"mode": "switch", "optimise": True}, "would ignore|--optimise is for"),
-    "opset": ({"mode": "switch", "opset": 18}, "--opset is for .onnx files"),
-    "target": ({"mode": "switch", "target": "cuda"}, "--target is for .onnx files"),
+    "optimise": ({"mode": "switch", "optimise": True}, "would ignore|optimise=True is for"),
+    "opset": ({"mode": "switch", "opset": 18}, "opset is for .onnx files"),
+    "target": ({"mode": "switch", "target": "cuda"}, "target is for .onnx files"),
     "codes": ({"mode": "switch", "quantise": "int4"}, "codes of 4 or 8 bits"),
     "external": ({"mode": "switch", "external_over": 1}, "external_over has no effect"),
     "within": ({"mode": "switch", "within": True}, "within has no effect"),
