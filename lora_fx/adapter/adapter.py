@@ -148,28 +148,6 @@ class Adapter(Mapping[str, Entry]):
             deltas[key] = layout.to_stored(emitter, matrix)
         return deltas
 
-    def check_entries(self) -> None:
-        """Raise for entries that a user made and that are no updates.
-
-        Raises:
-            LoraFxError: Names the key, and what it has.
-        """
-        expect(self.entries, Mapping, "entries", "updates by key", "call Adapter({key: update})")
-        for key, entry in self.entries.items():
-            expect(
-                entry,
-                Entry,
-                f"the adapter's {key!r}",
-                "an update",
-                "wrap it: lora_fx.LowRank(a, b, alpha), or lora_fx.Full(value) for a whole tensor",
-            )
-            if isinstance(entry, LowRank) and entry.a.shape[-2] != entry.b.shape[-1]:
-                raise LoraFxError(
-                    f"the adapter's {key!r} has A {[*entry.a.shape]} and B {[*entry.b.shape]}, of "
-                    "different ranks",
-                    "pass A [rank, in] and B [out, rank]",
-                )
-
     def weighted(self, weight: float) -> Adapter:
         """Return the adapter with every ΔW multiplied by `weight`; refuse whole tensors and rows.
 
@@ -242,6 +220,29 @@ class Adapter(Mapping[str, Entry]):
         if isinstance(model, Found):
             return bind(self, model)
         return bind(self, lora_fx.find(model, args, kwargs))
+
+
+def check_entries(adapter: Adapter) -> None:
+    """Raise for an adapter that a user made of something else than updates.
+
+    Raises:
+        LoraFxError: Names the key, and what it has.
+    """
+    expect(adapter.entries, Mapping, "entries", "updates by key", "call Adapter({key: update})")
+    for key, entry in adapter.entries.items():
+        expect(
+            entry,
+            Entry,
+            f"the adapter's {key!r}",
+            "an update",
+            "wrap it: lora_fx.LowRank(a, b, alpha), or lora_fx.Full(value) for a whole tensor",
+        )
+        if isinstance(entry, LowRank) and entry.a.shape[-2] != entry.b.shape[-1]:
+            raise LoraFxError(
+                f"the adapter's {key!r} has A {[*entry.a.shape]} and B {[*entry.b.shape]}, of "
+                "different ranks",
+                "pass A [rank, in] and B [out, rank]",
+            )
 
 
 def _size(key: str, entry: Entry) -> int:

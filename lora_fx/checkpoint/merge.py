@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter, check_entries
 from lora_fx.adapter.adapter_hash import adapter_hash
 from lora_fx.adapter.evaluated import refuse_evaluated
 from lora_fx.adapter.invocation import refuse_invocation
@@ -275,7 +275,7 @@ def _read_adapter(item: object, most: int | None, base: Path | None) -> Weighted
             "pass a list of paths or Adapters, or of pairs (adapter, weight)",
         )
     if isinstance(adapter, Adapter):
-        adapter.check_entries()
+        check_entries(adapter)
         where = "the adapter"
         path = None
     else:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter, check_entries
 from lora_fx.adapter.evaluated import refuse_evaluated
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.variant import is_lora_or_dora, variant_of
@@ -87,7 +87,7 @@ def save_adapter(
             store this adapter.
     """
     expect(adapter, Adapter, "adapter", "an Adapter", "call save_adapter(adapter, path)")
-    adapter.check_entries()
+    check_entries(adapter)
     expect_path(path, "path", "call save_adapter(adapter, path)")
     writer = _writer(format)
     check_real(adapter.lowrank)
@@ -320,7 +320,7 @@ def without_ending(name: str) -> str:
 def as_adapter(given: AdapterLike) -> Adapter:
     """Return the given adapter, or load it if a path is given."""
     if isinstance(given, Adapter):
-        given.check_entries()
+        check_entries(given)
         return given
     return load_adapter(given)
 
