@@ -476,7 +476,7 @@ NODES = {
     "lora_fx.onnx.rewrites": 7_400,
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 40_000,
-    "lora_fx.passes.verbs": 55_000,
+    "lora_fx.passes.verbs": 61_000,
     "lora_fx.probe": 18_000,
     "lora_fx.report": 10_500,
     "lora_fx.targets": 15_500,
