@@ -313,6 +313,9 @@ def run_arm(task: Task, cap: Captured, training: Table, arm: Arm, seed: int) -> 
                 **judged(goal, task.test),
             }
         model.load_adapter(adapter)
+    if curve.best_step == settings.steps:
+        figures["last"] = figures["kept"]
+        return figures
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if f"now/{name}" in last:
