@@ -8,14 +8,16 @@ minilm   all-MiniLM-L6-v2 sorts docstrings of the standard library into the volu
 smollm2  SmolLM2-135M-Instruct writes the first line of a docstring after the definition's own line;
          the loss is that of the docstring's tokens; 240 examples.
 
-Arms and seeds were fixed before any of them ran, in the commit that added this file. A seed draws
+Arms and seeds were fixed before any of them ran, in the commit that added this file; but `slower`
+was added after them, when rank 32 diverged at the rate that suits rank 8. A seed draws
 the training examples, their order and the adapter's start; the arms of a seed share all of that, so
 that differences are paired. The held-out texts are the same for all seeds: one part of them chooses
 the step that is kept, another is the test. The learning rate was chosen once, for uniform rank 8 on
 seed 0, which is none of the eight. alpha/rank is 2 everywhere. `random` (Dirichlet shares) is a
 control. `cut` is the adapter of uniform rank 32, truncated to the budget and not trained again.
 `few` is a uniform rank on a quarter of the examples, which the same steps pass four times: it is
-there to overfit, so that keeping a step by validation has something to win.
+there to overfit, so that keeping a step by validation has something to win. `slower` is a uniform
+rank at a third of the learning rate, and `slower-cut` its truncation.
 
 Each run is one line of the file of `--runs`; a second call skips those that are there. The runs so
 far stand in `results/text_ranks_TASK.jsonl`: of all seeds only when a table of them is kept.
@@ -32,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,10 @@ BUDGETS = {"minilm": (2, 8), "smollm2": (8,)}
 """The uniform ranks whose elements the other methods may spend."""
 FEW = {"minilm": (8, 32), "smollm2": ()}
 """The uniform ranks that are also trained on few examples."""
+SLOWER = {"minilm": (32,), "smollm2": ()}
+"""The uniform ranks that are also trained at a lower learning rate."""
+SLOWDOWN = 3
+"""The learning rate of the others over that one."""
 SHARE = 4
 """The examples of a seed over its few examples."""
 METHODS = ("importance", "kfac", "eva", "random")
@@ -228,6 +234,7 @@ def arms_of(task: str) -> list[Arm]:
     """Return the arms that train; those of uniform rank come first."""
     arms = [Arm("uniform", rank) for rank in RANKS]
     arms += [Arm(method, rank) for rank in BUDGETS[task] for method in METHODS]
+    arms += [Arm("slower", rank) for rank in SLOWER[task]]
     return arms + [Arm("few", rank) for rank in FEW[task]]
 
 
@@ -250,7 +257,7 @@ def ranks_of(cap: Captured, arm: Arm, training: Table, batch: int, seed: int) ->
     if arm.method == "random":
         return ranks_by_chance(cap, arm.rank, seed)
     budget = f"uniform:{arm.rank}"
-    if arm.method in ("uniform", "few"):
+    if arm.method in ("uniform", "slower", "few"):
         return plan(cap, budget=budget, exclude="head").ranks
     read = training.rows(range(CALIBRATION))
     data = [part.columns for part in read.batches(batch)]
@@ -283,7 +290,9 @@ def elements(model: AdaptedModule) -> int:
 
 def run_arm(task: Task, cap: Captured, training: Table, arm: Arm, seed: int) -> dict[str, Any]:
     """Train one arm on one seed; return its figures and those of its truncations."""
-    settings = Settings(**{**vars(task.settings), "seed": seed})
+    settings = replace(task.settings, seed=seed)
+    if arm.method == "slower":
+        settings = replace(settings, lr=settings.lr / SLOWDOWN)
     chosen = ranks_of(cap, arm, training, settings.batch_size, seed)
     model = lora_fx.insert(cap, plan=chosen, also_train=task.also_train, seed=seed, dead="allow")
     goal, _ = objective(model, training, "ce", False, settings.batch_size)
@@ -302,13 +311,14 @@ def run_arm(task: Task, cap: Captured, training: Table, arm: Arm, seed: int) -> 
         "before": curve.before,
         "kept": judged(goal, task.test),
     }
-    if arm.method == "uniform" and arm.rank == CUT_FROM:
+    cut = {"uniform": "cut", "slower": "slower-cut"}.get(arm.method)
+    if cut and arm.rank == CUT_FROM:
         figures["cut"] = {}
         adapter = model.adapter()
         for budget in RANKS[:-1]:
             limit = plan(cap, budget=f"uniform:{budget}", exclude="head").limit
             model.load_adapter(truncation(adapter, params=limit).adapter)
-            figures["cut"][f"cut {budget}"] = {
+            figures["cut"][f"{cut} {budget}"] = {
                 "elements": elements(model),
                 **judged(goal, task.test),
             }
