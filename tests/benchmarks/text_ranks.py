@@ -365,7 +365,7 @@ def table_of_arms(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
     for arm, figures in losses.items():
         method, _, rank = arm.partition(" ")
         baseline = f"uniform {rank}"
-        if method == "uniform":
+        if method in ("uniform", "slower"):
             baseline = f"uniform {BASELINE}"
         if method == "few":
             baseline = f"few {BASELINE}"
