@@ -89,5 +89,5 @@ def test_a_mistake_is_told_and_its_hint_leads_on(row: Row, cap: lora_fx.Captured
 @pytest.mark.slow
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("row", SLOW, ids=[row[0] for row in SLOW])
-def test_a_mistake_with_torchs_exporter(row: Row, cap: lora_fx.Captured) -> None:
+def test_a_mistake_with_trainer_or_torchs_exporter(row: Row, cap: lora_fx.Captured) -> None:
     check(row, cap)
