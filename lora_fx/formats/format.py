@@ -65,9 +65,10 @@ class Format(Protocol):
 
     Attributes:
         name: What `--format` and `save_adapter(format=…)` call it.
-        suffixes: The endings of its single files, each with its dot. A name that ends in one of
-            them asks for a file, and any other name for a folder. Empty where an adapter of it is
-            always a folder.
+        suffixes: The suffixes of its single files: each is one dot, then letters, digits or _. The
+            suffix of a name begins at its last dot, so that of x.mine.safetensors is .safetensors.
+            A name with one of them asks for a file, and any other name for a folder. Empty where an
+            adapter of it is always a folder.
         magic: How every file of it begins. Without one its files are safetensors files, whose
             tensor names and header `detect` looks at.
         folder_files: The files of a folder of it by name, first the one that holds the tensors.
@@ -152,7 +153,7 @@ class Format(Protocol):
 
         Args:
             adapter: Bound to a model or not.
-            path: A new file where it ends in one of `suffixes`, else a folder to create.
+            path: A new file where its suffix is one of `suffixes`, else a folder to create.
             base: The folder or file of the model, where the format takes one.
 
         Returns:

@@ -97,7 +97,7 @@ def load(point: EntryPoint) -> InstalledFormat:
     hint = f"update the package, or pip uninstall {package_of(point)}"
     try:
         loaded = point.load()
-        fault = _fault(point.name, loaded)
+        fault = fault_of(point.name, loaded)
     except (Exception, SystemExit) as error:
         why = one_line(f"{type(error).__name__}: {error}", 200)
         raise LoraFxError(f"{what} cannot be imported: {why}", hint) from error
@@ -108,8 +108,11 @@ def load(point: EntryPoint) -> InstalledFormat:
     return InstalledFormat(loaded, package_of(point))
 
 
-def _fault(name: str, loaded: Format) -> str:
-    """Return the reason why an object is not the Format of this name; empty if it is."""
+def fault_of(name: str, loaded: Format) -> str:
+    """Return the reason why an object is not the Format of this name; empty if it is.
+
+    The tests ask the same about lora-fx's own formats.
+    """
     if isinstance(loaded, type):
         return f"{loaded.__name__} is a class; expected an object of it"
     missing = [member for member in _MEMBERS if not hasattr(loaded, member)]
@@ -126,7 +129,12 @@ def _fault(name: str, loaded: Format) -> str:
     if not _are_texts(loaded.suffixes) or not (loaded.suffixes or loaded.folder_files):
         return f"its suffixes are {loaded.suffixes!r}; expected a tuple of file suffixes"
     for suffix in loaded.suffixes:
-        if not re.fullmatch(r"\.\w+", suffix) or suffix in OTHER_FILES:
+        if not re.fullmatch(r"\.\w+", suffix):
+            return (
+                f"one of its suffixes is {suffix!r}; expected one dot, then letters, digits or _, "
+                "as in '.safetensors'"
+            )
+        if suffix in OTHER_FILES:
             return (
                 f"one of its suffixes is {suffix!r}; expected a suffix that model files do not use"
             )

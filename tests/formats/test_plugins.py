@@ -184,6 +184,7 @@ BROKEN = {
     f"{TOY}\nTOY = Toy": "is not a Format: Toy is a class",
     f"{TOY}\nToy.name = 'toys'": "is not a Format: its name is 'toys'",
     f"{TOY}\nToy.suffixes = ('.onnx',)": "is not a Format: one of its suffixes is '.onnx'",
+    f"{TOY}\nToy.suffixes = ('.my.toy',)": "one of its suffixes is '.my.toy'; expected one dot",
     f"{TOY}\nToy.suffixes = ()": "is not a Format: its suffixes are ()",
     f"{TOY}\nToy.folder_files = ('../x',)": "is not a Format: its file names of a folder",
     f"{TOY}\nToy.magic = b'TOY1'": "is not a Format: its magic is b'TOY1'",
@@ -342,7 +343,13 @@ def two(installed: Path, work: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("out", "name"),
-    [("x.safetensors", "flat"), ("x.flat", "flat"), ("x", "flat"), ("x.zipped", "zipped")],
+    [
+        ("x.safetensors", "flat"),
+        ("x.mine.safetensors", "flat"),
+        ("x.flat", "flat"),
+        ("x", "flat"),
+        ("x.zipped", "zipped"),
+    ],
 )
 def test_safetensors_folders_and_archives(two: Path, out: str, name: str) -> None:
     first = f"convert start -o {out} --format {name}"

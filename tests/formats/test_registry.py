@@ -13,6 +13,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats import base, checked_file, unsupported
 from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import FileHead, Format, Magic
+from lora_fx.formats.installed import fault_of
 from lora_fx.formats.io import Format as NameInIo
 from lora_fx.formats.io import format_for
 from lora_fx.formats.registry import FORMATS, OURS, FormatName
@@ -75,8 +76,7 @@ def test_the_type_of_a_format_has_the_names_that_are_written() -> None:
 @pytest.mark.parametrize("format", OURS, ids=lambda format: format.name)
 def test_a_format_of_ours(format: Format) -> None:
     assert FORMATS[format.name] is format
-    assert format.suffixes or format.folder_files
-    assert all(suffix.startswith(".") for suffix in format.suffixes)
+    assert not fault_of(format.name, format)
     if not format.folder_files and format.magic is not None:
         assert format_for(f"x{format.suffixes[0]}") == format.name
         head = format.magic.text.rjust(format.magic.start + len(format.magic.text), b".")
