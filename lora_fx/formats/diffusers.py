@@ -35,7 +35,7 @@ from pathlib import Path
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Dense, Entry, name_of
+from lora_fx.adapter.updates import Dense, Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.strict_json import json_object
@@ -284,7 +284,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     updates: dict[str, dict[str, LowRank]] = {}  # component → module → update
     for key, entry in adapter.entries.items():
         if not isinstance(entry, LowRank):
-            raise _refused(key, f"it is {name_of(entry)}", "kohya files hold LoHa, LoKr and .diff")
+            raise _refused(key, entry)
         form = module_form(key, entry, _refused)
         component, module = _component_and_module(key, form)
         name = f"{component}.{module}"

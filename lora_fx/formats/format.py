@@ -114,14 +114,15 @@ class Format(Protocol):
 
         lora-fx calls this for files with the magic, or for safetensors files if the format has no
         magic. Formats of other packages get only files that no format of lora-fx detects. It is an
-        error if two formats return True, so be strict.
+        error if two formats return True: be strict about files of other formats. For a file of this
+        format with one wrong tensor return True, so that `read` can name the tensor.
         """
         return self.magic is not None
 
     def resembles(self, seen: FileHead) -> bool:
-        """Whether a file that no format detects looks like this format but is incomplete.
+        """Whether a file that no format detects looks like this one but lacks what `detect` needs.
 
-        In that case `read` is called, and its error says what is missing.
+        The first format for which this is true reads the file, and its error says what is missing.
         """
         return False
 

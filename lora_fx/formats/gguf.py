@@ -52,7 +52,7 @@ from lora_fx.adapter.expert_families import experts_of
 from lora_fx.adapter.invocation import checked
 from lora_fx.adapter.lowrank import Factors, LowRank
 from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Entry, is_plain, name_of
+from lora_fx.adapter.updates import Entry, is_plain
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import AGAIN, open_input
@@ -69,7 +69,7 @@ from lora_fx.formats.llama_cpp_names import (
     names_of_base,
 )
 from lora_fx.formats.rotary_rows import to_halves, to_neighbours
-from lora_fx.formats.unsupported import refused
+from lora_fx.formats.unsupported import has_kernel_axes, refused
 from lora_fx.probe.carried import FIELD
 from lora_fx.probe.probe import PROPERTY
 from lora_fx.text import Json, StrPath, counted
@@ -346,8 +346,8 @@ def _one_alpha(alphas: Iterable[float]) -> float:
 def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
     """Return the update; raise if llama.cpp cannot apply it."""
     if not isinstance(entry, LowRank) or not is_plain(entry):
-        raise _refused(key, f"it is {name_of(entry)}")
-    if entry.origin.kernel or entry.use or "@" in key or key.endswith("]"):
+        raise _refused(key, entry)
+    if has_kernel_axes(entry) or entry.use or "@" in key or key.endswith("]"):
         raise _refused(key, "it is for a convolution, or for a part or one use of a tensor")
     if key in (f"{HEAD}.weight", f"{TABLE}.weight"):
         is_tied_model = names.config.get("tie_word_embeddings") or "gemma" in names.architecture
@@ -380,8 +380,9 @@ def _pieces(key: str, update: LowRank, names: LlamaCppNames, file: File) -> Iter
         module = f"{of_expert[1]}.{of_expert[3]}"
     rows_of_modules = _split_gate_up(module, update.b)
     is_stack = ".experts." in module and of_expert is None
-    axes = 3 if is_stack else 2
-    if not rows_of_modules.keys() <= names.modules.keys() or update.a.ndim != axes:
+    is_of_module = is_stack or key.endswith(".weight")
+    is_known = rows_of_modules.keys() <= names.modules.keys()
+    if not is_known or not is_of_module or update.a.ndim != (3 if is_stack else 2):
         shape = list(update.shape)
         raise _refused(key, f"llama.cpp's {names.architecture} has no such matrix of {shape}")
 

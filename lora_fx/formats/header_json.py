@@ -26,7 +26,12 @@ FIELD = "lora_fx_names"
 
 
 def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
-    """Return the JSON for an adapter; names[K] is the name of key K in the file.
+    """Return the JSON for an adapter.
+
+    Args:
+        adapter: The adapter.
+        names: Key K → the key under which a reader finds the update of K by the tensors alone, and
+            which `restore` replaces by K: kohya's is the name of the module and ".weight".
 
     Raises:
         LoraFxError: Metadata is no JSON.

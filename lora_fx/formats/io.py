@@ -71,10 +71,10 @@ def save_adapter(
 
     Args:
         adapter: Bound, or as a loader returned it.
-        path: A folder to create; or, where it ends in .safetensors, .onnx_adapter or .gguf, one
-            file. kohya, onnx_adapter and gguf are always one file.
-        format: peft, kohya, diffusers, mlx, onnx_adapter or gguf; or one that another installed
-            package brings.
+        path: A folder to create, or one file if its suffix is one of the format's. Some formats
+            are always one file.
+        format: The name of a format (docs/convert.md describes them), also of one that another
+            installed package brings.
         force: Replace an adapter that is there already. A folder that holds anything else is
             never replaced.
         base: Folder of the adapter's model, whose config.json gguf reads.
@@ -229,7 +229,7 @@ def load_adapter(
     most: int | None = None,
     resolve: bool = True,
 ) -> Adapter:
-    """Read an adapter: of PEFT, kohya, diffusers, torchtune, MLX-LM, ONNX Runtime or llama.cpp.
+    """Read an adapter in any format (docs/convert.md describes them).
 
     Formats that other installed packages bring are read too. An .onnx file is one that `insert`
     wrote, with branches that were trained since.
@@ -239,8 +239,7 @@ def load_adapter(
         trust: Also open pickles, with torch's unpickler that runs no code: adapter_model.bin, and
             the model's.
         base: Folder (or file) of the model that it is for, where the names or the rows of the
-            file depend on it (kohya, diffusers, torchtune, mlx, gguf). Only names and config.json
-            are read.
+            file depend on it. Only names and config.json are read.
         resolve: Give names that only the model can tell as it has them.
         most: Elements that a file above 64 MiB may have, looked at before they are read.
 

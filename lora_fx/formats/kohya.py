@@ -35,7 +35,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, name_of
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.tensor_files import read_tensors, write_tensors
@@ -47,7 +47,7 @@ from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restor
 from lora_fx.formats.naming import ForeignNames, taken_names
 from lora_fx.formats.peft.form import module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX
-from lora_fx.formats.unsupported import KEEPS, refused, turned_notes
+from lora_fx.formats.unsupported import KEEPS, refused, turned_notes, way_to_keep
 
 _NAME = re.compile(
     r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|[wb]_norm"
@@ -312,11 +312,10 @@ def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | Non
         return module, {end: value}, None
     if isinstance(entry, (Hadamard, Kronecker)) and module and leaf == "weight":
         if entry.layout is not None and entry.layout.out != (0,):
-            raise _refused(key, "the weight is stored [in, out]")
+            raise _refused(key, "the weight is stored [in, out]", way_to_keep(entry))
         factors, alpha = lycoris.encode(entry)
         return module, factors, alpha
-    hint = "pass --as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else KEEPS
-    raise _refused(key, f"it is {name_of(entry)}", hint)
+    raise _refused(key, entry)
 
 
 def _encoded_lowrank(key: str, update: LowRank) -> tuple[str, dict[str, Array], float]:

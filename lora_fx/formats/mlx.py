@@ -35,7 +35,7 @@ from lora_fx.adapter.expert_families import Family, family_of
 from lora_fx.adapter.expert_layouts import LAYOUTS, ExpertLayout, laid, turned
 from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Entry, name_of
+from lora_fx.adapter.updates import Entry
 from lora_fx.data_files import read_npz
 from lora_fx.dtypes import Array
 from lora_fx.files.checkpoint import model_config
@@ -44,7 +44,7 @@ from lora_fx.formats.checked_file import Arrays, File, module_and_part
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restore
 from lora_fx.formats.mlx_settings import CONFIG, MlxSettings, settings_beside
-from lora_fx.formats.unsupported import refused
+from lora_fx.formats.unsupported import has_kernel_axes, refused
 from lora_fx.text import Json, counted, is_whole
 
 WEIGHTS = "adapters.safetensors"
@@ -300,10 +300,10 @@ def _mlx_name(module: str, family: Family | None) -> str:
 def _storable(key: str, entry: Entry, config: Json) -> LowRank:
     """Return the update; raise if MLX-LM has no layer for it."""
     if not isinstance(entry, LowRank) or entry.mutated or entry.origin.candidates:
-        raise _refused(key, f"it is {name_of(entry)}")
+        raise _refused(key, entry)
     if not key.endswith(".weight"):
         raise _refused(key, "it is for a part of a tensor, one of its uses, or no weight")
-    if entry.use or entry.origin.kernel:
+    if entry.use or has_kernel_axes(entry):
         raise _refused(key, "it is for a convolution, or for one use of a tensor")
     if entry.a.ndim > 2 and ".experts." not in key:
         raise _refused(key, "it is a stack of matrices")

@@ -35,7 +35,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.scaled_rows import GAINS
-from lora_fx.adapter.updates import Entry, is_plain, name_of
+from lora_fx.adapter.updates import Entry, is_plain
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.tensor_files import is_float
@@ -189,7 +189,7 @@ def _tensors(key: str, entry: Entry) -> dict[str, Array]:
     if isinstance(entry, Full):
         return {name: entry.value for name in (key, *entry.twins)}
     if not isinstance(entry, LowRank) or not is_plain(entry):
-        raise _refused(key, f"it is {name_of(entry)}")
+        raise _refused(key, entry)
     if entry.use:
         raise _refused(key, f"it acts on one use of the tensor only ({entry.use})")
     if entry.origin.tied:

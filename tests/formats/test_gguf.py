@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lora_fx.adapter.adapter import INVOCATION, Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Dense, Entry, Hadamard
+from lora_fx.adapter.updates import Entry
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
@@ -181,14 +181,6 @@ def test_a_table_in_the_layout_of_the_graph_and_of_a_file(tmp_path: Path) -> Non
 
 EXPERT = "model.layers.0.mlp.experts.{}.up_proj.weight"
 REFUSED: dict[str, tuple[str, dict[str, Entry], dict[str, Any], str]] = {
-    "dora": ("llama", {Q: replace(low(0, 24), magnitude=normal(1, 24))}, {}, "it is DoRA"),
-    "loha": ("llama", {Q: Hadamard(normal(0, 2, 20), normal(1, 24, 2), normal(2, 2, 20),
-                                   normal(3, 24, 2), 6.0)}, {}, "it is LoHa"),
-    "whole": ("llama", {"model.norm.weight": Full(normal(0, 20))}, {}, "a whole tensor"),
-    "bias": ("qwen2", {"model.layers.0.self_attn.q_proj.bias": Dense(normal(0, 24))}, {},
-             "a whole ΔW"),
-    "part": ("llama", {f"{Q}[0:8]": low(0, 8)}, {}, "a part or one use"),
-    "use": ("llama", {Q: replace(low(0, 24), use="op:linear")}, {}, "a part or one use"),
     "other module": ("llama", {"model.layers.0.mlp.gate_up_proj.weight": low(0, 28)}, {},
                      "llama has no such matrix of [28, 20]"),
     "vision": ("qwen2", {"model.visual.blocks.0.mlp.up_proj.weight": low(0, 28)}, {}, "no such"),

@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
+from lora_fx.adapter.updates import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
 from lora_fx.formats.header_json import FIELD, describe, restore
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
 from lora_fx.formats.naming import ForeignNames
-from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.ir.layout import plain_layout
 
 Array = np.ndarray[Any, Any]
 X = "lora_unet_mid_x"
@@ -191,30 +191,6 @@ def test_names_that_other_readers_know(tmp_path: Path) -> None:
     ].shape == (8, 1)
     assert got["lora_te1_text_model_fc.alpha"] == 3.0 * 4 / 2  # alpha/√4, as alpha/4
     np.testing.assert_array_equal(got["lora_unet_mid_block_a_b.diff_b"], normal(5, 8) / 2)
-
-
-W = normal(0, 2, 2)
-IO = Layout((6, 8), (), (1,), (0,), (6, 8))
-STACK = Layout((3, 8, 6), (0,), (1,), (2,), (3, 8, 6))
-
-
-@pytest.mark.parametrize(
-    ("entry", "word"),
-    [
-        (Full(normal(0, 8, 6)), "whole tensor"),
-        (ReplacedRows((1,), normal(0, 1, 6)), "trained rows"),
-        (low(layout=IO, origin=Origin(op="addmm")), "stored \\[in, out\\]"),
-        (low(layout=IO, origin=Origin(op="embedding")), "embedding"),
-        (LowRank(normal(0, 3, 2, 6), normal(1, 3, 8, 2), 1.0, STACK), "stack"),
-        (low(use="op:linear"), "one use only"),
-        (Hadamard(W, W, W, W, 1.0, IO), "stored \\[in, out\\]"),
-        (Kronecker(normal(0, 2, 3), normal(1, 4, 2), 1.0, IO), "stored \\[in, out\\]"),
-    ],
-)
-def test_what_kohya_cannot_say(tmp_path: Path, entry: Any, word: str) -> None:
-    with pytest.raises(LoraFxError, match=word) as caught:
-        save_adapter(Adapter({"h.x.weight": entry}), tmp_path / "k.safetensors", "kohya")
-    assert "h.x.weight" in caught.value.message and not list(tmp_path.iterdir())
 
 
 def test_two_names_that_become_one(tmp_path: Path) -> None:

@@ -241,11 +241,7 @@ def test_one_rank_and_one_scale(tmp_path: Path) -> None:
     ("entries", "word"),
     [
         ({"a.weight": low(), "b.weight": low(magnitude=normal(0, 6))}, "others are DoRA"),
-        ({"a.weight[0:6]": low()}, "a part of a tensor"),
-        ({"a.weight": low(origin=Origin("conv2d", (2, 2)))}, "convolution"),
-        ({"a.weight": lora_fx.Full(normal(0, 3))}, "a whole tensor"),
         ({"a.wte.weight": low(magnitude=normal(0, 6))}, "an embedding has lengths for other axes"),
-        ({"a.weight": LowRank(normal(0, 3, 2, 4), normal(1, 3, 6, 2), 2.0)}, "a stack of matrices"),
         ({"a.experts.0.up_proj.weight": low()}, "stacks of gate and up apart"),
     ],
 )

@@ -13,8 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.updates import Dense
 from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import format_of, is_adapter, load_adapter, save_adapter
@@ -121,10 +119,6 @@ LOW = LowRank(A, B, 2.0)
 @pytest.mark.parametrize(
     ("entries", "word"),
     [
-        ({"x": LowRank(A, B, 2.0, magnitude=B[:, 0])}, "it is DoRA"),
-        ({"x": Dense(B)}, "a whole ΔW"),
-        ({"x": LowRank(A, B, 2.0, use="y.weight")}, "one use of the tensor"),
-        ({"x": LowRank(A, B, 2.0, origin=Origin(tied=True))}, "several modules that share"),
         ({"x": LowRank(A, B, 1e39)}, "infinite"),
         ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would have the name"),
         ({}, "no update"),

@@ -49,6 +49,17 @@ def test_the_page_says_every_scale() -> None:
     assert not missing, f"docs/convert.md, Scales: no row for {', '.join(sorted(missing))}"
 
 
+def test_no_other_page_lists_the_formats() -> None:
+    """A list of programs or names is one more place that a new format would have to be added to."""
+    names = {format.name for format in OURS} | {"mlx-lm", "llama.cpp"}
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.name != "convert.md"]
+    for file in (*pages, ROOT / "README.md", ROOT / "lora_fx" / "formats" / "io.py"):
+        for paragraph in re.split(r"\n\s*\n|\n\|", file.read_text()):
+            words = set(re.findall(r"[a-z_]+(?:[.-][a-z]+)?", paragraph.lower()))
+            listed = sorted(names & words)
+            assert len(listed) < 4, f"{file.name} lists {', '.join(listed)}; link to convert.md"
+
+
 def members_of(kind: type[object]) -> set[str]:
     """The public attributes and methods of a class."""
     return {name for name in {**vars(kind), **kind.__annotations__} if not name.startswith("_")}

@@ -23,6 +23,7 @@ from lora_fx.formats.peft.form import PeftForm, forms_of, to_tensors
 from lora_fx.formats.peft.modules_to_save import partly_held, split_full
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER
 from lora_fx.formats.peft.one_variant import all_or_none, one_own_variant, one_variant
+from lora_fx.formats.unsupported import way_to_keep
 from lora_fx.probe.carried import FIELD
 from lora_fx.text import Json
 
@@ -37,7 +38,7 @@ def encode(adapter: Adapter) -> Encoded:
         if not isinstance(entry, (LowRank, Full, Dense, ReplacedRows)):
             raise LoraFxError(
                 f"{key!r} is {name_of(entry)}, which peft_type LORA cannot store",
-                "pass --as lora --rank R to turn it into LoRA; kohya files hold LoHa and LoKr",
+                way_to_keep(entry),
             )
     return _of_own_type(adapter) or _Writer(adapter).run()
 
