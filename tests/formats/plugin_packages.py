@@ -20,8 +20,9 @@ import json
 
 import numpy as np
 
-from lora_fx import Adapter, LowRank, LoraFxError
+from lora_fx import Adapter, LowRank
 from lora_fx.formats.format import Format, Magic
+from lora_fx.formats.unsupported import refused
 
 
 class Toy(Format):
@@ -42,7 +43,7 @@ class Toy(Format):
         rows = {}
         for key, entry in adapter.entries.items():
             if not isinstance(entry, LowRank):
-                raise LoraFxError(f"a .toy file cannot say {key!r}", "save it as peft")
+                raise refused("a .toy file", key, entry)
             alpha = entry.scale * entry.rank
             rows[key] = {"a": entry.a.tolist(), "b": entry.b.tolist(), "alpha": alpha}
         path.write_bytes(b"TOY1" + json.dumps(rows).encode())

@@ -20,7 +20,9 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.registry import FORMATS, OURS
+from lora_fx.ir.layout import plain_layout
 from tests.formats.plugin_packages import TOY, Done, child, install, run
+from tests.house import HERE as ROOT
 
 RNG = np.random.default_rng(0)
 A, B = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 4), (6, 2)))
@@ -113,6 +115,26 @@ def test_it_is_converted_read_merged_and_replaced(work: Path, tmp_path: Path) ->
     done = lora_fx("convert back -o x.toy --force")
     assert done.returncode == 0, done.stderr
     assert Path("x.toy").read_bytes() == written
+
+
+def test_the_example_of_the_page(installed: Path, work: Path) -> None:
+    """The format of passes/README.md, as a package: there and back, with the layout of lora-fx."""
+    page = (ROOT / "passes" / "README.md").read_text()
+    code = page.partition('```python title="toy_format.py"\n')[2].partition("\n```\n")[0]
+    install(installed, "toy-format", code)
+    FORMATS.refresh()
+    update = LowRank(A, B, 3.0, plain_layout((6, 4)), variant="rslora")
+    save_adapter(Adapter({"q.weight": update}), "bound")
+    done = run("convert bound -o x.mine.safetensors --format toy")
+    assert done.returncode == 0, done.stderr
+    done = run("convert x.mine.safetensors -o back")
+    assert done.returncode == 0 and "toy → peft" in done.stdout, done.stderr
+    read = load_adapter("back").lowrank["q.weight"]
+    assert (read.alpha, read.variant, read.layout) == (3.0, "rslora", update.layout)
+    np.testing.assert_array_equal(read.matrix(), update.matrix())
+
+    save_file({"q.left": A, "q.right": B, "q.strength": A[0]}, "wrong", {"toy_version": "1"})
+    refused(run("convert wrong -o x"), "wrong: 'q.strength' is float32 [4]; expected one number")
 
 
 def test_force_replaces_nothing_else(place: Path) -> None:
