@@ -61,7 +61,18 @@ def expect(
         LoraFxError: Names the argument, its type and what was wanted.
     """
     if not isinstance(value, kind):
-        raise LoraFxError(f"{name} is a {type(value).__name__}, not {wanted}", hint)
+        raise LoraFxError(f"{name} is {type_of(value)}, not {wanted}", hint)
+
+
+def type_of(value: object) -> str:
+    """Return the name of a value's type with its article.
+
+    >>> type_of(1), type_of("x")
+    ('an int', 'a str')
+    """
+    name = type(value).__name__
+    article = "an" if name[0].lower() in "aeiou" else "a"
+    return f"{article} {name}"
 
 
 def expect_path(value: object, name: str, hint: str) -> None:

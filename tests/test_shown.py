@@ -179,7 +179,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a number to load": (
         lambda cap: lora_fx.load_adapter(3),
-        "path is a int, not a path", "load_adapter(path)",
+        "path is an int, not a path", "load_adapter(path)",
     ),
     "a home that nobody expands": (
         lambda cap: lora_fx.load_adapter("~/gone"), "~/gone: no such file", "os.path.expanduser",
@@ -205,7 +205,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a number for include": (
         lambda cap: lora_fx.insert(cap, include=3),
-        "include is a int, not selectors", "include=['q_proj'",
+        "include is an int, not selectors", "include=['q_proj'",
     ),
     "a mode": (
         lambda cap: lora_fx.export(cap, "m.onnx", mode="swich"),

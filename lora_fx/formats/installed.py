@@ -22,7 +22,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.adapter.variant import expect_variant
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, one_line, type_of
 from lora_fx.files.tensor_files import is_float
 from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import HEAD, FileHead, Format, Magic
@@ -208,7 +208,7 @@ class InstalledFormat(Format):
         with self._retold("cannot read it", f"{path}: "):
             adapter = self._inner.read(path, base)
             if not isinstance(adapter, Adapter):
-                read = f"returned a {type(adapter).__name__}; expected an Adapter"
+                read = f"returned {type_of(adapter)}; expected an Adapter"
                 raise self._error(f"{path}: ", read)
             self._check_texts(f"{path}: ", adapter)
             for key, entry in adapter.entries.items():

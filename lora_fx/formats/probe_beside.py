@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, type_of
 from lora_fx.files.atomic import replacing
 from lora_fx.files.permissions import copy_file
 from lora_fx.files.read import read_bytes
@@ -83,7 +83,7 @@ def _text_of(adapter: Adapter, file: Path, head: FileHead) -> str | None:
     if isinstance(text, str):
         return text
     if text is not None:
-        raise LoraFxError(f"{file}: its probe is a {type(text).__name__}, not a text", "leave it")
+        raise LoraFxError(f"{file}: its probe is {type_of(text)}, not a text", "leave it")
     beside = file.with_name(PROBE)
     if file.name not in FORMATS.names_of_input() or not beside.is_file():
         return None

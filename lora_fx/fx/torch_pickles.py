@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, retold, silenced
+from lora_fx.errors import LoraFxError, retold, silenced, type_of
 from lora_fx.fx import fake_tensors
 from lora_fx.fx.tensors import to_numpy
 
@@ -34,7 +34,7 @@ def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     for name, value in entries:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise LoraFxError(
-                f"{path}: holds a {type(value).__name__} at {name!r}; expected a tensor by name",
+                f"{path}: holds {type_of(value)} at {name!r}; expected a tensor by name",
                 "check that save_pretrained wrote the file",
             )
     return dict(state)

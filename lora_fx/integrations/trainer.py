@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, expect, expect_path
+from lora_fx.errors import LoraFxError, expect, expect_path, type_of
 from lora_fx.files.atomic import check_output
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.attach.attachment import is_attached
@@ -186,7 +186,7 @@ def _check_holds_adapter(model: nn.Module) -> None:
     """Raise for a model that holds no adapter."""
     if not _holds_ours(model) and not _is_of_peft(model):
         raise LoraFxError(
-            f"a {type(model).__name__} holds no adapter of lora-fx or PEFT",
+            f"{type_of(model)} holds no adapter of lora-fx or PEFT",
             "pass Trainer a model that lora_fx.insert or lora_fx.attach returned, or a PeftModel",
         )
 

@@ -23,7 +23,7 @@ from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.starts import Init
 from lora_fx.adapter.variant import VariantName
-from lora_fx.errors import CaptureError, LoraFxError, one_line
+from lora_fx.errors import CaptureError, LoraFxError, one_line, type_of
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, attachment, is_attached
 from lora_fx.fx.attach.live import REGISTRY
@@ -356,7 +356,7 @@ def _module(model: object) -> nn.Module:
         raise LoraFxError("this module is a captured graph already", "attach to the original model")
     if not isinstance(model, nn.Module) or isinstance(model, Called):
         raise LoraFxError(
-            f"attach adapts a live nn.Module, not a {type(model).__name__}",
+            f"attach adapts a live nn.Module, not {type_of(model)}",
             "use lora_fx.insert, which also takes functions of tensors",
         )
     return model

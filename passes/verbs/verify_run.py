@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.checkpoint.merge import Adapters
 from lora_fx.compare import ORT_TOL, Parity, Report
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, type_of
 from lora_fx.formats.io import load_adapter
 from lora_fx.inputs import Named
 from lora_fx.text import JsonView
@@ -142,7 +142,7 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
         return model.eval()
     if not isinstance(model, Captured):
         raise LoraFxError(
-            f"cannot run a {type(model).__name__}", "pass capture(model, args) or an .onnx file"
+            f"cannot run {type_of(model)}", "pass capture(model, args) or an .onnx file"
         )
     if adapter is None:
         return plain(model)

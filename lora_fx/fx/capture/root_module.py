@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, type_of
 from lora_fx.fx.capture.call import Signature, without_cache
 
 WRAPPERS = {
@@ -59,7 +59,7 @@ def as_module(model: object) -> nn.Module:
                 "pass load_model(path).module, an nn.Module; export, merge and verify take a "
                 "path to .onnx"
             )
-        raise LoraFxError(f"a {type(model).__name__} is not a model", hint)
+        raise LoraFxError(f"{type_of(model)} is not a model", hint)
     return Called(model)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import LoraFxError, near, near_path, one_line
+from lora_fx.errors import LoraFxError, near, near_path, one_line, type_of
 from lora_fx.fx.load.factory_imports import importable, is_reserved
 
 RETURNS = (
@@ -39,7 +39,7 @@ def call_factory(spec: str) -> Result:
     """
     with _named_by(spec) as factory:
         if isinstance(factory, nn.Module) or not callable(factory):
-            raise LoraFxError(f"{spec} is a {type(factory).__name__}, not a factory", RETURNS)
+            raise LoraFxError(f"{spec} is {type_of(factory)}, not a factory", RETURNS)
         return _unpack(spec, _run(spec, factory))
 
 
@@ -52,7 +52,7 @@ def load_function(spec: str) -> Any:
     with _named_by(spec) as function:
         if not callable(function):
             raise LoraFxError(
-                f"{spec} is a {type(function).__name__}, not a function",
+                f"{spec} is {type_of(function)}, not a function",
                 "name a function, such as a loss",
             )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, one_line, type_of
 from lora_fx.files.read import open_input
 from lora_fx.files.strict_json import json_object
 from lora_fx.fx.pt2.serialised import dtype_of_code
@@ -208,7 +208,7 @@ class Archive:
                 "save a model of plain tensors",
             ) from e
         if not isinstance(value, torch.Tensor):
-            raise self.bad(f"{member} ({name!r}) holds a {type(value).__name__}, not a tensor")
+            raise self.bad(f"{member} ({name!r}) holds {type_of(value)}, not a tensor")
         if is_parameter and not isinstance(value, torch.nn.Parameter):
             return torch.nn.Parameter(value, requires_grad=value.is_floating_point())
         return value

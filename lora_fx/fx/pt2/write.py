@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
-from lora_fx.errors import LoraFxError, retold
+from lora_fx.errors import LoraFxError, retold, type_of
 from lora_fx.files.program_manifest import MANIFEST
 from lora_fx.fx.capture.call import leaves_of
 from lora_fx.fx.capture.cleaned_graph import Traced
@@ -125,7 +125,7 @@ class _Store:
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor) or type(tensor.data) is not torch.Tensor:
                 raise LoraFxError(
-                    f"{name!r} is a {type(tensor).__name__} and cannot be written as raw bytes",
+                    f"{name!r} is {type_of(tensor)} and cannot be written as raw bytes",
                     "save a model of plain tensors",
                 )
             files[name] = self._file(kind, prefix, tensor)

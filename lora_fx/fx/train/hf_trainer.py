@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, type_of
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft import file as peft
 
@@ -60,7 +60,7 @@ class AdapterCheckpoints:
         found = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         if not hasattr(found, "load_adapter") or not hasattr(found, "report"):
             raise LoraFxError(
-                f"a {type(found).__name__} holds no adapter of lora-fx",
+                f"{type_of(found)} holds no adapter of lora-fx",
                 "pass Trainer a model that lora_fx.insert or lora_fx.attach returned",
             )
         return found

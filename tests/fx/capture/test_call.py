@@ -217,5 +217,5 @@ def test_a_function_owns_the_parameters_that_it_names() -> None:
     model = as_module(lambda x: layer(x) @ weight)
     assert set(dict(model.named_parameters())) == {"weight", "layer.weight", "layer.bias"}
     assert model(torch.ones(1, 2)).shape == (1, 2)
-    with pytest.raises(LoraFxError, match="a int is not a model"):
+    with pytest.raises(LoraFxError, match="an int is not a model"):
         as_module(5)

@@ -74,7 +74,7 @@ def test_factory(where: str, name: str, code: Path) -> None:
         ("nets.py:no_model", ["returned (str, tuple)"]),
         ("nets.py:bad_kwargs", ["returned (Net, tuple, list)"]),
         ("nets.py:net", ["is a Net, not a factory"]),
-        ("nets.py:WIDTH", ["is a int, not a factory"]),
+        ("nets.py:WIDTH", ["is an int, not a factory"]),
         ("nets.py:mkae", ["nets.py has no 'mkae'", "make"]),
         ("nets.py:fails", ["nets.py:fails failed at", "nets.py:27: RuntimeError"]),
         ("nets.py:quits", ["nets.py:29: SystemExit: 3"]),

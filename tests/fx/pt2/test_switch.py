@@ -278,8 +278,8 @@ def test_largest_sizes_are_those_of_the_program(tmp_path: Path) -> None:
 
 
 LARGEST: Mapping[str, tuple[object, str]] = {
-    "a number": (8, "largest is a int, not sizes by name"),
-    "a number as a name": ({0: 8}, "a name in largest is a int, not a text"),
+    "a number": (8, "largest is an int, not sizes by name"),
+    "a number as a name": ({0: 8}, "a name in largest is an int, not a text"),
     "no such dimension": ({"lenght": 8}, "no dimension that is free has the name 'lenght'"),
     "an example that is larger": ({"length": 2}, "'ids' has size 3 in dimension 1"),
     "one size": ({"batch": 1}, "the largest batch is 1, which leaves it no other size"),

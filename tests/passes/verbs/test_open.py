@@ -186,7 +186,7 @@ def test_no_model(folder: Path) -> None:
         (f"{folder}/net.py", "the name of a factory is missing"),
         (f"{folder}/net.py:bild", "has no 'bild'"),
         ("net.onnx", "an .onnx file cannot be opened as a torch model"),
-        (3, "a int is not a model"),
+        (3, "an int is not a model"),
     ]
     for model, text in wrong:
         for verb in (lora_fx.capture, lora_fx.insert, lora_fx.plan, captured_of):

@@ -157,10 +157,10 @@ FOLD: dict[str, Any] = {"base": "b.safetensors", "out": "o.safetensors"}
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: lora_fx.insert(net(), (X,), variant=5), "variant is a int, not a name"),
-        (lambda: lora_fx.export(net(), "x.onnx", (X,), adapters=5), "adapters is a int"),
+        (lambda: lora_fx.insert(net(), (X,), variant=5), "variant is an int, not a name"),
+        (lambda: lora_fx.export(net(), "x.onnx", (X,), adapters=5), "adapters is an int"),
         (lambda: lora_fx.export(net(), "x.onnx", (X,), mode=lora_fx.Switch(include=5)),
-         "include is a int, not selectors"),
+         "include is an int, not selectors"),
         (lambda: lora_fx.export(net(), "x.onnx", (X,), mode=lora_fx.TrainStep(clip="much")),
          "clip is a str, not a number"),
         (lambda: lora_fx.verify("b.safetensors", "b.safetensors", tol="much"),
@@ -168,7 +168,7 @@ FOLD: dict[str, Any] = {"base": "b.safetensors", "out": "o.safetensors"}
         (lambda: lora_fx.merge(adapters="a", threads=-1, **FOLD), "threads is -1"),
         (lambda: lora_fx.merge(adapters="a", threads="all", **FOLD), "threads is 'all'"),
         (lambda: lora_fx.doctor("b.safetensors", "a", server="vlm"), "unknown server 'vlm'"),
-        (lambda: lora_fx.doctor("b.safetensors", GIVEN), "adapter is a Adapter, not a path"),
+        (lambda: lora_fx.doctor("b.safetensors", GIVEN), "adapter is an Adapter, not a path"),
     ],
 )  # fmt: skip
 def test_an_option_of_another_type(
