@@ -111,7 +111,7 @@ def test_the_table(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--seeds", "2", "--save-runs", "d.npz"], "d.npz already exists"),
         (["--seeds", "2", "--save-runs", "best"], "--save-runs best is also --output"),
         (["--seeds", "2", "--save-runs", "no/runs"], "the folder no does not exist"),
-        (["--sweep", "lr=nan,nan"], "2 runs of the sweep are named lr=nan"),
+        (["--sweep", "lr=nan,nan"], "--sweep lr=nan,nan: nan is not a finite number"),
         (["--sweep", "init=foo"], "Hint: use kaiming, gaussian, orthogonal, pissa, olora, eva"),
         (["--sweep", "lr=-1"], "Hint: pass --sweep lr=1e-4,3e-4, for example"),
         (["--sweep", "batch-size="], "Hint: pass --sweep batch-size=16,32, for example"),

@@ -137,8 +137,8 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
     [
         ("model.pt2", "a program, not a torch module"),
         ("model.onnx", "an .onnx file cannot be opened as a torch model"),
-        ("w.safetensors", "MODEL weights='w.safetensors'"),
-        ("pytorch_model.bin", "MODEL weights='pytorch_model.bin'"),
+        ("w.safetensors", "load_model(MODEL, weights='w.safetensors')"),
+        ("pytorch_model.bin", "load_model(MODEL, weights='pytorch_model.bin')"),
         ("meta-llama/Llama-3.1-8B", "hf:meta-llama/Llama-3.1-8B"),
         ("nothing", "pass a Hugging Face folder"),
         ("", "pass a Hugging Face folder"),
