@@ -17,8 +17,9 @@ _KEYWORDS = (
     "weights", "whole",
 )  # fmt: skip
 _OPTION = re.compile(
-    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|portable|eva|lora-ga"
-    r"|qalora:\d+|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
+    r"(?<![^\s(])--([a-z][a-z-]+)(?![\w./])"
+    r"(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|portable|eva|lora-ga|qalora:\d+"
+    r"|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
 )
 
 _PHRASES = {
@@ -41,6 +42,8 @@ def in_python(hint: str) -> str:
     "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
     >>> in_python("--exclude leaves it out; --dead drop leaves all such out")
     "exclude leaves it out; dead='drop' leaves all such out"
+    >>> in_python("/models/bert--base/a --force/x.npz: no such file")  # a user's name
+    '/models/bert--base/a --force/x.npz: no such file'
     """
     for pattern, replacement in _PHRASES.items():
         hint = re.sub(pattern, replacement, hint)

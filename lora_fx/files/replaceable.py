@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.adapter_formats import adapter_files
-from lora_fx.files.run_files import run_of_files
+from lora_fx.files.run_files import Remembered, run_of_files
 from lora_fx.files.strict_json import MAX_JSON, json_object
 from lora_fx.text import some
 
@@ -49,7 +49,7 @@ def check_apart(target: Path) -> None:
     if run is None or not os.path.lexists(target):
         return
     status = target.lstat()
-    linked_input = run.inodes.get((status.st_dev, status.st_ino))
+    linked_input = _linked_input(run, (status.st_dev, status.st_ino))
     inputs = {Path(os.path.realpath(path)): name for path, name in run.paths.items()}
     inputs |= run.paths
     for place in (Path(os.path.abspath(target)), Path(os.path.realpath(target))):
@@ -59,6 +59,20 @@ def check_apart(target: Path) -> None:
         for path, name in inputs.items():
             if place in path.parents:
                 raise _would_replace(target, f"{name}, which is inside it")
+
+
+def _linked_input(run: Remembered, inode: tuple[int, int]) -> str | None:
+    """Return the input that a file is a hard link of.
+
+    The inode of an input that the run has replaced is free, and another file may have it.
+    """
+    linked_input = run.inodes.get(inode)
+    for path, name in run.paths.items():
+        if name == linked_input and path.exists():
+            status = path.stat()
+            if (status.st_dev, status.st_ino) == inode:
+                return name
+    return None
 
 
 def _would_replace(target: Path, replaced_input: str) -> LoraFxError:

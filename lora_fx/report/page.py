@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import shlex
 from functools import cache
@@ -18,7 +17,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from lora_fx.errors import visible
+from lora_fx.errors import LoraFxError, visible
+from lora_fx.files.strict_json import json_object
 from lora_fx.report import charts
 from lora_fx.report.facts import facts
 from lora_fx.report.html_text import (
@@ -105,12 +105,15 @@ def _error(result: JsonView) -> str:
 
 def data_of_page(text: str) -> JsonView:
     """Return the JSON object in the text of a page; an empty one for another text."""
-    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
+    opening = '<script type="application/json" id="data">'
+    start = text.rfind(opening)
+    end = text.find("</script>", start)
+    if start < 0 or end < 0:
+        return {}
     try:
-        data = json.loads(match[1]) if match else None
-    except ValueError:
-        data = None
-    return data if isinstance(data, dict) else {}
+        return json_object(text[start + len(opening) : end], "the page")
+    except LoraFxError:
+        return {}
 
 
 @cache

@@ -9,7 +9,7 @@ smollm2  SmolLM2-135M-Instruct writes the first line of a docstring after the de
          the loss is that of the docstring's tokens; 240 examples.
 
 Arms and seeds were fixed before any of them ran, in the commit that added this file; but `slower`
-was added after them, when rank 32 diverged at the rate that suits rank 8. A seed draws
+was added after them, when rank 32 was worse than rank 8 at the rate that suits rank 8. A seed draws
 the training examples, their order and the adapter's start; the arms of a seed share all of that, so
 that differences are paired. The held-out texts are the same for all seeds: one part of them chooses
 the step that is kept, another is the test. The learning rate was chosen once, for uniform rank 8 on

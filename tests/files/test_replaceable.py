@@ -12,7 +12,7 @@ import lora_fx.formats.registry  # noqa: F401 (which tells the kinds of adapter 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import open_input
-from lora_fx.files.replaceable import CONTENTS
+from lora_fx.files.replaceable import CONTENTS, check_apart
 from lora_fx.files.run_files import check_unchanged, remember, remembering
 
 
@@ -125,3 +125,18 @@ def test_a_tensor_file_that_goes_is_a_change(tmp_path: Path) -> None:
         (tmp_path / "a.safetensors").unlink()
         with pytest.raises(LoraFxError, match=r"'a\.safetensors' was removed"):
             check_unchanged()
+
+
+def test_the_inode_of_a_replaced_input_is_free(tmp_path: Path) -> None:
+    """A run that replaces its state frees the inode, which a new page may get."""
+    state = tmp_path / "state"
+    linked = tmp_path / "linked"
+    state.write_text("{}")
+    os.link(state, linked)
+    with remembering():
+        remember(state)
+        with pytest.raises(LoraFxError, match="would replace the input"):
+            check_apart(linked)
+        (tmp_path / "new").write_text("{}")
+        os.replace(tmp_path / "new", state)
+        check_apart(linked)

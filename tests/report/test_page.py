@@ -13,7 +13,7 @@ import pytest
 from lora_fx.errors import visible
 from lora_fx.report.html_text import number, percent
 from lora_fx.report.loss_axis import LossAxis
-from lora_fx.report.page import page
+from lora_fx.report.page import data_of_page, page
 from lora_fx.report.rows import Row, rows_of
 from lora_fx.report.structure import grouped
 from lora_fx.text import strict_json
@@ -485,3 +485,24 @@ def test_comparisons_with_equal_numbers_are_one_row() -> None:
     text = page({**trained(1), "parity": [*parity, other]})
     assert "x 2 × 8; x 3 × 8; x 1 × 8" in Page(text).text
     assert text.count("<td class=t>fold") == text.count("<td class=t>onnxruntime") == 1
+
+
+OPENING = '<script type="application/json" id="data">'
+
+
+def test_the_data_of_a_page_are_those_it_was_made_of() -> None:
+    result = {
+        "ok": True,
+        "command": "train",
+        "page": {"run": {"state": "failed", "digest": "</a>"}},
+    }
+    assert data_of_page(page(result))["page"]["run"]["digest"] == "</a>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", OPENING, OPENING * 100_000, f"{OPENING}{'[' * 200_000}</script>", f"{OPENING}3</script>"],
+    ids=["empty", "no end", "many without an end", "deep", "no object"],
+)
+def test_a_damaged_page_has_no_data(text: str) -> None:
+    assert data_of_page(text) == {}

@@ -148,6 +148,22 @@ def clamped(m: Any, x: Tensor) -> Tensor:
     return m.fc2(m.fc1(x).clamp(0, 6))
 
 
+def guarded(m: Any, x: Tensor) -> Tensor:
+    return m.fc2(m.fc1(x).clamp(-6e4, 6e4))
+
+
+def projected(m: Any, x: Tensor) -> Tensor:
+    return m.fc2(F.normalize(m.fc1(x), dim=-1))
+
+
+def siamese(m: Any, x: Tensor) -> Tensor:
+    return m.fc2((m.fc1(x) - m.fc1(x.flip(1))).abs())
+
+
+def at_positions(m: Any, x: Tensor) -> Tensor:
+    return m.fc2(m.fc1(x) * torch.cos(torch.arange(32.0)))
+
+
 def convolved(m: Any, x: Tensor) -> Tensor:
     y = m.fc1(x).mT
     per_channel = torch.ones(32, 1, 3)
@@ -204,6 +220,10 @@ NAMES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, int
     "narrower layers without a sum": (stacked, {"fc1": (4, 8), "fc2": (8, 4)}, ". ."),
     "a sum that repeats a mean": (of_context, {"fc1": (2, 8), "fc2": (8, 2)}, ". ."),
     "a clamp": (clamped, {"fc1": (32, 8), "fc2": (8, 32)}, "up down"),
+    "a guard of float16": (guarded, {"fc1": (32, 8), "fc2": (8, 32)}, ". ."),
+    "a normalised layer": (projected, {"fc1": (32, 8), "fc2": (8, 32)}, ". ."),
+    "a difference": (siamese, {"fc1": (32, 8), "fc2": (8, 32)}, ". ."),
+    "a product with positions": (at_positions, {"fc1": (32, 8), "fc2": (8, 32)}, ". ."),
     "a depthwise convolution": (convolved, {"fc1": (32, 8), "fc2": (8, 32)}, "up down"),
     "a gated block, narrower": (swiglu, dict.fromkeys(("w1", "w3"), (4, 8)) | {"w2": (8, 4)},
                                 "gate up down"),

@@ -61,7 +61,7 @@ def _pooled_as_images() -> Iterator[None]:
     try:
         yield
     finally:
-        del op.py_kernels[COMPOSITE]
+        op.py_kernels.pop(COMPOSITE, None)  # another thread's block may have ended meanwhile
         if original is not None:
             op.py_kernels[COMPOSITE] = original
         op._dispatch_cache.clear()
