@@ -28,14 +28,14 @@ LABELS = ("labels", "label", "y", "target")
 class Table:
     """Columns of equal length; `label` names the one to predict, or is empty.
 
-    `words` are the labels' names by number, where the data had words. `nan` says where the data
-    have NaN, of which the error of a loss that is NaN tells; empty where they have none.
+    `words` are the labels' names by number, where the data had words. `place_of_nan` says where
+    the data have NaN, of which the error of a loss that is NaN tells; empty where they have none.
     """
 
     columns: Mapping[str, Array]
     label: str = ""
     words: tuple[str, ...] = ()
-    nan: str = ""
+    place_of_nan: str = ""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -102,9 +102,9 @@ class Buckets:
         return self.tables[0].label
 
     @property
-    def nan(self) -> str:
+    def place_of_nan(self) -> str:
         """Where the data have NaN; see Table."""
-        return self.tables[0].nan
+        return self.tables[0].place_of_nan
 
     def __len__(self) -> int:
         """Number of examples."""

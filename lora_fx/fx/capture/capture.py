@@ -427,24 +427,27 @@ class Captured:
         except CaptureError:
             return traced
 
-        fixed = {pin.input for pin in freed.pinned if pin.dim == 2 and pin.input in signals}
-        places = dict(zip(freed.door.names, freed.graph.find_nodes(op="placeholder"), strict=True))
-        others = {name for name in fixed if not is_convolved(places[name])}
-        said = [pin for pin in freed.pinned if pin.input in others & pins and pin.dim == 2]
-        signals = [name for name in signals if name not in others]
+        of_fixed_length = {p.input for p in freed.pinned if p.dim == 2 and p.input in signals}
+        placeholders = freed.graph.find_nodes(op="placeholder")
+        placeholder_of = dict(zip(freed.door.names, placeholders, strict=True))
+        sequences = {name for name in of_fixed_length if not is_convolved(placeholder_of[name])}
+        pins_of_features = [p for p in freed.pinned if p.input in sequences & pins and p.dim == 2]
+        signals = [name for name in signals if name not in sequences]
         if not signals:
-            traced.pinned += said
+            traced.pinned += pins_of_features
             return traced
-        said += [pin for pin in traced.pinned if pin.input in others and pin.dim == 1]
-        of_others = [(name, dim) for name in others for dim in (1, 2)]
-        rest = [pin for pin in freed.pinned if (pin.input, pin.dim) not in of_others]
-        freed.pinned = sorted([*rest, *said], key=lambda pin: ([*places].index(pin.input), pin.dim))
+        pins_of_steps = [p for p in traced.pinned if p.input in sequences and p.dim == 1]
+        both_dims = [(name, dim) for name in sequences for dim in (1, 2)]
+        pins_of_others = [p for p in freed.pinned if (p.input, p.dim) not in both_dims]
+        order = {name: position for position, name in enumerate(placeholder_of)}
+        freed.pinned = [*pins_of_others, *pins_of_steps, *pins_of_features]
+        freed.pinned.sort(key=lambda pin: (order[pin.input], pin.dim))
         requested = with_lengths(self.inputs, self.requested, signals)
         self.requested = requested
         self.inputs = self.inputs.with_dims(requested)
         for spec in self.inputs.specs:
             if spec.name in signals:
-                varies = "" if spec.name in fixed else ", and dimension 2 may vary"
+                varies = "" if spec.name in of_fixed_length else ", and dimension 2 may vary"
                 channels = counted(spec.shape[1], "channel")
                 self.notes.append(
                     f"{spec.name!r} is a signal of {channels}: dimension 1 is fixed{varies}"

@@ -15,7 +15,9 @@ IN_DATA = "remove these rows from the data, or fill them"
 """The hint for examples that have NaN."""
 
 
-def check_step(model: AdaptedModule, loss: float, norm: float, step: int, nan: str = "") -> None:
+def check_step(
+    model: AdaptedModule, loss: float, norm: float, step: int, place_of_nan: str = ""
+) -> None:
     """Raise if a step's loss or gradients are not finite, before the optimizer changes anything.
 
     Args:
@@ -23,7 +25,7 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int, nan: s
         loss: The loss of this step.
         norm: The norm of all gradients together.
         step: Counted from 1.
-        nan: Where the examples have NaN; see Table.
+        place_of_nan: Where the examples have NaN; see Table.
 
     Raises:
         LoraFxError: With exit code 1; names the first tensor, in the order of the targets, whose
@@ -31,8 +33,8 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int, nan: s
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    if nan and (math.isnan(loss) or math.isnan(norm)):
-        raise not_finite(step, "loss", math.nan, nan, IN_DATA)
+    if place_of_nan and (math.isnan(loss) or math.isnan(norm)):
+        raise not_finite(step, "loss", math.nan, place_of_nan, IN_DATA)
     gradients = list(_gradients(model))
     infinite = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
     where = "every gradient is finite, but their norm or the loss is not"

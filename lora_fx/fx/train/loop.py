@@ -339,8 +339,8 @@ class TrainRun:
     @staticmethod
     def _not_finite_validation(value: float, held_out: Table, trail: Trail) -> LoraFxError:
         """Return the error of a validation loss that is not finite."""
-        if math.isnan(value) and held_out.nan:
-            return not_finite(trail.step, "validation loss", value, held_out.nan, IN_DATA)
+        if math.isnan(value) and held_out.place_of_nan:
+            return not_finite(trail.step, "validation loss", value, held_out.place_of_nan, IN_DATA)
         return not_finite(trail.step, "validation loss", value, "check the held-out examples")
 
     def loss_and_gradients(self, batch: Table, step: int) -> float:
@@ -378,7 +378,7 @@ class TrainRun:
 
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        check_step(self.model, value, float(norm), step, self.training.nan)  # clip spreads a nan
+        check_step(self.model, value, float(norm), step, self.training.place_of_nan)
         clip = self.optimizer.settings.clip
         if clip:
             nn.utils.clip_grads_with_norm_(trained, clip, norm)
