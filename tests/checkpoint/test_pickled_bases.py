@@ -251,7 +251,7 @@ def put(value: Any) -> Any:
 
 HOSTILE = {
     "code": (put({"w": Attack()}), "refuses to read it as tensors only"),
-    "no tensors": (put({"w": 3}), "holds a int at 'w'"),
+    "no tensors": (put({"w": 3}), "holds an int at 'w'"),
     "a trainer's": (put({"state_dict": {"w": torch.ones(2)}}), "holds a dict at 'state_dict'"),
     "complex": (put({"w": torch.ones(2, 2, dtype=torch.complex128)}), "'w' has dtype complex128"),
     "transposed": (transposed, "'w' is not stored row by row"),
