@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter, check_entries
@@ -24,7 +24,7 @@ from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.requantise import refuse_loss
 from lora_fx.checkpoint.write import Progress, write
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, NoEffectError, expect, explained
+from lora_fx.errors import LoraFxError, NoEffectError, expect, explained, type_of
 from lora_fx.files.atomic import check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, open_checkpoint
 from lora_fx.files.hub import local
@@ -37,7 +37,7 @@ from lora_fx.text import StrPath, counted, is_whole
 
 OTHER_MODELS = (".onnx", ".pt2")
 """File suffixes of models that `merge` does not write when the base is a checkpoint."""
-Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
+Adapters = AdapterLike | Iterable[AdapterLike | tuple[AdapterLike, float]]
 
 
 @remembering()
@@ -252,13 +252,11 @@ def read_adapters(
     """Read adapters as `merge` takes them; `most` and `base` are passed to load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
-    expect(
-        adapters,
-        Sequence,
-        "adapters",
-        "a path, an Adapter, or a list of them",
-        "pass [(adapter, 0.5), …] to multiply updates by weights",
-    )
+    wanted = "a path, an Adapter, or a list of them"
+    hint = "pass [(adapter, 0.5), …] to multiply updates by weights"
+    if isinstance(adapters, Mapping):  # its values are no weights here
+        raise LoraFxError(f"adapters is {type_of(adapters)}, not {wanted}", hint)
+    expect(adapters, Iterable, "adapters", wanted, hint)
     return [_read_adapter(item, most, base) for item in adapters]
 
 

@@ -76,7 +76,7 @@ def find(
     options = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, static=static, meta=True)
     model = unwrapped(model)
     if needs_no_capture(model):
-        return find_in_file(model, args, kwargs, dynamic=dynamic, static=static, training=training)
+        return find_in_file(model, options, training)
     if isinstance(model, CapturedModule):
         options.refuse_for_captured()
         captured = execution_of(model).captured

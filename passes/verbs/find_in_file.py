@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import TypeGuard
@@ -11,12 +10,13 @@ import numpy as np
 
 from lora_fx.checkpoint.file_targets import file_targets
 from lora_fx.errors import NoSay, given_options, refuse_no_say
-from lora_fx.inputs import Dynamic, Named
+from lora_fx.inputs import Named
 from lora_fx.onnx.fixed_shapes import with_fixed_shapes
 from lora_fx.onnx.graph.graph import UNKNOWN_SHAPES, OnnxGraph
 from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
+from lora_fx.passes.verbs.options import CaptureOptions
 from lora_fx.targets.found import Found
 from lora_fx.text import StrPath
 
@@ -29,25 +29,22 @@ def needs_no_capture(model: object) -> TypeGuard[StrPath]:
     return isinstance(model, (str, PathLike)) and fspath(model).endswith((".onnx", *TENSORS))
 
 
-def find_in_file(
-    path: StrPath,
-    args: Sequence[object] = (),
-    kwargs: Named | None = None,
-    *,
-    dynamic: Dynamic | None = None,
-    static: Sequence[str] = (),
-    training: bool = False,
-) -> Found:
-    """Find the targets of a file; the arguments are those of `find`.
+def find_in_file(path: StrPath, options: CaptureOptions, training: bool) -> Found:
+    """Find the targets of a file.
+
+    Args:
+        path: The file.
+        options: What `find` was given for a capture; of an .onnx file, kwargs count alone.
+        training: Whether it was asked for the train graph.
 
     Raises:
         LoraFxError: An argument that only a model which is captured has.
     """
     asked: Named = {
-        "args": args or None,
-        "kwargs": kwargs or None,
-        "dynamic": dynamic or None,
-        "static": static or None,
+        "args": options.args or None,
+        "kwargs": options.kwargs or None,
+        "dynamic": options.dynamic or None,
+        "static": options.static or None,
         "training": training,
     }
     without_effect = tuple(asked)
@@ -60,7 +57,8 @@ def find_in_file(
 
     if fspath(path).endswith(TENSORS):
         return file_targets(fspath(path))
-    return find_in_onnx(fspath(path), {n: np.asarray(x) for n, x in (kwargs or {}).items()})
+    inputs = {name: np.asarray(array) for name, array in (options.kwargs or {}).items()}
+    return find_in_onnx(fspath(path), inputs)
 
 
 @blaming

@@ -16,6 +16,7 @@ import pytest
 from lora_fx import merge
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.checkpoint.merge import read_adapters
 from lora_fx.cli import main
 from lora_fx.errors import NoEffectError
 from tests.checkpoint.made import Array, adapter, checkpoint, factors, header, read, tree
@@ -271,3 +272,10 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     print(f"{small / 1024:.0f} and {large / 1024:.0f} MiB")
     assert large - small < 30 << 10
     assert large < 200 << 10
+
+
+def test_adapters_may_be_the_values_of_a_dict() -> None:
+    low = LowRank(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32), 1.0)
+    mine = Adapter({"w": low})
+    (weighted,) = read_adapters({"mine": (mine, 0.5)}.values())
+    assert weighted.weight == 0.5 and [*weighted.adapter.entries] == ["w"]
