@@ -89,7 +89,10 @@ class Pooled(nn.Module):
 )
 def test_a_maximum_over_windows_leaves_the_length_free(pooling: dict[str, Any]) -> None:
     model = Pooled(**pooling).eval()
-    module = lora_fx.insert(model, (torch.randn(2, 3, 64),), rank=2)
+    cap = lora_fx.capture(model, (torch.randn(2, 3, 64),))
+    assert [pin for pin in cap.pinned if pin.dim == 2] == []  # a pin would be captured again
+    assert repr(cap) == "Captured(Pooled, x: float32 ['batch', 3, 'length'])"
+    module = lora_fx.insert(cap, rank=2)
     for length in (33, 64, 101):
         x = torch.randn(3, 3, length)
         assert torch.equal(module(x), model(x))
