@@ -38,7 +38,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,6 +67,7 @@ from lora_fx.formats.llama_cpp_names import (
     names_of_architecture,
     names_of_base,
 )
+from lora_fx.formats.one_scale import most_frequent, multiplied
 from lora_fx.formats.rotary_rows import to_halves, to_neighbours
 from lora_fx.formats.unsupported import has_kernel_axes, refused
 from lora_fx.probe.carried import FIELD
@@ -84,6 +84,8 @@ ALORA = "adapter.alora.invocation_tokens"
 _UNCODED = {"F32", "F16", "BF16"}
 """The tensor types that are not quantised."""
 _NO_EXPERT = -1
+_ROUNDING = 2.0**-24
+"""The largest relative difference between a number and its fp32."""
 _refused = partial(refused, "a GGUF adapter")
 
 
@@ -301,10 +303,14 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
     updates = {key: _plain(key, entry, names) for key, entry in adapter.entries.items()}
     alphas = {key: update.scale * update.rank for key, update in updates.items()}
     alpha = _one_alpha(alphas.values())
+    rescaled = [
+        key for key, other in alphas.items() if not math.isclose(other, alpha, rel_tol=_ROUNDING)
+    ]
     pieces: dict[str, dict[int, _Piece]] = {}
     for key, update in updates.items():
-        if alphas[key] != alpha:
-            update = replace(update, b=update.b * np.float32(alphas[key] / alpha))
+        if key in rescaled:
+            b = multiplied(update.b, alphas[key] / alpha, key, _refused)
+            update = replace(update, b=b)
         for piece in _pieces(key, update, names, file):
             first = pieces.setdefault(piece.tensor, {}).setdefault(piece.expert, piece)
             if first.key != key:
@@ -325,22 +331,18 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
     masters = {name: file.master(name, array) for name, array in tensors.items()}
     _write(path, masters, alpha, names, adapter)
 
-    scaled = sum(other != alpha for other in alphas.values())
-    if not scaled:
+    if not rescaled:
         return ()
     return (
         f"a GGUF adapter has one alpha in fp32, here {alpha!r}: the scales of "
-        f"{counted(scaled, 'update')} with another alpha are multiplied into B",
+        f"{counted(len(rescaled), 'update')} with another alpha are multiplied into B",
     )
 
 
 def _one_alpha(alphas: Iterable[float]) -> float:
     """Return the file's alpha: the most frequent nonzero one in fp32's range; else 1."""
-    usable = Counter(alpha for alpha in alphas if 1e-30 < abs(alpha) < 1e30)  # 0 would mean s = 1
-    if not usable:
-        return 1.0
-    most_common, _ = usable.most_common(1)[0]
-    return float(np.float32(most_common))
+    alpha = most_frequent(alpha for alpha in alphas if 1e-30 < abs(alpha) < 1e30)
+    return float(np.float32(alpha))  # not 0, which would mean s = 1
 
 
 def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,6 +43,7 @@ from lora_fx.formats.checked_file import Arrays, File, module_and_part
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restore
 from lora_fx.formats.mlx_settings import CONFIG, MlxSettings, settings_beside
+from lora_fx.formats.one_scale import most_frequent, multiplied
 from lora_fx.formats.unsupported import has_kernel_axes, refused
 from lora_fx.text import Json, counted, is_whole
 
@@ -213,14 +213,14 @@ def write(adapter: Adapter, directory: Path, base: Path | None = None) -> tuple[
         raise _refused(key, "it is LoRA and others are DoRA; MLX-LM has one kind in a file")
 
     rank = max(update.rank for update in updates.values())
-    scale = _most_frequent_scale(updates)
+    scale = most_frequent(update.scale for update in updates.values())
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
     stored: dict[str, Entry] = {}
     for key, update in updates.items():
         module = _mlx_name(key.removesuffix(".weight"), family)
         names[key] = f"{_other_name(module)}.weight"
-        uniform = _with_rank_and_scale(_over_rows(key, update), rank, scale)
+        uniform = _with_rank_and_scale(key, _over_rows(key, update), rank, scale)
         stored[key] = uniform
         for end, tensor in _tensors(uniform).items():
             tensors[f"{module}.{end}"] = tensor
@@ -338,24 +338,19 @@ def _over_rows(key: str, update: LowRank) -> LowRank:
     return turned(update)
 
 
-def _most_frequent_scale(updates: Mapping[str, LowRank]) -> float:
-    """Return the scale of most updates that is not 0; 1 if all are 0."""
-    scales = Counter(update.scale for update in updates.values() if update.scale)
-    if not scales:
-        return 1.0
-    return scales.most_common(1)[0][0]
-
-
-def _with_rank_and_scale(update: LowRank, rank: int, scale: float) -> LowRank:
+def _with_rank_and_scale(key: str, update: LowRank, rank: int, scale: float) -> LowRank:
     """Return the same ΔW with ranks of zeros added, and with this scale.
 
     An update that has the rank and the scale stays as it is, in its variant.
+
+    Raises:
+        LoraFxError: B is out of fp32's range with the ratio of the scales.
     """
     if update.rank == rank and update.scale == scale:
         return update
     b = update.b
     if update.scale != scale:
-        b = b * np.float32(update.scale / scale)
+        b = multiplied(b, update.scale / scale, key, _refused)
     empty = [(0, 0)] * (b.ndim - 1)
     missing = (0, rank - update.rank)
     a = np.pad(update.a, [*empty[:-1], missing, (0, 0)])

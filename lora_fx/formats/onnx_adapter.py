@@ -38,9 +38,10 @@ from lora_fx.adapter.scaled_rows import GAINS
 from lora_fx.adapter.updates import Entry, is_plain
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.tensor_files import is_float
+from lora_fx.files.tensor_files import finite, is_float
 from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import Format, Magic
+from lora_fx.formats.one_scale import multiplied
 from lora_fx.formats.unsupported import refused
 from lora_fx.targets.keys import own_use
 from lora_fx.text import counted, is_whole
@@ -200,9 +201,9 @@ def _tensors(key: str, entry: Entry) -> dict[str, Array]:
         )
     b = entry.b
     if entry.scale != 1.0:
-        b = b * np.float32(entry.scale)
-    if not np.isfinite(b).all():
-        raise _refused(key, "its scale makes B infinite in fp32")
+        b = multiplied(b, entry.scale, key, _refused)
+    if not finite(b):
+        raise _refused(key, "its B has NaN or infinite values")
     return {f"{key}.lora_A": entry.a, f"{key}.lora_B": b}
 
 

@@ -148,6 +148,14 @@ def test_one_alpha_for_the_file_and_the_others_in_b(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight.lora_b"], scaled)
 
 
+def test_an_alpha_that_fp32_rounds_is_no_other_alpha(tmp_path: Path) -> None:
+    adapter = Adapter({Q: low(0, 24, alpha=0.7), K: low(1, 8, alpha=0.7)})
+    base = model(tmp_path / "base", "qwen2")
+    assert save_adapter(adapter, tmp_path / "x.gguf", "gguf", base=base) == ()
+    tensors = {t.name: t.data for t in GGUFReader(tmp_path / "x.gguf").tensors}
+    assert tensors["blk.1.attn_q.weight.lora_b"].tobytes() == normal(100, 24, 2).tobytes()
+
+
 def test_a_stack_of_experts_is_split_into_its_halves(tmp_path: Path) -> None:
     stack = LowRank(normal(0, 3, 2, 20), normal(1, 3, 28, 2), 6.0)
     stack = replace(
@@ -198,6 +206,10 @@ REFUSED: dict[str, tuple[str, dict[str, Entry], dict[str, Any], str]] = {
                                            for i in range(3)}, {}, "different ranks"),
     "twice": ("llama", {Q: low(0, 24), Q.replace("model.", "model.language_model."): low(1, 24)},
               {}, "has a second update"),
+    "scales too far apart": (
+        "qwen2", {Q: low(0, 24, alpha=1e-29), K: low(1, 8, alpha=1e29)}, {},
+        f"{K!r}: the file has no field for its scale, and its numbers times 1e+58 are out of "
+        "fp32's range"),
     "heads": ("llama", {Q: low(0, 22)}, {}, "22 rows"),
     "no heads": ("llama", {Q: low(0, 24)}, {"num_attention_heads": None}, "None heads"),
     "other model": ("llama", {Q: low(0, 24)}, {"model_type": "mamba"}, "architecture 'mamba'"),
