@@ -289,10 +289,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         component, module = _component_and_module(key, form)
         name = f"{component}.{module}"
         names[key] = f"{name}.weight"
-        of_component = updates.setdefault(component, {})
-        if module in of_component:
-            raise _refused(key, f"two updates act on {name!r}", "merge the two first")
-        of_component[module] = entry
+        updates.setdefault(component, {})[module] = entry
         lead = f"{PREFIX}{form.lead}"
         for peft_name, tensor in to_tensors(form, entry).items():
             tensors[name + peft_name.removeprefix(lead)] = tensor

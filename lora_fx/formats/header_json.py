@@ -34,8 +34,10 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
             which `restore` replaces by K: kohya's is the name of the module and ".weight".
 
     Raises:
-        LoraFxError: Metadata is no JSON.
+        LoraFxError: Two updates of one name, of which the file would hold the second alone; or
+            metadata is no JSON.
     """
+    _check_one_update_a_name(names)
     rows = {}
     for key, entry in adapter.entries.items():
         if isinstance(entry, (Full, ReplacedRows)):
@@ -51,6 +53,18 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
     if adapter.names:
         metadata |= adapter.names.to_json()
     return metadata_text({**stamp(), "names": rows, "metadata": metadata})
+
+
+def _check_one_update_a_name(names: Mapping[str, str]) -> None:
+    """Raise for two keys under whose names a reader would find one update."""
+    keys: dict[str, str] = {}
+    for key, name in names.items():
+        if name in keys:
+            raise LoraFxError(
+                f"the updates of {keys[name]!r} and {key!r} would both be {name!r} in the file",
+                "merge the two updates first; if they are of two layers, save them as peft",
+            )
+        keys[name] = key
 
 
 def probe_in_header(adapter: Adapter) -> dict[str, str]:

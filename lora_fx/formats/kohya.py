@@ -45,9 +45,10 @@ from lora_fx.formats.components import COMPONENTS, guess_component, split_compon
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.header_json import FIELD, describe, probe_in_header, restore
 from lora_fx.formats.naming import ForeignNames, taken_names
+from lora_fx.formats.one_scale import multiplied
 from lora_fx.formats.peft.form import module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX
-from lora_fx.formats.unsupported import KEEPS, refused, turned_notes, way_to_keep
+from lora_fx.formats.unsupported import refused, turned_notes, way_to_keep
 
 _NAME = re.compile(
     r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|[wb]_norm"
@@ -242,7 +243,6 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
-    keys: dict[str, str] = {}
     notes = turned_notes(adapter, "kohya")
     has_second_encoder = any(key.startswith("text_encoder_2.") for key in adapter)
     has_names_of_kohya = adapter.names is not None and adapter.names.format == "kohya"
@@ -250,14 +250,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         module, changes, alpha = _encoded(key, entry)
         name = module if has_names_of_kohya else file_name(module, second=has_second_encoder)
         leaf = key.rpartition(".")[2]
-        full_name = f"{name}.{leaf}"
-        names[key] = full_name
-        if keys.setdefault(full_name, key) != key:
-            raise LoraFxError(
-                f"{keys[full_name]!r} and {key!r} would both be {name!r} in the file, which "
-                "writes '_' for '.'",
-                KEEPS,
-            )
+        names[key] = f"{name}.{leaf}"
         for end, array in changes.items():
             tensors[f"{name}.{end}"] = array
         if alpha is not None:
@@ -307,7 +300,7 @@ def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | Non
     if isinstance(entry, Dense) and module and leaf in ("weight", "bias"):
         value = entry.value
         if entry.scale != 1.0:
-            value = value * np.float32(entry.scale)
+            value = multiplied(value, entry.scale, key, _refused)
         end = "diff" if leaf == "weight" else "diff_b"
         return module, {end: value}, None
     if isinstance(entry, (Hadamard, Kronecker)) and module and leaf == "weight":
@@ -335,7 +328,8 @@ def _encoded_lowrank(key: str, update: LowRank) -> tuple[str, dict[str, Array], 
 
 def _number(value: float) -> Array:
     """Return a scalar in fp32, or in fp64 if fp32 would round it."""
-    narrow = np.asarray(value, np.float32)
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(value, np.float32)
     if float(narrow) == value:
         return narrow
     return np.asarray(value, np.float64)
