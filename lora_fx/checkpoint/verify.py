@@ -154,7 +154,12 @@ def lines(report: Report) -> str:
     if "differences" not in details:
         return str(report)
     verdict = "ok" if report else "FAILED"
-    head = f"verify: {verdict}: {details['equal']} of {details['tensors']} tensors are "
+    recorded = details.get("recorded", ())
+    missing = sum(not row["given"] for row in recorded)
+    head = f"verify: {verdict}: "
+    if missing:
+        head += f"{missing} of {len(recorded)} recorded adapters not given; "
+    head += f"{details['equal']} of {details['tensors']} tensors are "
     if "touched" in details:
         head += (
             f"as expected; {details['touched']} hold the adapters, with {details['rows']} "

@@ -15,6 +15,7 @@ import pytest
 import lora_fx
 from lora_fx import Adapter, Full, LoraFxError, LowRank
 from lora_fx.adapter.origin import Origin
+from lora_fx.checkpoint.verify import lines
 from lora_fx.cli import main
 from tests.checkpoint.made import Array, checkpoint, factors, read
 
@@ -101,6 +102,16 @@ def test_one_of_two_merges(given: str, home: Path) -> None:
     assert f"merge {'xy'.index(given) + 1}: {home / given}" in said(found)
     assert "another base" not in said(found)
     assert [r["given"] for r in found["recorded"]] == [given == "x", given == "y"]
+
+
+def test_the_first_line_says_that_only_the_record_differs(home: Path) -> None:
+    """The record has x at half its weight as another adapter, of the same effect."""
+    half = lora_fx.load_adapter(home / "x").weighted(0.5)
+    lora_fx.save_adapter(half, home / "half")
+    lora_fx.merge(home / "base", home / "half", home / "merged")
+    report = lora_fx.verify(home / "merged", home / "base", adapter=(home / "x", 0.5))
+    head = "verify: FAILED: 1 of 1 recorded adapters not given; 4 of 4 tensors are as expected; 2 "
+    assert not report and lines(report).startswith(head)
 
 
 @pytest.mark.parametrize("given", ["x", "y"])
