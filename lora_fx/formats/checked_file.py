@@ -72,8 +72,10 @@ class File:
                 "training may have diverged; use an earlier checkpoint",
             )
 
-    def alpha(self, name: str, array: Array | None) -> float | None:
-        """Return the number in an alpha tensor; None without a tensor, which means alpha = rank.
+    def alpha(self, name: str, array: Array | str | None) -> float | None:
+        """Return an alpha from a tensor, or from a text of the header; None without one.
+
+        None means alpha = rank.
 
         Raises:
             LoraFxError: Not one finite number, or 0: that is rank to its trainers (kohya, LyCORIS)
@@ -91,12 +93,18 @@ class File:
             )
         return value
 
-    def number(self, name: str, array: Array) -> float:
-        """Return the number in a tensor of one element, such as a scale.
+    def number(self, name: str, array: Array | str) -> float:
+        """Return the number in a tensor of one element, or in a text of the header.
 
         Raises:
-            LoraFxError: It has other sizes or another dtype, or is NaN or infinite.
+            LoraFxError: A tensor of other sizes or another dtype, a text that is no number, or a
+                number that is NaN or infinite.
         """
+        if isinstance(array, str):
+            try:
+                array = np.asarray(float(array))
+            except ValueError:
+                raise self.error(name, f"is {array!r}; expected one number") from None
         if array.size != 1 or not (is_float(array) or array.dtype.kind in "iu"):
             raise self.error(name, f"is {array.dtype} {list(array.shape)}; expected one number")
         value = float(array.reshape(()))

@@ -193,7 +193,7 @@ class Registry(Mapping[str, Format]):
     def ending_by_magic(self, head: bytes) -> str:
         """Return the suffix of files that begin with this magic; empty if no format has it."""
         with_magic = self.with_magic(head)
-        return _called(with_magic[0]) if with_magic else ""
+        return _word_for(with_magic[0]) if with_magic else ""
 
     def kind_of(self, file: Path, head: bytes) -> str | None:
         """Return the kind of an adapter file in words, from its first 64 KiB.
@@ -205,14 +205,14 @@ class Registry(Mapping[str, Format]):
         """
         with_magic = self.with_magic(head)
         for formats in self.in_turn():
-            called_so = [format for format in formats if file.suffix in format.suffixes]
-            for format in called_so:
+            with_suffix = [format for format in formats if file.suffix in format.suffixes]
+            for format in with_suffix:
                 if format.sole_suffix and (not with_magic or format in with_magic):
                     return f"a {file.suffix} file"
             if with_magic:
-                adapters = [_called(format) for format in with_magic if format.is_adapter(head)]
+                adapters = [_word_for(format) for format in with_magic if format.is_adapter(head)]
                 return f"an adapter in a {adapters[0]} file" if adapters else ""
-            if called_so and _holds_an_adapter(file, head, called_so):
+            if with_suffix and _holds_an_adapter(file, head, with_suffix):
                 return f"an adapter in a {file.suffix} file"
         return None
 
@@ -265,7 +265,7 @@ def detecting_among(formats: Collection[Format], seen: FileHead) -> list[Format]
     return [format for format in formats if format.magic is None and format.detect(seen)]
 
 
-def _called(format: Format) -> str:
+def _word_for(format: Format) -> str:
     """Return a word for the files of a format: their suffix, or the format's name."""
     if format.suffixes:
         return format.suffixes[0]

@@ -113,17 +113,20 @@ def test_an_update_is_written_or_refused(tmp_path: Path, base: Path, name: str, 
     if format.instead:
         assert re.search(format.instead, hint)
         return
-    for way, kept in (("save it as peft", "kept"), ("save it as kohya", "kept.safetensors")):
-        if way in hint:
-            save_adapter(adapter, tmp_path / kept, way.removeprefix("save it as "))
-            read = load_adapter(tmp_path / kept)
+    for other_format, file in (("peft", "kept"), ("kohya", "kept.safetensors")):
+        if f"save it as {other_format}" in hint:
+            save_adapter(adapter, tmp_path / file, other_format)
+            read = load_adapter(tmp_path / file)
             assert list(read.entries) == [key] and type(read.entries[key]) is type(entry)
     if AS_LORA in hint:
+        plain = turned_into_lora(adapter, hint)
         if "--format peft" in hint:
-            name, out = "peft", tmp_path / "plain"
-        save_adapter(turned_into_lora(adapter, hint), out, name, base=home)
-        got = load_adapter(out, base=home).lowrank[key].matrix()
-        np.testing.assert_allclose(got, delta_of(adapter), atol=1e-4)
+            save_adapter(plain, tmp_path / "plain", "peft")
+            read = load_adapter(tmp_path / "plain")
+        else:
+            save_adapter(plain, out, name, base=home)
+            read = load_adapter(out, base=home)
+        np.testing.assert_allclose(read.lowrank[key].matrix(), delta_of(adapter), atol=1e-4)
     assert hint == KEEPS or AS_LORA in hint
 
 

@@ -26,7 +26,7 @@ PAGE = (ROOT / "docs" / "convert.md").read_text()
 def rows() -> dict[str, tuple[str, str, str]]:
     """(files, read, written) by format: the table of docs/convert.md."""
     section = PAGE.partition("## Formats\n")[2].partition("\n## ")[0]
-    cells = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", section, re.M)
+    cells = re.findall(r"^\| `([\w.+-]+)` \| (.+?) \| (.+?) \| (.+?) \|$", section, re.M)
     return {name: (files, read, written) for name, files, read, written in cells}
 
 
@@ -43,7 +43,7 @@ def test_the_page_lists_the_formats() -> None:
 
 def test_the_page_says_every_scale() -> None:
     section = PAGE.partition("\n## Scales\n")[2].partition("\n## ")[0]
-    files = re.findall(r"^\| ([\w, ]+?) \|", section, re.M)
+    files = re.findall(r"^\| ([\w.+, -]+?) \|", section, re.M)
     named = {name for cell in files for name in cell.split(", ")}
     missing = {format.name for format in OURS} - named
     assert not missing, f"docs/convert.md, Scales: no row for {', '.join(sorted(missing))}"
@@ -139,6 +139,14 @@ def test_nothing_else_knows_a_format() -> None:
 def test_packages_import_by_the_older_name() -> None:
     assert base.File is checked_file.File
     assert base.refused is unsupported.refused
+
+
+def test_a_number_may_be_a_text_of_the_header() -> None:
+    file = File("x.safetensors")
+    assert file.alpha("alpha", "6.5") == 6.5 and file.number("scale", "0") == 0.0
+    for text, words in (("six", "is .six.; expected one number"), ("inf", "is inf"), ("0", "is 0")):
+        with pytest.raises(LoraFxError, match=words):
+            file.alpha("alpha", text)
 
 
 def test_a_name_that_formats_share_is_there_once() -> None:

@@ -240,7 +240,20 @@ _SHARED = "it acts on several modules that share the tensor"
 
 
 def module_form(key: str, update: LowRank, refused: Callable[[str, str], LoraFxError]) -> PeftForm:
-    """Return the form of an update for files that hold only module weights, stored out first."""
+    """Return the form of an update for files that hold only module weights, stored out first.
+
+    Most formats need only its `module`. A format that has the name already calls this for the
+    errors.
+
+    Args:
+        key: The key of the update.
+        update: The update.
+        refused: Key and reason → the format's error.
+
+    Raises:
+        LoraFxError: An update of anything else: an embedding, a stack, a part, one use of a shared
+            tensor, a weight stored [in, out].
+    """
     if not is_on_base(update) or not is_lora_or_dora(update):
         raise refused(key, f"it is {name_of(update)}")
     form = form_of(key, update)
