@@ -153,12 +153,10 @@ def lines(report: Report) -> str:
         return _lines_of_probe(report)
     if "differences" not in details:
         return str(report)
-    verdict = "ok" if report else "FAILED"
-    recorded = details.get("recorded", ())
-    missing = sum(not row["given"] for row in recorded)
-    head = f"verify: {verdict}: "
-    if missing:
-        head += f"{missing} of {len(recorded)} recorded adapters not given; "
+    head = f"verify: {'ok' if report else 'FAILED'}: "
+    are_given = [row["given"] for row in details.get("recorded", ())]
+    if False in are_given:
+        head += f"{are_given.count(False)} of {len(are_given)} recorded adapters not given; "
     head += f"{details['equal']} of {details['tensors']} tensors are "
     if "touched" in details:
         head += (

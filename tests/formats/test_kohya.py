@@ -199,6 +199,16 @@ def test_two_names_that_become_one(tmp_path: Path) -> None:
         save_adapter(adapter, tmp_path / "k.safetensors", "kohya")
 
 
+def test_numbers_that_fp32_cannot_hold(tmp_path: Path) -> None:
+    """An alpha is stored in fp64 then; a whole ΔW has no field for its scale."""
+    file = tmp_path / "k.safetensors"
+    save_adapter(Adapter({"h.x.weight": low(alpha=1e39)}), file, "kohya")
+    assert load_adapter(file).lowrank["h.x.weight"].alpha == 1e39
+    whole = Adapter({"h.x.bias": Dense(normal(0, 8), scale=1e39)})
+    with pytest.raises(LoraFxError, match=r"'h\.x\.bias': .* times 1e\+39 are out of fp32's range"):
+        save_adapter(whole, tmp_path / "d.safetensors", "kohya")
+
+
 def test_an_edited_file_is_refused(tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.numpy import load_file
