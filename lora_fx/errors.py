@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Generic, TypeVar
 
+from lora_fx.patching import alone
 from lora_fx.python_spelling import in_python
 
 T = TypeVar("T")
@@ -428,21 +429,27 @@ def silenced(
     redirect: Callable[[io.StringIO], contextlib.AbstractContextManager[object]] | None = None,
     levels: Mapping[str, int] | None = None,
 ) -> Iterator[None]:
-    """A block without warnings, even if the user turns warnings into errors.
+    """A block without warnings, even if the user turns warnings into errors; see `alone`.
 
     Args:
         redirect: contextlib.redirect_stdout or redirect_stderr, for what is printed there.
         levels: Name of a logger → the least level that it writes.
     """
     redirected = (redirect or contextlib.nullcontext)(io.StringIO())
-    loggers = {logging.getLogger(name): level for name, level in (levels or {}).items()}
+    with alone(), _levels(levels or {}), warnings.catch_warnings(), redirected:
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _levels(levels: Mapping[str, int]) -> Iterator[None]:
+    """A block in which loggers, by name, have other least levels."""
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
     levels_before = {logger: logger.level for logger in loggers}
     for logger, level in loggers.items():
         logger.setLevel(level)
     try:
-        with warnings.catch_warnings(), redirected:
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in levels_before.items():
             logger.setLevel(level)

@@ -1,12 +1,14 @@
-"""Temporary replacement of attributes for the duration of a block."""
+"""Temporary replacement of attributes for the duration of a block, by one thread at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 _MISSING = object()
+_shared_state = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -24,3 +26,14 @@ def patched(thing: Any, **values: object) -> Iterator[None]:
                 delattr(thing, name)
             else:
                 setattr(thing, name, value)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A block that no other thread runs meanwhile, as it changes what a process has once.
+
+    torch.export, torch's ONNX exporter and onnxscript work for one thread at a time; so do loggers,
+    the filters of warnings and the standard streams. A thread waits here until another is done.
+    """
+    with _shared_state:
+        yield

@@ -449,11 +449,30 @@ def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None
 def opened_adapters(
     given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None, mode: str
 ) -> ExportAdapters | None:
-    """Return the adapters of an export; a path is read, and its last part names the adapter."""
+    """Return the adapters of an export; a path is read, and its last part names the adapter.
+
+    In mode merged it is one adapter, or none.
+    """
     if given is None or isinstance(given, Adapter):
         return given
     if mode == "merged" and isinstance(given, (str, PathLike)):
         return as_adapter(given)
+    adapters = _adapters_by_name(given)
+    if mode != "merged":
+        return adapters
+    if len(adapters) != 1:
+        raise LoraFxError(
+            f"mode merged takes one adapter, not {len(adapters)}",
+            "pass adapters=ADAPTER; lora_fx.adapter.adapter.mix combines several",
+        )
+    (adapter,) = adapters.values()
+    return adapter
+
+
+def _adapters_by_name(
+    given: str | PathLike[str] | Mapping[str, AdapterLike] | Sequence[AdapterLike],
+) -> dict[str, Adapter]:
+    """Return adapters by name: their own, or the last part of a path, or adapter_1 and so on."""
     if isinstance(given, Mapping):
         by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
         return {name: as_adapter(adapter) for name, adapter in by_name.items()}
@@ -464,7 +483,7 @@ def opened_adapters(
     adapters = [given] if isinstance(given, (str, PathLike)) else list(given)
     paths = [adapter for adapter in adapters if isinstance(adapter, (str, PathLike))]
     if len(paths) < len(adapters):
-        return [as_adapter(adapter) for adapter in adapters]
+        return {f"adapter_{i}": as_adapter(adapter) for i, adapter in enumerate(adapters, 1)}
 
     by_last_part: dict[str, Adapter] = {}
     for path in paths:

@@ -99,10 +99,6 @@ def _split(
     if not options.adapters:
         return options, options
     is_merged = options.mode == "merged"
-    if is_merged and not isinstance(options.adapters, Adapter):
-        raise LoraFxError(
-            "mode merged takes one adapter", "combine several with lora_fx.adapter.adapter.mix"
-        )
     found = find(step)  # has the shapes and names of the whole model
     adapters: dict[str, Adapter] = {}
     for name, adapter in named_adapters(options.adapters).items():

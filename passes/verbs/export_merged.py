@@ -14,7 +14,6 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.invocation import refuse_invocation
 from lora_fx.compare import FOLD_TOL, Parity, Report, demand
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.onnx_names import onnx_conditions
@@ -65,10 +64,7 @@ def export_merged(model: object, options: ExportOptions) -> Report:
 def _branched(model: object, options: ExportOptions) -> CapturedModule:
     """Return the unfolded module that the file has to equal."""
     adapter = options.adapters
-    if adapter is not None and not isinstance(adapter, Adapter):
-        raise LoraFxError(
-            "mode merged takes one adapter", "combine several with lora_fx.adapter.adapter.mix"
-        )
+    assert adapter is None or isinstance(adapter, Adapter)  # see opened_adapters
     model = opened(model)
     if isinstance(model, AdaptedModule):
         if adapter is None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
@@ -116,9 +115,8 @@ def _stored_weights(graph: OnnxGraph, targets: Found) -> dict[str, tuple[str, St
 
 def _merged_file(source: Path, options: ExportOptions) -> Report:
     """Merge, then optimise; one of these two steps may be left out."""
-    adapter: Any = options.adapters  # the path of one too
-    if isinstance(adapter, Mapping) and not isinstance(adapter, Adapter):
-        raise LoraFxError("mode merged takes one adapter", "use lora-fx merge, which takes several")
+    adapter = options.adapters
+    assert adapter is None or isinstance(adapter, Adapter)  # see opened_adapters
     if adapter is None:
         if options.rewrites:
             return optimise_file(source, options)
@@ -139,7 +137,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
     return replace(report, command="export")
 
 
-def _merged_and_optimised(source: Path, adapter: Any, options: ExportOptions) -> Report:
+def _merged_and_optimised(source: Path, adapter: Adapter, options: ExportOptions) -> Report:
     """Merge into a temporary file, and optimise that file."""
     with scratch_folder() as folder:
         merged = Path(folder) / "merged.onnx"

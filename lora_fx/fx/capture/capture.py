@@ -54,7 +54,7 @@ from lora_fx.inputs import (
     possible_signals,
     with_lengths,
 )
-from lora_fx.patching import patched
+from lora_fx.patching import alone, patched
 from lora_fx.progress import stage
 from lora_fx.text import Json, counted
 
@@ -247,6 +247,7 @@ class Captured:
             root = Skeleton(lambda name: nn.Module(), flags=True).of(self.model)
         return traced.fx_graph(root, training)
 
+    @alone()
     def traced(
         self,
         training: bool,

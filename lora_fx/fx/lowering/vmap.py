@@ -10,6 +10,7 @@ from torch.fx.node import Argument, map_arg
 
 from lora_fx.fx.fake_tensors import detect_fake_mode
 from lora_fx.fx.proxy_tracing import make_fx
+from lora_fx.patching import alone
 
 
 def without_vmap(graph: fx.Graph) -> None:
@@ -49,7 +50,7 @@ def _replace_by_plain(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
             results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return [results[node] for node in outputs]
 
-    with detect_fake_mode(example) or contextlib.nullcontext():
+    with alone(), detect_fake_mode(example) or contextlib.nullcontext():
         plain = make_fx(run)(*example).graph
     placeholders = dict(zip(plain.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(body[-1]):
