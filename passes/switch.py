@@ -108,15 +108,18 @@ class Switch:
         if self.starts is not None:
             self._refuse_stored()
             mask = StartsMask(graph, self.starts)
+        keys = [*self.keys, *(target.key for target in self.stored)]
+        by_key = dict(zip(keys, [*targets, *self.stored], strict=True))
+        # a use of a tied weight has another key in the graph
+        with_gains = {target.key for key, target in by_key.items() if key in self.gains}
         insert_switchable(
-            graph, targets, role, free_rank=not self.rank, gains=self.gains, mask=mask
+            graph, targets, role, free_rank=not self.rank, gains=with_gains, mask=mask
         )
         for target in self.stored:
             self._store(graph, target, role)
 
         slots = {}
-        keys = [*self.keys, *(target.key for target in self.stored)]
-        for i, (key, target) in enumerate(zip(keys, [*targets, *self.stored], strict=True)):
+        for i, (key, target) in enumerate(by_key.items()):
             rank_symbol = "" if self.rank else f"rank_{i}"
             rank = self._default_rank(target)
             slots[key] = put_factors(graph, target, rank, rank_symbol, self.gains.get(key))

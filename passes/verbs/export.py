@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.exact_lora import as_exact_lora
@@ -474,8 +474,7 @@ def _adapters_by_name(
 ) -> dict[str, Adapter]:
     """Return adapters by name: their own, or the last part of a path, or adapter_1 and so on."""
     if isinstance(given, Mapping):
-        by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
-        return {name: as_adapter(adapter) for name, adapter in by_name.items()}
+        return {name: as_adapter(adapter) for name, adapter in given.items()}
 
     expect(
         given, (str, PathLike, Iterable), "adapters", "adapters", "pass adapters=[first, second, …]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -58,6 +58,13 @@ class SharedBase:
         copied = copy_of(template.module, template.adapter_of(start))
         insertion_of(copied).say(*start.notes)
         return copied
+
+    def check(self, options: InsertOptions) -> None:
+        """Raise for ranks, targets and variants that do not fit the model, as insert does.
+
+        First values are drawn: those that are computed of weights or data take longer.
+        """
+        self._start(replace(options, init="kaiming", data=None, loss="ce"))
 
     def _start(self, options: InsertOptions) -> Start:
         """Return the first values for these options."""

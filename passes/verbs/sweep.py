@@ -157,8 +157,11 @@ def sweep(
         known: Called as (run, facts, start); a run whose report it returns is not trained.
 
     Raises:
-        LoraFxError: As for insert and fit. A run whose loss is not finite ends alone.
+        LoraFxError: As for insert and fit: what does not fit the model, before any run is trained.
+            A run whose loss is not finite ends alone.
     """
+    for run in {_kind(run.options): run for run in runs}.values():
+        base.check(run.options)
     is_first = True
     confirmed: set[float | None] = set()
     for group in _groups(runs, together):

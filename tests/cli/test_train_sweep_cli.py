@@ -133,6 +133,15 @@ def test_refused_before_any_work(
     assert not Path("best").exists()
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_a_rank_that_does_not_fit_is_refused_before_the_first_run(
+    ready: Path, capsys: pytest.CaptureFixture[str], init: str
+) -> None:
+    code, out, err = run(capsys, *TRAIN, "--sweep", "rank=1,1000", "--init", init)
+    assert code == 2 and not out
+    assert "rank 1000 is larger than" in err and "run 1 of 2" not in err and "step " not in err
+
+
 @pytest.mark.parametrize("value", ["foo=1", "rank=two", "variant=lara", "init=foo"])
 def test_refused_before_torch_is_imported(ready: Path, value: str) -> None:
     code = (

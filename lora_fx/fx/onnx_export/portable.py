@@ -8,6 +8,8 @@ Each rule rewrites one node in place. The larger ones have files of their own; t
 - Parts along a free dimension are cut one by one. The exporter makes a sequence of them, whose
   length its optimizer takes from the value of a size that it does not have.
 - A squeeze of a size that is not 1 leaves the value; ONNX's own fails there.
+- A bilinear layer is a linear one of all products of two numbers, which reads the weight as it is
+  stored. The exporter's own reads a copy, stored in another order.
 - A check that all values are true holds for what runs in torch. ONNX has no checks.
 """
 
@@ -126,6 +128,17 @@ def parts_along(x: Tensor, count: int, dim: int, size: int, in_chunks: bool) -> 
     return [aten.slice.Tensor(x, dim, length * i, length * (i + 1)) for i in range(count)]
 
 
+def rewrite_bilinear(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace a bilinear layer by a linear one."""
+    node.target = bilinear_as_linear
+
+
+def bilinear_as_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute aten.bilinear, the sum of weight[o, i, j]·x[…, i]·y[…, j] over i and j."""
+    products = x.unsqueeze(-1) * y.unsqueeze(-2)
+    return torch.nn.functional.linear(products.flatten(-2), weight.flatten(1), bias)
+
+
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     DEQUANTISE: rewrite_dequantise,
     aten.lstm.input: rewrite_lstm,
@@ -137,5 +150,6 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.as_strided.default: rewrite_strided_view,
     **dict.fromkeys(SPLITS, rewrite_split),
     **dict.fromkeys(OF_PAIRS, rewrite_complex),
+    aten.bilinear.default: rewrite_bilinear,
     aten._is_all_true.default: erase_checks,
 }

@@ -26,7 +26,7 @@ class Recurrent(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         states, _ = self.cell(x)
-        return self.out(states)  # type: ignore[no-any-return]
+        return self.out(states)
 
 
 class Pooled(nn.Module):
@@ -36,7 +36,7 @@ class Pooled(nn.Module):
         self.out = nn.Linear(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.body(x.mT).mT)  # type: ignore[no-any-return]
+        return self.out(self.body(x.mT).mT)
 
 
 def test_models_are_captured_and_exported_in_threads(tmp_path: Path) -> None:
