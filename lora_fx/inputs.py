@@ -22,8 +22,8 @@ import numpy as np
 
 from lora_fx.conditions import Condition, Size, broken
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
-from lora_fx.text import Json
+from lora_fx.errors import LoraFxError, expect
+from lora_fx.text import Json, by_key, is_whole
 
 Named = Mapping[str, Any]
 """The arguments of a call by name; each is a tensor, or a pytree of torch."""
@@ -499,28 +499,71 @@ def merge_dynamic(
     Args:
         dynamic: {input: {dimension: symbol}} or {input: (dimension, …)}.
         static: `NAME`, or `NAME:DIM`.
+
+    Raises:
+        LoraFxError: No such input or dimension, or one that is in both.
     """
     merged = {name: dict(dims) for name, dims in defaults.items()}
     ranks = {spec.name: len(spec.shape) for spec in inputs.specs}
+    asked: dict[str, set[int]] = {}
     for name, requested in (dynamic or {}).items():
         expect_input(name, ranks)
-        symbols = requested if isinstance(requested, Mapping) else dict.fromkeys(requested, "")
-        for number, symbol in symbols.items():
-            dim = _dimension(name, int(number), ranks[name])
+        for number, symbol in _symbols(name, requested).items():
+            dim = _dimension(name, number, ranks[name])
+            asked.setdefault(name, set()).add(dim)
             merged.setdefault(name, {})[dim] = _label(symbol) or _default_label(name, dim)
     for text in static:
         name, colon, dim_text = text.partition(":")
         expect_input(name, ranks)
-        if not colon:
-            merged.pop(name, None)
-            continue
-        if not re.fullmatch(r"-?\d{1,4}", dim_text):
+        if colon and not re.fullmatch(r"-?\d{1,4}", dim_text):
             raise LoraFxError(
                 f"static {text!r} is not NAME or NAME:DIM",
                 f"name a dimension by its number, such as {name}:1",
             )
-        merged.get(name, {}).pop(_dimension(name, int(dim_text), ranks[name]), None)
+        fixed = {_dimension(name, int(dim_text), ranks[name])} if colon else {*range(ranks[name])}
+        if fixed & asked.get(name, set()):
+            raise LoraFxError(f"{text} is both dynamic and static", "leave one of them out")
+        for dim in fixed:
+            merged.get(name, {}).pop(dim, None)
     return merged
+
+
+def _symbols(name: str, requested: object) -> Mapping[int, object]:
+    """Return dimension → symbol, which is empty where only the dimension is given."""
+    symbols = requested
+    if isinstance(requested, Sequence) and not isinstance(requested, str):
+        symbols = dict.fromkeys(requested, "")
+    if not isinstance(symbols, Mapping) or not all(map(is_whole, symbols)):
+        raise LoraFxError(
+            f"dynamic has {requested!r} for input {name!r}; expected dimensions by number",
+            f"pass dynamic={{{name!r}: {{1: 'length'}}}}, for example",
+        )
+    return symbols
+
+
+def refuse_unequal(
+    inputs: Inputs, dims: Mapping[str, Mapping[int, str]], dynamic: Dynamic | None
+) -> None:
+    """Raise if a user gives one name to dimensions of several sizes; 1 goes with each of them.
+
+    Args:
+        inputs: The example's.
+        dims: All dynamic dimensions.
+        dynamic: Those of the user.
+    """
+    shapes = {spec.name: spec.shape for spec in inputs.specs}
+    places = by_key(
+        (symbol, (name, dim)) for name, symbols in dims.items() for dim, symbol in symbols.items()
+    )
+    asked = merge_dynamic(inputs, {}, dynamic)
+    for symbol in {symbol for symbols in asked.values() for symbol in symbols.values()}:
+        sized = {f"{name}:{dim}": shapes[name][dim] for name, dim in places[symbol]}
+        if len({*sized.values()} - {1}) > 1:
+            sizes = ", ".join(f"{place} has {size}" for place, size in sized.items())
+            raise LoraFxError(
+                f"{symbol!r} names dimensions of several sizes: {sizes}",
+                "give each size a name of its own",
+            )
 
 
 def _dimension(name: str, number: int, rank: int) -> int:
@@ -549,6 +592,12 @@ OTHER_SIZES = (
     "--static NAME:DIM keeps a dimension at the size of its example"
 )
 """The hint for a model that refuses the sizes that a check chose."""
+
+
+def expect_arrays(inputs: object) -> None:
+    """Raise for the `inputs` of a verb that are neither None nor arrays by input name."""
+    hint = "pass inputs=dict(numpy.load('FILE.npz')), for example"
+    expect(inputs or {}, Mapping, "inputs", "arrays by input name", hint)
 
 
 def expect_input(name: str, names: Collection[str]) -> None:

@@ -26,6 +26,8 @@ _PHRASES = {
     r"run lora-fx targets MODEL": "print(lora_fx.find(model))",
     r"--dynamic [\w:=,]+": "dynamic={NAME: {DIM: SYMBOL}}",
     r"MODEL --weights (\S+)": r"lora_fx.load_model(MODEL, weights='\1')",
+    r"--inputs FILE\.npz": "inputs=dict(numpy.load('FILE.npz'))",
+    r"--static NAME:DIM": "static=['NAME:DIM']",
     r"--data FILE": "data=[{INPUT: TENSOR}, …]",
     r"; -v prints the traceback": "",
     r"run with -v for (.*)": r"the __cause__ of the error has \1",

@@ -23,7 +23,7 @@ from lora_fx.errors import (
     expect_name,
 )
 from lora_fx.files.program_manifest import BASE_ENDING
-from lora_fx.inputs import Named
+from lora_fx.inputs import Named, expect_arrays
 from lora_fx.onnx.made_for import CPU, MADE_FOR, PORTABLE, TARGETS
 from lora_fx.probe.probe import FULL, KINDS
 from lora_fx.targets.found import Found
@@ -142,6 +142,7 @@ class ExportOptions:
         self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
+        expect_arrays(self.inputs)
         if self.opset is not None and not is_whole(self.opset):
             raise LoraFxError(
                 f"opset {self.opset!r} is not a whole number", "pass --opset 20, for example"

@@ -18,7 +18,7 @@ from lora_fx.errors import (
 )
 from lora_fx.files.atomic import check_output
 from lora_fx.files.run_files import remembering
-from lora_fx.inputs import Named
+from lora_fx.inputs import Named, expect_arrays
 from lora_fx.spellings import under_either_name
 from lora_fx.text import StrPath
 
@@ -103,6 +103,7 @@ def merge(
     """
     for name, path in (("base", base), ("out", out)):
         expect_path(path, name, "call merge(base, adapters, out)")
+    expect_arrays(inputs)
     threads = under_either_name("workers", workers, "threads", threads)
     of_onnx_files = {
         "names": names, "external_over": external_over, "places": places, "delta": delta,

@@ -82,12 +82,14 @@ class CaptureOptions:
     later: bool = False
 
     def __post_init__(self) -> None:
-        """Raise for a text as `static`, and for inputs together with a cache, which sets them."""
+        """Raise for `static` of another type, and for inputs together with a cache."""
         if isinstance(self.static, str):
             raise LoraFxError(
                 f"static is the text {self.static!r}; expected a list of inputs, NAME or NAME:DIM",
                 f"static=[{self.static!r}]",
             )
+        for text in self.static:
+            expect(text, str, "static", "a list of inputs, NAME or NAME:DIM", "pass static=['x:1']")
         if self.cache and (self.args or self.kwargs or self.dynamic or self.static):
             raise LoraFxError(*KNOWN_WITH_CACHE)
 

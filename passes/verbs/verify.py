@@ -26,7 +26,7 @@ from lora_fx.formats.detect import is_foreign_model
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.formats.probe_beside import check_probe
 from lora_fx.formats.registry import FORMATS
-from lora_fx.inputs import Named
+from lora_fx.inputs import Named, expect_arrays
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.verify_onnx import verify_onnx
 from lora_fx.passes.verbs.verify_run import RunOptions, is_onnx, is_path, verify_run
@@ -123,6 +123,7 @@ def verify(
             be used.
     """
     with trusting(trust):
+        expect_arrays(inputs)
         expect(tol or 0, Real, "tol", "a number", "pass --tol 1e-5, for example")
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(

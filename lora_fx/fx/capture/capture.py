@@ -52,6 +52,7 @@ from lora_fx.inputs import (
     default_dynamic,
     merge_dynamic,
     possible_signals,
+    refuse_unequal,
     with_lengths,
 )
 from lora_fx.patching import alone, patched
@@ -119,6 +120,7 @@ class Captured:
         self.requested: Requested = merge_dynamic(
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
+        refuse_unequal(self.inputs, self.requested, dynamic)
         self._signals = possible_signals(self.inputs, dynamic or {}, static)
         self.inputs = self.inputs.with_dims(self.requested)
 
