@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from tests.cli.test_mistakes import QUICK, SLOW
+from tests.mistakes.test_commands import QUICK, SLOW
 from tests.test_docs import DOCS, ROOT
 
 PLACE = re.compile(r"\{\w*(?:![rs])?\}")
@@ -65,7 +65,7 @@ def test_each_message_is_there_once() -> None:
 
 
 def test_each_mistake_has_its_row() -> None:
-    """Those of tests/cli/mistakes.txt, whose messages are parts of what is said."""
+    """Those of tests/mistakes/commands.txt, whose messages are parts of what is said."""
     rows = [re.compile(pattern(message.strip("…: "))) for message in shown()]
     told = [message for _, message, _, _ in (*QUICK, *SLOW)]
     lacking = [message for message in told if not any(row.search(message) for row in rows)]

@@ -24,7 +24,7 @@ from lora_fx.cli.group import COMMANDS
 from lora_fx.formats.io import save_adapter
 from lora_fx.passes.verbs.program import save_program
 from tests.cli.test_cli import MODEL, run
-from tests.cli.test_mistakes import SHAPES, onnx_file, updates
+from tests.mistakes.files import SHAPES, onnx_file, updates
 
 WRITES = "names what is written, or permits to replace it"
 READS = "names what is read"

@@ -24,7 +24,7 @@ from lora_fx.cli.train_options import ExampleOptions, LoopOptions
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import save_adapter
 from tests.cli.test_cli import run
-from tests.cli.test_mistakes import SHAPES, onnx_file, updates
+from tests.mistakes.files import SHAPES, onnx_file, updates
 
 
 def modules() -> list[Any]:

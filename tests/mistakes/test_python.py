@@ -15,10 +15,9 @@ from onnxruntime import InferenceSession
 
 import lora_fx
 from lora_fx.onnx import Session, TrainSession
-from tests.cli.test_mistakes import home, made  # noqa: F401
 
 Row = tuple[str, str, str, str]
-"""A line of mistakes_in_python.txt, which says what its parts are."""
+"""A line of python.txt, which says what its parts are."""
 
 
 def rows(text: str) -> list[Row]:
@@ -27,7 +26,7 @@ def rows(text: str) -> list[Row]:
     return [(p[0], p[1], p[2], "".join(p[3:])) for p in parts]
 
 
-TABLE = Path(__file__).with_name("mistakes_in_python.txt").read_text(encoding="utf-8")
+TABLE = Path(__file__).with_name("python.txt").read_text(encoding="utf-8")
 QUICK, SLOW = map(rows, TABLE.split("# Slow."))
 
 OF_COMMANDS = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
@@ -35,7 +34,7 @@ OF_COMMANDS = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 
 
 @pytest.fixture(scope="module")
-def cap(made: Path) -> lora_fx.Captured:  # noqa: F811
+def cap(made: Path) -> lora_fx.Captured:
     loaded = lora_fx.load_model(f"{made}/model.py:build")
     return lora_fx.capture(loaded.module, loaded.args)
 
