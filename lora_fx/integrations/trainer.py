@@ -24,9 +24,11 @@ from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.inputs import Named
+from lora_fx.onnx.made_for import CPU
 from lora_fx.passes.verbs.attach import detach
 from lora_fx.passes.verbs.export import export
-from lora_fx.passes.verbs.export_options import expect_ending, expect_mode
+from lora_fx.passes.verbs.export_files import ONLY
+from lora_fx.passes.verbs.export_options import adapter_ending, expect_ending, expect_mode
 from lora_fx.passes.verbs.modes import options_of_mode
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.verify import verify
@@ -74,8 +76,8 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
                 raise LoraFxError(
                     f"lora_fx.export has no argument {name!r}", near(name, known_options)
                 )
-        mode, _ = options_of_mode(options.get("mode", "merged"), {})
-        expect_mode(mode)
+        self.mode, _ = options_of_mode(options.get("mode", "merged"), {})
+        expect_mode(self.mode)
         self.path = Path(path)
         self.args = args
         self.kwargs = kwargs
@@ -104,9 +106,8 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
                 "captured at the end",
                 "pass them to ExportAtEnd: ExportAtEnd(path, (x,)), or kwargs={'input_ids': ids}",
             )
-        for output in (self.path, self.adapter):
-            if output is not None:
-                check_output(Path(output), force=self._force)
+        for output in self._outputs():
+            check_output(output, force=self._force)
 
     def on_train_end(
         self,
@@ -128,6 +129,16 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
             save_adapter(adapter, self.adapter, force=self._force)
         self._export(model, adapter)
 
+    def _outputs(self) -> list[Path]:
+        """Return every file and folder that is written at the end."""
+        outputs = [self.path]
+        if self.adapter is not None:
+            outputs.append(Path(self.adapter))
+        if self.mode in ("switch", "load"):
+            ending = adapter_ending(self.path, self.options.get("target", CPU))
+            outputs.append(self.path.with_name(f"{ONLY}{ending}"))
+        return outputs
+
     @property
     def _force(self) -> bool:
         """Whether existing outputs are replaced."""
@@ -136,7 +147,7 @@ class ExportAtEnd(TrainerCallback):  # type: ignore[misc]
     def _export(self, model: nn.Module, adapter: Adapter) -> None:
         """Export the model and compare the file with it."""
         options = dict(self.options)
-        merged = options.get("mode", "merged") == "merged"
+        merged = self.mode == "merged"
         source: object = model
         if not isinstance(model, AdaptedModule):
             device = next(model.parameters()).device

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 BASE = ""
 """The name of the file that stands for the base, among those of adapters."""
+ONLY = "adapter"
+"""The name of an adapter that is given alone, without a name."""
 
 
 def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
@@ -47,7 +49,7 @@ def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
     adapters: dict[str, Adapter] = {}
     if options.adapters:
         if isinstance(options.adapters, Adapter):
-            adapters = {"adapter": options.adapters}
+            adapters = {ONLY: options.adapters}
         else:
             adapters = named_adapters(options.adapters)
     adapter_paths(adapters, options)  # raises before the model is captured

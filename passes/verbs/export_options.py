@@ -58,6 +58,12 @@ MODES: Mapping[str, tuple[str, ...]] = {
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
+def adapter_ending(target: Path, made_for: str) -> str:
+    """Return the ending of the adapters' files beside a switchable file."""
+    needs_plain_tensors = target.suffix == ".pt2" or made_for == PORTABLE
+    return ".safetensors" if needs_plain_tensors else ".onnx_adapter"
+
+
 @dataclass(frozen=True)
 class Companions:
     """Files that share the data of an exported file, with their parity and warnings."""
@@ -360,7 +366,7 @@ class ExportOptions:
     @property
     def adapter_ending(self) -> str:
         """The ending of the adapters' files beside a switchable file."""
-        return ".safetensors" if self.requires_factors else ".onnx_adapter"
+        return adapter_ending(self.target, self.made_for)
 
     @property
     def base_file(self) -> str | None:

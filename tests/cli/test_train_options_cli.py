@@ -51,6 +51,8 @@ def test_batches_that_are_accumulated_are_one_larger_batch(
         curve = list(csv.DictReader(file))
     assert [int(row["step"]) for row in curve] == list(range(7))
     assert [float(row["loss"]) for row in curve[1:]] == pytest.approx(parts["losses"], abs=1e-6)
+    losses(capsys, "-o", "b", *argv[2:], "--resume", "s", "--curve", "again.csv")
+    assert (home / "again.csv").read_text() == (home / "curve.csv").read_text()
     checked = {row["step"]: float(row["validation"]) for row in curve if row["validation"]}
     assert checked == pytest.approx({"0": parts["before"], **parts["validation"]}, abs=1e-6)
 

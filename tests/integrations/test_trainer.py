@@ -96,3 +96,8 @@ def test_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match=r"x\.onnx already exists"):
         train(model, tmp_path / "out", ExportAtEnd(tmp_path / "x.onnx", (X,)))
     assert (tmp_path / "x.onnx").read_text() == "mine"
+    (tmp_path / "adapter.onnx_adapter").write_text("mine")
+    (tmp_path / "adapter.safetensors").write_text("mine")
+    for file, options in (("y.onnx", {"mode": "switch"}), ("y.pt2", {"mode": "switch"})):
+        with pytest.raises(LoraFxError, match=r"adapter\.\w+ already exists"):
+            train(model, tmp_path / "out", ExportAtEnd(tmp_path / file, (X,), **options))

@@ -267,6 +267,8 @@ class TrainRun:
     def finish(self, trail: Trail) -> TrainReport:
         """Give the model the best adapter, and return the report of the whole run."""
         report = trail.report
+        if report.resumed == trail.step:  # the resumed run had ended, so that no step was left
+            self._write_curve(report)
         if report.best_step and report.best_step != trail.step:
             state.set_trained(self.optimizer, trail.kept)
         report.best_step = report.best_step or self.optimizer.steps
@@ -311,12 +313,17 @@ class TrainRun:
         if self.saving.folder and (saves or ends):
             with stage("saving a state"):
                 state.save(self.saving, trail, self.optimizer, self.facts, self.world)
-        if self.saving.curve and (is_due or ends) and self.world.first:
-            # the run's own file, which it may replace: what a user had there was refused before
-            with replacing(self.saving.curve, force=True) as temporary:
-                temporary.write_text(trail.report.to_csv(), encoding="utf-8")
+        if is_due or ends:
+            self._write_curve(trail.report)
         if self.saving.watch and is_due and not ends and self.world.first:
             self.saving.watch(trail.report, steps, self.facts)
+
+    def _write_curve(self, report: TrainReport) -> None:
+        """Write the losses so far to the file that a user asked for."""
+        if self.saving.curve and self.world.first:
+            # the run's own file, which it may replace: what a user had there was refused before
+            with replacing(self.saving.curve, force=True) as temporary:
+                temporary.write_text(report.to_csv(), encoding="utf-8")
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
         """Compute the validation loss, keep the adapter if it is the lowest, check patience."""
