@@ -139,6 +139,11 @@ class RuntimeSession:
         """The names of these inputs."""
         return [node.name for node in self.inputs]
 
+    @property
+    def output_names(self) -> list[str]:
+        """The names of the outputs."""
+        return [node.name for node in self.session.get_outputs()]
+
     @functools.cached_property
     def _switchable(self) -> Manifest | None:
         """The manifest of a file of mode switch."""
@@ -202,7 +207,7 @@ class RuntimeSession:
             input_names.add(initialiser.name)  # A and B of a switchable file
         given = {**self.base_factors, **feeds}
         arrays = {name: widened(given[name]) for name in input_names.intersection(given)}
-        names = [node.name for node in self.session.get_outputs()]
+        names = self.output_names
         with exclusive(self.provider):
             return tensors_by_name(names, self.session.run(names, arrays))
 

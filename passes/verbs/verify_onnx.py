@@ -11,7 +11,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import Named
-from lora_fx.passes.verbs.verify_run import RunOptions, gate_of, report_of
+from lora_fx.passes.verbs.verify_run import RunOptions, expect_outputs, gate_of, report_of
 
 if TYPE_CHECKING:
     from lora_fx.onnx.graph.graph import OnnxGraph
@@ -44,6 +44,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
                 f"{a} takes the inputs {sorted(session.input_names)}, {b} takes {sorted(names)}",
                 "compare two models with the same inputs",
             )
+        expect_outputs(a, session.output_names, reference.session.output_names)
         gate = gate_of(session, reference.session)
         if options.tol is None and gate == ORT_TOL:
             # widened by what the runtime's own rewrites do

@@ -14,7 +14,7 @@ from lora_fx.compare import ORT_TOL, Parity, Report
 from lora_fx.errors import LoraFxError, type_of
 from lora_fx.formats.io import load_adapter
 from lora_fx.inputs import Named
-from lora_fx.text import JsonView
+from lora_fx.text import JsonView, StrPath
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.module import CapturedModule
@@ -84,7 +84,25 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
         gate = options.tol
     with few_runs():
         parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
+    if is_path(file):
+        expect_outputs(file, session.output_names, [row.output for row in parity])
     return report_of(parity, notes, device)
+
+
+def expect_outputs(file: StrPath, names: Sequence[str], expected: Sequence[str]) -> None:
+    """Raise if a file lacks an output of the model that it is compared with.
+
+    Args:
+        file: The file.
+        names: The names of its outputs.
+        expected: Those of the other model.
+    """
+    for name in expected:
+        if name not in names:
+            raise LoraFxError(
+                f"{fspath(file)} has no output {name!r}; its outputs are {', '.join(names)}",
+                "compare two models with the same outputs",
+            )
 
 
 def _opened(model: object) -> tuple[object, Sequence[str]]:

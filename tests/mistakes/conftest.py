@@ -44,6 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(updates(rng, {**SHAPES, "fc7.weight": (5, 12)}), here / "longer")
     lora_fx.merge(here / "base.safetensors", [here / "start"], here / "taken.safetensors")
     onnx_file(here / "m.onnx", base)
+    onnx_file(odd / "other_output.onnx", base, "scores")
     x = rng.standard_normal((40, 8)).astype("f")
     np.savez(here / "data.npz", x=x, labels=np.arange(40) % 5)
     np.savez(here / "inputs.npz", x=x)

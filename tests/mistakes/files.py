@@ -30,17 +30,17 @@ def one():
 SHAPES = {"fc1.weight": (12, 8), "fc2.weight": (5, 12)}
 
 
-def onnx_file(path: Path, base: dict[str, Any]) -> None:
+def onnx_file(path: Path, base: dict[str, Any], output: str = "output") -> None:
     """relu(x @ W1ᵀ) @ W2ᵀ."""
     names = ("fc1.weight", "fc2.weight")
     held = [numpy_helper.from_array(np.ascontiguousarray(base[n]), n) for n in names]
     nodes = [
         helper.make_node("Gemm", ["x", "fc1.weight"], ["h"], transB=1),
         helper.make_node("Relu", ["h"], ["r"]),
-        helper.make_node("Gemm", ["r", "fc2.weight"], ["output"], transB=1),
+        helper.make_node("Gemm", ["r", "fc2.weight"], [output], transB=1),
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])
-    y = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 5])
+    y = helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", 5])
     graph = helper.make_graph(nodes, "m", [x], [y], held)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, path)

@@ -59,7 +59,7 @@ def drawn(model: nn.Module, args: tuple[Tensor, ...], variant: str) -> tuple[Ada
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter.add_(0.2 * torch.randn_like(parameter))
         return module.adapter(), module(*args).numpy()
 
 
