@@ -213,7 +213,8 @@ class Adapter(Mapping[str, Entry]):
         """Return this adapter with the keys and layouts of a module, Captured, Found or folder.
 
         Raises:
-            LoraFxError: A key that the model lacks, or a shape that does not fit.
+            LoraFxError: A key that the model lacks, a shape that does not fit, or a whole ΔW, which
+                insert and fold add to the base's values.
         """
         import lora_fx  # the verbs live above this module; only the facade knows them
 

@@ -50,6 +50,7 @@ from lora_fx.progress import Listener, stage, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Plan
 from lora_fx.targets.rank_plan import GivenRanks
+from lora_fx.text import is_whole
 
 
 def find(
@@ -212,8 +213,10 @@ def insert_into(
 
 def _check_copies(copies: int, options: InsertOptions) -> None:
     """Raise for a number of copies that cannot be made with the other options."""
-    if copies < 1:
-        raise LoraFxError(f"copies={copies}; expected 1 or more", "leave it out for one adapter")
+    if not is_whole(copies) or copies < 1:
+        raise LoraFxError(
+            f"copies is {copies!r}; expected 1 or more", "leave it out for one adapter"
+        )
     if copies > 1 and options.data is not None and not isinstance(options.data, Sequence):
         raise LoraFxError(
             "copies read the batches of data once each, and this iterable gives them once",

@@ -69,7 +69,7 @@ def step_of(folder: str) -> int | None:
 def run_of_state(folder: str) -> str | None:
     """Return the digest of the run that a state is of; None if there is no state."""
     try:
-        return run_digest(_words(_last_state(folder))["facts"])
+        return run_digest(_words(last_state(folder))["facts"])
     except (LoraFxError, LookupError):
         return None
 
@@ -85,12 +85,16 @@ def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
     Raises:
         LoraFxError: There is none, or it is damaged or of another version.
     """
-    path = _last_state(folder)
+    path = last_state(folder)
     return _words(path), read_tensors(path / TENSORS)[0]
 
 
-def _last_state(folder: str) -> Path:
-    """Return the folder of a state, or of the last one in a folder of several."""
+def last_state(folder: str) -> Path:
+    """Return the folder of a state, or of the last one in a folder of several.
+
+    Raises:
+        LoraFxError: There is none.
+    """
     path = [Path(folder), *checkpoints(Path(folder))][-1]
     if not (path / WORDS).is_file() or not (path / TENSORS).is_file():
         raise LoraFxError(

@@ -262,7 +262,7 @@ def test_copies_of_insert() -> None:
         own = lora_fx.insert(net(), rank=2, seed=seed).adapter().lowrank
         for key, update in copy.adapter().lowrank.items():
             np.testing.assert_array_equal(update.a, own[key].a)
-    with pytest.raises(LoraFxError, match="copies=0"):
+    with pytest.raises(LoraFxError, match="copies is 0"):
         lora_fx.insert(net(), copies=0)
     with pytest.raises(LoraFxError, match="norm_stats='update'"):
         lora_fx.insert(net(), norm_stats="update", copies=2)
