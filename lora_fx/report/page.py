@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import shlex
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_fx.errors import LoraFxError, visible
 from lora_fx.files.strict_json import json_object
 from lora_fx.report import charts
 from lora_fx.report.facts import facts
+from lora_fx.report.heading import STOPPED, heading, steps
 from lora_fx.report.html_text import (
     broken,
     broken_hash,
@@ -66,8 +66,10 @@ def page(result: JsonView) -> str:
         "error": error,
         "state": state,
         "badge": state.capitalize(),
+        "is_interrupted": state in STOPPED,
         "what": "tensor" if "tensors" in result and "targets" not in result else "target",
-        "headline": headline(error),
+        "heading": heading(result, state, error),
+        "steps": steps(result),
         "warnings": [text for text in texts if text not in notes],
         "notes": [text for text in texts if text in notes],
         "more": page_only,
@@ -134,20 +136,3 @@ def _templates() -> Environment:
         "separators": (",", ":"), "default": str, "allow_nan": False,
     }  # fmt: skip
     return environment
-
-
-def headline(error: str, most: int = 90) -> str:
-    """Return an error as a heading: all of a short one, else its start without a leading path.
-
-    >>> headline("runs/a.safetensors: its keys fit no parameter; expected layers.0.fc", 40)
-    'its keys fit no parameter …'
-    """
-    if len(error) <= most:
-        return error
-    text = re.sub(r"^\S+: ", "", error)
-    ends_of_clauses = [match.start() for match in re.finditer(r"[;,:.] ", text[: most + 1])]
-    cut = max(ends_of_clauses, default=0)
-    if cut > most / 3:
-        return text[:cut] + " …"
-    whole_words = text[:most].rpartition(" ")[0]
-    return (whole_words or text[:most]) + " …"
