@@ -12,7 +12,7 @@ from lora_fx.cli.blas import load_numpy
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import force_option, option_group
-from lora_fx.cli.output import emit, say
+from lora_fx.cli.output import emit, note, say
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.text import JsonView, table
 
@@ -81,6 +81,8 @@ def command(
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
     folder = Path(out)
     jobs = jobs_of(list(map(split_weight, adapters)), folder, _shard(shard), suffix)
+    if not jobs:
+        note(f"--shard {shard} is empty: there are {len(adapters)} adapters")
     if folder.exists() and not folder.is_dir():
         raise LoraFxError(f"{out} is not a folder", "choose another output")
     is_new = not folder.exists()

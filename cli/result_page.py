@@ -108,8 +108,10 @@ class PageFile:
         inputs = with_data_files(inputs)
         rows = [("input", file) for file in inputs] + [("output", file) for file in outputs]
         added |= hashed_files(rows, self.path)
-        added["adapters"], without_spectra = _adapters(outputs, ctx.params)
-        added["unhashed"] += without_spectra
+        added["adapters"] = []
+        if ctx.command.name != "merge-all":  # whose adapters are never in one model
+            added["adapters"], without_spectra = _adapters(outputs, ctx.params)
+            added["unhashed"] += without_spectra
         if added["adapters"] and not isinstance(shown.get("targets"), list):
             added["order"] = self.order()
         if self.run is not None and not shown["ok"]:

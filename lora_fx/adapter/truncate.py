@@ -205,6 +205,11 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
         result = next(within_bound, None) or built(all_ranks)
 
     if not result.adapter.lowrank:
+        if goal_name in ("max_error", "max_abs_error"):
+            raise LoraFxError(
+                f"{goal_name} {value:g} allows every rank to go",
+                f"choose a smaller value; ‖ΔW‖ of all updates together is {norm:g}",
+            )
         cheapest = min(costs, key=lambda key: costs[key])
         raise LoraFxError(
             f"{goal_name} {value:g} is too small to keep any rank; one rank of {cheapest!r} has "
@@ -224,10 +229,10 @@ def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
     value_by_goal = {name: value for name, value in goals.items() if value is not None}
     if len(value_by_goal) != 1 or not set(value_by_goal) <= set(GOALS):
         options = ", ".join("--" + goal.replace("_", "-") for goal in GOALS)
-        raise LoraFxError(
-            f"{len(value_by_goal)} goals ({', '.join(value_by_goal) or 'none'}); expected one",
-            f"use one of {options}",
-        )
+        found = f"{' and '.join(value_by_goal)} are given together"
+        if not value_by_goal:
+            found = "no goal is given"
+        raise LoraFxError(f"{found}; expected one goal", f"use one of {options}")
     name, value = next(iter(value_by_goal.items()))
     if name in ("rank", "params") and not _is_positive_whole(value):
         raise LoraFxError(

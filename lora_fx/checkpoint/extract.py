@@ -39,6 +39,8 @@ from lora_fx.formats.detect import is_adapter
 from lora_fx.inputs import generator
 from lora_fx.targets.selectors import select_names
 
+_COUNTER = "num_batches_tracked"
+"""The name of a counter in every batch norm of torch, which training changes."""
 LITTLE = 0.5
 """The share of ‖Δ‖² below which an update gets a note that it keeps little."""
 
@@ -219,7 +221,8 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
             raise LoraFxError(
                 f"{info.file}: tensor {pair.key!r} is {info.dtype} and differs; expected one of "
                 f"{', '.join(FLOATING)}",
-                f"pass --exclude {pair.key} to leave it out",
+                f"pass --exclude {_COUNTER if pair.key.endswith(_COUNTER) else pair.key} to leave "
+                "it out",
             )
     if use.layout is not None:
         return _approximate(pair, use, options)

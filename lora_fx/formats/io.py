@@ -335,6 +335,6 @@ def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
             possible_names.append("a folder")
         raise LoraFxError(
             f"{path}: format {writer.name} needs {' or '.join(possible_names)}",
-            "choose another name or another format",
+            f"choose another name, and lora-fx convert it afterwards to {path.name}",
         )
     return False

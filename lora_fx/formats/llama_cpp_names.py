@@ -81,7 +81,7 @@ def names_of_architecture(architecture: str, config: JsonView, where: str) -> Ll
     if architecture not in known_names:
         raise LoraFxError(
             f"{where}: architecture {architecture!r}; lora-fx knows llama.cpp's names for "
-            f"{known_names}",
+            f"{', '.join(known_names)}",
             "save the adapter for PEFT and convert it with llama.cpp's convert_lora_to_gguf.py",
         )
     architecture = _MODEL_TYPES.get(architecture, architecture)

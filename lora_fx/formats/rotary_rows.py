@@ -59,9 +59,10 @@ def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -
     head_size = config.get("head_dim")
     if not _fit(heads, head_size, rows):
         of_size = "" if head_size is None else f" of {head_size!r}"
+        number = "no number of" if heads is None else repr(heads)
         raise file.error(
             module,
-            f"has {rows} rows, but {where} has {heads!r} heads{of_size}",
+            f"has {rows} rows, but {where} has {number} heads{of_size}",
             "pass the folder of the adapter's model with --base",
         )
     assert isinstance(heads, int)

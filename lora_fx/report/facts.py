@@ -24,7 +24,8 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
     """Yield the numbers of the strip, the most important first."""
     if isinstance(result.get("tensors"), int):
         unequal = result["tensors"] - result["equal"]
-        yield Fact("Tensors that differ", number(unequal), "", unequal == 0)
+        gate = f"by more than {result['tol']:g}" if result.get("tol") else ""
+        yield Fact("Tensors that differ", number(unequal), gate, unequal == 0)
     if "merges" in result:
         count = len(result["merges"])
         done = sum(bool(merge.get("ok")) for merge in result["merges"])

@@ -133,7 +133,11 @@ def _verify(result: JsonView) -> str:
     if result.get("verdicts"):
         return "The file computes what its probe expects"
     if "tensors" in result:
-        relation = "as expected" if "touched" in result else "equal"
+        relation = "equal"
+        if "touched" in result:
+            relation = "as expected"
+        elif result.get("tol"):
+            relation = f"equal within {result['tol']:g} of their largest element"
         tensors = plural(result["tensors"], "tensor")
         return f"{number(result['equal'])} of {tensors} are {relation}"
     difference = _difference(result)

@@ -222,8 +222,8 @@ def test_refusals() -> None:
             truncation(Adapter({"x.weight": entry, "a.weight": low}), rank=1)
     good = Adapter({"a.weight": low})
     bad: list[tuple[dict[str, Any], str]] = [
-        ({}, "0 goals"),
-        ({"rank": 1, "params": 3}, "2 goals"),
+        ({}, "no goal is given"),
+        ({"rank": 1, "params": 3}, "rank and params are given together"),
         ({"rank": 0}, "positive whole number"),
         ({"params": 2.5}, "positive whole number"),
         ({"energy": 0.0}, "not in"),
@@ -231,7 +231,7 @@ def test_refusals() -> None:
         ({"max_error": -1.0}, "number of 0 or more"),
         ({"max_error": math.nan}, "number of 0 or more"),
         ({"params": 12}, "one rank of 'a.weight' has 13 elements"),
-        ({"max_error": 1.0}, "is too small to keep any rank"),
+        ({"max_error": 1.0}, "max_error 1 allows every rank to go"),
     ]
     for goal, text in bad:
         with pytest.raises(LoraFxError, match=text):

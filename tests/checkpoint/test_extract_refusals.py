@@ -113,6 +113,16 @@ def test_a_difference_that_overflows(tmp_path: Path) -> None:
         refused(written(tmp_path, base, tuned), "lm_head.weight", "overflows")
 
 
+def test_the_hint_leaves_out_every_counter_of_a_batch_norm(tmp_path: Path) -> None:
+    base, tuned = model(), model(1)
+    for layer in ("one", "two"):
+        name = f"{layer}.bn.num_batches_tracked"
+        base[name], tuned[name] = np.array(0), np.array(9)
+    files = written(tmp_path, base, tuned)
+    refused(files, "num_batches_tracked", "pass exclude num_batches_tracked")
+    assert len(extraction(*files, ExtractOptions(exclude="num_batches_tracked")).rows) == 4
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int64", "float8_e4m3fn"])
 @pytest.mark.parametrize("shape", [(4, 6), (6,), ()])
 def test_integers_and_quantised_values(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:

@@ -163,6 +163,8 @@ def test_an_interrupted_fleet_goes_on(fleet: Path, capsys: pytest.CaptureFixture
     assert code == 1 and [r["adapter"] for r in rows if not r["ok"]] == ["run0/adapter"]
     code, rows, _ = run(capsys, *RUNS, "-o", "out", "--force")
     assert code == 0 and not any(r.get("kept") for r in rows)
+    code, rows, err = run(capsys, *RUNS, "-o", "out", "--shard", "5/5")
+    assert code == 0 and not rows and "--shard 5/5 is empty: there are 4 adapters" in err
 
 
 def test_shards_are_a_partition() -> None:

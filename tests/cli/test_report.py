@@ -222,6 +222,7 @@ def test_the_answer_no_has_its_page(home: Path, capsys: pytest.CaptureFixture[st
     argv = ["merge-all", "base.safetensors", "ad", "base.safetensors", "-o", "fleet", "--force"]
     page, whole = shown(capsys, *argv, code=1)
     assert whole["error"] in page.text and "1 of 2" in page.text
+    assert not page.data["page"]["adapters"], "no model has all of them"
     assert page.data["hint"] == whole["hint"]
 
 

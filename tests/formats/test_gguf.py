@@ -211,8 +211,8 @@ REFUSED: dict[str, tuple[str, dict[str, Entry], dict[str, Any], str]] = {
         f"{K!r}: the file has no field for its scale, and its numbers times 1e+58 are out of "
         "fp32's range"),
     "heads": ("llama", {Q: low(0, 22)}, {}, "22 rows"),
-    "no heads": ("llama", {Q: low(0, 24)}, {"num_attention_heads": None}, "None heads"),
-    "other model": ("llama", {Q: low(0, 24)}, {"model_type": "mamba"}, "architecture 'mamba'"),
+    "no heads": ("llama", {Q: low(0, 24)}, {"num_attention_heads": None}, "no number of heads"),
+    "other model": ("llama", {Q: low(0, 24)}, {"model_type": "mamba"}, "for llama, "),
     "NaN": ("qwen2", {Q: replace(low(0, 24), a=normal(0, 2, 20) * np.float32("nan"))}, {}, "NaN"),
 }  # fmt: skip
 

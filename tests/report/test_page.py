@@ -219,6 +219,10 @@ WRONG = {**RIGHT, "adapter": "de", "verdict": "no effect", "distance": 0.5, "exp
         ({"command": "verify", "ok": False, "verdicts": [RIGHT, WRONG]}, "does not compute what"),
         ({"command": "verify", "ok": True, "tensors": 5, "equal": 5}, "5 of 5 tensors are equal"),
         (
+            {"command": "verify", "ok": True, "tensors": 5, "equal": 5, "tol": 0.9},
+            "5 of 5 tensors are equal within 0.9 of their largest element",
+        ),
+        (
             {"command": "merge", "ok": True, "tensors": [{"key": "a"}]},
             "1 tensor; nothing was written",
         ),
