@@ -64,6 +64,20 @@ class Numbered(Mlp):
         return y.mean(), y
 
 
+class Strided(nn.Module):
+    """A convolution whose stride leaves more or less over at the end, as a free length has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 9)
+        self.conv = nn.Conv1d(9, 10, 3, stride=2, padding=1)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.silu(self.conv(self.first(x).mT)).mean(2))
+
+
 class Convolutions(nn.Module):
     """Strides that leave a rest, groups, dilation, a transposed one, a batch norm, a pooling."""
 
@@ -250,6 +264,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "products": (lambda: (Raw(), (torch.randint(0, 20, (3, 5)),)), {"include": "*"}),
     "bags": (lambda: (Bags(), (torch.randint(0, 20, (3, 5)),)), {"include": "*"}),
     "convolutions": (lambda: (Convolutions(), (torch.randn(3, 3, 17, 20),)), {"include": "*"}),
+    "strided": (lambda: (Strided(), (torch.randn(3, 8, 6),)), {"include": "*"}),
     "circular": (lambda: (Circular(), (torch.randn(3, 6, 11),)), {"include": "*"}),
     "windows": (lambda: (Windows(), (torch.randn(3, 3, 11, 15),)), {"include": "*"}),
     "sampled": (lambda: (Sampled(), (torch.randn(3, 3, 10, 14),)), {"include": "*"}),
@@ -268,7 +283,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
         n: (zoo(n), {}) for n in ("hf_bert", "hf_gpt2", "hf_llama", "hf_t5", "hf_whisper", "hf_vit")
     },
 }  # fmt: skip
-FAST = ("mlp", "circular", "shifted")
+FAST = ("mlp", "strided", "circular", "shifted")
 
 
 def rows() -> list[Any]:

@@ -45,14 +45,14 @@ def convolution_backward(
 
 def _gradient_of_x(dy: Tensor, x: Tensor, w: Tensor, *attributes: Any) -> Tensor:
     stride, padding, dilation, transposed, _, groups, _ = attributes
-    output_padding = [0] * (x.dim() - 2)
-    if not transposed:  # what the strides left over at the end
-        for axis in range(x.dim() - 2):
-            reach = dilation[axis] * (w.shape[axis + 2] - 1) + 1 - 2 * padding[axis]
-            output_padding[axis] = (x.shape[axis + 2] - reach) % stride[axis]
+    # a stride may leave that many elements over at the end; an attribute takes no free size
+    left_over = [0 if transposed else step - 1 for step in stride]
     dx: Tensor = aten.convolution(
-        dy, w, None, stride, padding, dilation, not transposed, output_padding, groups
+        dy, w, None, stride, padding, dilation, not transposed, left_over, groups
     )
+    for axis, most in enumerate(left_over, 2):
+        if most:
+            dx = dx.narrow(axis, 0, x.shape[axis])
     return dx
 
 
@@ -95,14 +95,14 @@ def average_backward(
         windows = dy.shape[axis - 2]
         end = (windows - 1) * stride[axis] + kernel[axis]
         over.append(end - places.shape[axis - 2])
-    output_padding = [max(-count, 0) if ceil else -count for count in over]
+    left_over = [step - 1 for step in stride]
     places = torch.constant_pad_nd(places, [0, over[1], 0, over[0]])
     counts = aten.convolution(places, ones, None, stride, [0, 0], [1, 1], False, [0, 0], 1)
 
     share = dy / (divisor or counts)
     planes = share.reshape(-1, 1, *dy.shape[-2:])
     gradient: Tensor = aten.convolution(
-        planes, ones, None, stride, padding, [1, 1], True, output_padding, 1
+        planes, ones, None, stride, padding, [1, 1], True, left_over, 1
     )
     return gradient[..., : x.shape[-2], : x.shape[-1]].reshape(x.shape)
 
