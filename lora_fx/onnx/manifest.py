@@ -28,7 +28,7 @@ from lora_fx.adapter.evaluated import BASE_NUMBER, base_number, check_served
 from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.scaled_rows import GAINS, has_gains
-from lora_fx.adapter.updates import name_of
+from lora_fx.adapter.updates import Dense, ReplacedRows, name_of
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import (
     LoraFxError,
@@ -261,6 +261,9 @@ class Manifest:
                 entry that is neither a low-rank update nor a whole tensor.
         """
         adapter = adapter.resolved({**self.slots, **self.whole})
+        for key, entry in adapter.entries.items():
+            if isinstance(entry, (Dense, ReplacedRows)):
+                self.whole_slot(key, where)
         check_served(adapter, f"{where}: a switchable file", NEEDS_BASE)
         if adapter.invocation and self.starts is None:
             raise LoraFxError(

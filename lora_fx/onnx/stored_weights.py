@@ -15,8 +15,10 @@ import onnx_ir as ir
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.evaluated import Evaluation, can_be_evaluated, weight_hash
 from lora_fx.adapter.exact_lora import as_exact_lora
+from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.adapter.variant import variant_of
 from lora_fx.adapter.vera import WIDEST
+from lora_fx.adapter.whole_values import as_whole_tensors
 from lora_fx.dtypes import Array, widened
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
@@ -39,13 +41,19 @@ def for_file(adapter: Adapter, manifest: Manifest, path: str | PathLike[str]) ->
         LoraFxError: A slot without factors of rows, or a weight that is stored otherwise by now.
     """
     adapter, _ = as_exact_lora(adapter)
+    weights = _FileWeights(fspath(path), manifest)
+    if any(isinstance(entry, (Dense, ReplacedRows)) for entry in adapter.entries.values()):
+        adapter = adapter.resolved({**manifest.slots, **manifest.whole})
+        transposed = bool(adapter.metadata.get("fan_in_fan_out"))
+        entries = as_whole_tensors(adapter.entries, weights.whole_value, transposed=transposed)
+        adapter = replace(adapter, entries=entries)
     if adapter.metadata.get(WIDEST):
         adapter = _with_inputs(adapter.resolved(manifest.slots), manifest)
     if not any(can_be_evaluated(low) for low in adapter.lowrank.values()):
         return adapter
     if fspath(path).endswith(".pt2"):  # its tensors are torch's; the manifest tells what to do
         return adapter
-    return Evaluation(_FileWeights(fspath(path), manifest).read)(adapter.resolved(manifest.slots))
+    return Evaluation(weights.read)(adapter.resolved(manifest.slots))
 
 
 def _with_inputs(adapter: Adapter, manifest: Manifest) -> Adapter:
@@ -80,6 +88,18 @@ class _FileWeights:
             return None
         self.manifest.check_whole(self.manifest.base, self.path)
         return self.manifest.base.get(whole.name)
+
+    def whole_value(self, key: str) -> Array | None:
+        """Return the base's tensor of a whole slot as it is stored; None if the file has no such.
+
+        A .pt2 file has the values in its manifest, or in a file beside it.
+        """
+        for name, slot in self.manifest.whole.items():
+            if key in (name, *slot.aliases):
+                if self.path.endswith(".pt2"):
+                    return self.manifest.base.get(slot.name)
+                return self._stored(name)
+        return None
 
     def read(self, key: str) -> Array:
         """Return the weight of a slot as [*batch, out, in], in fp64."""

@@ -172,7 +172,10 @@ def switched(made: Made, path: Path) -> np.ndarray:
     )
     session = Session(file)
     session.load("de", path / "de.onnx_adapter")
+    session.load("later", made.folder)  # without an export
     (out,) = session.run({"input_ids": IDS.numpy()}, adapter="de").values()
+    (later,) = session.run({"input_ids": IDS.numpy()}, adapter="later").values()
+    assert rel(later, out) < GATE
     return out
 
 
@@ -181,9 +184,12 @@ def loaded(made: Made, path: Path) -> np.ndarray:
     lora_fx.export(
         net(), file, (IDS,), adapters={"de": made.folder}, mode="load", probe="none", force=True
     )
-    session = Session(file, adapter=path / "de.onnx_adapter")
-    (out,) = session.run({"input_ids": IDS.numpy()}).values()
-    return out
+    outs = []
+    for adapter in (path / "de.onnx_adapter", made.folder):
+        (out,) = Session(file, adapter=adapter).run({"input_ids": IDS.numpy()}).values()
+        outs.append(out)
+    assert rel(*outs) < GATE
+    return outs[0]
 
 
 def by_row(made: Made, path: Path) -> np.ndarray:
