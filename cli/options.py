@@ -39,6 +39,16 @@ FROM_1 = click.IntRange(1, 2**31 - 1)
 class FiniteRange(click.FloatRange):
     """A range of finite numbers; click's own has infinity and NaN in it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_bounded = self.min is not None or self.max is not None
+        if not self.is_bounded:
+            self.name = "float"  # as the help calls its values
+
+    def _describe_range(self) -> str:
+        """Return the bounds as the help has them; click writes "x<=None" where there are none."""
+        return super()._describe_range() if self.is_bounded else ""
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:

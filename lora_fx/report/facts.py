@@ -41,7 +41,7 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
     rounding = [row.rounding for row in rows if row.rounding is not None]
     if rounding:
         largest = max(rounding)
-        beside = f"of {len(rounding)} tensors"
+        beside = f"of {plural(len(rounding), 'tensor')}"
         yield Fact("Largest rounding loss", percent(largest), beside, largest < 0.1)
     if result.get("limit"):
         spent = f"{number(result['used'])} of {number(result['limit'])} {result['unit']}"

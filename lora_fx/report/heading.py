@@ -97,7 +97,9 @@ def _merge(result: JsonView) -> str:
 
 
 def _export(result: JsonView) -> str:
-    text = f"ONNX file, mode {result.get('mode') or 'merged'}"
+    outputs = result.get("outputs") or [""]
+    kind = "Program of torch" if str(outputs[0]).endswith(".pt2") else "ONNX file"
+    text = f"{kind}, mode {result.get('mode') or 'merged'}"
     if not result.get("parity"):
         return text
     difference = _difference(result)

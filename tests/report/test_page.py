@@ -230,6 +230,10 @@ WRONG = {**RIGHT, "adapter": "de", "verdict": "no effect", "distance": 0.5, "exp
             {"command": "export", "ok": True, "mode": "switch", "targets": 4},
             "ONNX file, mode switch",
         ),
+        (
+            {"command": "export", "ok": True, "mode": "switch", "outputs": ["m.pt2"]},
+            "Program of torch, mode switch",
+        ),
         ({"command": "plan", "ok": True}, "Done"),
         ({"command": "plan", "ok": False}, "The answer is no"),
         (

@@ -33,7 +33,7 @@ class TrainReport:
     @property
     def verdict(self) -> str:
         """One line that says whether the validation loss rose, and which step was kept."""
-        line = verdict(self.validation, self.best_step)
+        line = verdict(self.validation, self.best_step, self.before)
         if self.stopped is None:
             return line
         return f"{line}; patience ended at step {self.stopped}"
@@ -72,18 +72,21 @@ class TrainReport:
         return "\n".join([*lines, ""])
 
 
-def verdict(validation: Mapping[int, float], kept: int) -> str:
+def verdict(validation: Mapping[int, float], kept: int, before: float | None) -> str:
     """Return one line on overfitting.
 
     Args:
         validation: Step → loss, in the order of the steps.
         kept: The step whose adapter is kept; of `validation`, unless that is empty.
+        before: The loss before the first step, if it is known.
     """
     if not validation:
         return f"no validation: overfitting would not be seen; kept the last step, {kept}"
     steps = list(validation)
     last = steps[-1]
     ending = f"; kept step {kept}"
+    if before is not None and not validation[kept] < before:
+        ending += ", no better than before training"
     if len(steps) == 1:
         return f"one validation, at step {last}: no rise or fall can be seen" + ending
     if kept == last:

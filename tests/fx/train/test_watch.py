@@ -157,7 +157,10 @@ def test_patience_without_validation_is_refused() -> None:
 )
 def test_verdicts(curve: dict[int, float], kept: int, said: str) -> None:
     report = TrainReport(validation=curve, best_step=kept)
-    assert verdict(curve, kept) == said == report.verdict == report.to_json()["verdict"]
+    assert verdict(curve, kept, None) == said == report.verdict == report.to_json()["verdict"]
+    if curve:
+        assert verdict(curve, kept, -9.0) == f"{said}, no better than before training"
+        assert verdict(curve, kept, 9.0) == said
 
 
 def test_the_verdict_of_a_run_is_that_of_its_curve() -> None:
@@ -168,4 +171,5 @@ def test_the_verdict_of_a_run_is_that_of_its_curve() -> None:
     rise = f"{100 * (last / low - 1):.0f} %"
     assert report.verdict == (
         f"validation loss rose {rise} after step {report.best_step}; kept step {report.best_step}"
+        ", no better than before training"
     )
