@@ -279,6 +279,7 @@ class AdaptedModule(CapturedModule):
     def _put(self, bound: Adapter) -> None:
         """Put an adapter into the branches; the programs stay if shapes and scales are equal."""
         reshard(self)
+        updates_before = self._updates
         updates = bound.lowrank
         installation = Installation.of(self._union, self._updates, updates)
         self._union = installation.union
@@ -293,6 +294,9 @@ class AdaptedModule(CapturedModule):
             self._rebuild(updates, installed)
         originals = dict(self._programs.captured.model.named_parameters())
         write_full_tensors(self, bound, {name: originals[name] for name in self._also})
+        for name in self._also:  # a tensor trains whole, or by its low-rank update
+            if (name in updates) != (name in updates_before):
+                parameter_of(self, name).requires_grad_(name not in updates)
         self._metadata = without_probe(bound.metadata)
 
     def _rebuild(self, updates: Updates, installed: Updates) -> None:

@@ -230,6 +230,8 @@ def current_adapter(
             entries |= {} if taken is None else {key: taken}
     _, aliases = named_tensors(root)
     for name, shape in also.items():
+        if name in updates:  # of the base's value, which the tensor then has
+            continue
         twins = tuple(aliases.get(name, ()))
         entries[name] = Full(
             gathered_array(name, parameter_of(root, name), shape), bool(twins), twins

@@ -197,6 +197,27 @@ def test_mixes_that_cannot_be() -> None:
             mix(parts, how=how, rank=rank)
 
 
+def test_a_tensor_that_one_adapter_replaces_and_another_adapts() -> None:
+    """Both come back as they were; and while one adapts the tensor, it does not train whole."""
+    base = model()
+    low = noise(base, 1, rank=2)
+    assert "2.weight" in low
+    whole = lora_fx.insert(base, (X,), rank=2, include="0", also_train="2")
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        want = {"low": explicit(base, (low, 1.0)), "whole": whole(X).numpy()}
+    m = lora_fx.insert(base, (X,), rank=2, include="0", also_train="2")
+    m.load_adapter(low, name="low")
+    m.load_adapter(whole.adapter(), name="whole")
+    for name in ("low", "whole", "low", "whole", "low"):
+        m.activate(name)
+        with torch.no_grad():
+            assert rel(m(X).numpy(), want[name]) < FOLD_TOL, name
+        assert m.get_parameter("2.weight").requires_grad == (name == "whole")
+    assert rel(m.adapter().deltas()["2.weight"], low.deltas()["2.weight"]) < 1e-6
+
+
 class Feeding(nn.Module):
     """A norm feeds two layers, and a gate one."""
 
