@@ -64,11 +64,15 @@ def adapter_starts(ids: Array, invocation: Sequence[int]) -> Array:
     >>> adapter_starts(np.array([[5, 1, 2, 9, 1, 2, 3]]), [1, 2])
     array([4])
     """
-    rows = np.atleast_2d(np.asarray(ids))
+    hint = "pass the ids of whole rows, prompt and invocation, padded on the left to one length"
+    try:
+        rows = np.atleast_2d(np.asarray(ids))
+    except ValueError:
+        raise LoraFxError("ids are rows of several lengths; expected one array", hint) from None
     if rows.ndim != 2 or rows.dtype.kind not in "iu":
         raise LoraFxError(
             f"ids are {rows.dtype.name} {list(rows.shape)}; expected whole numbers [batch, tokens]",
-            "pass the ids of whole rows, prompt and invocation",
+            hint,
         )
     starts = np.full(len(rows), NEVER if len(invocation) else ALWAYS, np.int64)
     count = rows.shape[1] - len(invocation) + 1

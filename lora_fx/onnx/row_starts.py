@@ -61,18 +61,24 @@ class Starts:
         return self.ids in feeds and (not self.past or self.past in feeds)
 
     def check(self, feeds: Named) -> None:
-        """Raise for starts of a run that are not one for each row; a runtime would repeat one."""
-        if STARTS not in feeds or self.ids not in feeds:
+        """Raise for starts of a run that are not one int64 for each row.
+
+        A runtime would repeat one start for all rows.
+        """
+        if self.ids not in feeds:
             return  # a missing input has its own message
+        hint = (
+            f"pass {STARTS}=lora_fx.onnx.adapter_starts(ids of the whole rows, the adapter's "
+            "tokens)"
+        )
         rows = len(np.asarray(feeds[self.ids]))
-        shape = np.shape(feeds[STARTS])
-        if shape != (rows,):
-            raise LoraFxError(
-                f"{STARTS!r} has the shape {[*shape]}; expected [{rows}], a start for each row of "
-                f"{self.ids!r}",
-                f"pass {STARTS}=lora_fx.onnx.adapter_starts(ids of the whole rows, the adapter's "
-                "tokens)",
-            )
+        expected = f"expected int64 [{rows}], a start for each row of {self.ids!r}"
+        if STARTS not in feeds:
+            raise LoraFxError(f"input {STARTS!r} is missing; {expected}", hint)
+        starts = np.asarray(feeds[STARTS])
+        if starts.shape != (rows,) or starts.dtype != np.int64:
+            found = f"{starts.dtype.name} {[*starts.shape]}"
+            raise LoraFxError(f"{STARTS!r} is {found}; {expected}", hint)
 
     def past_tokens(self, feeds: Named) -> int:
         """Return how many tokens the past of a run holds."""

@@ -114,10 +114,12 @@ class RankPlan:
             rows.append((row.key, str(row.rank), f"{row.alpha:g}", str(row.cost * row.rank)))
         lines = table(rows)
         ranks = [row.rank for row in self.rows if row.rank]
+        span = f"rank {min(ranks)}"
+        if min(ranks) < max(ranks):
+            span = f"ranks {min(ranks)} to {max(ranks)}"
         lines.append(
-            f"{self.method}: {len(ranks)} of {len(self.rows)} targets, ranks {min(ranks)} to "
-            f"{max(ranks)}; {self.used} of {self.limit} {self.unit} used "
-            f"({self.used / self.limit:.1%})"
+            f"{self.method}: {len(ranks)} of {len(self.rows)} targets, {span}; "
+            f"{self.used} of {self.limit} {self.unit} used ({self.used / self.limit:.1%})"
         )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

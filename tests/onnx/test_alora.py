@@ -245,10 +245,12 @@ def test_a_past_needs_the_starts(files: Files) -> None:
     files.session.run(step)
     with pytest.raises(LoraFxError, match="begin to act at different tokens"):
         files.session.run(feeds(FULL, files.past(2)), adapter={"checker": 0.5, "french": 0.5})
-    with pytest.raises(Exception, match="adapter_starts"):
-        open_session(files.batch, "cpu").run(
-            {**feeds(FULL, files.past(2)), "adapter_ids": np.array([0, 1])}
-        )
+    batch = open_session(files.batch, "cpu")
+    by_row = {**feeds(FULL, files.past(2)), "adapter_ids": np.array([0, 1])}
+    with pytest.raises(LoraFxError, match=r"'adapter_starts' is missing; expected int64 \[2\]"):
+        batch.run(by_row)
+    with pytest.raises(LoraFxError, match=r"'adapter_starts' is int32 \[2\]; expected int64"):
+        batch.run({**by_row, "adapter_starts": np.array([0, 1], np.int32)})
 
 
 def test_files_and_adapters_that_do_not_fit(files: Files, tmp_path: Path) -> None:

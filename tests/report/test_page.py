@@ -262,6 +262,16 @@ def test_the_verdict_claims_no_more_than_the_result(result: dict[str, Any], said
     assert marks == ["verdict ok" if result["ok"] else "verdict no"]
 
 
+def test_the_losses_of_ranks_are_a_table() -> None:
+    row = {
+        "rank": 4, "parameters": 90, "error": 0.25, "loss": 1.75,
+        "spread_error": 0.125, "spread_loss": 1.625,
+    }  # fmt: skip
+    seen = Page(page({"command": "truncate", "ok": True, "table": [row], "examples": 30}))
+    assert sections(seen) == ["losses"]
+    assert "1.750" in seen.text and "0.1250" in seen.text
+
+
 def test_the_verdicts_of_a_probe_are_a_table() -> None:
     text = page({"command": "verify", "ok": False, "verdicts": [RIGHT, WRONG]})
     assert "<b class=good>right</b>" in text and "<b class=bad>no effect</b>" in text
