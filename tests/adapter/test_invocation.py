@@ -53,7 +53,7 @@ def test_the_last_occurrence_counts_and_pads_are_ids() -> None:
     assert adapter_starts(np.array([[5]]), [5, 6]) == NEVER
     assert adapter_starts(np.array([[5], [6]]), []).tolist() == [ALWAYS, ALWAYS]
     with pytest.raises(LoraFxError, match="rows of several lengths"):
-        adapter_starts([[1, 5, 6], [2, 3]], [5, 6])  # type: ignore[arg-type]
+        adapter_starts([[1, 5, 6], [2, 3]], [5, 6])
 
 
 def test_wrong_ids_and_tokens_are_refused() -> None:
