@@ -82,6 +82,7 @@ def command(
     from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.fx.train.labelled_example import label_example
     from lora_fx.fx.train.loop import fit
+    from lora_fx.fx.train.state_folder import last_state
     from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert_into
     from lora_fx.passes.verbs.probe_adapter import add_to_adapter
@@ -95,6 +96,8 @@ def command(
         loop.settings(targets.seed)  # which refuses a name that is not known, before any work
         check_runs(runs, world.size)
         saving = loop.saving(force=force)
+        if saving.resume:
+            last_state(saving.resume)  # which refuses a folder that is none
         cap = captured(model, capture, later=True)
         defaults = OTHERS
         if is_causal_folder(model, cap):

@@ -222,13 +222,11 @@ class LoopOptions:
         return self.batch_size is None and self.accumulate == 1
 
     def saving(self, *, force: bool) -> Saving:
-        """Return the folder of saved states; raise, before any work, if it cannot be used."""
+        """Return the folder of saved states; raise, before any work, if it cannot be written."""
         from lora_fx.files.atomic import check_output
         from lora_fx.fx.train.settings import Saving
-        from lora_fx.fx.train.state_folder import check_folder, last_state
+        from lora_fx.fx.train.state_folder import check_folder
 
-        if self.resume:
-            last_state(self.resume)
         folder = self.save_state or self.resume
         if self.curve:
             check_output(self.curve, force=force)

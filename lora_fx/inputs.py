@@ -525,6 +525,8 @@ def merge_dynamic(
             raise LoraFxError(f"{text} is both dynamic and static", "leave one of them out")
         for dim in fixed:
             merged.get(name, {}).pop(dim, None)
+        if not merged.get(name):
+            merged.pop(name, None)
     return merged
 
 

@@ -189,7 +189,9 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
         "adapter is a str, not an Adapter", "load_adapter(path)",
     ),
     "no goal": (
-        lambda cap: lora_fx.truncate(lora_fx.Adapter({"w": LOW})), "0 goals", "one of rank, params",
+        lambda cap: lora_fx.truncate(lora_fx.Adapter({"w": LOW})),
+        "no goal is given",
+        "one of rank, params",
     ),
     "a text for rank": (
         lambda cap: lora_fx.insert(cap, rank="8"),

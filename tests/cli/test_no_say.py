@@ -235,7 +235,7 @@ NO_SAY: list[tuple[str, str, str]] = [
         for o in ("-o out", "--rank 1", "--params 9", "--energy 0.9", "--max-error 0.1",
                   "--max-abs-error 0.1")
     ),
-    ("truncate start -o out --rank 1", "--energy 0.9", "2 goals"),
+    ("truncate start -o out --rank 1", "--energy 0.9", "rank and energy are given together"),
     *(
         (PLAN, o, "for --method uniform, which reads no data")
         for o in ("--label labels", "--loss ce", "--examples 8", "--max-length 8", "--seed 0")

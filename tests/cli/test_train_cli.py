@@ -105,7 +105,7 @@ def test_patience_and_the_verdict(home: Path, capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, *argv, "-o", "b", "--patience", "2", "--json")
     whole = json.loads(out)
     assert whole["verdict"] == told and whole["stopped"] == len(whole["losses"]) < 60
-    assert f"kept step {whole['best_step']};" in told
+    assert f"kept step {whole['best_step']}, no better than before training;" in told
     code, out, err = run(capsys, *argv, "-o", "c", "--validation", "0", "--json")
     whole = json.loads(out)
     assert whole["stopped"] is None and whole["verdict"].startswith("no validation: overfitting")

@@ -228,8 +228,9 @@ def test_an_output_that_exists(ready: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_runs_that_diverge(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     diverging = ("--optimizer", "sgd", "--clip", "0", "--schedule", "constant")
-    code, out, _ = run(capsys, *TRAIN, *diverging, "--sweep", "lr=0.1,1e30")
-    assert code == 0 and "best" in out.splitlines()[1]
+    code, out, err = run(capsys, *TRAIN, *diverging, "--sweep", "lr=0.1,1e30")
+    assert code == 0, err
+    assert "best" in out.splitlines()[1]
     assert "loss is" in out.splitlines()[2] or "gradient" in out.splitlines()[2]
     code, _, err = run(capsys, *TRAIN, *diverging, "--sweep", "lr=1e30,1e31", "--force")
     assert code == 1 and "no run of 2 came to its end" in err

@@ -277,7 +277,7 @@ def test_heads_come_from_the_base_where_the_file_has_none(tmp_path: Path) -> Non
     given = pair("blk.0.attn_k.weight", 24)
     given |= {"blk.0.attn_norm.weight": normal(2, 64)}
     file = foreign(tmp_path / "x.gguf", given, alpha=16.0)
-    with pytest.raises(LoraFxError, match=r"24 rows, but .* has None heads") as caught:
+    with pytest.raises(LoraFxError, match=r"24 rows, but .* has no number of heads") as caught:
         load_adapter(file)
     assert "--base" in caught.value.hint
     read = load_adapter(file, base=model(tmp_path / "base", "llama", head_dim=12))

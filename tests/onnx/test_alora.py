@@ -473,7 +473,7 @@ def test_no_file_is_written_under_the_name_of_other_tokens(tmp_path: Path) -> No
 @pytest.mark.parametrize("shape", [(1,), (), (3, 1), (10,)])
 def test_there_is_a_start_for_every_row(tmp_path: Path, shape: tuple[int, ...]) -> None:
     starts = np.full(shape, 2, np.int64)
-    words = r"'adapter_starts' has the shape .*expected \[3\]"
+    words = r"'adapter_starts' is int64 .*expected int64 \[3\]"
     path = exported(tmp_path / "x.onnx")
     with pytest.raises(LoraFxError, match=words):
         output_of(path, "mine", tmp_path / "mine.onnx_adapter", adapter_starts=starts)

@@ -77,7 +77,7 @@ def verdict(validation: Mapping[int, float], kept: int, before: float | None) ->
 
     Args:
         validation: Step → loss, in the order of the steps.
-        kept: The step whose adapter is kept; of `validation`, unless that is empty.
+        kept: The step whose adapter is kept; of `validation`, unless that is empty or not finite.
         before: The loss before the first step, if it is known.
     """
     if not validation:
@@ -85,7 +85,8 @@ def verdict(validation: Mapping[int, float], kept: int, before: float | None) ->
     steps = list(validation)
     last = steps[-1]
     ending = f"; kept step {kept}"
-    if before is not None and not validation[kept] < before:
+    best = validation.get(kept)
+    if before is not None and best is not None and not best < before:
         ending += ", no better than before training"
     if len(steps) == 1:
         return f"one validation, at step {last}: no rise or fall can be seen" + ending
