@@ -81,7 +81,7 @@ def test_switch(tmp_path: Path) -> None:
     assert callback.verified and (tmp_path / "adapter.onnx_adapter").is_file()
 
 
-def test_refused_before_training(tmp_path: Path) -> None:
+def test_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What could not be exported at the end; nothing is trained or written."""
     with pytest.raises(LoraFxError, match="no argument 'moed'") as caught:
         ExportAtEnd(tmp_path / "x.onnx", moed="switch")
@@ -96,6 +96,11 @@ def test_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match=r"x\.onnx already exists"):
         train(model, tmp_path / "out", ExportAtEnd(tmp_path / "x.onnx", (X,)))
     assert (tmp_path / "x.onnx").read_text() == "mine"
+
+    def was_trained(*_: object, **__: object) -> None:
+        raise AssertionError("it was trained")
+
+    monkeypatch.setattr(ExportAtEnd, "on_train_end", was_trained)
     (tmp_path / "adapter.onnx_adapter").write_text("mine")
     (tmp_path / "adapter.safetensors").write_text("mine")
     for file, options in (("y.onnx", {"mode": "switch"}), ("y.pt2", {"mode": "switch"})):
