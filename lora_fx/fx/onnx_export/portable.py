@@ -39,6 +39,8 @@ POOLED_MEANS = (
     aten.adaptive_avg_pool3d.default,
 )
 SPLITS = (aten.chunk.default, aten.split.Tensor)
+MOST_PRODUCTS = 2**14
+"""The most products of two numbers that a row of a bilinear layer may make at once."""
 
 
 def make_portable(graph: fx.Graph) -> None:
@@ -129,8 +131,10 @@ def parts_along(x: Tensor, count: int, dim: int, size: int, in_chunks: bool) -> 
 
 
 def rewrite_bilinear(graph: fx.Graph, node: fx.Node) -> None:
-    """Replace a bilinear layer by a linear one."""
-    node.target = bilinear_as_linear
+    """Replace a bilinear layer by a linear one, unless its products would take much memory."""
+    _, inside, beside = value(argument(node, "weight")).shape
+    if inside * beside <= MOST_PRODUCTS:
+        node.target = bilinear_as_linear
 
 
 def bilinear_as_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
